@@ -1,0 +1,1 @@
+"""Hugging Face (and GGUF) checkpoints in and out."""

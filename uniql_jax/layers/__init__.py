@@ -1,0 +1,1 @@
+"""The blocks of a model, as pure functions on (leaves, activations)."""

@@ -1,0 +1,1 @@
+"""Rotation, group scales and GPTQ. Pure mathematics on arrays."""

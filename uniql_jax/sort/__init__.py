@@ -1,0 +1,1 @@
+"""Importance: which channels, pairs and ranks come first. Pure mathematics on arrays."""
