@@ -64,7 +64,7 @@ BLOCKS: dict[str, dict[str, Leaf]] = {
 TOP: dict[str, Leaf] = {
     "embed": Leaf(("vocab", "embed"), "last"),
     "norm": Leaf(("embed",)),
-    "head_in": Leaf(("embed", "embed")),
+    "head_in": Leaf(("embed", "embed"), "first"),
     "head": Leaf(("vocab", "embed"), "last"),
 }
 """Leaves outside the layers. `head` is absent when the embedding serves as the head; `head_in` is the square matrix a

@@ -1,0 +1,54 @@
+"""A Hugging Face checkpoint (or GGUF, or `demo`) in our format, neither sorted nor quantized."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from convert import tables
+from convert.source import open_source
+from convert.to_hf import DTYPES
+from uniql_jax import cli, elastic
+from uniql_jax.checkpoint import CheckpointWriter, stored
+from uniql_jax.files import check_space, staged_output
+
+
+def convert(ckpt: str, out: str, overwrite: bool = False) -> None:
+    """Write `ckpt` (see convert.source.open_source) as an unsorted elastic checkpoint `out`; UserError on bad input.
+
+    Matrices keep the model's own number format (bfloat16 where the config names none), vectors become float32.
+    """
+    source = open_source(ckpt)
+    config = source.config
+    dtype = config.dtype if config.dtype in DTYPES else "bfloat16"
+    size = sum(math.prod(s) for s in tables.expected(config, source.table).values()) * DTYPES[dtype].itemsize
+    print(f"{source.name} -> {out}: {len(config.pattern)} layers, {dtype}, about {cli.format_bytes(size)}", flush=True)
+    with staged_output(out, overwrite) as staging:
+        check_space(staging, size)
+        meta = {"bits": 8 * DTYPES[dtype].itemsize, "plan": None, "source": source.name}
+        writer = CheckpointWriter(staging, source.hf_config, meta)
+        top = source.top()
+        writer.add_top({name: stored(elastic.TOP[name], value, DTYPES[dtype]) for name, value in top.items()})
+        del top
+        for i in cli.progress(range(len(config.pattern)), "convert", len(config.pattern)):
+            layer = {
+                kind: {name: stored(elastic.BLOCKS[kind][name], value, DTYPES[dtype]) for name, value in block.items()}
+                for kind, block in source.layer(i).items()
+            }
+            writer.add_layer(i, layer)
+        source.write_side_files(staging)
+        writer.finish()
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    parser = cli.Parser(prog="python -m convert.from_hf", description=__doc__)
+    parser.add_argument("checkpoint", metavar="CKPT", help="model folder, .gguf file, hub id, or the word demo")
+    parser.add_argument("out", metavar="DIR", help="folder to create")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is a model folder")
+    args: argparse.Namespace = parser.parse_args(argv)
+    convert(args.checkpoint, args.out, args.overwrite)
+
+
+if __name__ == "__main__":
+    cli.run(main)

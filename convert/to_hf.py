@@ -1,0 +1,243 @@
+"""Our elastic checkpoint, at any prune rate, as a dense Hugging Face checkpoint that stock transformers runs.
+
+What is pruned becomes zeros: RoPE pairs return to their original places, V/O ranks and MLP channels may sit anywhere.
+The result has the shapes of the original model and computes exactly what our pruned model computes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float, Int
+
+from convert import tables
+from uniql_jax import cli, elastic, int4
+from uniql_jax.checkpoint import Checkpoint, open_checkpoint
+from uniql_jax.config import ModelConfig
+from uniql_jax.files import ShardWriter, check_space, copy_side_files, staged_output
+
+Tensors = dict[str, Float[np.ndarray, "..."]]
+Block = Mapping[str, Any]
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+RESIDUAL = 1e-5
+"""A value bias stands for an output bias when it misses no more than this part of it (float32 rounding)."""
+
+
+def original_pairs(config: ModelConfig, inv_freq: Float[np.ndarray, "kept kv_head"]) -> Int[np.ndarray, "kept kv_head"]:
+    """Where each kept RoPE pair stood before sorting, read off its frequency; each place is given out once.
+
+    Pairs with equal frequencies are interchangeable. Raises ValueError for a frequency the model does not have.
+    """
+    assert config.rope is not None
+    places: dict[float, list[int]] = {}
+    for place, frequency in reversed(list(enumerate(config.rope.inv_freq().tolist()))):
+        places.setdefault(frequency, []).append(place)
+    found = np.empty(inv_freq.shape, np.int64)
+    for head in range(inv_freq.shape[1]):
+        free = {frequency: list(stack) for frequency, stack in places.items()}
+        for row, frequency in enumerate(np.asarray(inv_freq[:, head], np.float32).tolist()):
+            if not free.get(frequency):
+                raise ValueError(f"inv_freq holds {frequency}, which is not (or no longer) a frequency of this model")
+            found[row, head] = free[frequency].pop()
+    return found
+
+
+def value_bias(
+    o: Float[np.ndarray, "vo head embed"], o_bias: Float[np.ndarray, " embed"], kv_heads: int
+) -> tuple[Float[np.ndarray, "vo kv_head"], float]:
+    """The smallest value bias that o turns into o_bias, and the part of o_bias that no value bias can give.
+
+    A value bias reaches the output through the sum of the o columns of its query heads. Solved in float64.
+    """
+    ranks, heads, embed = o.shape
+    columns = o.astype(np.float64).reshape(ranks, kv_heads, heads // kv_heads, embed).sum(2)
+    matrix = columns.reshape(-1, embed).T
+    target = o_bias.astype(np.float64)
+    solution = np.linalg.lstsq(matrix, target, rcond=None)[0]
+    size = float(np.linalg.norm(target))
+    missed = float(np.linalg.norm(matrix @ solution - target)) / size if size else 0.0
+    return solution.reshape(ranks, kv_heads).astype(np.float32), missed
+
+
+def layer_to_hf(
+    config: ModelConfig, i: int, layer: Mapping[str, Block], table: tuple[tables.Row, ...] | None = None
+) -> Tensors:
+    """One layer's leaves at their kept sizes -> its dense HF tensors by name, float32, zeros for what was cut.
+
+    `layer` is {kind: {leaf: array or QuantizedArray}}; `table` is the family's own unless given. ValueError when the
+    family has no output bias and o_bias cannot be carried by a value bias (only possible where no V rank was cut).
+    """
+    table = table or tables.TABLES[config.model_type]
+    tensors: Tensors = {}
+    for kind in config.pattern[i]:
+        rows = list(tables.rows_of(config, table, kind))
+        leaves = _full(config, kind, layer[kind])
+        has = {part.leaf for row in rows for part in row.parts}
+        if "v_bias" in has:
+            leaves["v_bias"] = np.zeros(elastic.shape(config, tables.leaf_of(kind, "v_bias")), np.float32)
+        if "o_bias" in leaves and "o_bias" not in has:
+            _carry_o_bias(config, leaves, kept=layer[kind]["v"].shape[0])
+        for row in rows:
+            tensors[row.name.format(layer=i)] = tables.from_leaves(config, row, leaves)
+    return tensors
+
+
+def _full(config: ModelConfig, kind: str, block: Block) -> Tensors:
+    """Every leaf dense, float32, at full size: RoPE pairs at their original places, the rest in front."""
+    dense = {name: np.asarray(int4.dense(value, jnp.float32)) for name, value in block.items()}
+    places = original_pairs(config, dense["inv_freq"]) if "inv_freq" in dense else None
+    full = {}
+    for name, value in dense.items():
+        leaf = elastic.BLOCKS[kind][name]
+        out = np.zeros(elastic.shape(config, leaf), np.float32)
+        if leaf.axis == "qk" and places is not None:
+            shared = np.repeat(places, config.query_groups, axis=1) if "head" in leaf.dims else places
+            head = leaf.dims.index("head" if "head" in leaf.dims else "kv_head")
+            index = shared.reshape([n if d in (0, head) else 1 for d, n in enumerate(value.shape)])
+            np.put_along_axis(out, index, value, axis=0)
+        else:
+            out[tuple(slice(n) for n in value.shape)] = value
+        full[name] = out
+    return full
+
+
+def _carry_o_bias(config: ModelConfig, leaves: Tensors, kept: int) -> None:
+    """Move o_bias into a value bias, for a family without an output bias: softmax weights sum to one."""
+    if kept < config.head_dim:
+        # a freed channel whose value is always 1 carries any vector
+        leaves["v_bias"][kept, 0] = 1.0
+        leaves["o"][kept, 0] = leaves["o_bias"]
+        return
+    leaves["v_bias"], missed = value_bias(leaves["o"], leaves["o_bias"], config.kv_heads)
+    if missed > RESIDUAL:
+        raise ValueError(f"no value bias gives this o_bias: {missed:.1e} of it would be lost")
+
+
+def top_to_hf(config: ModelConfig, top: Mapping[str, Any], table: tuple[tables.Row, ...] | None = None) -> Tensors:
+    """embed, norm and head by their HF names, float32; no head where the embedding serves as it.
+
+    A `head_in` matrix (rotated models apply it to the normed stream x) is multiplied into the head:
+    (x @ head_in) @ head.T = x @ (head @ head_in.T).T.
+    """
+    leaves = {name: np.asarray(int4.dense(value, jnp.float32)) for name, value in top.items()}
+    head_in = leaves.pop("head_in", None)
+    if head_in is not None:
+        leaves["head"] = leaves.get("head", leaves["embed"]) @ head_in.T
+    table = table or tables.TABLES[config.model_type]
+    rows = [row for row in table if row.kind == "top" and all(part.leaf in leaves for part in row.parts)]
+    return {row.name: tables.from_leaves(config, row, leaves) for row in rows}
+
+
+def hf_form(
+    config: ModelConfig, hf_config: Mapping[str, Any], tied: bool, o_bias_fits: bool, dtype: str
+) -> tuple[dict[str, Any], tuple[tables.Row, ...]]:
+    """The config.json and the table of the exported model.
+
+    Where a family's form has no place for o_bias, the model is written as a llama with attention_bias, which computes
+    the same and has one.
+    """
+    hf = dict(hf_config) | {"tie_word_embeddings": tied}
+    for key in {"dtype", "torch_dtype"} & set(hf) or {"torch_dtype"}:
+        hf[key] = dtype
+    if o_bias_fits:
+        return hf, tables.TABLES[config.model_type]
+    for key in ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"):
+        hf.pop(key, None)
+    hf |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": False}
+    return hf, tables.TABLES["llama"]
+
+
+def o_bias_fits(checkpoint: Checkpoint, keep: Sequence[Mapping[str, int]]) -> bool:
+    """Whether the family's own form can carry every layer's o_bias exactly (`keep` as Checkpoint.keep gives it)."""
+    config = checkpoint.config
+    table = tables.TABLES[config.model_type]
+    for i, kinds in enumerate(config.pattern):
+        if "attention" not in kinds or "o_bias" not in elastic.leaves(config, "attention"):
+            continue
+        held = {part.leaf for row in tables.rows_of(config, table, "attention") for part in row.parts}
+        if "o_bias" in held or keep[i]["vo"] < config.head_dim:
+            continue
+        block = checkpoint.layer(i, keep[i])["attention"]
+        o, o_bias = (np.asarray(int4.dense(block[name], jnp.float32)) for name in ("o", "o_bias"))
+        if value_bias(o, o_bias, config.kv_heads)[1] > RESIDUAL:
+            return False
+    return True
+
+
+def export(
+    folder: str,
+    out: str,
+    prune_rate: float = 0.0,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Write the checkpoint in `folder`, cut at `prune_rate`, as a Hugging Face folder `out`; UserError on bad input.
+
+    `dtype` is float32, bfloat16, float16 or None for the original model's.
+    """
+    checkpoint = open_checkpoint(folder)
+    config = checkpoint.config
+    keep = checkpoint.keep(prune_rate)
+    dtype = dtype or (config.dtype if config.dtype in DTYPES else "bfloat16")
+    shapes = tables.expected(config, tables.TABLES[config.model_type])
+    size = sum(math.prod(shape) for shape in shapes.values()) * DTYPES[dtype].itemsize
+    full = elastic.sizes(config)
+    pairs = [
+        (kept[axis] * cost, full[axis] * cost)
+        for kept, kinds in zip(keep, config.pattern, strict=True)
+        for axis in kept
+        for cost in [elastic.axis_cost(config, kinds, axis)]
+    ]
+    kept_part = sum(a for a, _ in pairs) / sum(b for _, b in pairs)
+    print(
+        f"{folder} at prune rate {prune_rate:g} ({kept_part:.1%} of the prunable parameters kept) "
+        f"-> {out}: {len(config.pattern)} layers, {dtype}, about {cli.format_bytes(size)}",
+        flush=True,
+    )
+    with staged_output(out, overwrite) as staging:
+        check_space(staging, size)
+        writer = ShardWriter(staging, max_shard_bytes)
+        fits = o_bias_fits(checkpoint, keep)
+        top = checkpoint.top()
+        hf, table = hf_form(config, checkpoint.hf_config, not {"head", "head_in"} & set(top), fits, dtype)
+        if not fits:
+            print(f"{config.model_type} has no output bias in attention: written as a llama model, which has")
+        for name, value in top_to_hf(config, top, table).items():
+            writer.add(name, value.astype(DTYPES[dtype]))
+        del top
+        for i in cli.progress(range(len(config.pattern)), "export", len(config.pattern)):
+            for name, value in layer_to_hf(config, i, checkpoint.layer(i, keep[i]), table).items():
+                writer.add(name, value.astype(DTYPES[dtype]))
+        writer.finish()
+        (staging / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        copy_side_files(checkpoint.folder, staging)
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    parser = cli.Parser(prog="python -m convert.to_hf", description=__doc__)
+    parser.add_argument("checkpoint", metavar="DIR", help="elastic checkpoint, as uniql_jax.compress writes it")
+    parser.add_argument("out", metavar="OUT", help="folder to create")
+    parser.add_argument("--prune-rate", type=cli.prune_rate, default=0.0, metavar="R", help="0 to 0.35")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="number format (default: the original model's)")
+    parser.add_argument("--max-shard-size", type=cli.memory_size, default="5GB", metavar="SIZE", help="of one file")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model folder")
+    args: argparse.Namespace = parser.parse_args(argv)
+    export(args.checkpoint, args.out, args.prune_rate, args.dtype, args.max_shard_size, args.overwrite)
+
+
+if __name__ == "__main__":
+    cli.run(main)

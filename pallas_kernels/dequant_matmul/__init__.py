@@ -1,0 +1,3 @@
+"""x times a packed 4-bit or 8-bit weight."""
+
+from pallas_kernels.dequant_matmul.api import dequant_matmul as dequant_matmul

@@ -1,0 +1,148 @@
+"""Dequantizing product on tensor cores: a tile of words is unpacked to exact integers, multiplied, and scaled once a group.
+
+Any M, any rows, any group: tiles are powers of two (as the Triton lowering wants) and their overhang is masked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import compat
+from pallas_kernels.compat import pl
+from pallas_kernels.dequant_matmul import reference
+from pallas_kernels.packing import SHIFTS
+
+LEAST_TILE = 16
+"""Smallest side of a tensor core's tile."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """How the packed weight is laid out: the static half of every call."""
+
+    bits: int
+    group: int
+    contract: str
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Rows of x, output features and stored elements that one step of a program covers."""
+
+    m: int
+    n: int
+    stored: int
+
+
+def tiles(count: int, features: int, weight: Weight) -> Tiles:
+    """Sizes that serve any shape; a tuned table may replace them."""
+    per_word = 8 if weight.bits == 4 else 1
+    stored = min(pl.next_power_of_2(weight.group // per_word), 32 if weight.bits == 4 else 128)
+    return Tiles(
+        m=min(max(LEAST_TILE, pl.next_power_of_2(count)), 64),
+        n=min(max(LEAST_TILE, pl.next_power_of_2(features)), 64),
+        stored=max(LEAST_TILE, stored),
+    )
+
+
+def _kernel(x_ref: Any, data_ref: Any, scale_ref: Any, out_ref: Any, *, weight: Weight, tile: Tiles) -> None:
+    count, width = x_ref.shape
+    features = out_ref.shape[1]
+    last = weight.contract == "last"
+    per_word = 8 if weight.bits == 4 else 1
+    group_stored = weight.group // per_word
+    steps = pl.cdiv(group_stored, tile.stored)
+    m = pl.program_id(1) * tile.m + jnp.arange(tile.m)
+    n = pl.program_id(0) * tile.n + jnp.arange(tile.n)
+    m_in, n_in = m < count, n < features
+    # Exact for 4-bit and 8-bit integers, so that the only rounding is the float32 sum's and the output's.
+    dtype = jnp.bfloat16 if x_ref.dtype == jnp.bfloat16 else jnp.float32
+    precision = None if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+
+    def step(index: Array, total: Array) -> Array:
+        of_group = index // steps
+        within = (index % steps) * tile.stored + jnp.arange(tile.stored)
+        at, at_in = of_group * group_stored + within, within < group_stored
+        if last:
+            packed = compat.load(data_ref, (n[:, None], at[None, :]), n_in[:, None] & at_in[None, :])
+            scale = compat.load(scale_ref, (n, of_group), n_in)
+        else:
+            packed = compat.load(data_ref, (at[:, None], n[None, :]), at_in[:, None] & n_in[None, :])
+            scale = compat.load(scale_ref, (of_group, n), n_in)
+        part = jnp.zeros((tile.m, tile.n), jnp.float32)
+        for lane in range(per_word):
+            k = at * per_word + lane
+            # x beyond its width, and beyond the group, is read as zero: whatever the word holds there does not count.
+            x = compat.load(x_ref, (m[:, None], k[None, :]), m_in[:, None] & (at_in & (k < width))[None, :])
+            integers = ((packed >> SHIFTS[lane]) & 0xF) - 8 if weight.bits == 4 else packed
+            integers = integers.astype(dtype)
+            part += jax.lax.dot_general(
+                x.astype(dtype),
+                integers,
+                (((1,), (1 if last else 0,)), ((), ())),
+                precision=precision,
+                preferred_element_type=jnp.float32,
+            )
+        return total + part * scale.astype(jnp.float32)[None, :]
+
+    groups = scale_ref.shape[1 if last else 0]
+    total = jax.lax.fori_loop(0, groups * steps, step, jnp.zeros((tile.m, tile.n), jnp.float32))
+    compat.store(out_ref, (m[:, None], n[None, :]), total, m_in[:, None] & n_in[None, :])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _product(
+    x: Float[Array, "count width"], data: Int[Array, "a b"], scale: Float[Array, "c d"], weight: Weight
+) -> Float[Array, "count features"]:
+    features = data.shape[0 if weight.contract == "last" else 1]
+    tile = tiles(x.shape[0], features, weight)
+    return compat.call(
+        functools.partial(_kernel, weight=weight, tile=tile),
+        name=f"dequant_matmul_{weight.contract}_{weight.bits}",
+        grid=(pl.cdiv(features, tile.n), pl.cdiv(x.shape[0], tile.m)),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], features), x.dtype),
+    )(x, data, scale)
+
+
+def _forward(x: Array, data: Array, scale: Array, weight: Weight) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _product(x, data, scale, weight), (x, data, scale)
+
+
+def _backward(weight: Weight, saved: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, None, Array]:
+    x, data, scale = saved
+    options = dataclasses.asdict(weight)
+    _, pull = jax.vjp(lambda x, scale: reference.dequant_matmul(x, data, scale, **options), x, scale)
+    x_bar, scale_bar = pull(cotangent)
+    return x_bar, None, scale_bar
+
+
+_product.defvjp(_forward, _backward)
+
+
+def dequant_matmul(
+    x: Float[Array, "*lead width"],
+    data: Int[Array, "a b"],
+    scale: Float[Array, "c d"],
+    *,
+    bits: int,
+    group: int,
+    contract: str,
+    width: int,
+) -> Float[Array, "*lead out"]:
+    """See api.dequant_matmul. Raises NotImplementedError for float64 and for groups that split a word."""
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise NotImplementedError(f"the Pallas kernel multiplies 16-bit and 32-bit floats, not {x.dtype}")
+    if bits == 4 and group % 8:
+        raise NotImplementedError(f"a group of {group} splits a word of eight weights")
+    features = data.shape[0 if contract == "last" else 1]
+    if x.size == 0 or features == 0:
+        raise NotImplementedError("nothing to multiply")
+    out = _product(x.reshape(-1, width), data, scale, Weight(bits=bits, group=group, contract=contract, width=width))
+    return out.reshape(*x.shape[:-1], features)

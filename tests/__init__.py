@@ -1,0 +1,1 @@
+"""Tests; the folders mirror the packages. A package, so that helpers import as `tests.published`."""

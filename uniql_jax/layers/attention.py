@@ -1,0 +1,103 @@
+"""Grouped-query attention with pruned RoPE pairs and V/O ranks.
+
+The softmax scale comes from the original head size, so masked, sliced and zero-padded heads give the same scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.rope import rope_qk
+from uniql_jax import elastic
+from uniql_jax.cache import LayerCache
+from uniql_jax.config import ModelConfig
+from uniql_jax.layers.context import Context
+from uniql_jax.layers.linear import apply_columns, apply_rows
+from uniql_jax.layers.norm import rms_norm
+
+Leaves = Mapping[str, Any]
+
+
+def read(config: ModelConfig, leaves: Leaves, x: Float[Array, "b t h"]) -> Float[Array, "b t h"]:
+    """What q, k and v receive: the normed stream."""
+    return rms_norm(x, leaves["norm"], config.norm_eps)
+
+
+def project(
+    config: ModelConfig, leaves: Leaves, normed: Float[Array, "b t h"], context: Context
+) -> tuple[Float[Array, "b t n dk"], Float[Array, "b t g dk"], Float[Array, "b t g dv"]]:
+    """Queries, keys (both rotated) and values per head, features in sorted order.
+
+    Pairs are interleaved, features (2p, 2p + 1) being pair p, so that a pruned head is a prefix of the full one.
+    """
+    q, k = apply_rows(normed, leaves["q"]), apply_rows(normed, leaves["k"])  # [b, t, qk, 2, heads]
+    if "q_bias" in leaves:
+        q, k = q + leaves["q_bias"].astype(q.dtype), k + leaves["k_bias"].astype(k.dtype)
+    if "inv_freq" in leaves:
+        q, k = rope_qk(q, k, context.positions, leaves["inv_freq"])
+    q, k = elastic.mask(q, context.keep, "qk", 2), elastic.mask(k, context.keep, "qk", 2)
+    v = elastic.mask(apply_rows(normed, leaves["v"]), context.keep, "vo", 2)  # [b, t, vo, kv heads]
+    batch, length = normed.shape[:2]
+    q = q.transpose(0, 1, 4, 2, 3).reshape(batch, length, config.heads, -1)
+    k = k.transpose(0, 1, 4, 2, 3).reshape(batch, length, config.kv_heads, -1)
+    return q, k, v.transpose(0, 1, 3, 2)
+
+
+def attend(
+    config: ModelConfig,
+    q: Float[Array, "b t n dk"],
+    k: Float[Array, "b s g dk"],
+    v: Float[Array, "b s g dv"],
+    visible: Bool[Array, "b t s"],
+) -> Float[Array, "b t dv n"]:
+    """Softmax attention; scores and softmax in float32. `visible[b, t, s]` says that query t may see key s.
+
+    A query that sees nothing (padding) gets zeros.
+    """
+    batch, length = q.shape[:2]
+    grouped = q.reshape(batch, length, config.kv_heads, config.query_groups, -1)
+    scores = jnp.einsum("btgmd,bsgd->bgmts", grouped, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores * (config.head_dim**-0.5), -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = (weights / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
+    out = jnp.einsum("bgmts,bsgr->btrgm", weights, v, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype).reshape(batch, length, v.shape[-1], config.heads)
+
+
+def inner(
+    config: ModelConfig, leaves: Leaves, normed: Float[Array, "b t h"], context: Context
+) -> Float[Array, "b t vo n"]:
+    """What o receives, over whole sequences."""
+    return attend(config, *project(config, leaves, normed, context), context.visible)
+
+
+def write(leaves: Leaves, hidden: Float[Array, "b t vo n"]) -> Float[Array, "b t h"]:
+    """Back to the residual stream."""
+    y = apply_columns(hidden, leaves["o"])
+    return y + leaves["o_bias"].astype(y.dtype) if "o_bias" in leaves else y
+
+
+def init_state(config: ModelConfig, keep: Mapping[str, int], batch: int, slots: int, dtype: jnp.dtype) -> LayerCache:
+    """Empty keys and values, sized for the kept pairs and ranks."""
+    shape = (batch, slots, config.kv_heads)
+    return LayerCache(k=jnp.zeros((*shape, 2 * keep["qk"]), dtype), v=jnp.zeros((*shape, keep["vo"]), dtype))
+
+
+def cached_inner(
+    config: ModelConfig, leaves: Leaves, normed: Float[Array, "b t h"], context: Context, state: LayerCache
+) -> tuple[Float[Array, "b t vo n"], LayerCache]:
+    """What o receives when earlier keys and values sit in the cache; the new ones are written from the slot on."""
+    q, k, v = project(config, leaves, normed, context)
+    start = (0, context.slot, 0, 0)
+    state = LayerCache(
+        k=jax.lax.dynamic_update_slice(state.k, k.astype(state.k.dtype), start),
+        v=jax.lax.dynamic_update_slice(state.v, v.astype(state.v.dtype), start),
+    )
+    return attend(config, q, state.k.astype(q.dtype), state.v.astype(q.dtype), context.visible), state

@@ -1,0 +1,1 @@
+"""One pass over a model: sort, plan, rotate, refit, quantize, as functions on a stream of layers."""

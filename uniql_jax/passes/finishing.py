@@ -1,0 +1,210 @@
+"""Second pass, layer by layer: rotate, refit for all rates at once, quantize.
+
+Two streams of calibration windows run side by side: the finished model's own (so that each layer is fitted to what it
+will really receive) and, for the refit, the unpruned model's, whose output is the target.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from uniql_jax import elastic
+from uniql_jax.checkpoint import stored
+from uniql_jax.config import ModelConfig
+from uniql_jax.int4 import QuantizedArray, dense, from_codes
+from uniql_jax.layers import KINDS
+from uniql_jax.layers.context import full_context
+from uniql_jax.passes.options import REFIT_RATES, Options
+from uniql_jax.passes.sorting import gram
+from uniql_jax.plan import Plan
+from uniql_jax.quantize.gptq import quantize
+
+Block = Mapping[str, Any]
+Keep = dict[str, Int[np.ndarray, " b"]]
+
+
+def refit_rates(count: int, share: float) -> Float[np.ndarray, " count"]:
+    """Prune rate at which each calibration window is seen: `share` of them 0, the others REFIT_RATES in turn.
+
+    Spread evenly, so that every rate sees every kind of text.
+    """
+    pruned = np.floor(np.arange(1, count + 1) * (1 - share)) > np.floor(np.arange(count) * (1 - share))
+    turn = (np.cumsum(pruned) - 1) % len(REFIT_RATES)
+    return np.where(pruned, np.asarray(REFIT_RATES)[turn], 0.0)
+
+
+def keep_per_window(plan: Plan, rates: Sequence[float]) -> tuple[Keep, ...]:
+    """Kept sizes per layer and axis, one count for every window."""
+    by_rate = {rate: plan.keep(rate) for rate in set(map(float, rates))}
+    return tuple(
+        {axis: np.asarray([by_rate[float(r)][i][axis] for r in rates], np.int32) for axis in kept}
+        for i, kept in enumerate(plan.keep(0.0))
+    )
+
+
+def _hidden(config: ModelConfig, kind: str, leaves: Block, x: Array, keep: Keep | None) -> Array:
+    context = full_context(jnp.ones(x.shape[:2], bool))._replace(keep=keep)
+    block = KINDS[kind]
+    return block.inner(config, leaves, block.read(config, leaves, x), context)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kind"))
+def read_gram(config: ModelConfig, kind: str, leaves: Block, x: Float[Array, "b t h"]) -> Float[Array, "h h"]:
+    """Summed Gram of what the block's input matrices receive."""
+    return gram(KINDS[kind].read(config, leaves, x), x.shape[-1])
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kind"))
+def hidden_gram(
+    config: ModelConfig, kind: str, leaves: Block, x: Float[Array, "b t h"], keep: Keep | None
+) -> Float[Array, "k k"]:
+    """Summed Gram of what the block's output matrix receives, masked per window when `keep` is given."""
+    hidden = _hidden(config, kind, leaves, x, keep)
+    return gram(hidden, int(np.prod(hidden.shape[2:])))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kind", "target"))
+def hidden_gram_and_cross(
+    config: ModelConfig, kind: str, leaves: Block, teacher: Block, x: Array, t: Array, keep: Keep, target: str
+) -> tuple[Float[Array, "k k"], Float[Array, "k h"]]:
+    """`hidden_gram`, and the product of those inputs with what the output matrix should give.
+
+    "stream": the unpruned stream after the block less the finished stream before it, so that earlier losses are made
+    up for as well; "local": what the unpruned block adds.
+    """
+    hidden = _hidden(config, kind, leaves, x, keep)
+    rows = hidden.reshape(-1, int(np.prod(hidden.shape[2:])))
+    wanted = KINDS[kind].write(teacher, _hidden(config, kind, teacher, t, None))
+    wanted = wanted - KINDS[kind].write(teacher, jnp.zeros_like(hidden))  # the bias is added anyway
+    if target == "stream":
+        wanted = wanted + t - x
+    return rows.T @ rows, rows.T @ wanted.reshape(-1, wanted.shape[-1])
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kind"))
+def advance(
+    config: ModelConfig, kind: str, leaves: Block, x: Float[Array, "b t h"], keep: Keep | None
+) -> Float[Array, "b t h"]:
+    """The stream after the block."""
+    return x + KINDS[kind].write(leaves, _hidden(config, kind, leaves, x, keep))
+
+
+@jax.jit
+def refit(
+    gram: Float[Array, "k k"], cross: Float[Array, "k h"], weight: Float[Array, "k h"], ridge: float
+) -> Float[Array, "k h"]:
+    """argmin of sum ||y - a W||^2 + lambda ||W - weight||^2, lambda = ridge * mean diagonal of the Gram matrix.
+
+    One matrix for all rates: the Gram holds every rate's masked inputs (method: nested refit).
+    """
+    amount = ridge * jnp.mean(jnp.diagonal(gram)) + jnp.finfo(jnp.float32).tiny
+    factor = jax.scipy.linalg.cho_factor(gram + amount * jnp.eye(gram.shape[0], dtype=gram.dtype))
+    return weight + jax.scipy.linalg.cho_solve(factor, cross - gram @ weight)
+
+
+def quantize_leaf(
+    leaf: elastic.Leaf, value: Float[Array, "..."], hessian: Array | None, options: Options, group: int
+) -> QuantizedArray:
+    """Pack one matrix leaf; `hessian` is the Gram of what it contracts, None rounds to nearest."""
+    width = value.shape[-1] if leaf.contract == "last" else int(np.prod(value.shape[:-1]))
+    rows = value.reshape(-1, width) if leaf.contract == "last" else value.reshape(width, -1).T
+    codes, scale = quantize(
+        rows,
+        hessian,
+        bits=options.bits,
+        group=group,
+        search=options.scale_search,
+        propagate=options.rounding == "gptq",
+        damping=options.damping,
+    )
+    return from_codes(codes, scale, bits=options.bits, group=group, contract=str(leaf.contract), shape=value.shape)
+
+
+class Finisher:
+    """Carries the streams through the layers and turns each layer into its stored form."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: Options,
+        groups: Mapping[str, int],
+        dtype: Any,
+        x: list[Array],
+        teacher: list[Array] | None,
+        keep: Sequence[tuple[Keep, ...]] | None,
+    ):
+        """x, teacher: batches [b, t, h]; keep: per batch, kept sizes per layer (with `teacher`, for the refit)."""
+        self.config, self.options, self.groups, self.dtype = config, options, groups, dtype
+        self.x, self.teacher, self.keep = x, teacher, keep
+
+    def _keep(self, batch: int, layer: int) -> Keep | None:
+        return self.keep[batch][layer] if self.keep is not None else None
+
+    def replay(self, i: int, finished: Mapping[str, Block], original: Mapping[str, Block]) -> None:
+        """Move the streams past a layer that an earlier run finished."""
+        for kind in self.config.pattern[i]:
+            self._advance(i, kind, self._dense(kind, finished[kind]), original[kind])
+
+    def _dense(self, kind: str, block: Block) -> dict[str, Any]:
+        return {name: dense(value) for name, value in block.items()}
+
+    def _advance(self, i: int, kind: str, working: Block, original: Block) -> None:
+        self.x = [advance(self.config, kind, working, x, self._keep(b, i)) for b, x in enumerate(self.x)]
+        if self.teacher is not None:
+            self.teacher = [advance(self.config, kind, original, t, None) for t in self.teacher]
+
+    def layer(self, i: int, layer: Mapping[str, Block]) -> dict[str, dict[str, Any]]:
+        """Finish layer i (dense, sorted, rotated, float32) and move the streams past it."""
+        return {kind: self._block(i, kind, layer[kind]) for kind in self.config.pattern[i]}
+
+    def _block(self, i: int, kind: str, original: Block) -> dict[str, Any]:
+        config, options = self.config, self.options
+        leaves = elastic.leaves(config, kind)
+        tokens = sum(x.shape[0] * x.shape[1] for x in self.x)
+        done: dict[str, Any] = {}
+        working = dict(original)
+
+        def settle(name: str, value: Array, hessian: Array | None) -> None:
+            leaf = leaves[name]
+            if options.packed and leaf.contract:
+                key = "embed" if leaf.contract == "last" else leaf.dims[0]
+                done[name] = quantize_leaf(leaf, value, hessian, options, self.groups[key])
+            else:
+                done[name] = stored(leaf, value, self.dtype)
+            working[name] = dense(done[name])
+
+        first = [name for name, leaf in leaves.items() if leaf.contract != "first"]
+        hessian = None
+        if options.packed and options.rounding == "gptq" or options.packed and options.scale_search:
+            hessian = sum(read_gram(config, kind, original, x) for x in self.x) / tokens
+        for name in first:
+            settle(name, original[name], hessian)
+        for name, leaf in leaves.items():
+            if leaf.contract != "first":
+                continue
+            weight = original[name]
+            if self.teacher is not None and self.keep is not None:
+                sums = [
+                    hidden_gram_and_cross(
+                        config, kind, working, original, x, t, self.keep[b][i], options.refit_target
+                    )
+                    for b, (x, t) in enumerate(zip(self.x, self.teacher, strict=True))
+                ]
+                inner_gram, cross = (sum(part) / tokens for part in zip(*sums, strict=True))
+                flat = weight.reshape(-1, weight.shape[-1])
+                weight = refit(inner_gram, cross, flat, options.refit_ridge).reshape(weight.shape)
+                settle(name, weight, inner_gram)
+            elif hessian is not None:
+                total = sum(hidden_gram(config, kind, working, x, self._keep(b, i)) for b, x in enumerate(self.x))
+                settle(name, weight, total / tokens)
+            else:
+                settle(name, weight, None)
+        self._advance(i, kind, working, original)
+        return done

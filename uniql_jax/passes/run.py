@@ -1,0 +1,328 @@
+"""The one pass, from an opened source to a whole elastic checkpoint: sort, plan, then rotate, refit and quantize."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Int
+
+import uniql_jax
+from uniql_jax import elastic
+from uniql_jax.checkpoint import CheckpointWriter, packed, stored
+from uniql_jax.config import ModelConfig
+from uniql_jax.errors import UserError
+from uniql_jax.files import check_space
+from uniql_jax.model import embed
+from uniql_jax.passes.finishing import Finisher, keep_per_window, quantize_leaf, refit_rates
+from uniql_jax.passes.options import Options, groups
+from uniql_jax.passes.sorting import final_gram, layer_statistics, sort_layer
+from uniql_jax.passes.work import LayerStore, flatten, unflatten
+from uniql_jax.plan import Plan, make_plan
+from uniql_jax.quantize.rotation import orthogonal, rotate_block, rotate_top
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+class Source(Protocol):
+    """What a run reads from: `convert.source.Source`."""
+
+    config: ModelConfig
+    hf_config: Mapping[str, Any]
+    name: str
+
+    def layer(self, index: int) -> dict[str, dict[str, Any]]:
+        """Leaves of a layer, dense float32, in the layout of `elastic.BLOCKS`."""
+        ...
+
+    def top(self) -> dict[str, Any]:
+        """Embedding, final norm and head where untied."""
+        ...
+
+    def write_side_files(self, folder: Path) -> None:
+        """Tokenizer and the like."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a run did: the plan, block influence per layer, bytes of the checkpoint's tensors."""
+
+    plan: Plan
+    influence: tuple[float, ...]
+    bytes: int
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of the whole model, embedding and head (once when tied) included."""
+    full = elastic.sizes(config)
+    layers = sum(
+        int(np.prod(elastic.shape(config, leaf)))
+        for kinds in config.pattern
+        for kind in kinds
+        for name, leaf in elastic.leaves(config, kind).items()
+        if name != "inv_freq"
+    )
+    tables = 1 if config.tie_embeddings else 2
+    return layers + full["embed"] * (full["vocab"] * tables + 1)
+
+
+def output_bytes(config: ModelConfig, options: Options) -> int:
+    """Estimate of the checkpoint's size (scales included)."""
+    per_weight = options.bits / 8 + (2 / 64 if options.packed else 0)
+    return int(parameter_count(config) * per_weight) + 4 * config.hidden_size**2
+
+
+def compress(
+    source: Source,
+    out: str | Path,
+    tokens: Int[np.ndarray, "n t"],
+    options: Options | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Progress = lambda items, _: items,
+) -> Report:
+    """Sort, plan, rotate, refit and quantize; one layer is in memory at a time.
+
+    tokens: int32 calibration windows [windows, length] without padding. Work that is done lies in `OUT.partial`
+    until the checkpoint is whole; after a kill, resume=True goes on and gives the same bytes. Raises UserError when
+    `out` exists, when another run's work is in the way, or when the disk is too small.
+    """
+    options = options or Options()
+    target = Path(out).expanduser().absolute()
+    folder = target.with_name(f"{target.name}.partial")
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists; name another place or add --overwrite")
+    fingerprint = _fingerprint(source, tokens, options)
+    _prepare(folder, fingerprint, resume, source.config, options)
+    with jax.default_matmul_precision("highest"):
+        run = _Run(source, folder, tokens, options, progress)
+        run.sort()
+        run.finish()
+        size = run.assemble(dict(provenance or {}))
+    old = target.with_name(f"{target.name}.partial-old")
+    if target.exists():
+        target.rename(old)
+    (folder / "checkpoint").rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    return Report(run.plan, tuple(run.influence), size)
+
+
+def _fingerprint(source: Source, tokens: np.ndarray, options: Options) -> str:
+    facts = [uniql_jax.__version__, source.name, dict(source.hf_config), dataclasses.asdict(options), tokens.shape]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    digest.update(np.ascontiguousarray(tokens).tobytes())
+    return digest.hexdigest()
+
+
+def _prepare(folder: Path, fingerprint: str, resume: bool, config: ModelConfig, options: Options) -> None:
+    """The work folder, new or resumed; nothing is created when the run cannot start."""
+    note = folder / "run.json"
+    if folder.exists():
+        same = note.is_file() and json.loads(note.read_text())["fingerprint"] == fingerprint
+        if resume and not same:
+            raise UserError(f"{folder} holds a run with other settings; remove it or repeat those settings")
+        if not resume:
+            state = "add --resume to go on with it" if same else "remove it to start anew"
+            raise UserError(f"{folder} holds an unfinished run; {state}")
+        return
+    check_space(folder, 4 * parameter_count(config) + 2 * output_bytes(config, options))
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+    temporary = folder / "run.tmp"
+    temporary.write_text(json.dumps({"fingerprint": fingerprint}))
+    os.replace(temporary, note)
+
+
+class _Run:
+    """State of one run: calibration windows in batches, and the two stores of finished layers."""
+
+    def __init__(self, source: Source, folder: Path, tokens: np.ndarray, options: Options, progress: Progress):
+        self.source, self.options, self.folder, self.progress = source, options, folder, progress
+        self.config = source.config
+        size = max(1, options.batch_tokens // tokens.shape[1])
+        self.batches = [jnp.asarray(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+        self.count = tokens.size
+        self.sorted = LayerStore(folder / "sorted")
+        self.done = LayerStore(folder / "done")
+        self.groups = dict(groups(self.config))
+        self.meta = {"bits": options.bits, "groups": self.groups}
+        self.influence: list[float] = []
+        self.top = {name: jnp.asarray(value, jnp.float32) for name, value in source.top().items()}
+
+    def _layer(self, i: int) -> dict[str, dict[str, Array]]:
+        """Layer i, sorted, float32."""
+        loaded = unflatten(self.sorted.load(f"layer_{i:05d}"))
+        return {kind: {n: jnp.asarray(v, jnp.float32) for n, v in block.items()} for kind, block in loaded.items()}
+
+    def _streams(self, table: Any) -> list[Array]:
+        return [embed({"embed": table}, batch, jnp.float32) for batch in self.batches]
+
+    def sort(self) -> None:
+        """Statistics, sorted layers, block influence, the plan and the Gram of what the head will read."""
+        xs = self._streams(self.top["embed"])
+        last = len(self.config.pattern) - 1
+        for i in self.progress(range(last + 1), "sort"):
+            name, kinds = f"layer_{i:05d}", self.config.pattern[i]
+            if self.sorted.has(name):
+                # Sorting changes nothing but rounding, yet a resumed run must see the same stream bit for bit, so
+                # the stream always goes through the original layer.
+                self.influence.append(self.sorted.record(name)["influence"])
+                if i < last and self.sorted.has(f"layer_{i + 1:05d}"):
+                    continue
+                xs = self._replay_sort(i)
+                continue
+            layer = jax.tree.map(jnp.asarray, self.source.layer(i))
+            stats, cosine = None, 0.0
+            for b, x in enumerate(xs):
+                xs[b], found, part = layer_statistics(self.config, kinds, layer, x)
+                stats = found if stats is None else jax.tree.map(jnp.add, stats, found)
+                cosine += float(part)
+            means = jax.tree.map(lambda value: value / self.count, stats)
+            result = sort_layer(self.config, kinds, layer, means, self.options, self.options.seed + i)
+            self.influence.append(1.0 - cosine / self.count)
+            self.sorted.save(name, flatten(result), {"influence": self.influence[-1]})
+        if not self.sorted.has("final"):
+            total = sum(final_gram(x, self.config.norm_eps) for x in xs) / self.count
+            self.sorted.save("final", {"gram": total})
+        self.plan = make_plan(
+            self.config, self.influence if self.options.planned else None, epsilon=self.options.epsilon
+        )
+
+    def _replay_sort(self, upto: int) -> list[Array]:
+        xs = self._streams(self.top["embed"])
+        for i in range(upto + 1):
+            layer = jax.tree.map(jnp.asarray, self.source.layer(i))
+            xs = [layer_statistics(self.config, self.config.pattern[i], layer, x)[0] for x in xs]
+        return xs
+
+    def _finish_top(self, q: Array | None) -> dict[str, Any]:
+        """Embedding, norm and head as they will be stored."""
+        options = self.options
+        dtype = matrix_dtype(options)
+        gram = jnp.asarray(self.sorted.load("final")["gram"], jnp.float32)
+        norm = self.top["norm"]
+        top = rotate_top(self.top, q) if q is not None else self.top
+        if not options.packed:
+            return {name: stored(elastic.TOP[name], value, dtype) for name, value in top.items()}
+        if q is None:
+            read = norm[:, None] * gram * norm
+        elif "head" in top:
+            read = q.T @ gram @ q
+        else:
+            read = q.T @ (norm[:, None] * gram * norm) @ q
+        out = {name: stored(elastic.TOP[name], value, dtype) for name, value in top.items() if name != "head"}
+        group = self.groups["embed"]
+        if "head" in top:
+            out["head"] = quantize_leaf(elastic.TOP["head"], top["head"], read, options, group)
+            out["embed"] = quantize_leaf(elastic.TOP["embed"], top["embed"], None, options, group)
+        else:
+            # One table is read as embedding and as head: its errors count in both ways.
+            mixed = read / jnp.mean(jnp.diagonal(read)) + options.embed_mix * jnp.eye(read.shape[0])
+            out["embed"] = quantize_leaf(elastic.TOP["embed"], top["embed"], mixed, options, group)
+        return out
+
+    def finish(self) -> None:
+        """Bring every layer into its stored form."""
+        options = self.options
+        refitting = options.refit is not None
+        rotating = options.packed and options.rotate
+        q = jnp.asarray(orthogonal(self.config.hidden_size, options.seed), jnp.float32) if rotating else None
+        if not self.done.has("top"):
+            self.done.save("top", self._finish_top(q))
+        teacher = keep = None
+        x = self._streams(self._stored_top()["embed"])
+        if refitting:
+            teacher = self._streams(self.top["embed"] @ q if q is not None else self.top["embed"])
+            rates = refit_rates(sum(len(b) for b in self.batches), float(options.refit or 0.0))
+            per_window = keep_per_window(self.plan, rates)
+            starts = np.cumsum([0] + [len(b) for b in self.batches])
+            keep = [
+                tuple({a: sizes[lo:hi] for a, sizes in layer.items()} for layer in per_window)
+                for lo, hi in zip(starts[:-1], starts[1:], strict=True)
+            ]
+        finisher = Finisher(self.config, options, self.groups, matrix_dtype(options), x, teacher, keep)
+        streaming = refitting or options.packed
+        for i in self.progress(range(len(self.config.pattern)), "quantize" if options.packed else "finish"):
+            name = f"layer_{i:05d}"
+            layer = self._layer(i)
+            if q is not None:
+                layer = {kind: rotate_block(kind, block, q) for kind, block in layer.items()}
+            if self.done.has(name):
+                if streaming:
+                    finisher.replay(i, self._stored_layer(i), layer)
+                continue
+            if streaming:
+                self.done.save(name, flatten(finisher.layer(i, layer)))
+            else:
+                dtype = matrix_dtype(options)
+                self.done.save(
+                    name,
+                    {
+                        f"{kind}.{leaf}": stored(elastic.BLOCKS[kind][leaf], value, dtype)
+                        for kind, block in layer.items()
+                        for leaf, value in block.items()
+                    },
+                )
+
+    def _stored_layer(self, i: int) -> dict[str, dict[str, Any]]:
+        """A finished layer in its stored form."""
+        return {
+            kind: self._restore(block, elastic.BLOCKS[kind])
+            for kind, block in unflatten(self.done.load(f"layer_{i:05d}")).items()
+        }
+
+    def _stored_top(self) -> dict[str, Any]:
+        return self._restore(self.done.load("top"), elastic.TOP)
+
+    def _restore(self, tensors: Mapping[str, Any], table: Mapping[str, elastic.Leaf]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in tensors.items():
+            name, _, part = key.partition(".")
+            if part == "scale":
+                continue
+            if part == "data":
+                out[name] = packed(self.config, self.meta, table[name], value, tensors[f"{name}.scale"])
+            else:
+                out[name] = stored(table[name], value, matrix_dtype(self.options))
+        return out
+
+    def assemble(self, provenance: dict[str, Any]) -> int:
+        """Write the whole checkpoint into the work folder; returns the bytes of its tensors."""
+        folder = self.folder / "checkpoint"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        meta = self.meta | {
+            "plan": self.plan.to_json(),
+            "influence": self.influence,
+            "options": dataclasses.asdict(self.options),
+            "provenance": {"version": uniql_jax.__version__, "source": Path(self.source.name).name} | provenance,
+        }
+        writer = CheckpointWriter(folder, self.source.hf_config, meta)
+        writer.add_top(self._stored_top())
+        for i in range(len(self.config.pattern)):
+            writer.add_layer(i, self._stored_layer(i))
+        size = writer.finish()
+        self.source.write_side_files(folder)
+        return size
+
+
+def matrix_dtype(options: Options) -> Any:
+    """Type of the matrices that are not packed."""
+    return np.float32 if options.bits == 32 else ml_dtypes.bfloat16
+

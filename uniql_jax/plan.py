@@ -1,0 +1,186 @@
+"""From one global prune rate to the kept sizes of every layer: nested, exact in parameters, any rate from 0 to 0.35.
+
+The plan is a single order in which units (a few channels, pairs or ranks of one layer) are given up. A rate is a
+prefix of that order, so what a higher rate keeps is always part of what a lower one keeps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from uniql_jax import elastic
+from uniql_jax.config import ModelConfig
+from uniql_jax.errors import UserError
+from uniql_jax.int4 import TARGET_GROUP
+
+MAX_PRUNE_RATE = 0.35
+LAYER_CAP = 0.85
+"""No layer gives up more than this part of an axis (UniQL, arXiv 2512.03383, section on layer-wise rates)."""
+
+
+def check_rate(rate: float) -> float:
+    """The rate itself, or a UserError when it is not a number from 0 to 0.35."""
+    if not isinstance(rate, (int, float)) or not -1e-9 <= rate <= MAX_PRUNE_RATE + 1e-9:
+        raise UserError(f"prune rate must be a number from 0 to {MAX_PRUNE_RATE}, not {rate!r}")
+    return min(max(float(rate), 0.0), MAX_PRUNE_RATE)
+
+
+def group_and_unit(count: int, inner: int, least: int) -> tuple[int, int]:
+    """(quantization group, cut unit) along an elastic axis of `count` entries whose entry spans `inner` inputs.
+
+    A group is a whole number of entries, a multiple of 8 inputs, near 128 and small enough for four cuts; a unit is
+    a whole number of groups and at least `least` entries where that leaves four units.
+    """
+    target = min(TARGET_GROUP, max(8, count * inner // 4))
+    step = 8 // math.gcd(8, inner)
+    even = [k for k in range(step, count + 1, step) if count % k == 0] or [max(step, target // inner // step * step)]
+    entries = min(even, key=lambda k: abs(math.log(k * inner / target)))
+    smallest = min(least, max(1, count // 4))
+    unit = entries * max(1, math.ceil(smallest / entries))
+    return entries * inner, unit
+
+
+def axis_group_and_unit(config: ModelConfig, axis: str) -> tuple[int, int]:
+    """Group of the leaf that contracts this elastic axis, and the unit in which the axis is cut.
+
+    Q and K contract no elastic axis; their pairs are cut in eights (16 dimensions), or fewer in small heads.
+    """
+    full = elastic.sizes(config)
+    if axis == "qk":
+        return 0, min(8, max(1, full["qk"] // 4))
+    inner = config.heads if axis == "vo" else 1
+    return group_and_unit(full[axis], inner, 16 if axis == "vo" else 8)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """What to give up first: `order` lists (layer, axis) units from the first cut to the last.
+
+    `sizes` and `units` are per axis; `costs[layer][axis]` is the number of parameters one entry holds.
+    """
+
+    sizes: Mapping[str, int]
+    units: Mapping[str, int]
+    costs: tuple[Mapping[str, int], ...]
+    order: tuple[tuple[int, str], ...]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Names the plan's content; equal plans compare and hash equal, so a jit cache survives a reload."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and (self is other or self.digest == other.digest)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @functools.cached_property
+    def total(self) -> int:
+        """Prunable parameters at rate 0."""
+        return sum(self.sizes[axis] * cost for layer in self.costs for axis, cost in layer.items())
+
+    @functools.cached_property
+    def _removed(self) -> np.ndarray:
+        """Parameters removed after each prefix of the order, [units + 1]."""
+        kept = [{axis: self.sizes[axis] for axis in layer} for layer in self.costs]
+        removed = [0]
+        for layer, axis in self.order:
+            after = next_cut(kept[layer][axis], self.units[axis])
+            removed.append(removed[-1] + (kept[layer][axis] - after) * self.costs[layer][axis])
+            kept[layer][axis] = after
+        return np.asarray(removed)
+
+    def _cuts(self, rate: float) -> int:
+        return int(np.argmin(np.abs(self._removed - check_rate(rate) * self.total)))
+
+    def keep(self, rate: float) -> tuple[dict[str, int], ...]:
+        """Kept size of every axis of every layer at this prune rate.
+
+        The removed fraction is the nearest the units allow. Raises UserError outside 0 ... 0.35.
+        """
+        kept = [{axis: self.sizes[axis] for axis in layer} for layer in self.costs]
+        for layer, axis in self.order[: self._cuts(rate)]:
+            kept[layer][axis] = next_cut(kept[layer][axis], self.units[axis])
+        return tuple(kept)
+
+    def keep_from(self, have: float, want: float) -> tuple[dict[str, int], ...]:
+        """Kept sizes at rate `want` for a model that was already cut to rate `have`; it cannot grow back."""
+        if check_rate(want) < have - 1e-9:
+            raise UserError(f"the model was loaded at prune rate {have}; load it again to go down to {want}")
+        return self.keep(want)
+
+    def kept_fraction(self, rate: float) -> float:
+        """Prunable parameters that stay, over all prunable parameters."""
+        return float(1.0 - self._removed[self._cuts(rate)] / self.total)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for config.json."""
+        return {
+            "sizes": dict(self.sizes),
+            "units": dict(self.units),
+            "costs": [dict(c) for c in self.costs],
+            "order": [[layer, axis] for layer, axis in self.order],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """Inverse of `to_json`."""
+        return cls(
+            sizes=dict(data["sizes"]),
+            units=dict(data["units"]),
+            costs=tuple(dict(c) for c in data["costs"]),
+            order=tuple((int(layer), str(axis)) for layer, axis in data["order"]),
+        )
+
+
+def next_cut(kept: int, unit: int) -> int:
+    """Size after one more cut: the next multiple of the unit below, never zero."""
+    return max((kept - 1) // unit * unit, min(kept, unit))
+
+
+def make_plan(
+    config: ModelConfig, influence: Sequence[float] | None, *, epsilon: float = 0.1, cap: float = LAYER_CAP
+) -> Plan:
+    """Order all units by the global rate at which their layer's share crosses them.
+
+    influence: block influence per layer, 1 - mean cos(input, output), float [layers]; None plans uniformly.
+    A layer's share is proportional to softmax(-influence / epsilon); a layer that reached `cap` stops, and the others go
+    on, which redistributes what was clamped (method: plan).
+    """
+    count = len(config.pattern)
+    scores = np.zeros(count) if influence is None else np.asarray(influence, np.float64)
+    if scores.shape != (count,) or not np.isfinite(scores).all():
+        raise ValueError(f"block influence must be {count} finite numbers")
+    weight = np.exp(-(scores - scores.min()) / epsilon)
+    weight /= weight.mean()
+    full = elastic.sizes(config)
+    axes = [elastic.layer_axes(kinds) for kinds in config.pattern]
+    units = {axis: axis_group_and_unit(config, axis)[1] for axis in sorted({a for layer in axes for a in layer})}
+    crossings = []
+    for layer in range(count):
+        for axis in axes[layer]:
+            kept = full[axis]
+            while (after := next_cut(kept, units[axis])) < kept:
+                share = (full[axis] - (kept + after) / 2) / full[axis]
+                if share > cap:
+                    break
+                crossings.append((share / weight[layer], layer, axis))
+                kept = after
+    crossings.sort(key=lambda c: c[0])
+    return Plan(
+        sizes={axis: full[axis] for axis in units},
+        units=units,
+        costs=tuple(
+            {axis: elastic.axis_cost(config, kinds, axis) for axis in axes[i]} for i, kinds in enumerate(config.pattern)
+        ),
+        order=tuple((layer, axis) for _, layer, axis in crossings),
+    )
