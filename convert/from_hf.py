@@ -10,7 +10,7 @@ from convert.source import open_source
 from convert.to_hf import DTYPES
 from uniql_jax import cli, elastic
 from uniql_jax.checkpoint import CheckpointWriter, stored
-from uniql_jax.files import check_space, staged_output
+from uniql_jax.files import check_output, check_space, staged_output
 
 
 def convert(ckpt: str, out: str, overwrite: bool = False) -> None:
@@ -18,6 +18,7 @@ def convert(ckpt: str, out: str, overwrite: bool = False) -> None:
 
     Matrices keep the model's own number format (bfloat16 where the config names none), vectors become float32.
     """
+    check_output(out, overwrite)
     source = open_source(ckpt)
     config = source.config
     dtype = config.dtype if config.dtype in DTYPES else "bfloat16"

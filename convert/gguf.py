@@ -1,4 +1,4 @@
-"""GGUF files of the llama family: their metadata as a Hugging Face config, their tensors in float32, their tokenizer."""
+"""GGUF files of the llama family: metadata as a Hugging Face config, tensors in float32, the tokenizer as files."""
 
 from __future__ import annotations
 

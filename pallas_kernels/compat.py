@@ -1,5 +1,7 @@
-"""Every Pallas import in one place, for JAX 0.10 to 0.12: the Triton backend is deprecated since 0.11 and will go, and a
-CPU-only build may lack Mosaic GPU."""
+"""Every Pallas import in one place, for JAX 0.10 to 0.12.
+
+The Triton backend is deprecated since 0.11 and will go; a CPU-only build may lack Mosaic GPU.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ with warnings.catch_warnings():
     except ImportError:
         mosaic_gpu = None
 
-__all__ = ["call", "load", "mosaic_gpu", "pl", "plgpu", "store"]
+__all__ = ["call", "interpreted", "load", "mosaic_gpu", "pl", "plgpu", "store", "triton"]
 
 
 def triton() -> ModuleType:
@@ -39,13 +41,18 @@ def triton() -> ModuleType:
     return plgpu
 
 
+def interpreted() -> bool:
+    """Whether kernels run in Pallas's interpreter: on a CPU, which has no compiler for them."""
+    return jax.default_backend() == "cpu"
+
+
 def call(kernel: Any, *, name: str, grid: tuple[int, ...], out_shape: Any, warps: int = 4, stages: int = 2) -> Any:
-    """`pallas_call` over whole arrays for the Triton backend, interpreted where the default device is a CPU."""
+    """`pallas_call` over whole arrays for the Triton backend, or the interpreter."""
     return pl.pallas_call(
         kernel,
         out_shape=out_shape,
         grid=grid,
-        interpret=jax.default_backend() == "cpu",
+        interpret=interpreted(),
         compiler_params=triton().CompilerParams(num_warps=warps, num_stages=stages),
         name=name,
     )

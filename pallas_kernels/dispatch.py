@@ -10,18 +10,21 @@ from typing import Any
 import jax
 
 VARIABLE = "UNIQL_KERNELS"
-"""Environment variable that overrides the default: `reference` or `pallas`."""
+"""Environment variable that overrides the default with one of NAMES (a kernel that has it not uses the reference)."""
 
-DEFAULT_ON_GPU = "reference"
-"""What runs on a GPU when nobody says otherwise; change it here once a tuned kernel is measured faster than XLA."""
+NAMES = ("reference", "blocked", "pallas")
+
+DEFAULTS = {"cpu": "blocked", "gpu": "reference"}
+"""What runs on each backend when nobody says otherwise; elsewhere the reference. The GPU's changes here, to `pallas`,
+once its kernels are measured to be faster than XLA."""
 
 
-def default() -> tuple[str, bool]:
-    """Name of the implementation when the caller gives none, and whether the environment named it."""
+def default() -> str:
+    """The implementation to use when the caller names none. Raises ValueError when the environment's is unknown."""
     named = os.environ.get(VARIABLE, "").strip().lower()
-    if named:
-        return named, True
-    return (DEFAULT_ON_GPU if jax.default_backend() in ("gpu", "cuda", "rocm") else "reference"), False
+    if named and named not in NAMES:
+        raise ValueError(f"{VARIABLE} is one of {', '.join(NAMES)}, not {named!r}")
+    return named or DEFAULTS.get(jax.default_backend(), "reference")
 
 
 def pick(
@@ -30,17 +33,16 @@ def pick(
     """The function to call for kernel `name`.
 
     A named implementation runs alone, so whatever it cannot do is raised. The default falls back to the reference for
-    what it answers with NotImplementedError. Raises ValueError for a name the kernel has not.
+    what it answers with NotImplementedError or has not. Raises ValueError when a named one does not exist.
     """
-    chosen, where = implementation, ""
-    if chosen is None:
-        chosen, from_environment = default()
-        where = f" ({VARIABLE})" if from_environment else ""
-    if chosen not in implementations:
-        raise ValueError(f"{name} has no implementation {chosen!r}{where}; it has {', '.join(implementations)}")
+    if implementation is not None:
+        if implementation not in implementations:
+            raise ValueError(f"{name} has no implementation {implementation!r}; it has {', '.join(implementations)}")
+        return implementations[implementation]
+    chosen = default()
+    if chosen not in implementations or chosen == "reference":
+        return implementations["reference"]
     function = implementations[chosen]
-    if implementation is not None or chosen == "reference":
-        return function
 
     @functools.wraps(function)
     def with_fallback(*args: Any, **kwargs: Any) -> Any:

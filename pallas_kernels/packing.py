@@ -42,7 +42,7 @@ def unpack_last(data: Int[Array, "*lead stored"], bits: int) -> Int[Array, "*lea
     if bits == 8:
         return data
     nibbles = (data[..., None] >> jnp.asarray(SHIFTS, jnp.int32)) & 0xF
-    return (nibbles - 8).reshape(*data.shape[:-1], -1)
+    return (nibbles - 8).reshape(*data.shape[:-1], 8 * data.shape[-1])
 
 
 def unpack_first(data: Int[Array, "stored features"], bits: int) -> Int[Array, "padded features"]:
@@ -50,7 +50,7 @@ def unpack_first(data: Int[Array, "stored features"], bits: int) -> Int[Array, "
     if bits == 8:
         return data
     nibbles = (data[:, None] >> jnp.asarray(SHIFTS, jnp.int32)[:, None]) & 0xF
-    return (nibbles - 8).reshape(-1, data.shape[-1])
+    return (nibbles - 8).reshape(8 * data.shape[0], data.shape[-1])
 
 
 def dequantize_last(

@@ -28,7 +28,9 @@ if os.environ.get("UNIQL_TYPECHECK", "1") != "0":
     # Before our packages are imported: every annotated call in the tests then checks its shapes and dtypes.
     from jaxtyping import install_import_hook
 
-    install_import_hook(["uniql_jax", "pallas_kernels", "convert", "train"], "beartype.beartype")
+    import tests.typecheck  # noqa: F401  the hook finds it by name, but does not import it
+
+    install_import_hook(["uniql_jax", "pallas_kernels", "convert", "train"], "tests.typecheck.check")
 
 # A first example compiles, so no deadline; few examples, since a new shape is a new compilation.
 settings.register_profile(

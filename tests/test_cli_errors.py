@@ -20,6 +20,7 @@ from uniql_jax import cli
 
 Folder = Callable[[str], Path]
 Refuse = Callable[..., str]
+ReadDoor = Callable[[Path, Path], tuple[object, ...]]
 
 
 @pytest.fixture
@@ -67,6 +68,14 @@ def _listing(folder: Path) -> dict[str, tuple[int, int]]:
     } | {str(p.relative_to(folder)) + "/": (0, 0) for p in folder.rglob("*") if p.is_dir()}
 
 
+@pytest.fixture(params=["uniql_jax.compress", "convert.from_hf"])
+def read_door(request: pytest.FixtureRequest, calib: Path) -> ReadDoor:
+    """(source, out) -> a command that reads a whole source checkpoint: each of the two doors that do."""
+    if request.param == "uniql_jax.compress":
+        return lambda source, out: _compress(source, out, calib)
+    return lambda source, out: ("convert.from_hf", source, out)
+
+
 def _compress(source: Path | str, out: Path, calib: Path, *more: object) -> tuple[object, ...]:
     return ("uniql_jax.compress", "--ckpt", source, "--out", out, "--calib", calib, *more)
 
@@ -76,63 +85,63 @@ def _edit_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_missing_checkpoint(refuse: Refuse, tmp_path: Path, calib: Path) -> None:
+def test_missing_checkpoint(refuse: Refuse, tmp_path: Path, read_door: ReadDoor) -> None:
     missing = tmp_path / "nothing" / "here"
-    assert str(missing) in refuse(*_compress(missing, tmp_path / "out", calib))
+    assert str(missing) in refuse(*read_door(missing, tmp_path / "out"))
 
 
-def test_folder_without_config(refuse: Refuse, source: Path, tmp_path: Path, calib: Path) -> None:
+def test_folder_without_config(refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor) -> None:
     (source / "config.json").unlink()
-    assert "config.json" in refuse(*_compress(source, tmp_path / "out", calib))
+    assert "config.json" in refuse(*read_door(source, tmp_path / "out"))
 
 
-def test_config_that_is_no_json(refuse: Refuse, source: Path, tmp_path: Path, calib: Path) -> None:
+def test_config_that_is_no_json(refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor) -> None:
     (source / "config.json").write_text('{"model_type": ')
-    assert "config.json" in refuse(*_compress(source, tmp_path / "out", calib))
+    assert "config.json" in refuse(*read_door(source, tmp_path / "out"))
 
 
-def test_unsupported_family(refuse: Refuse, source: Path, tmp_path: Path, calib: Path) -> None:
+def test_unsupported_family(refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor) -> None:
     _edit_config(source, model_type="gpt_neox")
-    line = refuse(*_compress(source, tmp_path / "out", calib))
+    line = refuse(*read_door(source, tmp_path / "out"))
     assert "gpt_neox" in line
     assert "llama" in line
 
 
 @pytest.mark.parametrize("kept", [0, 4, 1000, -8], ids=["empty", "no header", "header cut", "data cut"])
-def test_truncated_safetensors(refuse: Refuse, source: Path, tmp_path: Path, calib: Path, kept: int) -> None:
+def test_truncated_safetensors(refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor, kept: int) -> None:
     path = source / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    assert "model.safetensors" in refuse(*_compress(source, tmp_path / "out", calib))
+    assert "model.safetensors" in refuse(*read_door(source, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
 def test_weight_that_is_not_finite(
-    refuse: Refuse, source: Path, tmp_path: Path, calib: Path, name: str, bad: float
+    refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor, name: str, bad: float
 ) -> None:
     path = source / "model.safetensors"
     tensors = load_file(path)
     tensors[name][3, 5] = bad
     save_file(tensors, path, metadata={"format": "pt"})
-    assert name in refuse(*_compress(source, tmp_path / "out", calib))
+    assert name in refuse(*read_door(source, tmp_path / "out"))
 
 
-def test_missing_tensor(refuse: Refuse, source: Path, tmp_path: Path, calib: Path) -> None:
+def test_missing_tensor(refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor) -> None:
     path = source / "model.safetensors"
     tensors = load_file(path)
     name = "model.layers.2.self_attn.k_proj.weight"
     del tensors[name]
     save_file(tensors, path, metadata={"format": "pt"})
-    assert name in refuse(*_compress(source, tmp_path / "out", calib))
+    assert name in refuse(*read_door(source, tmp_path / "out"))
 
 
-def test_tensor_of_another_shape(refuse: Refuse, source: Path, tmp_path: Path, calib: Path) -> None:
+def test_tensor_of_another_shape(refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor) -> None:
     path = source / "model.safetensors"
     tensors = load_file(path)
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = tensors[name][:-1].copy()
     save_file(tensors, path, metadata={"format": "pt"})
-    assert name in refuse(*_compress(source, tmp_path / "out", calib))
+    assert name in refuse(*read_door(source, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("rate", ["-0.1", "0.9", "abc", "nan", ""])
@@ -159,11 +168,11 @@ def test_one_bad_rate_among_good_ones(refuse: Refuse, source: Path) -> None:
     assert "0.5" in line
 
 
-def test_existing_output(refuse: Refuse, source: Path, tmp_path: Path, calib: Path) -> None:
+def test_existing_output(refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("{}")
-    assert "--overwrite" in refuse(*_compress(source, out, calib))
+    assert "--overwrite" in refuse(*read_door(source, out))
 
 
 def test_overwrite_spares_what_is_no_model(refuse: Refuse, source: Path, tmp_path: Path, calib: Path) -> None:
@@ -174,10 +183,12 @@ def test_overwrite_spares_what_is_no_model(refuse: Refuse, source: Path, tmp_pat
     refuse(*_compress(source, out, calib, "--overwrite"))
 
 
-def test_no_space(refuse: Refuse, source: Path, tmp_path: Path, calib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space(
+    refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
-    assert "space" in refuse(*_compress(source, tmp_path / "out", calib))
+    assert "space" in refuse(*read_door(source, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("bits", ["3", "0", "four"])

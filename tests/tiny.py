@@ -1,4 +1,4 @@
-"""A tiny random llama with a plan, in memory or as an elastic checkpoint with a tokenizer: for tests of what stands above.
+"""A tiny random llama with a plan, in memory or as an elastic checkpoint with a tokenizer.
 
 No torch here.
 """

@@ -98,7 +98,8 @@ def evaluate(
 
     checkpoint = open_checkpoint(ckpt)
     config, plan = checkpoint.config, checkpoint.plan
-    sizes = {float(rate): checkpoint.weight_bytes(float(rate)) for rate in prune_rates}  # refuses a bad rate before long work
+    # asked first: a rate that cannot be served is refused before long work
+    sizes = {float(rate): checkpoint.weight_bytes(float(rate)) for rate in prune_rates}
     window = min(window, config.max_position)
     tokenizer = data.load_tokenizer(ckpt)
     vocabulary = config.vocab_size

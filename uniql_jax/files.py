@@ -221,7 +221,7 @@ def staged_output(out: str | os.PathLike[str], overwrite: bool = False) -> Itera
     replaced, and only at the very end), when the place cannot be written, and when the disk fills up.
     """
     target = Path(out).expanduser().absolute()
-    _check_target(target, overwrite)
+    check_output(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
@@ -230,7 +230,7 @@ def staged_output(out: str | os.PathLike[str], overwrite: bool = False) -> Itera
         raise UserError(f"cannot write {out}: {error.strerror}") from None
     try:
         yield staging
-        _check_target(target, overwrite)  # something may have appeared there meanwhile
+        check_output(target, overwrite)  # something may have appeared there meanwhile
         _swap(staging, target)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -240,7 +240,9 @@ def staged_output(out: str | os.PathLike[str], overwrite: bool = False) -> Itera
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_output(out: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Raise UserError when `staged_output` would refuse this place; doors ask before long work."""
+    target = Path(out).expanduser().absolute()
     if not target.exists() and not target.is_symlink():
         return
     if not overwrite:

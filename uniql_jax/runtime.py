@@ -184,7 +184,8 @@ def generate_tokens(
     tokens = np.asarray(tokens)
     mask = np.ones(tokens.shape, np.int32) if attention_mask is None else np.asarray(attention_mask).astype(np.int32)
     _check_prompt(model, tokens, mask, max_new_tokens)
-    stops = np.asarray(stop_ids(model) if eos_ids is None else tuple(eos_ids), np.int32)
+    stops = tuple(stop_ids(model) if eos_ids is None else eos_ids)
+    stops = np.asarray(stops + (-1,) * (-len(stops) % 4), np.int32)  # in fours, so that their number rarely compiles
     length = bucket(tokens.shape[1]) + max_new_tokens
     key, settings = jax.random.key(seed), _settings(temperature, top_p, top_k)
     token, cache = _first(model, *_padded(tokens.astype(np.int32), mask), key, settings, length)
@@ -221,10 +222,9 @@ def generate(
         raise UserError("a chat prompt must be text")
     else:
         ids = np.asarray(prompt)
-        ids = ids[0] if ids.ndim == 2 and ids.shape[0] == 1 else ids
     _check_prompt(model, ids[None], np.ones((1, ids.size), np.int32), max_new_tokens)
     stops = set(stop_ids(model))
-    if chat and tokenizer.eos_token_id is not None:
+    if chat and tokenizer is not None and tokenizer.eos_token_id is not None:
         stops.add(int(tokenizer.eos_token_id))
     settings = _settings(temperature, top_p, top_k)
     new = _stream(model, ids.astype(np.int32), max_new_tokens, settings, jax.random.key(seed), stops)

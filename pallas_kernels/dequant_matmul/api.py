@@ -6,9 +6,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, packing
-from pallas_kernels.dequant_matmul import reference
+from pallas_kernels.dequant_matmul import blocked, pallas, reference
 
-IMPLEMENTATIONS = {"reference": reference.dequant_matmul}
+IMPLEMENTATIONS = {
+    "reference": reference.dequant_matmul,
+    "blocked": blocked.dequant_matmul,
+    "pallas": pallas.dequant_matmul,
+}
 
 
 def dequant_matmul(

@@ -1,4 +1,4 @@
-"""Dequantize a block that fits the cache, multiply, go on: what a CPU runs, several times faster than the reference there.
+"""Dequantize a block that fits the cache, multiply, go on: what a CPU runs, several times faster than the reference.
 
 The reference writes the whole dense weight to memory and reads it back; a block never leaves the cache.
 """
@@ -28,21 +28,25 @@ def _rows(
     group: int,
     width: int,
 ) -> Float[Array, "count rows"]:
-    """x Wᵀ for one block of rows; x is float32."""
+    """X Wᵀ for one block of rows; x is float32."""
     dims = (((1,), (1,)), ((), ()))
     if x.shape[0] > FEW:
         weight = packing.dequantize_last(data, scale, bits=bits, group=group, width=width)
         return jax.lax.dot_general(x, weight, dims)
-    # The compiler melts each plane of a word's k-th weights into its dot: no dense weight is ever written.
-    lanes = 8 if bits == 4 else 1
-    padded = scale.shape[1] * group
-    planes = jnp.pad(x, ((0, 0), (0, padded - width))).reshape(x.shape[0], -1, lanes)
-    spread = jnp.repeat(scale.astype(jnp.float32), group // lanes, axis=1)
-    total = jnp.zeros((x.shape[0], data.shape[0]), jnp.float32)
-    for lane in range(lanes):
-        integers = ((data >> packing.SHIFTS[lane]) & 0xF) - 8 if bits == 4 else data
-        total += jax.lax.dot_general(planes[..., lane], integers.astype(jnp.float32) * spread, dims)
-    return total
+    spread = jnp.repeat(scale.astype(jnp.float32), group // (8 if bits == 4 else 1), axis=1)
+    x = jnp.pad(x, ((0, 0), (0, scale.shape[1] * group - width)))
+    if bits == 8:
+        return jax.lax.dot_general(x, data.astype(jnp.float32) * spread, dims)
+
+    def lane(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
+        # One plane, the k-th weights of all words, melts into its dot: no dense weight is ever written.
+        plane, shift = part
+        weight = (((data >> shift) & 0xF) - 8).astype(jnp.float32) * spread
+        return total + jax.lax.dot_general(plane, weight, dims), None
+
+    planes = jnp.moveaxis(x.reshape(x.shape[0], -1, 8), 2, 0)
+    shifts = jnp.asarray(packing.SHIFTS, jnp.int32)
+    return jax.lax.scan(lane, jnp.zeros((x.shape[0], data.shape[0]), jnp.float32), (planes, shifts))[0]
 
 
 def _last(x: Array, data: Array, scale: Array, *, bits: int, group: int, width: int) -> Array:
@@ -92,10 +96,15 @@ def dequant_matmul(
     contract: str,
     width: int,
 ) -> Float[Array, "*lead out"]:
-    """See api.dequant_matmul. Raises NotImplementedError where the reference is as fast and for groups that split a word."""
+    """See api.dequant_matmul.
+
+    Raises NotImplementedError where the reference is as fast, for float64, and for groups that split a word.
+    """
     if bits == 4 and group % 8:
         raise NotImplementedError(f"a group of {group} splits a word of eight weights")
     features = data.shape[0 if contract == "last" else 1]
+    if x.dtype == jnp.float64 or x.size == 0:
+        raise NotImplementedError("blocks are summed in float32")
     flat = x.reshape(-1, width).astype(jnp.float32)
     if flat.shape[0] > FEW and width * features < LARGE:
         raise NotImplementedError("a dense weight of this size stays in the cache")

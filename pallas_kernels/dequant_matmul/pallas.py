@@ -1,4 +1,4 @@
-"""Dequantizing product on tensor cores: a tile of words is unpacked to exact integers, multiplied, and scaled once a group.
+"""Dequantizing product on tensor cores: a tile of words becomes exact integers, is multiplied, then scaled per group.
 
 Any M, any rows, any group: tiles are powers of two (as the Triton lowering wants) and their overhang is masked.
 """
@@ -58,7 +58,6 @@ def _kernel(x_ref: Any, data_ref: Any, scale_ref: Any, out_ref: Any, *, weight: 
     last = weight.contract == "last"
     per_word = 8 if weight.bits == 4 else 1
     group_stored = weight.group // per_word
-    steps = pl.cdiv(group_stored, tile.stored)
     m = pl.program_id(1) * tile.m + jnp.arange(tile.m)
     n = pl.program_id(0) * tile.n + jnp.arange(tile.n)
     m_in, n_in = m < count, n < features
@@ -66,34 +65,35 @@ def _kernel(x_ref: Any, data_ref: Any, scale_ref: Any, out_ref: Any, *, weight: 
     dtype = jnp.bfloat16 if x_ref.dtype == jnp.bfloat16 else jnp.float32
     precision = None if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
 
-    def step(index: Array, total: Array) -> Array:
-        of_group = index // steps
-        within = (index % steps) * tile.stored + jnp.arange(tile.stored)
-        at, at_in = of_group * group_stored + within, within < group_stored
+    def one_group(group: Array, total: Array) -> Array:
         if last:
-            packed = compat.load(data_ref, (n[:, None], at[None, :]), n_in[:, None] & at_in[None, :])
-            scale = compat.load(scale_ref, (n, of_group), n_in)
+            scale = compat.load(scale_ref, (n, group), n_in)
         else:
-            packed = compat.load(data_ref, (at[:, None], n[None, :]), at_in[:, None] & n_in[None, :])
-            scale = compat.load(scale_ref, (of_group, n), n_in)
+            scale = compat.load(scale_ref, (group, n), n_in)
         part = jnp.zeros((tile.m, tile.n), jnp.float32)
-        for lane in range(per_word):
-            k = at * per_word + lane
-            # x beyond its width, and beyond the group, is read as zero: whatever the word holds there does not count.
-            x = compat.load(x_ref, (m[:, None], k[None, :]), m_in[:, None] & (at_in & (k < width))[None, :])
-            integers = ((packed >> SHIFTS[lane]) & 0xF) - 8 if weight.bits == 4 else packed
-            integers = integers.astype(dtype)
-            part += jax.lax.dot_general(
-                x.astype(dtype),
-                integers,
-                (((1,), (1 if last else 0,)), ((), ())),
-                precision=precision,
-                preferred_element_type=jnp.float32,
-            )
+        for start in range(0, group_stored, tile.stored):
+            within = start + jnp.arange(tile.stored)
+            at, at_in = group * group_stored + within, within < group_stored
+            if last:
+                packed = compat.load(data_ref, (n[:, None], at[None, :]), n_in[:, None] & at_in[None, :])
+            else:
+                packed = compat.load(data_ref, (at[:, None], n[None, :]), at_in[:, None] & n_in[None, :])
+            for lane in range(per_word):
+                k = at * per_word + lane
+                # x beyond its width, and beyond the group, is read as zero: whatever the word holds there is nothing.
+                x = compat.load(x_ref, (m[:, None], k[None, :]), m_in[:, None] & (at_in & (k < width))[None, :])
+                integers = ((packed >> SHIFTS[lane]) & 0xF) - 8 if weight.bits == 4 else packed
+                part += jax.lax.dot_general(
+                    x.astype(dtype),
+                    integers.astype(dtype),
+                    (((1,), (1 if last else 0,)), ((), ())),
+                    precision=precision,
+                    preferred_element_type=jnp.float32,
+                )
         return total + part * scale.astype(jnp.float32)[None, :]
 
     groups = scale_ref.shape[1 if last else 0]
-    total = jax.lax.fori_loop(0, groups * steps, step, jnp.zeros((tile.m, tile.n), jnp.float32))
+    total = jax.lax.fori_loop(0, groups, one_group, jnp.zeros((tile.m, tile.n), jnp.float32))
     compat.store(out_ref, (m[:, None], n[None, :]), total, m_in[:, None] & n_in[None, :])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -19,10 +20,11 @@ def dequant_matmul(
     width: int,
 ) -> Float[Array, "*lead out"]:
     """See api.dequant_matmul."""
+    # Full float32 where the caller's numbers are: a GPU's default would be TF32.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    x32 = x.astype(jnp.float32)
     if contract == "last":
         weight = packing.dequantize_last(data, scale, bits=bits, group=group, width=width)
-        product = jnp.einsum("...w,rw->...r", x.astype(jnp.float32), weight, preferred_element_type=jnp.float32)
-    else:
-        weight = packing.dequantize_first(data, scale, bits=bits, group=group, width=width)
-        product = jnp.einsum("...w,wf->...f", x.astype(jnp.float32), weight, preferred_element_type=jnp.float32)
-    return product.astype(x.dtype)
+        return jnp.einsum("...w,rw->...r", x32, weight, precision=precision).astype(x.dtype)
+    weight = packing.dequantize_first(data, scale, bits=bits, group=group, width=width)
+    return jnp.einsum("...w,wf->...f", x32, weight, precision=precision).astype(x.dtype)

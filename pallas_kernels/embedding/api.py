@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, packing
-from pallas_kernels.embedding import reference
+from pallas_kernels.embedding import pallas, reference
 
-IMPLEMENTATIONS = {"reference": reference.embed}
+IMPLEMENTATIONS = {"reference": reference.embed, "pallas": pallas.embed}
 
 
 def embed(
@@ -19,7 +20,7 @@ def embed(
     bits: int,
     group: int,
     width: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     implementation: str | None = None,
 ) -> Float[Array, "*lead width"]:
     """Rows `tokens` of a table packed along its last axis, dequantized in float32 and cast to `dtype`.

@@ -5,13 +5,14 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.rope import reference
+from pallas_kernels.rope import pallas, reference
 
-ONE = {"reference": reference.rope}
-BOTH = {"reference": reference.rope_qk}
+ONE = {"reference": reference.rope, "pallas": pallas.rope}
+BOTH = {"reference": reference.rope_qk, "pallas": pallas.rope_qk}
 
 
-def _check(x: Array, positions: Array, inv_freq: Array) -> None:
+def check(x: Array, positions: Array, inv_freq: Array) -> None:
+    """Raise ValueError, naming the shapes, when they do not fit each other."""
     if x.ndim != 5 or x.shape[3] != 2:
         raise ValueError(f"x is [batch, length, pairs, 2, heads], not {x.shape}")
     if positions.shape != x.shape[:2]:
@@ -32,7 +33,7 @@ def rope(
     Head i uses column i // (heads // kv_heads) of `inv_freq` (float32). Differentiable in x; positions and inv_freq
     are constants (zero gradient). Raises ValueError when the shapes do not fit.
     """
-    _check(x, positions, inv_freq)
+    check(x, positions, inv_freq)
     return dispatch.pick("rope", ONE, implementation)(x, positions, inv_freq)
 
 
@@ -45,6 +46,6 @@ def rope_qk(
     implementation: str | None = None,
 ) -> tuple[Float[Array, "batch length pairs 2 heads"], Float[Array, "batch length pairs 2 kv_heads"]]:
     """`rope` of queries and keys in one pass; the number of heads of each is a multiple of inv_freq's columns."""
-    _check(q, positions, inv_freq)
-    _check(k, positions, inv_freq)
+    check(q, positions, inv_freq)
+    check(k, positions, inv_freq)
     return dispatch.pick("rope_qk", BOTH, implementation)(q, k, positions, inv_freq)

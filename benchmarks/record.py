@@ -1,0 +1,24 @@
+"""What every recorded result says about where it came from."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import sys
+from typing import Any
+
+import jax
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions, command and date."""
+    device = jax.devices()[0]
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "flax", "transformers")}
+    return {
+        "device": device.device_kind if device.platform != "cpu" else f"CPU ({platform.machine()})",
+        "python": platform.python_version(),
+        "versions": versions,
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+    }

@@ -1,0 +1,60 @@
+"""Random packed weights for the kernels' tests, packed and unpacked by plain numpy that shares no code with ours."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+OFFSETS = {0: 0, 2: 4, 4: 8, 6: 12, 1: 16, 3: 20, 5: 24, 7: 28}
+"""Weight of a word -> its bit offset: the even ones in the low half, the odd ones in the high half."""
+
+
+@dataclasses.dataclass
+class Case:
+    """One packed weight: what a kernel is given, and `dense`, float64 [outputs, width], what it means."""
+
+    data: jnp.ndarray
+    scale: jnp.ndarray
+    bits: int
+    group: int
+    contract: str
+    width: int
+    dense: np.ndarray
+
+    @property
+    def options(self) -> dict:
+        return dict(bits=self.bits, group=self.group, contract=self.contract, width=self.width)
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Integers [outputs, padded] -> int8 [outputs, padded] or int32 words [outputs, padded / 8]."""
+    if bits == 8:
+        return codes.astype(np.int8)
+    words = np.zeros((codes.shape[0], codes.shape[1] // 8), np.uint32)
+    for k, offset in OFFSETS.items():
+        words |= (codes[:, k::8] + 8).astype(np.uint32) << np.uint32(offset)
+    return words.view(np.int32)
+
+
+def random_case(
+    rng: np.random.Generator, outputs: int, width: int, group: int, *, bits: int = 4, contract: str = "last"
+) -> Case:
+    """A weight of random integers and scales; what is stored beyond `width` is random too, and must not matter."""
+    groups = -(-width // group)
+    low, high = (-8, 8) if bits == 4 else (-127, 128)
+    codes = rng.integers(low, high, (outputs, groups * group))
+    scale = rng.uniform(0.01, 0.1, (outputs, groups)).astype(ml_dtypes.bfloat16)
+    dense = (codes * np.repeat(scale.astype(np.float64), group, axis=1))[:, :width]
+    data = pack(codes, bits)
+    if contract == "first":
+        data, scale = data.T, scale.T
+    return Case(jnp.asarray(data), jnp.asarray(scale), bits, group, contract, width, dense)
+
+
+def relative(got: jnp.ndarray, want: np.ndarray) -> float:
+    """Norm of the difference over the norm of what is wanted, in float64."""
+    difference = np.asarray(got).astype(np.float64) - want
+    return float(np.linalg.norm(difference) / np.linalg.norm(want))
