@@ -35,24 +35,28 @@ from uniql_jax.passes.options import Options  # noqa: E402
 from uniql_jax.passes.run import compress  # noqa: E402
 
 RATES = (0.0, 0.15, 0.25, 0.35)
-PUBLISHED = dict(mlp_score="leverage", pair_score="published", value_output="published")
+PUBLISHED = dict(mlp_score="leverage", pair_score="published", value_output="published", plan="influence")
 
 
 def scores() -> dict[str, Options]:
     """Sorting and planning, 16 bits, no refit; every row but the named part uses the defaults."""
     base = Options(bits=32)
-    rows = {"default": base, "published scores": dataclasses.replace(base, **PUBLISHED)}
-    for method in ("energy", "energy_weight", "leverage", "magnitude", "random"):
-        rows[f"mlp {method}"] = dataclasses.replace(base, mlp_score=method)
-    for method in ("greedy", "published", "random"):
-        rows[f"pairs {method}"] = dataclasses.replace(base, pair_score=method)
+    replace = dataclasses.replace
+    rows = {"default": base, "published scores": replace(base, **PUBLISHED)}
+    for method in ("greedy", "fisher_diagonal", "energy", "energy_weight", "leverage", "magnitude", "random"):
+        rows[f"mlp {method}"] = replace(base, mlp_score=method)
+    rows["mlp greedy, plain metric"] = replace(base, mlp_score="greedy", output_metric=False)
+    for method in ("energy", "greedy", "fisher", "published", "random"):
+        rows[f"pairs {method}"] = replace(base, pair_score=method)
     for method in ("joint", "published", "random"):
-        rows[f"v/o {method}"] = dataclasses.replace(base, value_output=method)
-    rows["random order"] = dataclasses.replace(base, mlp_score="random", pair_score="random", value_output="random")
-    rows["uniform plan"] = dataclasses.replace(base, planned=False)
-    rows["published scores, uniform"] = dataclasses.replace(base, planned=False, **PUBLISHED)
-    for epsilon in (0.05, 0.2, 0.4):
-        rows[f"plan epsilon {epsilon}"] = dataclasses.replace(base, epsilon=epsilon)
+        rows[f"v/o {method}"] = replace(base, value_output=method)
+    rows["random order"] = replace(base, mlp_score="random", pair_score="random", value_output="random")
+    for epsilon in (0.05, 0.1, 0.2):
+        rows[f"plan influence {epsilon}"] = replace(base, plan="influence", epsilon=epsilon)
+    rows["plan uniform"] = replace(base, plan="uniform")
+    rows["published scores, uniform"] = replace(base, **(PUBLISHED | {"plan": "uniform"}))
+    plain = dict(mlp_score="greedy", pair_score="energy", output_metric=False)
+    rows["no gradients, plan influence"] = replace(base, plan="influence", **plain)
     return rows
 
 
@@ -163,13 +167,14 @@ def main() -> None:
     base = {name: perplexity(original, windows, 0.0, 4) for name, windows in texts.items()}
     print("original", {k: round(v, 3) for k, v in base.items()}, flush=True)
     rows = []
+    memo: dict[Any, Any] = {}
     for table in args.table:
         for name, options in TABLES[table]().items():
-            if not any(part in name for part in args.only):
+            if not any(part in name for part in args.only) or "ridge" in name and "ridge" not in "".join(args.only):
                 continue
             start = time.time()
             with tempfile.TemporaryDirectory() as folder:
-                report = compress(source, f"{folder}/out", calibration.tokens, options)
+                report = compress(source, f"{folder}/out", calibration.tokens, options, memo=memo)
                 taken = time.time() - start
                 model = load(f"{folder}/out", dtype=jnp.float32)
             model.params = jax.tree.map(

@@ -5,7 +5,6 @@ The Triton backend is deprecated since 0.11 and will go; a CPU-only build may la
 
 from __future__ import annotations
 
-import warnings
 from types import ModuleType
 from typing import Any
 
@@ -19,17 +18,14 @@ plgpu: ModuleType | None
 mosaic_gpu: ModuleType | None
 """Pallas's Mosaic GPU backend, or None where JAX has none."""
 
-with warnings.catch_warnings():
-    # A deprecated backend warns when imported; a user who did not ask for it should not read that.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    try:
-        from jax.experimental.pallas import triton as plgpu
-    except ImportError:
-        plgpu = None
-    try:
-        from jax.experimental.pallas import mosaic_gpu
-    except ImportError:
-        mosaic_gpu = None
+try:
+    from jax.experimental.pallas import triton as plgpu
+except ImportError:
+    plgpu = None
+try:
+    from jax.experimental.pallas import mosaic_gpu
+except ImportError:
+    mosaic_gpu = None
 
 __all__ = ["call", "interpreted", "load", "mosaic_gpu", "pl", "plgpu", "store", "triton"]
 

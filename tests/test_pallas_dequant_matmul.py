@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,24 +21,15 @@ BOUND = {"float32": 1e-5, "bfloat16": 4e-3}
 SHAPES = [
     # (outputs, width, group), rows of x, its dtype
     ((100, 576, 144), 1, "bfloat16"),  # SmolLM2's hidden size
-    ((100, 576, 144), 17, "float32"),
-    ((65, 448, 112), 3, "bfloat16"),
-    ((33, 72, 72), 17, "bfloat16"),
-    ((70, 72, 24), 3, "float32"),
-    ((48, 300, 128), 17, "bfloat16"),  # the last group is padded
-    ((1, 64, 64), 1, "float32"),
-    ((130, 512, 512), 3, "bfloat16"),  # a group of several tiles, outputs of several tiles
-    ((20, 24, 24), 70, "float32"),  # rows of x of several tiles
+    ((65, 448, 112), 17, "float32"),
+    ((48, 300, 128), 3, "bfloat16"),  # the last group is padded
+    ((33, 72, 72), 70, "float32"),  # rows of x of several tiles
 ]
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", list(api.IMPLEMENTATIONS))
-LAYOUTS = [pytest.mark.parametrize("contract", ["last", "first"]), pytest.mark.parametrize("bits", [4, 8])]
-
-
-def layouts(test: object) -> object:
-    for mark in LAYOUTS:
-        test = mark(test)
-    return test
+layouts = pytest.mark.parametrize(("contract", "bits"), [("last", 4), ("last", 8), ("first", 4), ("first", 8)])
+two_layouts = pytest.mark.parametrize(("contract", "bits"), [("last", 4), ("first", 8)])
+other_layouts = pytest.mark.parametrize(("contract", "bits"), [("last", 8), ("first", 4)])
 
 
 def inputs(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> jnp.ndarray:
@@ -75,7 +68,7 @@ def test_agrees_with_float64(
 
 
 @IMPLEMENTATIONS
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_agrees_with_float64_at_any_shape(implementation: str, data: st.DataObject) -> None:
     group = 8 * data.draw(st.integers(1, 20), "group / 8")
@@ -95,7 +88,17 @@ def test_agrees_with_float64_at_any_shape(implementation: str, data: st.DataObje
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize(("contract", "bits"), [("last", 4), ("first", 8)])
+@two_layouts
+def test_groups_and_outputs_of_several_tiles(
+    rng: np.random.Generator, implementation: str, contract: str, bits: int
+) -> None:
+    case = random_case(rng, 130, 512, 512, bits=bits, contract=contract)
+    x = inputs(rng, (3, 512), "bfloat16")
+    assert relative(product(x, case, implementation), wanted(x, case)) < BOUND["bfloat16"]
+
+
+@IMPLEMENTATIONS
+@two_layouts
 def test_leading_dimensions(rng: np.random.Generator, implementation: str, contract: str, bits: int) -> None:
     case = random_case(rng, 20, 96, 48, bits=bits, contract=contract)
     x = inputs(rng, (2, 3, 96), "float32")
@@ -108,7 +111,7 @@ def test_leading_dimensions(rng: np.random.Generator, implementation: str, contr
 
 
 @IMPLEMENTATIONS
-@layouts
+@other_layouts
 def test_a_prefix_is_the_dense_prefix(rng: np.random.Generator, implementation: str, contract: str, bits: int) -> None:
     """Pruning cuts rows ("last") or whole groups ("first") off the packed arrays and nothing else."""
     case = random_case(rng, 90, 448, 112, bits=bits, contract=contract)
@@ -127,7 +130,7 @@ def test_a_prefix_is_the_dense_prefix(rng: np.random.Generator, implementation: 
 
 
 @IMPLEMENTATIONS
-@layouts
+@other_layouts
 def test_gradients(rng: np.random.Generator, implementation: str, contract: str, bits: int) -> None:
     """d/dx and d/dscale of sum(c * y) are c W and its sums over groups, in float64."""
     case = random_case(rng, 40, 150, 48, bits=bits, contract=contract)
@@ -181,7 +184,7 @@ def test_non_finite_scale_stays_in_its_row(rng: np.random.Generator) -> None:
     scale = case.scale.at[3, 1].set(jnp.nan)
     x = inputs(rng, (2, 72), "float32")
     for implementation in api.IMPLEMENTATIONS:
-        got = np.asarray(dequant_matmul(x, case.data, scale, implementation=implementation, **case.options))
+        got = np.asarray(product(x, dataclasses.replace(case, scale=scale), implementation))
         assert np.isnan(got[:, 3]).all()
         assert np.isfinite(np.delete(got, 3, axis=1)).all()
 
@@ -194,6 +197,7 @@ def test_bad_input_is_refused(rng: np.random.Generator) -> None:
         dequant_matmul(jnp.zeros((2, 73)), case.data, case.scale, **case.options | dict(width=73))
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @layouts
 def test_kernel_lowers_for_nvidia_gpus(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, contract: str, bits: int

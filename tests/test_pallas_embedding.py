@@ -75,6 +75,7 @@ def test_bad_input_is_refused(rng: np.random.Generator) -> None:
         embed(jnp.zeros(1, jnp.int32), case.data, case.scale, bits=4, group=24, width=73, dtype=jnp.float32)
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_kernel_lowers_for_nvidia_gpus(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
     pytest.importorskip("jax.experimental.pallas.triton")

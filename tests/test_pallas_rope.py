@@ -116,6 +116,7 @@ def test_bad_shapes_are_refused(rng: np.random.Generator) -> None:
         api.check(k[:, :, :3], positions, inv_freq)
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("dtype", list(BOUND))
 def test_kernel_lowers_for_nvidia_gpus(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     pytest.importorskip("jax.experimental.pallas.triton")

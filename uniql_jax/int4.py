@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 TARGET_GROUP = 128
@@ -77,7 +78,7 @@ class QuantizedArray:
         per_row = 8 if self.bits == 4 else 1
         return self.replace(data=self.data[: width // per_row], scale=self.scale[: width // self.group], width=width)
 
-    def dequantize(self, dtype: jnp.dtype = jnp.float32) -> Float[Array, "..."]:
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
         """The weight as a dense array of its logical shape, computed in float32 and cast to `dtype`."""
         values = unpack(self.data, self.bits, axis=-1 if self.contract == "last" else 0).astype(jnp.float32)
         scale = self.scale.astype(jnp.float32)
@@ -132,6 +133,6 @@ def from_codes(
     )
 
 
-def dense(value: QuantizedArray | Array | np.ndarray, dtype: jnp.dtype = jnp.float32) -> Float[Array, "..."]:
+def dense(value: QuantizedArray | Array | np.ndarray, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
     """A weight as a dense array, whichever way it is held."""
     return value.dequantize(dtype) if isinstance(value, QuantizedArray) else jnp.asarray(value, dtype)

@@ -36,14 +36,14 @@ def check_rate(rate: float) -> float:
 def group_and_unit(count: int, inner: int, least: int) -> tuple[int, int]:
     """(quantization group, cut unit) along an elastic axis of `count` entries whose entry spans `inner` inputs.
 
-    A group is a whole number of entries, a multiple of 8 inputs, near 128 and small enough for four cuts; a unit is
-    a whole number of groups and at least `least` entries where that leaves four units.
+    A group is a whole number of entries, a multiple of 8 inputs, near 128 and small enough for eight cuts; a unit is
+    a whole number of groups and at least `least` entries where that leaves eight units.
     """
-    target = min(TARGET_GROUP, max(8, count * inner // 4))
+    target = min(TARGET_GROUP, max(8, count * inner // 8))
     step = 8 // math.gcd(8, inner)
     even = [k for k in range(step, count + 1, step) if count % k == 0] or [max(step, target // inner // step * step)]
     entries = min(even, key=lambda k: abs(math.log(k * inner / target)))
-    smallest = min(least, max(1, count // 4))
+    smallest = min(least, max(1, count // 8))
     unit = entries * max(1, math.ceil(smallest / entries))
     return entries * inner, unit
 
@@ -55,7 +55,7 @@ def axis_group_and_unit(config: ModelConfig, axis: str) -> tuple[int, int]:
     """
     full = elastic.sizes(config)
     if axis == "qk":
-        return 0, min(8, max(1, full["qk"] // 4))
+        return 0, min(8, max(1, full["qk"] // 8))
     inner = config.heads if axis == "vo" else 1
     return group_and_unit(full[axis], inner, 16 if axis == "vo" else 8)
 
@@ -148,12 +148,18 @@ def next_cut(kept: int, unit: int) -> int:
 
 
 def make_plan(
-    config: ModelConfig, influence: Sequence[float] | None, *, epsilon: float = 0.1, cap: float = LAYER_CAP
+    config: ModelConfig,
+    influence: Sequence[float] | None,
+    *,
+    losses: Sequence[Mapping[str, Sequence[float]]] | None = None,
+    epsilon: float = 0.1,
+    cap: float = LAYER_CAP,
 ) -> Plan:
     """Order all units by the global rate at which their layer's share crosses them.
 
-    influence: block influence per layer, 1 - mean cos(input, output), float [layers]; None plans uniformly.
-    A layer's share is proportional to softmax(-influence / epsilon); a layer that reached `cap` stops, and the others go
+    losses: per layer and axis, the estimated loss of keeping 0 ... all entries of the axis; when given, units go in
+    the order of loss per parameter, each at least as dear as the one before it on its axis.
+    influence: block influence per layer, 1 - mean cos(input, output), float [layers]; None plans uniformly. A layer's share is proportional to softmax(-influence / epsilon); a layer that reached `cap` stops, and the others go
     on, which redistributes what was clamped (method: plan).
     """
     count = len(config.pattern)
@@ -168,12 +174,18 @@ def make_plan(
     crossings = []
     for layer in range(count):
         for axis in axes[layer]:
-            kept = full[axis]
+            kept, price = full[axis], 0.0
+            cost = elastic.axis_cost(config, config.pattern[layer], axis)
             while (after := next_cut(kept, units[axis])) < kept:
                 share = (full[axis] - (kept + after) / 2) / full[axis]
                 if share > cap:
                     break
-                crossings.append((share / weight[layer], layer, axis))
+                if losses is None:
+                    price = share / weight[layer]
+                else:
+                    curve = losses[layer][axis]
+                    price = max(price, (curve[after] - curve[kept]) / (cost * (kept - after)))
+                crossings.append((price, layer, axis))
                 kept = after
     crossings.sort(key=lambda c: c[0])
     return Plan(

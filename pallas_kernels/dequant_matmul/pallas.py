@@ -144,5 +144,6 @@ def dequant_matmul(
     features = data.shape[0 if contract == "last" else 1]
     if x.size == 0 or features == 0:
         raise NotImplementedError("nothing to multiply")
-    out = _product(x.reshape(-1, width), data, scale, Weight(bits=bits, group=group, contract=contract, width=width))
+    weight = Weight(bits=bits, group=group, contract=contract, width=width)
+    out: Any = _product(x.reshape(-1, width), data, scale, weight)
     return out.reshape(*x.shape[:-1], features)

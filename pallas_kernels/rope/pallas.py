@@ -85,7 +85,8 @@ def rope(
 ) -> Float[Array, "batch length pairs 2 heads"]:
     """See api.rope. Raises NotImplementedError for float64 and for empty input."""
     _supported(x)
-    return _turn((x,), positions, inv_freq, 1)[0]
+    turned: Any = _turn((x,), positions, inv_freq, 1)
+    return turned[0]
 
 
 def rope_qk(
@@ -96,4 +97,5 @@ def rope_qk(
 ) -> tuple[Float[Array, "batch length pairs 2 heads"], Float[Array, "batch length pairs 2 kv_heads"]]:
     """See api.rope_qk. Raises NotImplementedError for float64 and for empty input."""
     _supported(q, k)
-    return _turn((q, k), positions, inv_freq, 1)
+    turned: Any = _turn((q, k), positions, inv_freq, 1)
+    return turned

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.rope import rope_qk
@@ -84,7 +85,7 @@ def write(leaves: Leaves, hidden: Float[Array, "b t vo n"]) -> Float[Array, "b t
     return y + leaves["o_bias"].astype(y.dtype) if "o_bias" in leaves else y
 
 
-def init_state(config: ModelConfig, keep: Mapping[str, int], batch: int, slots: int, dtype: jnp.dtype) -> LayerCache:
+def init_state(config: ModelConfig, keep: Mapping[str, int], batch: int, slots: int, dtype: DTypeLike) -> LayerCache:
     """Empty keys and values, sized for the kept pairs and ranks."""
     shape = (batch, slots, config.kv_heads)
     return LayerCache(k=jnp.zeros((*shape, 2 * keep["qk"]), dtype), v=jnp.zeros((*shape, keep["vo"]), dtype))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from uniql_jax import elastic
@@ -39,7 +39,7 @@ def write(leaves: Leaves, hidden: Float[Array, "b t ffn"]) -> Float[Array, "b t 
     return y + leaves["down_bias"].astype(y.dtype) if "down_bias" in leaves else y
 
 
-def init_state(config: ModelConfig, keep: Mapping[str, int], batch: int, slots: int, dtype: jnp.dtype) -> None:
+def init_state(config: ModelConfig, keep: Mapping[str, int], batch: int, slots: int, dtype: DTypeLike) -> None:
     """An MLP remembers nothing."""
     return None
 

@@ -22,10 +22,11 @@ class Options:
 
     bits: int = 4
     seed: int = 0
-    mlp_score: str = "greedy"
-    pair_score: str = "energy"
+    mlp_score: str = "fisher"
+    pair_score: str = "fisher_diagonal"
     value_output: str = "attention_output"
-    planned: bool = True
+    output_metric: bool = True  # weigh outputs by the Gram of the loss gradient there
+    plan: str = "loss"  # loss | influence | uniform
     epsilon: float = 0.1
     rotate: bool = True
     rounding: str = "gptq"  # gptq | nearest
@@ -36,6 +37,7 @@ class Options:
     refit_ridge: float = 1e-2
     refit_target: str = "stream"  # stream | local
     batch_tokens: int = 4096
+    stream_memory: int = 12 * 2**30  # bytes of streams between layers held in memory before disk is used
 
     @property
     def packed(self) -> bool:

@@ -26,8 +26,8 @@ from uniql_jax.files import check_space
 from uniql_jax.model import embed
 from uniql_jax.passes.finishing import Finisher, keep_per_window, quantize_leaf, refit_rates
 from uniql_jax.passes.options import Options, groups
-from uniql_jax.passes.sorting import final_gram, layer_statistics, sort_layer
-from uniql_jax.passes.work import LayerStore, flatten, unflatten
+from uniql_jax.passes.sorting import final_gram, layer_forward, layer_statistics, loss_gradient, sort_layer
+from uniql_jax.passes.work import LayerStore, StreamStore, flatten, unflatten
 from uniql_jax.plan import Plan, make_plan
 from uniql_jax.quantize.rotation import orthogonal, rotate_block, rotate_top
 
@@ -93,11 +93,14 @@ def compress(
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = lambda items, _: items,
+    memo: dict[Any, Any] | None = None,
 ) -> Report:
     """Sort, plan, rotate, refit and quantize; one layer is in memory at a time.
 
     tokens: int32 calibration windows [windows, length] without padding. Work that is done lies in `OUT.partial`
-    until the checkpoint is whole; after a kill, resume=True goes on and gives the same bytes. Raises UserError when
+    until the checkpoint is whole; after a kill, resume=True goes on and gives the same bytes. memo: a dict that carries
+    the statistics of all layers from one run to the next on the same source and windows (memory: two Gram matrices a
+    layer), for comparing options. Raises UserError when
     `out` exists, when another run's work is in the way, or when the disk is too small.
     """
     options = options or Options()
@@ -108,7 +111,7 @@ def compress(
     fingerprint = _fingerprint(source, tokens, options)
     _prepare(folder, fingerprint, resume, source.config, options)
     with jax.default_matmul_precision("highest"):
-        run = _Run(source, folder, tokens, options, progress)
+        run = _Run(source, folder, tokens, options, progress, memo)
         run.sort()
         run.finish()
         size = run.assemble(dict(provenance or {}))
@@ -149,10 +152,23 @@ def _prepare(folder: Path, fingerprint: str, resume: bool, config: ModelConfig, 
     os.replace(temporary, note)
 
 
+def _name(i: int) -> str:
+    return f"layer_{i:05d}"
+
+
 class _Run:
     """State of one run: calibration windows in batches, and the two stores of finished layers."""
 
-    def __init__(self, source: Source, folder: Path, tokens: np.ndarray, options: Options, progress: Progress):
+    def __init__(
+        self,
+        source: Source,
+        folder: Path,
+        tokens: np.ndarray,
+        options: Options,
+        progress: Progress,
+        memo: dict[Any, Any] | None = None,
+    ):
+        self.memo, self.keep_statistics = {} if memo is None else memo, memo is not None
         self.source, self.options, self.folder, self.progress = source, options, folder, progress
         self.config = source.config
         size = max(1, options.batch_tokens // tokens.shape[1])
@@ -160,6 +176,8 @@ class _Run:
         self.count = tokens.size
         self.sorted = LayerStore(folder / "sorted")
         self.done = LayerStore(folder / "done")
+        needed = 4 * tokens.size * self.config.hidden_size * (len(self.config.pattern) + 3)
+        self.streams = StreamStore(folder / "streams", needed, options.stream_memory)
         self.groups = dict(groups(self.config))
         self.meta = {"bits": options.bits, "groups": self.groups}
         self.influence: list[float] = []
@@ -167,49 +185,97 @@ class _Run:
 
     def _layer(self, i: int) -> dict[str, dict[str, Array]]:
         """Layer i, sorted, float32."""
-        loaded = unflatten(self.sorted.load(f"layer_{i:05d}"))
+        loaded = unflatten(self.sorted.load(_name(i)))
         return {kind: {n: jnp.asarray(v, jnp.float32) for n, v in block.items()} for kind, block in loaded.items()}
 
     def _streams(self, table: Any) -> list[Array]:
         return [embed({"embed": table}, batch, jnp.float32) for batch in self.batches]
 
     def sort(self) -> None:
-        """Statistics, sorted layers, block influence, the plan and the Gram of what the head will read."""
-        xs = self._streams(self.top["embed"])
-        last = len(self.config.pattern) - 1
-        for i in self.progress(range(last + 1), "sort"):
-            name, kinds = f"layer_{i:05d}", self.config.pattern[i]
-            if self.sorted.has(name):
-                # Sorting changes nothing but rounding, yet a resumed run must see the same stream bit for bit, so
-                # the stream always goes through the original layer.
-                self.influence.append(self.sorted.record(name)["influence"])
-                if i < last and self.sorted.has(f"layer_{i + 1:05d}"):
-                    continue
-                xs = self._replay_sort(i)
+        """Two sweeps: forward for block influence and the streams between layers, backward for what the loss feels.
+
+        Going back, each layer is sorted as soon as its statistics are known. Then the plan.
+        """
+        count = len(self.config.pattern)
+        self._forward()
+        gradients: list[Array] = []
+        for i in self.progress(range(count - 1, -1, -1), "sort"):
+            if self.sorted.has(_name(i)):
                 continue
+            if i not in self.memo:
+                gradients = gradients or self._gradients_after(i)
+                gradients, stats = self._statistics(i, gradients)
+                self.streams.save(f"gradient_{i:05d}", np.concatenate(gradients))
+                means = jax.tree.map(lambda value: value / self.count, stats)
+                if self.keep_statistics:
+                    self.memo[i] = means
+            else:
+                means = self.memo[i]
             layer = jax.tree.map(jnp.asarray, self.source.layer(i))
-            stats, cosine = None, 0.0
-            for b, x in enumerate(xs):
-                xs[b], found, part = layer_statistics(self.config, kinds, layer, x)
-                stats = found if stats is None else jax.tree.map(jnp.add, stats, found)
-                cosine += float(part)
-            means = jax.tree.map(lambda value: value / self.count, stats)
-            result = sort_layer(self.config, kinds, layer, means, self.options, self.options.seed + i)
-            self.influence.append(1.0 - cosine / self.count)
-            self.sorted.save(name, flatten(result), {"influence": self.influence[-1]})
-        if not self.sorted.has("final"):
-            total = sum(final_gram(x, self.config.norm_eps) for x in xs) / self.count
-            self.sorted.save("final", {"gram": total})
+            kinds = self.config.pattern[i]
+            result, losses = sort_layer(self.config, kinds, layer, means, self.options, self.options.seed + i)
+            self.sorted.save(_name(i), flatten(result), {a: np.asarray(loss).tolist() for a, loss in losses.items()})
+            self.streams.drop(f"gradient_{i + 1:05d}")
+            self.streams.drop(_name(i + 1))
+        summary = self.sorted.record("final")
+        self.influence = summary["influence"]
+        kind = self.options.plan
         self.plan = make_plan(
-            self.config, self.influence if self.options.planned else None, epsilon=self.options.epsilon
+            self.config,
+            self.influence if kind == "influence" else None,
+            losses=[self.sorted.record(_name(i)) for i in range(count)] if kind == "loss" else None,
+            epsilon=self.options.epsilon,
         )
 
-    def _replay_sort(self, upto: int) -> list[Array]:
+    def _forward(self) -> None:
+        """Streams before every layer, block influence, and the Gram of what the head reads."""
+        count = len(self.config.pattern)
+        if "final" in self.memo:
+            self.sorted.save("final", *self.memo["final"])
+        todo = [i for i in range(count) if not self.sorted.has(_name(i)) and i not in self.memo]
+        if self.sorted.has("final") and (not todo or self.streams.has(_name(max(todo) + 1))):
+            return
+        influence = []
         xs = self._streams(self.top["embed"])
-        for i in range(upto + 1):
+        self.streams.save(_name(0), np.concatenate(xs))
+        for i in self.progress(range(count), "read"):
             layer = jax.tree.map(jnp.asarray, self.source.layer(i))
-            xs = [layer_statistics(self.config, self.config.pattern[i], layer, x)[0] for x in xs]
-        return xs
+            cosine = 0.0
+            for b, x in enumerate(xs):
+                xs[b], part = layer_forward(self.config, self.config.pattern[i], layer, x)
+                cosine += float(part)
+            influence.append(1.0 - cosine / self.count)
+            self.streams.save(_name(i + 1), np.concatenate(xs))
+        total = sum(final_gram(x, self.config.norm_eps) for x in xs) / self.count
+        self.sorted.save("final", {"gram": total}, {"influence": influence})
+        if self.keep_statistics:
+            self.memo["final"] = ({"gram": np.asarray(total)}, {"influence": influence})
+
+    def _statistics(self, i: int, gradients: list[Array]) -> tuple[list[Array], Any]:
+        """Gradients before layer i from those after it, and the layer's summed statistics."""
+        layer = jax.tree.map(jnp.asarray, self.source.layer(i))
+        before, stats = [], None
+        for x, gradient in zip(self._stream(_name(i)), gradients, strict=True):
+            gradient, found = layer_statistics(self.config, self.config.pattern[i], layer, x, gradient)
+            before.append(gradient)
+            stats = found if stats is None else jax.tree.map(jnp.add, stats, found)
+        return before, stats
+
+    def _stream(self, name: str) -> list[Array]:
+        """A kept stream in batches."""
+        ends = np.cumsum([len(b) for b in self.batches])[:-1]
+        return [jnp.asarray(part) for part in np.split(self.streams.load(name), ends)]
+
+    def _gradients_after(self, i: int) -> list[Array]:
+        """Gradient of the loss at the output of layer i, recomputed from the head where it was not kept."""
+        count = len(self.config.pattern)
+        if i < count - 1 and self.streams.has(f"gradient_{i + 1:05d}"):
+            return self._stream(f"gradient_{i + 1:05d}")
+        pairs = zip(self._stream(_name(count)), self.batches, strict=True)
+        gradients = [loss_gradient(self.top, x, tokens, self.config.norm_eps) for x, tokens in pairs]
+        for j in range(count - 1, i, -1):
+            gradients = self._statistics(j, gradients)[0]
+        return gradients
 
     def _finish_top(self, q: Array | None) -> dict[str, Any]:
         """Embedding, norm and head as they will be stored."""
@@ -259,7 +325,7 @@ class _Run:
         finisher = Finisher(self.config, options, self.groups, matrix_dtype(options), x, teacher, keep)
         streaming = refitting or options.packed
         for i in self.progress(range(len(self.config.pattern)), "quantize" if options.packed else "finish"):
-            name = f"layer_{i:05d}"
+            name = _name(i)
             layer = self._layer(i)
             if q is not None:
                 layer = {kind: rotate_block(kind, block, q) for kind, block in layer.items()}
@@ -284,7 +350,7 @@ class _Run:
         """A finished layer in its stored form."""
         return {
             kind: self._restore(block, elastic.BLOCKS[kind])
-            for kind, block in unflatten(self.done.load(f"layer_{i:05d}")).items()
+            for kind, block in unflatten(self.done.load(_name(i))).items()
         }
 
     def _stored_top(self) -> dict[str, Any]:

@@ -14,12 +14,15 @@ from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 from uniql_jax.layers import KINDS, attention
 from uniql_jax.layers.context import Context, full_context
+from uniql_jax.layers.norm import rms_norm
+from uniql_jax.model import apply_layer
 from uniql_jax.passes.options import Options
 from uniql_jax.sort.mlp import order_channels
 from uniql_jax.sort.rope_pairs import order_pairs
 from uniql_jax.sort.value_output import sort_value_output
 
 Statistics = dict[str, Array]
+Sorted = tuple[dict[str, Any], dict[str, Array]]
 Block = Mapping[str, Any]
 
 
@@ -29,23 +32,31 @@ def gram(x: Float[Array, "..."], width: int) -> Float[Array, "w w"]:
     return rows.T @ rows
 
 
-def _attention_statistics(config: ModelConfig, leaves: Block, normed: Array, context: Context) -> tuple[Array, Any]:
+def _attention_taps(config: ModelConfig, leaves: Block, normed: Array, context: Context, tap: Array) -> tuple[Array, Any]:
     q, k, v = attention.project(config, leaves, normed, context)
+    q = q + tap
     hidden = attention.attend(config, q, k, v, context.visible)
+    return hidden, (q, k)
+
+
+def _attention_statistics(config: ModelConfig, normed: Array, hidden: Array, seen: Any, slope: Array) -> Statistics:
+    q, k = seen
     shape = (*q.shape[:2], config.kv_heads, config.query_groups)
     grouped = q.reshape(*shape, -1)
     centred = k - jnp.mean(k, axis=1, keepdims=True)
     received = hidden.reshape(*hidden.shape[:3], *shape[2:])
-    return hidden, {
+    felt = (q * slope).reshape(*shape, -1, 2).sum((3, 5))  # [b, t, g, pairs]
+    return {
         "gram_x": gram(normed, config.hidden_size),
         "gram_q": jnp.einsum("btgmi,btgmj->gmij", grouped, grouped),
         "gram_k": jnp.einsum("btgi,btgj->gij", centred, centred),
         "gram_out": jnp.einsum("btigm,btjgm->gij", received, received),
+        "gate_fisher": jnp.einsum("btgi,btgj->gij", felt, felt),
     }
 
 
-def _sort_attention(config: ModelConfig, leaves: Block, stats: Statistics, options: Options, seed: int) -> Block:
-    order = order_pairs(stats["gram_q"], stats["gram_k"], options.pair_score, seed)  # [pairs, g]
+def _sort_attention(config: ModelConfig, leaves: Block, stats: Statistics, options: Options, seed: int) -> Sorted:
+    order = order_pairs(stats["gram_q"], stats["gram_k"], options.pair_score, seed, stats["gate_fisher"])  # [pairs, g]
     by_head = jnp.repeat(order, config.query_groups, axis=1)
     out = dict(leaves)
     for name, leaf in elastic.leaves(config, "attention").items():
@@ -55,45 +66,110 @@ def _sort_attention(config: ModelConfig, leaves: Block, stats: Statistics, optio
             shape = [1] * len(leaf.dims)
             shape[0], shape[place] = index.shape
             out[name] = jnp.take_along_axis(leaves[name], index.reshape(shape), axis=0)
+    metric = stats["fisher"] if options.output_metric else None
     out["v"], out["o"] = sort_value_output(
-        leaves["v"], leaves["o"], stats["gram_out"], stats["gram_x"], options.value_output, seed
+        leaves["v"], leaves["o"], stats["gram_out"], stats["gram_x"], options.value_output, seed, metric
     )
-    return out
+    carried = value_output_loss(out["v"], leaves["v"], out["o"], stats["gram_out"], stats["fisher"])
+    ordered = jax.vmap(lambda m, i: m[i][:, i])(stats["gate_fisher"], order.T)
+    return out, {"qk": tail_loss(ordered).sum(0), "vo": carried}
 
 
-def _mlp_statistics(config: ModelConfig, leaves: Block, normed: Array, context: Context) -> tuple[Array, Any]:
-    hidden = KINDS["mlp"].inner(config, leaves, normed, context)
-    return hidden, {"gram": gram(hidden, hidden.shape[-1])}
+def _mlp_taps(config: ModelConfig, leaves: Block, normed: Array, context: Context, tap: Array) -> tuple[Array, Any]:
+    return KINDS["mlp"].inner(config, leaves, normed, context) + tap, ()
 
 
-def _sort_mlp(config: ModelConfig, leaves: Block, stats: Statistics, options: Options, seed: int) -> Block:
-    order = order_channels(stats["gram"], leaves["down"], options.mlp_score, seed)
-    return {
+def _mlp_statistics(config: ModelConfig, normed: Array, hidden: Array, seen: Any, slope: Array) -> Statistics:
+    width = hidden.shape[-1]
+    return {"gram": gram(hidden, width), "gate_fisher": gram(hidden * slope, width)}
+
+
+def _sort_mlp(config: ModelConfig, leaves: Block, stats: Statistics, options: Options, seed: int) -> Sorted:
+    metric = stats["fisher"] if options.output_metric else None
+    order = order_channels(stats["gram"], leaves["down"], options.mlp_score, seed, metric, stats["gate_fisher"])
+    out = {
         name: value[order] if elastic.BLOCKS["mlp"][name].axis == "ffn" else value for name, value in leaves.items()
     }
+    loss = stats["gram"] * (leaves["down"] @ stats["fisher"] @ leaves["down"].T)
+    return out, {"ffn": tail_loss(loss[order][:, order])}
 
 
-SORTERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "attention": (_attention_statistics, _sort_attention),
-    "mlp": (_mlp_statistics, _sort_mlp),
+def tail_loss(loss: Float[Array, "*g n n"]) -> Float[Array, "*g n+1"]:
+    """For every count k of kept leading entries, the sum of loss[i, j] over all dropped i, j >= k."""
+    flipped = loss[..., ::-1, ::-1]
+    block = jnp.diagonal(jnp.cumsum(jnp.cumsum(flipped, -1), -2), axis1=-2, axis2=-1)[..., ::-1]
+    return jnp.concatenate([block, jnp.zeros_like(block[..., :1])], axis=-1)
+
+
+def value_output_loss(
+    new_v: Float[Array, "d g h"], v: Float[Array, "d g h"], new_o: Array, gram_out: Array, fisher: Array
+) -> Float[Array, " d+1"]:
+    """Loss of keeping the leading k ranks, k = 0 ... d: what the dropped ranks add to the output, weighed by the
+    Fisher metric and summed over heads."""
+    d, groups, _ = v.shape
+    # The change of basis from old to new values, per head: new_v = basis v, found by least squares over h.
+    basis = jnp.einsum("rgh,ghd->grd", new_v, jnp.linalg.pinv(v.transpose(1, 0, 2)))
+    received = jnp.einsum("grd,gde,gse->grs", basis, gram_out, basis)
+    grouped = new_o.reshape(d, groups, -1, new_o.shape[-1])
+    written = jnp.einsum("rgmh,hk,sgmk->grs", grouped, fisher, grouped) / grouped.shape[2]
+    return tail_loss(received * written).sum(0)
+
+
+SORTERS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+    "attention": (_attention_taps, _attention_statistics, _sort_attention),
+    "mlp": (_mlp_taps, _mlp_statistics, _sort_mlp),
 }
-"""Block kind -> (statistics of a batch, sorted leaves from their mean)."""
+"""Block kind -> (inner function with a tap, statistics of a batch, sorted leaves from their mean).
+
+A tap is added where entries of an elastic axis act, so that its gradient says what the loss feels there."""
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kinds"))
+def layer_forward(
+    config: ModelConfig, kinds: tuple[str, ...], layer: Mapping[str, Block], x: Float[Array, "b t h"]
+) -> tuple[Float[Array, "b t h"], Float[Array, ""]]:
+    """One batch of windows through a layer: its output, and the sum over tokens of the cosine between the layer's
+    input and output (block influence is one minus its mean)."""
+    y = apply_layer(config, kinds, layer, x, full_context(jnp.ones(x.shape[:2], bool)))
+    norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
+    return y, jnp.sum(jnp.sum(x * y, axis=-1) / jnp.maximum(norms, 1e-30))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kinds"))
 def layer_statistics(
-    config: ModelConfig, kinds: tuple[str, ...], layer: Mapping[str, Block], x: Float[Array, "b t h"]
-) -> tuple[Float[Array, "b t h"], dict[str, Statistics], Float[Array, ""]]:
-    """One batch of windows through a layer: its output, summed statistics per block, and the sum over tokens of the
-    cosine between the layer's input and output (block influence is one minus its mean)."""
+    config: ModelConfig,
+    kinds: tuple[str, ...],
+    layer: Mapping[str, Block],
+    x: Float[Array, "b t h"],
+    gradient: Float[Array, "b t h"],
+) -> tuple[Float[Array, "b t h"], dict[str, Statistics]]:
+    """One batch back through a layer: gradient of the loss at its input from the one at its output, and the summed
+    statistics of every block."""
     context = full_context(jnp.ones(x.shape[:2], bool))
-    before, found = x, {}
+    pulls, outputs = [], x
     for kind in kinds:
-        block = KINDS[kind]
-        hidden, found[kind] = SORTERS[kind][0](config, layer[kind], block.read(config, layer[kind], x), context)
-        x = x + block.write(layer[kind], hidden)
-    norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(x, axis=-1)
-    return x, found, jnp.sum(jnp.sum(before * x, axis=-1) / jnp.maximum(norms, 1e-30))
+        block, leaves = KINDS[kind], layer[kind]
+
+        def run(x: Array, tap: Array, kind: str = kind, leaves: Block = leaves) -> tuple[Array, Any]:
+            normed = KINDS[kind].read(config, leaves, x)
+            hidden, seen = SORTERS[kind][0](config, leaves, normed, context, tap)
+            return x + KINDS[kind].write(leaves, hidden), (normed, hidden, seen)
+
+        tap = jnp.zeros(tap_shape(config, kind, x.shape[:2]), x.dtype)
+        outputs, pull, found = jax.vjp(run, outputs, tap, has_aux=True)
+        pulls.append((kind, pull, found))
+    stats: dict[str, Statistics] = {}
+    for kind, pull, (normed, hidden, seen) in reversed(pulls):
+        fisher = gram(gradient, gradient.shape[-1])
+        gradient, slope = pull(gradient)
+        stats[kind] = SORTERS[kind][1](config, normed, hidden, seen, slope) | {"fisher": fisher}
+    return gradient, stats
+
+
+def tap_shape(config: ModelConfig, kind: str, batch: tuple[int, int]) -> tuple[int, ...]:
+    """Shape of the array that a block's tap is added to."""
+    full = elastic.sizes(config)
+    return (*batch, full["ffn"]) if kind == "mlp" else (*batch, full["head"], 2 * full["qk"])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kinds", "options"))
@@ -104,9 +180,28 @@ def sort_layer(
     stats: Mapping[str, Statistics],
     options: Options,
     seed: Int[Array, ""] | int = 0,
-) -> dict[str, Block]:
-    """The layer with every elastic axis sorted, most important first; `stats` are means over tokens."""
-    return {kind: SORTERS[kind][1](config, layer[kind], stats[kind], options, seed) for kind in kinds}
+) -> tuple[dict[str, Block], dict[str, Float[Array, " n+1"]]]:
+    """The layer with every elastic axis sorted, most important first, and per axis the estimated loss of keeping
+    0 ... all of its entries; `stats` are means over tokens."""
+    done, losses = {}, {}
+    for kind in kinds:
+        done[kind], found = SORTERS[kind][2](config, layer[kind], stats[kind], options, seed)
+        losses |= found
+    return done, losses
+
+
+@functools.partial(jax.jit, static_argnames=("eps",))
+def loss_gradient(
+    top: Mapping[str, Array], x: Float[Array, "b t h"], tokens: Int[Array, "b t"], eps: float
+) -> Float[Array, "b t h"]:
+    """Gradient of the summed next-token loss at the last layer's output, one window after another (logits are large)."""
+
+    def loss(x: Array, tokens: Array) -> Array:
+        normed = rms_norm(x[:-1], top["norm"], eps)
+        log_probs = jax.nn.log_softmax(normed @ top.get("head", top["embed"]).T)
+        return -jnp.take_along_axis(log_probs, tokens[1:, None], axis=1).sum()
+
+    return jax.lax.map(lambda pair: jax.grad(loss)(*pair), (x, tokens))
 
 
 @functools.partial(jax.jit, static_argnames=("eps",))

@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from uniql_jax.int4 import QuantizedArray
@@ -48,8 +49,6 @@ class LayerStore:
 
     def record(self, name: str) -> dict[str, Any]:
         """The JSON record of one entry."""
-        from safetensors import safe_open
-
         with safe_open(self._path(name), framework="np") as handle:
             return json.loads(handle.metadata()["record"])
 
@@ -59,6 +58,45 @@ def _narrow(value: np.ndarray) -> np.ndarray:
         return value
     short = value.astype(ml_dtypes.bfloat16)
     return short if np.array_equal(short.astype(np.float32), value) else value
+
+
+class StreamStore:
+    """Streams of calibration windows, [windows, length, hidden] float32: in memory while they fit, else on disk.
+
+    Those on disk outlive a kill; those in memory are cheap to compute again.
+    """
+
+    def __init__(self, folder: Path, bytes_needed: int, memory_budget: int):
+        self.folder = folder
+        self._memory: dict[str, np.ndarray] | None = {} if bytes_needed <= memory_budget else None
+        if self._memory is None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def has(self, name: str) -> bool:
+        """Whether the stream is at hand."""
+        return name in self._memory if self._memory is not None else (self.folder / f"{name}.npy").is_file()
+
+    def save(self, name: str, value: np.ndarray) -> None:
+        """Keep one stream."""
+        if self._memory is not None:
+            self._memory[name] = value
+            return
+        temporary = self.folder / f"{name}.tmp.npy"
+        np.save(temporary, value)
+        os.replace(temporary, self.folder / f"{name}.npy")
+
+    def load(self, name: str) -> np.ndarray:
+        """One stream; from disk it is read as it is used."""
+        if self._memory is not None:
+            return self._memory[name]
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+
+    def drop(self, name: str) -> None:
+        """Forget one stream, if it is there."""
+        if self._memory is not None:
+            self._memory.pop(name, None)
+        else:
+            (self.folder / f"{name}.npy").unlink(missing_ok=True)
 
 
 def flatten(layer: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from uniql_jax.sort.order import descending, greedy
 
-METHODS = ("greedy", "energy", "energy_weight", "leverage", "magnitude", "random")
+METHODS = ("greedy", "fisher", "fisher_diagonal", "energy", "energy_weight", "leverage", "magnitude", "random")
 
 
 def leverage(gram: Float[Array, "i i"], ridge: float = 1e-2) -> Float[Array, " i"]:
@@ -23,17 +23,29 @@ def leverage(gram: Float[Array, "i i"], ridge: float = 1e-2) -> Float[Array, " i
 
 
 def order_channels(
-    gram: Float[Array, "i i"], down: Float[Array, "i h"], method: str = "greedy", seed: int = 0
+    gram: Float[Array, "i i"],
+    down: Float[Array, "i h"],
+    method: str = "greedy",
+    seed: Int[Array, ""] | int = 0,
+    metric: Float[Array, "h h"] | None = None,
+    gate_fisher: Float[Array, "i i"] | None = None,
 ) -> Int[Array, " i"]:
     """Channel indices, most important first.
 
     gram: mean outer product of down's inputs (float32); down: its weight, channel first.
-    greedy counts how dropped channels add up: loss = C * (W W^T) elementwise. energy is C_jj, energy_weight C_jj
+    metric: Gram of the loss gradient at the block's output, h x h; None weighs all outputs alike. gate_fisher: Gram of
+    the loss gradient with respect to a gate on every channel.
+    greedy counts how dropped channels add up: loss = C * (W metric W^T) elementwise; fisher does with gate_fisher,
+    fisher_diagonal takes its diagonal alone. energy is C_jj, energy_weight C_jj
     ||W_j||^2, leverage the paper's; magnitude and random are baselines. Raises ValueError on an unknown method.
     """
     energy = jnp.diagonal(gram)
     if method == "greedy":
-        return greedy(gram * (down @ down.T))
+        return greedy(gram * ((down if metric is None else down @ metric) @ down.T))
+    if method == "fisher" and gate_fisher is not None:
+        return greedy(gate_fisher)
+    if method == "fisher_diagonal" and gate_fisher is not None:
+        return descending(jnp.diagonal(gate_fisher))
     if method == "energy":
         return descending(energy)
     if method == "energy_weight":

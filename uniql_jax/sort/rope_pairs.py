@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from uniql_jax.sort.order import descending, greedy
 
-METHODS = ("greedy", "energy", "published", "random")
+METHODS = ("greedy", "fisher", "fisher_diagonal", "energy", "published", "random")
 
 
 def pair_loss(
@@ -25,12 +25,17 @@ def pair_loss(
 
 
 def order_pairs(
-    gram_q: Float[Array, "g m d d"], gram_k: Float[Array, "g d d"], method: str = "energy", seed: int = 0
+    gram_q: Float[Array, "g m d d"],
+    gram_k: Float[Array, "g d d"],
+    method: str = "energy",
+    seed: Int[Array, ""] | int = 0,
+    gate_fisher: Float[Array, "g pairs pairs"] | None = None,
 ) -> Int[Array, "pairs g"]:
     """Pair indices per key/value head, most important first.
 
     energy: sum over query heads of tr(C_Q C_K) of the pair's 2 x 2 blocks; greedy: the same with couplings between
-    pairs; published: product of the norms of the pair's columns of C_Q^1/2 and C_K^1/2; random: a baseline.
+    pairs; fisher and fisher_diagonal: the Gram of the loss gradient with respect to a gate on every pair, with and
+    without couplings; published: product of the norms of the pair's columns of C_Q^1/2 and C_K^1/2; random: a baseline.
     """
     groups, width = gram_k.shape[0], gram_k.shape[1]
     if method == "random":
@@ -41,6 +46,10 @@ def order_pairs(
         norm_q = jnp.sqrt(jnp.sum(jnp.diagonal(gram_q, axis1=-2, axis2=-1), axis=1))
         norm_k = jnp.sqrt(jnp.diagonal(gram_k, axis1=-2, axis2=-1))
         return jax.vmap(descending)((norm_q * norm_k).reshape(groups, -1, 2).sum(-1)).T
+    if method == "fisher" and gate_fisher is not None:
+        return jax.vmap(greedy)(gate_fisher).T
+    if method == "fisher_diagonal" and gate_fisher is not None:
+        return jax.vmap(lambda matrix: descending(jnp.diagonal(matrix)))(gate_fisher).T
     loss = pair_loss(gram_q, gram_k)
     if method == "greedy":
         return jax.vmap(greedy)(loss).T

