@@ -15,13 +15,13 @@ from tests import published, reference
 from uniql_jax.passes.options import Options
 from uniql_jax.passes.run import compress
 
+TWO = {"num_hidden_layers": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama-grouped-tied": published.shrink(published.SMOLLM2_135M),  # three query heads per key/value head
-    "llama-multihead": published.shrink(published.LLAMA_2_7B),
-    "llama-biased": published.shrink(
-        published.LLAMA_3_1_8B, attention_bias=True, mlp_bias=True, head_dim=24
-    ),  # llama3 RoPE, a head size of its own
-    "qwen2": published.shrink(published.QWEN2_5_05B),
+    # three query heads per key/value head; one each; every bias, llama3 RoPE, a head size of its own; Q/K/V biases
+    "llama-grouped-tied": published.shrink(published.SMOLLM2_135M, **TWO),
+    "llama-multihead": published.shrink(published.LLAMA_2_7B, **TWO),
+    "llama-biased": published.shrink(published.LLAMA_3_1_8B, attention_bias=True, mlp_bias=True, head_dim=24, **TWO),
+    "qwen2": published.shrink(published.QWEN2_5_05B, **TWO),
 }
 RATES = (0.05, 0.15, 0.25, 0.35)
 
@@ -51,7 +51,11 @@ class Made:
         return out
 
 
-@functools.cache
+_made: list[Made] = []
+
+
 def made(factory: pytest.TempPathFactory, seed: int) -> Made:
     """The one collection of this process."""
-    return Made(factory.mktemp("compressed"), seed)
+    if not _made:
+        _made.append(Made(factory.mktemp("compressed"), seed))
+    return _made[0]

@@ -98,8 +98,8 @@ def test_masked_equals_sliced(family: str, options: Options, made: Made, rng: np
         masked = np.asarray(_jitted()["masked"](full, tokens, keep))
         assert reference.relative_error(masked, sliced) < 1e-5
         np.testing.assert_array_equal(_logits(uniql_jax.prune(full, rate), tokens), sliced)
-        traced = np.asarray(_jitted()["forward"](full, tokens, prune_rate=rate))
-        assert reference.relative_error(traced, sliced) < 1e-6
+    traced = np.asarray(_jitted()["forward"](full, tokens, prune_rate=RATES[-1]))
+    assert reference.relative_error(traced, sliced) < 1e-6
     assert _jitted()["masked"]._cache_size() <= len(FAMILIES) * 2  # one compilation serves all rates
 
 

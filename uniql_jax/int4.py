@@ -6,6 +6,7 @@ Pruning keeps a prefix of the leading axis and never re-quantizes: dequantizing 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.struct
 import jax
@@ -43,8 +44,8 @@ class QuantizedArray:
     8 bits: `data` int8, one weight an element. A weight is integer * scale; scale is bfloat16.
     """
 
-    data: Int[Array, "..."]
-    scale: Float[Array, "..."]
+    data: Any  # an integer array as above; Any, since jax.tree.map and jax.eval_shape may put anything into a pytree
+    scale: Any
     bits: int = flax.struct.field(pytree_node=False)
     group: int = flax.struct.field(pytree_node=False)
     contract: str = flax.struct.field(pytree_node=False)
@@ -80,8 +81,8 @@ class QuantizedArray:
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
         """The weight as a dense array of its logical shape, computed in float32 and cast to `dtype`."""
-        values = unpack(self.data, self.bits, axis=-1 if self.contract == "last" else 0).astype(jnp.float32)
-        scale = self.scale.astype(jnp.float32)
+        values = unpack(jnp.asarray(self.data), self.bits, axis=-1 if self.contract == "last" else 0).astype(jnp.float32)
+        scale = jnp.asarray(self.scale).astype(jnp.float32)
         if self.contract == "last":
             scale = jnp.repeat(scale, self.group, axis=-1)
             return (values * scale)[..., : self.width].astype(dtype)

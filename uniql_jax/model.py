@@ -75,6 +75,7 @@ def embed(params: Mapping[str, Any], tokens: Int[Array, "b t"], dtype: Any) -> F
     """Rows of the embedding, dense or packed."""
     table = params["embed"]
     if isinstance(table, QuantizedArray):
+        table = jax.tree.map(jnp.asarray, table)
         return embed_packed(
             tokens, table.data, table.scale, bits=table.bits, group=table.group, width=table.width, dtype=dtype
         )

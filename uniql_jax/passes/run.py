@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from uniql_jax.quantize.rotation import orthogonal, rotate_block, rotate_top
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
+@runtime_checkable
 class Source(Protocol):
     """What a run reads from: `convert.source.Source`."""
 

@@ -19,7 +19,7 @@ from uniql_jax.model import apply_layer
 from uniql_jax.passes.options import Options
 from uniql_jax.sort.mlp import order_channels
 from uniql_jax.sort.rope_pairs import order_pairs
-from uniql_jax.sort.value_output import sort_value_output
+from uniql_jax.sort.value_output import rank_loss, sort_value_output, tail_loss
 
 Statistics = dict[str, Array]
 Sorted = tuple[dict[str, Any], dict[str, Array]]
@@ -67,12 +67,12 @@ def _sort_attention(config: ModelConfig, leaves: Block, stats: Statistics, optio
             shape[0], shape[place] = index.shape
             out[name] = jnp.take_along_axis(leaves[name], index.reshape(shape), axis=0)
     metric = stats["fisher"] if options.output_metric else None
-    out["v"], out["o"] = sort_value_output(
+    change, out["v"], out["o"] = sort_value_output(
         leaves["v"], leaves["o"], stats["gram_out"], stats["gram_x"], options.value_output, seed, metric
     )
-    carried = value_output_loss(out["v"], leaves["v"], out["o"], stats["gram_out"], stats["fisher"])
-    ordered = jax.vmap(lambda m, i: m[i][:, i])(stats["gate_fisher"], order.T)
-    return out, {"qk": tail_loss(ordered).sum(0), "vo": carried}
+    ordered = jax.vmap(lambda loss, index: loss[index][:, index])(stats["gate_fisher"], order.T)
+    losses = {"qk": tail_loss(ordered).sum(0), "vo": rank_loss(change, out["o"], stats["gram_out"], stats["fisher"])}
+    return out, losses
 
 
 def _mlp_taps(config: ModelConfig, leaves: Block, normed: Array, context: Context, tap: Array) -> tuple[Array, Any]:
@@ -92,27 +92,6 @@ def _sort_mlp(config: ModelConfig, leaves: Block, stats: Statistics, options: Op
     }
     loss = stats["gram"] * (leaves["down"] @ stats["fisher"] @ leaves["down"].T)
     return out, {"ffn": tail_loss(loss[order][:, order])}
-
-
-def tail_loss(loss: Float[Array, "*g n n"]) -> Float[Array, "*g n+1"]:
-    """For every count k of kept leading entries, the sum of loss[i, j] over all dropped i, j >= k."""
-    flipped = loss[..., ::-1, ::-1]
-    block = jnp.diagonal(jnp.cumsum(jnp.cumsum(flipped, -1), -2), axis1=-2, axis2=-1)[..., ::-1]
-    return jnp.concatenate([block, jnp.zeros_like(block[..., :1])], axis=-1)
-
-
-def value_output_loss(
-    new_v: Float[Array, "d g h"], v: Float[Array, "d g h"], new_o: Array, gram_out: Array, fisher: Array
-) -> Float[Array, " d+1"]:
-    """Loss of keeping the leading k ranks, k = 0 ... d: what the dropped ranks add to the output, weighed by the
-    Fisher metric and summed over heads."""
-    d, groups, _ = v.shape
-    # The change of basis from old to new values, per head: new_v = basis v, found by least squares over h.
-    basis = jnp.einsum("rgh,ghd->grd", new_v, jnp.linalg.pinv(v.transpose(1, 0, 2)))
-    received = jnp.einsum("grd,gde,gse->grs", basis, gram_out, basis)
-    grouped = new_o.reshape(d, groups, -1, new_o.shape[-1])
-    written = jnp.einsum("rgmh,hk,sgmk->grs", grouped, fisher, grouped) / grouped.shape[2]
-    return tail_loss(received * written).sum(0)
 
 
 SORTERS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
@@ -172,7 +151,6 @@ def tap_shape(config: ModelConfig, kind: str, batch: tuple[int, int]) -> tuple[i
     return (*batch, full["ffn"]) if kind == "mlp" else (*batch, full["head"], 2 * full["qk"])
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kinds", "options"))
 def sort_layer(
     config: ModelConfig,
     kinds: tuple[str, ...],
@@ -182,7 +160,9 @@ def sort_layer(
     seed: Int[Array, ""] | int = 0,
 ) -> tuple[dict[str, Block], dict[str, Float[Array, " n+1"]]]:
     """The layer with every elastic axis sorted, most important first, and per axis the estimated loss of keeping
-    0 ... all of its entries; `stats` are means over tokens."""
+    0 ... all of its entries; `stats` are means over tokens.
+
+    Not for `jax.jit`: see `value_output.decompose` on factorizations."""
     done, losses = {}, {}
     for kind in kinds:
         done[kind], found = SORTERS[kind][2](config, layer[kind], stats[kind], options, seed)
