@@ -18,8 +18,9 @@ from uniql_jax.layers.norm import rms_norm
 from uniql_jax.model import apply_layer
 from uniql_jax.passes.options import Options
 from uniql_jax.sort.mlp import order_channels
+from uniql_jax.sort.order import tail_loss
 from uniql_jax.sort.rope_pairs import order_pairs
-from uniql_jax.sort.value_output import rank_loss, sort_value_output, tail_loss
+from uniql_jax.sort.value_output import rank_loss, sort_value_output
 
 Statistics = dict[str, Array]
 Sorted = tuple[dict[str, Any], dict[str, Array]]

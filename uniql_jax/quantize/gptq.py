@@ -15,8 +15,6 @@ from jaxtyping import Array, Float, Int
 SCALE_GRID = tuple(1.0 - 0.025 * i for i in range(21))
 """Shrink factors tried for a group's scale, from max-abs down to half of it."""
 
-Matrix = Float[Array, "rows width"]
-
 
 def limits(bits: int) -> tuple[int, int]:
     """Smallest and largest integer of a symmetric grid."""
@@ -49,7 +47,7 @@ def inverse_factor(hessian: Float[Array, "k k"], damping: float = 0.01) -> Float
 
 
 def search_scale(
-    weight: Float[Array, "rows group"], importance: Float[Array, " group"], bits: int, search: bool
+    weight: Float[Array, "group rows"], importance: Float[Array, " group"], bits: int, search: bool
 ) -> Float[Array, " rows"]:
     """Scale per row: the shrunk max-abs scale with the least importance-weighted squared error, bfloat16-exact.
 
@@ -57,13 +55,13 @@ def search_scale(
     An all-zero row gets scale 0.
     """
     low, high = limits(bits)
-    extreme = jnp.take_along_axis(weight, jnp.argmax(jnp.abs(weight), axis=1, keepdims=True), axis=1)[:, 0]
-    base = extreme / low
+    top, bottom = jnp.max(weight, axis=0), jnp.min(weight, axis=0)
+    base = jnp.where(top > -bottom, top, bottom) / low
 
     def attempt(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
         scale = (base * jnp.asarray(SCALE_GRID, weight.dtype)[i]).astype(jnp.bfloat16).astype(weight.dtype)
-        error = weight - round_to(weight, scale, low, high) * scale[:, None]
-        cost = jnp.sum(error * error * importance, axis=1)
+        error = weight - round_to(weight, scale, low, high) * scale
+        cost = jnp.sum(error * error * importance[:, None], axis=0)
         better = cost < best[0]
         return jnp.where(better, cost, best[0]), jnp.where(better, scale, best[1])
 
@@ -72,15 +70,17 @@ def search_scale(
     return jax.lax.fori_loop(0, steps, attempt, start)[1]
 
 
-def round_to(weight: Matrix, scale: Float[Array, " rows"], low: int, high: int) -> Matrix:
+def round_to(
+    weight: Float[Array, "group rows"], scale: Float[Array, " rows"], low: int, high: int
+) -> Float[Array, "group rows"]:
     """Nearest integers of weight / scale inside the grid, as floats; 0 where the scale is 0."""
-    safe = jnp.where(scale == 0, 1.0, scale)[:, None]
-    return jnp.where(scale[:, None] == 0, 0.0, jnp.clip(jnp.round(weight / safe), low, high))
+    inverse = jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
+    return jnp.clip(jnp.round(weight * inverse), low, high)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group", "search", "propagate"))
 def quantize(
-    weight: Matrix,
+    weight: Float[Array, "rows width"],
     hessian: Float[Array, "width width"] | None = None,
     *,
     bits: int,
@@ -98,7 +98,8 @@ def quantize(
     rows, width = weight.shape
     groups = -(-width // group)
     pad = groups * group - width
-    weight = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, pad)))
+    # One column of the weight is one contiguous row here: the loop below walks over columns.
+    columns = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, pad))).T
     if hessian is None:
         importance = jnp.ones(groups * group, jnp.float32)
         factor = None
@@ -109,9 +110,9 @@ def quantize(
     later = jnp.arange(groups * group)
 
     def one_group(g: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        weight, codes, scales = state
+        columns, codes, scales = state
         start = g * group
-        block = jax.lax.dynamic_slice(weight, (0, start), (rows, group))
+        block = jax.lax.dynamic_slice(columns, (start, 0), (group, rows))
         scale = search_scale(block, jax.lax.dynamic_slice(importance, (start,), (group,)), bits, search)
         if factor is None:
             quantized = round_to(block, scale, low, high)
@@ -119,29 +120,26 @@ def quantize(
             stripe = jax.lax.dynamic_slice(factor, (start, 0), (group, groups * group))
             square = jax.lax.dynamic_slice(stripe, (0, start), (group, group))
 
-            def one_column(j: Array, inner: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-                block, quantized, errors = inner
-                column = jax.lax.dynamic_slice_in_dim(block, j, 1, axis=1)
+            def one_column(j: Array, inner: tuple[Array, Array]) -> tuple[Array, Array]:
+                block, quantized = inner
+                column = jax.lax.dynamic_slice_in_dim(block, j, 1)
                 integer = round_to(column, scale, low, high)
-                row = jax.lax.dynamic_slice_in_dim(square, j, 1, axis=0)[0]
-                error = (column - integer * scale[:, None]) / row[j]
-                block = block - error * jnp.where(jnp.arange(group) > j, row, 0.0)
-                return (
-                    block,
-                    jax.lax.dynamic_update_slice(quantized, integer, (0, j)),
-                    jax.lax.dynamic_update_slice(errors, error, (0, j)),
-                )
+                row = jax.lax.dynamic_slice_in_dim(square, j, 1)[0]
+                error = (column - integer * scale) / row[j]
+                # What was settled stays; row j itself keeps its error, which the later groups need.
+                settled = jnp.arange(group)[:, None]
+                block = jnp.where(settled > j, block - row[:, None] * error, jnp.where(settled == j, error, block))
+                return block, jax.lax.dynamic_update_slice_in_dim(quantized, integer, j, 0)
 
-            blank = jnp.zeros_like(block)
-            _, quantized, errors = jax.lax.fori_loop(0, group, one_column, (block, blank, blank))
-            weight = weight - errors @ jnp.where(later >= start + group, stripe, 0.0)
+            errors, quantized = jax.lax.fori_loop(0, group, one_column, (block, jnp.zeros_like(block)))
+            columns = columns - jnp.where(later >= start + group, stripe, 0.0).T @ errors
         return (
-            weight,
-            jax.lax.dynamic_update_slice(codes, quantized.astype(jnp.int8), (0, start)),
-            jax.lax.dynamic_update_slice(scales, scale[:, None], (0, g)),
+            columns,
+            jax.lax.dynamic_update_slice(codes, quantized.astype(jnp.int8), (start, 0)),
+            jax.lax.dynamic_update_slice(scales, scale[None], (g, 0)),
         )
 
-    codes = jnp.zeros((rows, groups * group), jnp.int8)
-    scales = jnp.zeros((rows, groups), jnp.float32)
-    _, codes, scales = jax.lax.fori_loop(0, groups, one_group, (weight, codes, scales))
-    return codes[:, :width], scales.astype(jnp.bfloat16)
+    codes = jnp.zeros((groups * group, rows), jnp.int8)
+    scales = jnp.zeros((groups, rows), jnp.float32)
+    _, codes, scales = jax.lax.fori_loop(0, groups, one_group, (columns, codes, scales))
+    return codes[:width].T, scales.T.astype(jnp.bfloat16)

@@ -28,3 +28,13 @@ def greedy(loss: Float[Array, "n n"]) -> Int[Array, " n"]:
 
     price, order = jnp.diagonal(loss), jnp.zeros(count, jnp.int32)
     return jax.lax.fori_loop(0, count, step, (price, order))[1]
+
+
+def tail_loss(loss: Float[Array, "*g n n"]) -> Float[Array, "*g n+1"]:
+    """For every count k = 0 ... n of kept leading entries, the sum of loss[i, j] over all dropped i, j >= k.
+
+    loss is symmetric, so entry i brings loss[i, i] and twice its coupling to what comes after it.
+    """
+    brought = jnp.diagonal(loss, axis1=-2, axis2=-1) + 2 * jnp.sum(jnp.triu(loss, 1), axis=-1)
+    total = jnp.cumsum(brought[..., ::-1], axis=-1)[..., ::-1]
+    return jnp.concatenate([total, jnp.zeros_like(total[..., :1])], axis=-1)

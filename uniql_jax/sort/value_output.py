@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from uniql_jax.sort.order import tail_loss
+
 METHODS = ("attention_output", "joint", "published", "random")
 
 
@@ -90,13 +92,6 @@ def sort_value_output(
     else:
         raise ValueError(f"unknown V/O method {method!r}; one of {', '.join(METHODS)}")
     return change, jnp.einsum("grk,kgh->rgh", change, v), new_o
-
-
-def tail_loss(loss: Float[Array, "*g n n"]) -> Float[Array, "*g n+1"]:
-    """For every count k of kept leading entries, the sum of loss[i, j] over all dropped i, j >= k."""
-    flipped = loss[..., ::-1, ::-1]
-    block = jnp.diagonal(jnp.cumsum(jnp.cumsum(flipped, -1), -2), axis1=-2, axis2=-1)[..., ::-1]
-    return jnp.concatenate([block, jnp.zeros_like(block[..., :1])], axis=-1)
 
 
 def rank_loss(
