@@ -25,14 +25,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.record import environment  # noqa: E402
-from convert.source import open_source  # noqa: E402
-from uniql_jax import cli, data  # noqa: E402
-from uniql_jax.int4 import dense  # noqa: E402
-from uniql_jax.loading import load, load_source  # noqa: E402
-from uniql_jax.model import CausalLM, hidden_states, logits  # noqa: E402
-from uniql_jax.passes.options import Options  # noqa: E402
-from uniql_jax.passes.run import compress  # noqa: E402
+from benchmarks.record import environment
+from convert.source import open_source
+from uniql_jax import cli, data
+from uniql_jax.int4 import dense
+from uniql_jax.loading import load, load_source
+from uniql_jax.model import CausalLM, hidden_states, logits
+from uniql_jax.passes.options import Options
+from uniql_jax.passes.run import compress
 
 RATES = (0.0, 0.15, 0.25, 0.35)
 PUBLISHED = dict(mlp_score="leverage", pair_score="published", value_output="published", plan="influence")
@@ -170,7 +170,7 @@ def main() -> None:
     memo: dict[Any, Any] = {}
     for table in args.table:
         for name, options in TABLES[table]().items():
-            if not any(part in name for part in args.only) or "ridge" in name and "ridge" not in "".join(args.only):
+            if not any(part in name for part in args.only) or ("ridge" in name and "ridge" not in "".join(args.only)):
                 continue
             start = time.time()
             with tempfile.TemporaryDirectory() as folder:

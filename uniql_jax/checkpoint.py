@@ -177,7 +177,11 @@ class CheckpointWriter:
     """Writes an elastic checkpoint layer by layer into a folder that exists (stage it: see files.staged_output)."""
 
     def __init__(
-        self, folder: str | Path, hf_config: Mapping[str, Any], meta: Mapping[str, Any], max_shard_bytes: int = 5 * 10**9
+        self,
+        folder: str | Path,
+        hf_config: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        max_shard_bytes: int = 5 * 10**9,
     ):
         self.folder = Path(folder)
         self._hf_config = dict(hf_config)

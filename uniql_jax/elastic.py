@@ -1,7 +1,7 @@
 """The one mechanism: every prunable weight is stored with its sorted axis first, and pruning keeps a prefix of it.
 
 `BLOCKS` is the whole truth about every leaf of every block: its dimensions, which of them is elastic (always the
-first) and which a matrix product contracts. Sorting, masking, slicing, quantizing, caches, export and the tests read it.
+first) and which a matrix product contracts. Sorting, masking, slicing, quantizing, caches, export and tests read it.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Pruning keeps a prefix of the leading axis and never re-quantizes: dequantizing 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -70,18 +71,21 @@ class QuantizedArray:
         Raises ValueError when the cut would split a group.
         """
         if self.contract == "last":
-            return self.replace(data=self.data[:count], scale=self.scale[:count])
+            return dataclasses.replace(self, data=self.data[:count], scale=self.scale[:count])
         width = count * math.prod(self.inner)
         if count == self.shape[0]:
             return self
         if width % self.group:
             raise ValueError(f"a cut at {count} splits a quantization group of {self.group}")
         per_row = 8 if self.bits == 4 else 1
-        return self.replace(data=self.data[: width // per_row], scale=self.scale[: width // self.group], width=width)
+        data, scale = self.data[: width // per_row], self.scale[: width // self.group]
+        return dataclasses.replace(self, data=data, scale=scale, width=width)
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
         """The weight as a dense array of its logical shape, computed in float32 and cast to `dtype`."""
-        values = unpack(jnp.asarray(self.data), self.bits, axis=-1 if self.contract == "last" else 0).astype(jnp.float32)
+        values = unpack(jnp.asarray(self.data), self.bits, axis=-1 if self.contract == "last" else 0).astype(
+            jnp.float32
+        )
         scale = jnp.asarray(self.scale).astype(jnp.float32)
         if self.contract == "last":
             scale = jnp.repeat(scale, self.group, axis=-1)

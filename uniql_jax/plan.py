@@ -159,8 +159,9 @@ def make_plan(
 
     losses: per layer and axis, the estimated loss of keeping 0 ... all entries of the axis; when given, units go in
     the order of loss per parameter, each at least as dear as the one before it on its axis.
-    influence: block influence per layer, 1 - mean cos(input, output), float [layers]; None plans uniformly. A layer's share is proportional to softmax(-influence / epsilon); a layer that reached `cap` stops, and the others go
-    on, which redistributes what was clamped (method: plan).
+    influence: block influence per layer, 1 - mean cos(input, output), float [layers]; None plans uniformly.
+    A layer's share is proportional to softmax(-influence / epsilon); a layer that reached `cap` stops, and the others
+    go on, which redistributes what was clamped (method: plan).
     """
     count = len(config.pattern)
     scores = np.zeros(count) if influence is None else np.asarray(influence, np.float64)

@@ -7,7 +7,7 @@ will really receive) and, for the refit, the unpruned model's, whose output is t
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +47,11 @@ def keep_per_window(plan: Plan, rates: Sequence[float]) -> tuple[Keep, ...]:
         {axis: np.asarray([by_rate[float(r)][i][axis] for r in rates], np.int32) for axis in kept}
         for i, kept in enumerate(plan.keep(0.0))
     )
+
+
+def total(parts: Iterable[Any]) -> Any:
+    """Sum of what batches give, arrays or tuples of arrays, holding one batch's at a time."""
+    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
 
 
 def _hidden(config: ModelConfig, kind: str, leaves: Block, x: Array, keep: Keep | None) -> Array:
@@ -182,8 +187,8 @@ class Finisher:
 
         first = [name for name, leaf in leaves.items() if leaf.contract != "first"]
         hessian = None
-        if options.packed and options.rounding == "gptq" or options.packed and options.scale_search:
-            hessian = sum(read_gram(config, kind, original, x) for x in self.x) / tokens
+        if options.packed and (options.rounding == "gptq" or options.scale_search):
+            hessian = total(read_gram(config, kind, original, x) for x in self.x) / tokens
         for name in first:
             settle(name, original[name], hessian)
         for name, leaf in leaves.items():
@@ -191,19 +196,17 @@ class Finisher:
                 continue
             weight = original[name]
             if self.teacher is not None and self.keep is not None:
-                sums = [
-                    hidden_gram_and_cross(
-                        config, kind, working, original, x, t, self.keep[b][i], options.refit_target
-                    )
-                    for b, (x, t) in enumerate(zip(self.x, self.teacher, strict=True))
-                ]
-                inner_gram, cross = (sum(part) / tokens for part in zip(*sums, strict=True))
+                inner_gram, cross = total(
+                    hidden_gram_and_cross(config, kind, working, original, x, t, keep[i], options.refit_target)
+                    for x, t, keep in zip(self.x, self.teacher, self.keep, strict=True)
+                )
+                inner_gram, cross = inner_gram / tokens, cross / tokens
                 flat = weight.reshape(-1, weight.shape[-1])
                 weight = refit(inner_gram, cross, flat, options.refit_ridge).reshape(weight.shape)
                 settle(name, weight, inner_gram)
             elif hessian is not None:
-                total = sum(hidden_gram(config, kind, working, x, self._keep(b, i)) for b, x in enumerate(self.x))
-                settle(name, weight, total / tokens)
+                grams = (hidden_gram(config, kind, working, x, self._keep(b, i)) for b, x in enumerate(self.x))
+                settle(name, weight, total(grams) / tokens)
             else:
                 settle(name, weight, None)
         self._advance(i, kind, working, original)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -38,9 +39,20 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 class Source(Protocol):
     """What a run reads from: `convert.source.Source`."""
 
-    config: ModelConfig
-    hf_config: Mapping[str, Any]
-    name: str
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes and switches."""
+        ...
+
+    @property
+    def hf_config(self) -> Mapping[str, Any]:
+        """The Hugging Face config, as it will be written."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+        ...
 
     def layer(self, index: int) -> dict[str, dict[str, Any]]:
         """Leaves of a layer, dense float32, in the layout of `elastic.BLOCKS`."""
@@ -293,7 +305,7 @@ class _Run:
             read = q.T @ gram @ q
         else:
             read = q.T @ (norm[:, None] * gram * norm) @ q
-        out = {name: stored(elastic.TOP[name], value, dtype) for name, value in top.items() if name != "head"}
+        out: dict[str, Any] = {n: stored(elastic.TOP[n], value, dtype) for n, value in top.items() if n != "head"}
         group = self.groups["embed"]
         if "head" in top:
             out["head"] = quantize_leaf(elastic.TOP["head"], top["head"], read, options, group)
@@ -317,11 +329,11 @@ class _Run:
         if refitting:
             teacher = self._streams(self.top["embed"] @ q if q is not None else self.top["embed"])
             rates = refit_rates(sum(len(b) for b in self.batches), float(options.refit or 0.0))
-            per_window = keep_per_window(self.plan, rates)
+            per_window = keep_per_window(self.plan, rates.tolist())
             starts = np.cumsum([0] + [len(b) for b in self.batches])
             keep = [
                 tuple({a: sizes[lo:hi] for a, sizes in layer.items()} for layer in per_window)
-                for lo, hi in zip(starts[:-1], starts[1:], strict=True)
+                for lo, hi in itertools.pairwise(starts)
             ]
         finisher = Finisher(self.config, options, self.groups, matrix_dtype(options), x, teacher, keep)
         streaming = refitting or options.packed
@@ -392,4 +404,3 @@ class _Run:
 def matrix_dtype(options: Options) -> Any:
     """Type of the matrices that are not packed."""
     return np.float32 if options.bits == 32 else ml_dtypes.bfloat16
-

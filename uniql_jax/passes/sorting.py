@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,9 @@ def gram(x: Float[Array, "..."], width: int) -> Float[Array, "w w"]:
     return rows.T @ rows
 
 
-def _attention_taps(config: ModelConfig, leaves: Block, normed: Array, context: Context, tap: Array) -> tuple[Array, Any]:
+def _attention_taps(
+    config: ModelConfig, leaves: Block, normed: Array, context: Context, tap: Array
+) -> tuple[Array, Any]:
     q, k, v = attention.project(config, leaves, normed, context)
     q = q + tap
     hidden = attention.attend(config, q, k, v, context.visible)
@@ -88,20 +90,30 @@ def _mlp_statistics(config: ModelConfig, normed: Array, hidden: Array, seen: Any
 def _sort_mlp(config: ModelConfig, leaves: Block, stats: Statistics, options: Options, seed: int) -> Sorted:
     metric = stats["fisher"] if options.output_metric else None
     order = order_channels(stats["gram"], leaves["down"], options.mlp_score, seed, metric, stats["gate_fisher"])
-    out = {
-        name: value[order] if elastic.BLOCKS["mlp"][name].axis == "ffn" else value for name, value in leaves.items()
-    }
+    out = {name: value[order] if elastic.BLOCKS["mlp"][name].axis == "ffn" else value for name, value in leaves.items()}
     loss = stats["gram"] * (leaves["down"] @ stats["fisher"] @ leaves["down"].T)
     return out, {"ffn": tail_loss(loss[order][:, order])}
 
 
-SORTERS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
-    "attention": (_attention_taps, _attention_statistics, _sort_attention),
-    "mlp": (_mlp_taps, _mlp_statistics, _sort_mlp),
-}
-"""Block kind -> (inner function with a tap, statistics of a batch, sorted leaves from their mean).
+class Sorter(NamedTuple):
+    """How one kind of block is measured and sorted.
 
-A tap is added where entries of an elastic axis act, so that its gradient says what the loss feels there."""
+    A tap is an array of zeros added where entries of an elastic axis act: its gradient says what the loss feels there.
+    `tap` gives its shape, `run` is the block's inner function with it, `statistics` sums over a batch, `sort` takes
+    their mean.
+    """
+
+    tap: Callable[[ModelConfig], tuple[int, ...]]
+    run: Callable[..., Any]
+    statistics: Callable[..., Statistics]
+    sort: Callable[..., Sorted]
+
+
+SORTERS: dict[str, Sorter] = {
+    "attention": Sorter(lambda c: (c.heads, c.head_dim), _attention_taps, _attention_statistics, _sort_attention),
+    "mlp": Sorter(lambda c: (c.intermediate_size,), _mlp_taps, _mlp_statistics, _sort_mlp),
+}
+"""Block kind -> its sorter; the keys are those of `elastic.BLOCKS`."""
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kinds"))
@@ -109,7 +121,8 @@ def layer_forward(
     config: ModelConfig, kinds: tuple[str, ...], layer: Mapping[str, Block], x: Float[Array, "b t h"]
 ) -> tuple[Float[Array, "b t h"], Float[Array, ""]]:
     """One batch of windows through a layer: its output, and the sum over tokens of the cosine between the layer's
-    input and output (block influence is one minus its mean)."""
+    input and output (block influence is one minus its mean).
+    """
     y = apply_layer(config, kinds, layer, x, full_context(jnp.ones(x.shape[:2], bool)))
     norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
     return y, jnp.sum(jnp.sum(x * y, axis=-1) / jnp.maximum(norms, 1e-30))
@@ -124,32 +137,27 @@ def layer_statistics(
     gradient: Float[Array, "b t h"],
 ) -> tuple[Float[Array, "b t h"], dict[str, Statistics]]:
     """One batch back through a layer: gradient of the loss at its input from the one at its output, and the summed
-    statistics of every block."""
+    statistics of every block.
+    """
     context = full_context(jnp.ones(x.shape[:2], bool))
     pulls, outputs = [], x
     for kind in kinds:
-        block, leaves = KINDS[kind], layer[kind]
+        leaves = layer[kind]
 
         def run(x: Array, tap: Array, kind: str = kind, leaves: Block = leaves) -> tuple[Array, Any]:
             normed = KINDS[kind].read(config, leaves, x)
-            hidden, seen = SORTERS[kind][0](config, leaves, normed, context, tap)
+            hidden, seen = SORTERS[kind].run(config, leaves, normed, context, tap)
             return x + KINDS[kind].write(leaves, hidden), (normed, hidden, seen)
 
-        tap = jnp.zeros(tap_shape(config, kind, x.shape[:2]), x.dtype)
+        tap = jnp.zeros((*x.shape[:2], *SORTERS[kind].tap(config)), x.dtype)
         outputs, pull, found = jax.vjp(run, outputs, tap, has_aux=True)
         pulls.append((kind, pull, found))
     stats: dict[str, Statistics] = {}
     for kind, pull, (normed, hidden, seen) in reversed(pulls):
         fisher = gram(gradient, gradient.shape[-1])
         gradient, slope = pull(gradient)
-        stats[kind] = SORTERS[kind][1](config, normed, hidden, seen, slope) | {"fisher": fisher}
+        stats[kind] = SORTERS[kind].statistics(config, normed, hidden, seen, slope) | {"fisher": fisher}
     return gradient, stats
-
-
-def tap_shape(config: ModelConfig, kind: str, batch: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of the array that a block's tap is added to."""
-    full = elastic.sizes(config)
-    return (*batch, full["ffn"]) if kind == "mlp" else (*batch, full["head"], 2 * full["qk"])
 
 
 def sort_layer(
@@ -163,10 +171,11 @@ def sort_layer(
     """The layer with every elastic axis sorted, most important first, and per axis the estimated loss of keeping
     0 ... all of its entries; `stats` are means over tokens.
 
-    Not for `jax.jit`: see `value_output.decompose` on factorizations."""
+    Not for `jax.jit`: see `value_output.decompose` on factorizations.
+    """
     done, losses = {}, {}
     for kind in kinds:
-        done[kind], found = SORTERS[kind][2](config, layer[kind], stats[kind], options, seed)
+        done[kind], found = SORTERS[kind].sort(config, layer[kind], stats[kind], options, seed)
         losses |= found
     return done, losses
 
@@ -175,7 +184,7 @@ def sort_layer(
 def loss_gradient(
     top: Mapping[str, Array], x: Float[Array, "b t h"], tokens: Int[Array, "b t"], eps: float
 ) -> Float[Array, "b t h"]:
-    """Gradient of the summed next-token loss at the last layer's output, one window after another (logits are large)."""
+    """Gradient of the summed next-token loss at the last layer's output, window by window, as logits are large."""
 
     def loss(x: Array, tokens: Array) -> Array:
         normed = rms_norm(x[:-1], top["norm"], eps)

@@ -18,7 +18,8 @@ from uniql_jax import elastic
 
 def orthogonal(size: int, seed: int) -> Float[np.ndarray, "size size"]:
     """An orthogonal matrix, float64: a signed Hadamard matrix of the largest power of two that divides `size`, times
-    a random orthogonal matrix of the odd rest."""
+    a random orthogonal matrix of the odd rest.
+    """
     rng = np.random.default_rng(seed)
     power = size & -size
     hadamard = np.ones((1, 1))
@@ -29,9 +30,7 @@ def orthogonal(size: int, seed: int) -> Float[np.ndarray, "size size"]:
     return rng.choice([-1.0, 1.0], size)[:, None] * np.kron(hadamard / np.sqrt(power), odd)
 
 
-def rotate_block(
-    kind: str, block: Mapping[str, Any], q: Float[Array, "h h"]
-) -> dict[str, Any]:
+def rotate_block(kind: str, block: Mapping[str, Any], q: Float[Array, "h h"]) -> dict[str, Any]:
     """A block that reads and writes the rotated stream x Q; its norm weight becomes ones. Computed in float32."""
     norm = jnp.asarray(block["norm"], jnp.float32)
     out: dict[str, Any] = {}

@@ -11,9 +11,7 @@ from uniql_jax.sort.order import descending, greedy
 METHODS = ("greedy", "fisher", "fisher_diagonal", "energy", "published", "random")
 
 
-def pair_loss(
-    gram_q: Float[Array, "g m d d"], gram_k: Float[Array, "g d d"]
-) -> Float[Array, "g pairs pairs"]:
+def pair_loss(gram_q: Float[Array, "g m d d"], gram_k: Float[Array, "g d d"]) -> Float[Array, "g pairs pairs"]:
     """Expected squared change of the scores when pairs are dropped, as a symmetric matrix per key/value head.
 
     gram_q, gram_k: mean outer products of rotated queries and of rotated, mean-free keys, features (2p, 2p + 1)

@@ -56,7 +56,7 @@ def decompose(
 def published(
     v: Float[Array, "d g h"], o: Float[Array, "d n h"], gram_x: Float[Array, "h h"]
 ) -> tuple[Float[Array, "g d d"], Float[Array, "d n h"]]:
-    """The published route for shared heads, which looks at V alone: SVD of C^1/2 W_V per head, O follows by its basis."""
+    """The published route for shared heads looks at V alone: SVD of C^1/2 W_V per head; O follows by its basis."""
     root = jax.block_until_ready(square_root(gram_x))
     zt = jax.block_until_ready(jnp.linalg.svd(root @ v.transpose(1, 2, 0), full_matrices=False)[2])
     d, groups, hidden = v.shape
@@ -98,7 +98,8 @@ def rank_loss(
     change: Float[Array, "g d d"], new_o: Float[Array, "d n h"], gram_out: Float[Array, "g d d"], metric: Array
 ) -> Float[Array, " d+1"]:
     """Loss of keeping the leading k ranks, k = 0 ... d: what the dropped ranks add to the output, weighed by `metric`
-    [h, h] and summed over key/value heads (query heads of a group are averaged)."""
+    [h, h] and summed over key/value heads (query heads of a group are averaged).
+    """
     groups, d = change.shape[:2]
     received = jnp.einsum("grd,gde,gse->grs", change, gram_out, change)
     grouped = new_o.reshape(d, groups, -1, new_o.shape[-1])
