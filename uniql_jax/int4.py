@@ -6,6 +6,7 @@ Pruning keeps a prefix of the leading axis and never re-quantizes: dequantizing 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -83,15 +84,19 @@ class QuantizedArray:
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
         """The weight as a dense array of its logical shape, computed in float32 and cast to `dtype`."""
-        values = unpack(jnp.asarray(self.data), self.bits, axis=-1 if self.contract == "last" else 0).astype(
-            jnp.float32
-        )
-        scale = jnp.asarray(self.scale).astype(jnp.float32)
-        if self.contract == "last":
-            scale = jnp.repeat(scale, self.group, axis=-1)
-            return (values * scale)[..., : self.width].astype(dtype)
-        scale = jnp.repeat(scale, self.group, axis=0)
-        return (values * scale)[: self.width].reshape(self.shape).astype(dtype)
+        return _dequantize(jax.tree.map(jnp.asarray, self), jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _dequantize(weight: QuantizedArray, dtype: np.dtype) -> Float[Array, "..."]:
+    # Compiled as one: outside a jit, a dozen small programs per shape would be.
+    axis = -1 if weight.contract == "last" else 0
+    values = unpack(weight.data, weight.bits, axis).astype(jnp.float32)
+    scale = jnp.repeat(weight.scale.astype(jnp.float32), weight.group, axis=axis)
+    dense = values * scale
+    if weight.contract == "last":
+        return dense[..., : weight.width].astype(dtype)
+    return dense[: weight.width].reshape(weight.shape).astype(dtype)
 
 
 def pack(values: Int[Array, "..."], bits: int, axis: int) -> Int[Array, "..."]:

@@ -62,7 +62,7 @@ class Source(Protocol):
         """Embedding, final norm and head where untied."""
         ...
 
-    def write_side_files(self, folder: Path) -> None:
+    def write_side_files(self, folder: Path, /) -> None:
         """Tokenizer and the like."""
         ...
 

@@ -1,0 +1,107 @@
+"""Packed weights: exact round trips, prefixes, odd shapes."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pallas_kernels import packing
+from uniql_jax.int4 import SHIFTS, QuantizedArray, dense, from_codes, group_size, pack, unpack
+
+
+def quantized(
+    rng: np.random.Generator, shape: tuple[int, ...], bits: int, group: int, contract: str
+) -> tuple[QuantizedArray, np.ndarray]:
+    """A random packed weight and the dense array it stands for."""
+    width = shape[-1] if contract == "last" else math.prod(shape[:-1])
+    rows = math.prod(shape) // width
+    low, high = (-8, 8) if bits == 4 else (-127, 128)
+    codes = rng.integers(low, high, (rows, width))
+    scale = np.asarray(jnp.asarray(rng.standard_normal((rows, -(-width // group))), jnp.bfloat16), np.float32)
+    value = codes * np.repeat(scale, group, axis=1)[:, :width]
+    packed = from_codes(
+        jnp.asarray(codes, jnp.int8), jnp.asarray(scale), bits=bits, group=group, contract=contract, shape=shape
+    )
+    return packed, (value if contract == "last" else value.T).reshape(shape)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("shape", "group", "contract"),
+    [((6, 2, 3, 40), 40, "last"), ((5, 100), 32, "last"), ((16, 9, 24), 72, "first"), ((60, 20), 16, "first")],
+)
+def test_dequantized_is_integer_times_scale(
+    bits: int, shape: tuple[int, ...], group: int, contract: str, rng: np.random.Generator
+) -> None:
+    packed, want = quantized(rng, shape, bits, group, contract)
+    assert packed.shape == shape
+    np.testing.assert_array_equal(packed.dequantize(), want.astype(np.float32))
+    np.testing.assert_array_equal(dense(packed), packed.dequantize())
+    assert packed.nbytes == packed.data.nbytes + packed.scale.nbytes
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("shape", "group", "contract", "counts"),
+    [
+        ((7, 3, 32), 16, "last", (1, 4, 7)),
+        ((32, 9, 16), 72, "first", (8, 24, 32)),
+        ((56, 12), 16, "first", (16, 48, 56)),
+    ],
+)
+def test_a_prefix_dequantizes_to_the_prefix(
+    bits: int, shape: tuple[int, ...], group: int, contract: str, counts: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    packed, _ = quantized(rng, shape, bits, group, contract)
+    whole = np.asarray(packed.dequantize())
+    for count in counts:
+        part = packed.take_prefix(count)
+        assert part.shape == (count, *shape[1:])
+        np.testing.assert_array_equal(part.dequantize(), whole[:count])
+        np.testing.assert_array_equal(part.data, np.asarray(packed.data)[: part.data.shape[0]])
+
+
+def test_a_cut_through_a_group_is_refused(rng: np.random.Generator) -> None:
+    packed, _ = quantized(rng, (32, 9, 16), 4, 72, "first")
+    with pytest.raises(ValueError, match="splits a quantization group"):
+        packed.take_prefix(5)
+
+
+@given(words=st.integers(1, 9), rows=st.integers(1, 5), axis=st.sampled_from([0, 1]), seed=st.integers(0, 2**32 - 1))
+def test_pack_and_unpack(words: int, rows: int, axis: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(-8, 8, (rows, 8 * words))
+    codes = codes.T if axis == 0 else codes
+    packed = pack(jnp.asarray(codes, jnp.int32), 4, axis)
+    assert packed.dtype == jnp.int32
+    assert packed.size * 8 == codes.size
+    np.testing.assert_array_equal(unpack(packed, 4, axis), codes)
+
+
+def test_the_kernels_read_the_same_order() -> None:
+    assert tuple(packing.SHIFTS) == SHIFTS
+    assert sorted(SHIFTS) == list(range(0, 32, 4))
+
+
+@given(width=st.integers(1, 20000))
+def test_a_group_is_a_multiple_of_eight_near_the_target(width: int) -> None:
+    group = group_size(width)
+    assert group % 8 == 0
+    assert 8 <= group <= 256
+    assert group >= 64 or group >= width
+
+
+@pytest.mark.parametrize(("width", "group"), [(576, 144), (896, 128), (4096, 128), (3584, 128), (2048, 128), (48, 48)])
+def test_groups_of_real_hidden_sizes(width: int, group: int) -> None:
+    assert group_size(width) == group
+
+
+def test_a_packed_weight_passes_through_jit(rng: np.random.Generator) -> None:
+    packed, want = quantized(rng, (32, 24), 4, 16, "first")
+    got = jax.jit(lambda w: w.take_prefix(16).dequantize())(packed)
+    np.testing.assert_array_equal(got, want.astype(np.float32)[:16])
