@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
+import re
 import sys
 from typing import Any
 
@@ -19,6 +20,7 @@ def environment() -> dict[str, Any]:
         "device": device.device_kind if device.platform != "cpu" else f"CPU ({platform.machine()})",
         "python": platform.python_version(),
         "versions": versions,
-        "command": " ".join(["python", *sys.argv]),
+        # Where files lay on the machine that measured is nobody's business: their names are enough.
+        "command": " ".join(["python", *(re.sub(r"[^=\s]*/(?=[^/])", "", word) for word in sys.argv)]),
         "date": datetime.date.today().isoformat(),
     }

@@ -86,7 +86,7 @@ def open_source(ckpt: str | os.PathLike[str]) -> Source:
     """
     text = os.fspath(ckpt)
     path = Path(text).expanduser()
-    if text == "demo" and not path.exists():
+    if text == "demo":  # also where a folder has that name: ./demo is the folder
         return _from_gguf(_demo_file(), "demo")
     if path.is_dir():
         return _from_folder(path, text)

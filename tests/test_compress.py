@@ -1,0 +1,168 @@
+"""The compress door: its plan tells the truth, its flags reach the pass, and a finished run is not run again."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert.source import open_source
+from tests import published, tiny
+from uniql_jax import cli
+from uniql_jax import config as model_config
+from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.passes.options import Options
+
+compress = importlib.import_module("uniql_jax.compress")
+QUICK = ("--rounding", "nearest", "--no-rotate")
+Folder = Callable[[str], Path]
+
+
+@pytest.fixture
+def calib(tmp_path: Path, rng: np.random.Generator) -> Path:
+    path = tmp_path / "calib.npy"
+    np.save(path, rng.integers(3, 256, (8, 32)).astype(np.int32))
+    return path
+
+
+def _run(*argv: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.run(compress.main, [str(a) for a in argv])
+    return int(stop.value.code or 0)
+
+
+def test_a_run_plans_works_and_says_what_next(
+    hf_folder: Folder, calib: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    argv = ("--ckpt", hf_folder("llama-2-7b"), "--out", out, "--calib", calib, "--calib-windows", "8", *QUICK)
+    assert _run(*argv, "--calib-length", "32", "--uniform", "--seed", "3") == 0
+    shown = capsys.readouterr().out
+    checkpoint = open_checkpoint(out)
+    assert (
+        checkpoint.meta["options"] | {"rounding": "nearest", "rotate": False, "plan": "uniform", "seed": 3}
+        == (checkpoint.meta["options"])
+    )
+    assert "8 windows of 32 tokens" in checkpoint.meta["provenance"]["calibration"]
+    for row in ("model", "weights", "cuts", "calibration", "checkpoint", "disk", "memory", "time"):
+        assert re.search(rf"^{row} +\S", shown, re.MULTILINE), row
+    assert "note" in shown  # a tiny model is cut finer than hardware likes
+    for rate in compress.RATES:
+        assert cli.format_bytes(checkpoint.weight_bytes(rate)) in shown
+    for command in ("uniql_jax.evaluate", "uniql_jax.generate", "convert.to_hf"):
+        assert f"python -m {command}" in shown
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["calib.npy", "out"]
+
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert _run(*argv, "--calib-length", "32", "--uniform", "--seed", "3", "--resume") == 0
+    assert "nothing to resume" in capsys.readouterr().out
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    assert _run(*argv, "--calib-length", "32", "--seed", "4", "--resume") == 2  # another run's result stays
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_in_the_way(
+    hf_folder: Folder, calib: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    assert _run("--ckpt", hf_folder("llama-2-7b"), "--out", tmp_path / "out", "--calib", calib) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_without_a_tokenizer_text_is_refused(
+    hf_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for calib in ((), ("--calib", __file__)):
+        assert _run("--ckpt", hf_folder("llama-2-7b"), "--out", tmp_path / "out", *calib) == 2
+        assert ".npy" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (("--calib-windows", "0"), "at least 1"),
+        (("--calib-length", "1"), "at least 2"),
+        (("--refit", "1.5"), "from 0 to 1"),
+        (("--refit", "1"), "less than 1"),
+        (("--mlp-score", "luck"), "luck"),
+        (("--plan", "loss", "--uniform"), "not allowed"),
+        (("--recover", "alpaca"), "--recover"),
+        (("--seed", "-1"), "at least 0"),
+    ],
+)
+def test_bad_arguments(
+    argv: tuple[str, ...], word: str, hf_folder: Folder, calib: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert _run("--ckpt", hf_folder("llama-2-7b"), "--out", tmp_path / "out", "--calib", calib, *argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert word in error
+
+
+def test_text_becomes_windows_that_the_model_can_read(
+    hf_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the tokenizer beside the weights; the length stops at the model's own limit, and the plan says so."""
+    config = published.shrink(published.LLAMA_2_7B, max_position_embeddings=16, vocab_size=tiny.VOCAB)
+    source = open_source(hf_folder("llama-2-7b"))
+    text = tmp_path / "text.txt"
+    text.write_text("The people kept the peace.\n" * 200)
+    source = dataclasses.replace(
+        source,
+        config=model_config.from_hf(config),
+        write_side_files=lambda folder: tiny.tokenizer().save_pretrained(str(folder)),
+    )
+    found = compress.calibration_windows(source, [str(text)], 5, 512, 0)
+    assert found.tokens.shape == (5, 16)
+    assert "limit is 16" in found.description
+    monkeypatch.setattr(compress.data, "DEFAULT_CALIBRATION", ("docs:safetensors",))
+    default = compress.calibration_windows(source, [], 4, 16, 0)
+    assert default.tokens.shape == (4, 16)
+    assert "--calib" in default.description
+    assert "docs:safetensors" in default.description
+
+
+@pytest.mark.parametrize("name", sorted(published.PUBLISHED))
+def test_estimates_of_real_models(name: str) -> None:
+    """Sizes known without weights: 4 bits are about a quarter of 16, a rate takes its share of the layers."""
+    config = model_config.from_hf(published.PUBLISHED[name])
+    four, sixteen = Options(bits=4), Options(bits=16)
+    small, large = compress.estimated_bytes(config, four), compress.estimated_bytes(config, sixteen)
+    assert 0.25 < small / large < 0.32
+    params = compress.run.parameter_count(config)
+    assert large == pytest.approx(2 * params, rel=0.01)
+    cut = compress.estimated_bytes(config, sixteen) - compress.estimated_bytes(config, sixteen, 0.35)
+    assert cut == pytest.approx(0.35 * 2 * compress.prunable_count(config), rel=0.01)
+    assert 0.4 < compress.prunable_count(config) / params < 1
+    assert compress.work(config, four, 65536) > compress.work(config, sixteen, 65536) > 2 * params * 65536 * 0.4
+    parts = compress.memory_parts(config, four, 128, 512)
+    assert all(size > 0 for size in parts.values())
+    assert sum(parts.values()) < 40e9
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_estimated_bytes_are_those_of_the_file(
+    bits: int, hf_folder: Folder, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    source = open_source(hf_folder("smollm2-135m"))
+    options = Options(bits=bits, rounding="nearest", scale_search=False, plan="uniform")
+    tokens = rng.integers(3, 256, (4, 16)).astype(np.int32)
+    report = compress.run.compress(source, tmp_path / "out", tokens, options)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert compress.estimated_bytes(source.config, options) == pytest.approx(report.bytes, rel=0.02)
+    assert compress.estimated_bytes(source.config, options, 0.35) == pytest.approx(
+        checkpoint.weight_bytes(0.35), rel=0.06
+    )
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (80, "80 s"), (600, "10 min"), (7200, "2.0 h")])
+def test_times_for_people(seconds: float, text: str) -> None:
+    assert compress.format_seconds(seconds) == text
