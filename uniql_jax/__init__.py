@@ -19,7 +19,7 @@ _PUBLIC = {
     "prefill": "uniql_jax.model",
     "prune": "uniql_jax.model",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -160,7 +160,7 @@ def speed() -> float:
     jax.block_until_ready(product(x))
     start = time.perf_counter()
     jax.block_until_ready(product(x))
-    return 0.4 * 2 * size**3 / (time.perf_counter() - start)  # much of a run is bound by memory
+    return 0.25 * 2 * size**3 / (time.perf_counter() - start)  # much of a run is bound by memory
 
 
 def format_seconds(seconds: float) -> str:

@@ -103,7 +103,7 @@ def advance(
 
 @jax.jit
 def refit(
-    gram: Float[Array, "k k"], cross: Float[Array, "k h"], weight: Float[Array, "k h"], ridge: float
+    gram: Float[Array, "k k"], cross: Float[Array, "k h"], weight: Float[Array, "k h"], ridge: float | Float[Array, ""]
 ) -> Float[Array, "k h"]:
     """argmin of sum ||y - a W||^2 + lambda ||W - weight||^2, lambda = ridge * mean diagonal of the Gram matrix.
 
