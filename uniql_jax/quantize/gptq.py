@@ -21,7 +21,7 @@ def limits(bits: int) -> tuple[int, int]:
     return (-8, 7) if bits == 4 else (-127, 127)
 
 
-def inverse_factor(hessian: Float[Array, "k k"], damping: float = 0.01) -> Float[Array, "k k"]:
+def inverse_factor(hessian: Float[Array, "k k"], damping: float | Float[Array, ""] = 0.01) -> Float[Array, "k k"]:
     """Upper triangular U with U^T U = (H + lambda I)^-1, lambda = damping * mean diagonal.
 
     JAX returns NaN where a factorization fails, so lambda grows tenfold until the factor is finite. One Cholesky of
@@ -87,7 +87,7 @@ def quantize(
     group: int,
     search: bool = True,
     propagate: bool = True,
-    damping: float = 0.01,
+    damping: float | Float[Array, ""] = 0.01,
 ) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"]]:
     """Integers (int8) and bfloat16 scales of a weight whose rows each contract `width` inputs.
 
