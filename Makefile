@@ -28,7 +28,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --model $(MODEL) --rates $(RATES) --out $(OUT) $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)

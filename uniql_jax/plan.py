@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ LAYER_CAP = 0.85
 
 def check_rate(rate: float) -> float:
     """The rate itself, or a UserError when it is not a number from 0 to 0.35."""
-    if not isinstance(rate, (int, float)) or not -1e-9 <= rate <= MAX_PRUNE_RATE + 1e-9:
+    if not isinstance(rate, numbers.Real) or not -1e-9 <= rate <= MAX_PRUNE_RATE + 1e-9:
         raise UserError(f"prune rate must be a number from 0 to {MAX_PRUNE_RATE}, not {rate!r}")
     return min(max(float(rate), 0.0), MAX_PRUNE_RATE)
 

@@ -27,7 +27,7 @@ from uniql_jax.plan import Plan
 from uniql_jax.quantize.gptq import quantize
 
 Block = Mapping[str, Any]
-Keep = dict[str, Int[np.ndarray, " b"]]
+Keep = dict[str, Int[np.ndarray | Array, " b"]]
 
 
 def refit_rates(count: int, share: float) -> Float[np.ndarray, " count"]:
