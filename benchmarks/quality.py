@@ -33,6 +33,7 @@ from uniql_jax.loading import load, load_source
 from uniql_jax.model import CausalLM, hidden_states, logits
 from uniql_jax.passes.options import Options
 from uniql_jax.passes.run import compress
+from uniql_jax.plan import Plan
 
 RATES = (0.0, 0.15, 0.25, 0.35)
 PUBLISHED = dict(mlp_score="leverage", pair_score="published", value_output="published", plan="influence")
@@ -106,11 +107,11 @@ def window_loss(model: CausalLM, tokens: jax.Array, keep: Any) -> jax.Array:
     return jax.lax.map(one, (x, tokens)).mean()
 
 
-def perplexity(model: CausalLM, windows: np.ndarray, rate: float, batch: int) -> float:
+def perplexity(model: CausalLM, plan: Plan | None, windows: np.ndarray, rate: float, batch: int) -> float:
     """exp of the mean loss over windows."""
     keep = None
-    if model.plan is not None:
-        keep = tuple({a: jnp.int32(n) for a, n in kept.items()} for kept in model.plan.keep(rate))
+    if plan is not None:
+        keep = tuple({a: jnp.int32(n) for a, n in kept.items()} for kept in plan.keep(rate))
     usable = len(windows) // batch * batch
     losses = [float(window_loss(model, jnp.asarray(windows[i : i + batch]), keep)) for i in range(0, usable, batch)]
     return math.exp(sum(losses) / len(losses))
@@ -164,7 +165,8 @@ def main() -> None:
         texts[name] = found.tokens
     print(calibration.description, flush=True)
     original = load_source(args.ckpt, dtype=jnp.float32)
-    base = {name: perplexity(original, windows, 0.0, 4) for name, windows in texts.items()}
+    original = CausalLM(original.config, original.params, dtype=jnp.float32)
+    base = {name: perplexity(original, None, windows, 0.0, 4) for name, windows in texts.items()}
     print("original", {k: round(v, 3) for k, v in base.items()}, flush=True)
     rows = []
     memo: dict[Any, Any] = {}
@@ -176,14 +178,16 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 report = compress(source, f"{folder}/out", calibration.tokens, options, memo=memo)
                 taken = time.time() - start
-                model = load(f"{folder}/out", dtype=jnp.float32)
-            model.params = jax.tree.map(
+                loaded = load(f"{folder}/out", dtype=jnp.float32)
+            params = jax.tree.map(
                 lambda leaf: dense(leaf) if hasattr(leaf, "dequantize") else leaf,
-                model.params,
+                loaded.params,
                 is_leaf=lambda leaf: hasattr(leaf, "dequantize"),
             )
+            # Without plan and folder, which are static, all variants share one compiled function.
+            model = CausalLM(loaded.config, params, dtype=jnp.float32)
             for text, windows in texts.items():
-                values = [perplexity(model, windows, rate, 4) for rate in RATES]
+                values = [perplexity(model, loaded.plan, windows, rate, 4) for rate in RATES]
                 for rate, value in zip(RATES, values, strict=True):
                     rows.append(
                         dict(

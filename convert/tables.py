@@ -21,9 +21,14 @@ RAW: dict[str, dict[str, Leaf]] = {"attention": {"v_bias": Leaf(("vo", "kv_head"
 """Leaves that checkpoints have and the core has not: they are folded into others while reading."""
 
 
+LAYER = "model.layers.{layer}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One leaf inside a foreign tensor; each entry of `dims` is one dimension there, a product of our named ones."""
+    """One leaf inside a foreign tensor; each entry of `dims` is one dimension there, a product of our named ones ("" is
+    a dimension of one).
+    """
 
     leaf: str
     dims: tuple[str, ...]
@@ -33,44 +38,131 @@ class Part:
 class Row:
     """A foreign tensor: its name ({layer} stands for the number), its block ("top" outside layers), what it holds.
 
-    Several parts are stacked along the tensor's first dimension.
+    Several parts are stacked along the tensor's first dimension; with `within`, inside each entry of that dimension of
+    ours, which then is the slower part of the first one.
     """
 
     name: str
     kind: str
     parts: tuple[Part, ...]
+    within: str = ""
 
 
 def _row(name: str, kind: str, leaf: str, *dims: str) -> Row:
     return Row(name, kind, (Part(leaf, dims),))
 
 
-# RoPE turns dimension j of a head together with j + d/2: "pair" is slower than "qk".
+def _top(embed: str, norm: str) -> tuple[Row, ...]:
+    return (
+        _row(f"{embed}.weight", "top", "embed", "vocab", "embed"),
+        _row(f"{norm}.weight", "top", "norm", "embed"),
+        _row("lm_head.weight", "top", "head", "vocab", "embed"),
+    )
+
+
+def _norm(name: str, *kinds: str) -> tuple[Row, ...]:
+    return tuple(_row(f"{LAYER}.{name}.weight", kind, "norm", "embed") for kind in kinds)
+
+
+def _attention(name: str) -> tuple[Row, ...]:
+    # RoPE turns dimension j of a head together with j + d/2: "pair" is slower than "qk".
+    at = f"{LAYER}.{name}"
+    return (
+        _row(f"{at}.q_proj.weight", "attention", "q", "head pair qk", "embed"),
+        _row(f"{at}.q_proj.bias", "attention", "q_bias", "head pair qk"),
+        _row(f"{at}.k_proj.weight", "attention", "k", "kv_head pair qk", "embed"),
+        _row(f"{at}.k_proj.bias", "attention", "k_bias", "kv_head pair qk"),
+        _row(f"{at}.v_proj.weight", "attention", "v", "kv_head vo", "embed"),
+        _row(f"{at}.v_proj.bias", "attention", "v_bias", "kv_head vo"),
+        _row(f"{at}.o_proj.weight", "attention", "o", "embed", "head vo"),
+        _row(f"{at}.o_proj.bias", "attention", "o_bias", "embed"),
+    )
+
+
+def _partly_rotary(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The same rows for heads whose last dimensions do not rotate."""
+
+    def split(row: Row) -> Row:
+        leaf, dims = row.parts[0].leaf, row.parts[0].dims
+        if leaf not in ("q", "k", "q_bias", "k_bias"):
+            return row
+        letter, _, ending = leaf.partition("_")
+        passed = f"{letter}_pass" + (f"_{ending}" if ending else "")
+        head, _ = dims[0].split(" ", 1)
+        return Row(row.name, row.kind, (Part(leaf, ("pair qk", *dims[1:])), Part(passed, ("qk_pass", *dims[1:]))), head)
+
+    return tuple(split(row) for row in rows)
+
+
+def _mlp(name: str) -> tuple[Row, ...]:
+    at = f"{LAYER}.{name}"
+    return (
+        _row(f"{at}.gate_proj.weight", "mlp", "gate", "ffn", "embed"),
+        _row(f"{at}.gate_proj.bias", "mlp", "gate_bias", "ffn"),
+        _row(f"{at}.up_proj.weight", "mlp", "up", "ffn", "embed"),
+        _row(f"{at}.up_proj.bias", "mlp", "up_bias", "ffn"),
+        _row(f"{at}.down_proj.weight", "mlp", "down", "embed", "ffn"),
+        _row(f"{at}.down_proj.bias", "mlp", "down_bias", "embed"),
+    )
+
+
+def _mamba2(name: str) -> tuple[Row, ...]:
+    at = f"{LAYER}.{name}"
+    channels, states = "mamba_head ssm_head", "mamba_group ssm_state"
+
+    def stacked(tensor: str, leaves: dict[str, str], *rest: str) -> Row:
+        return Row(f"{at}.{tensor}", "mamba2", tuple(Part(leaf, (dims, *rest)) for leaf, dims in leaves.items()))
+
+    wide = {"z": channels, "x": channels, "b": states, "c": states, "dt": "mamba_head"}
+    convolved = {"conv_x": channels, "conv_b": states, "conv_c": states}
+    biases = {"dt_proj_bias" if leaf == "dt" else f"{leaf}_bias": dims for leaf, dims in wide.items()}
+    return (
+        stacked("in_proj.weight", wide, "embed"),
+        stacked("in_proj.bias", biases),
+        stacked("conv1d.weight", convolved, "", "conv"),
+        stacked("conv1d.bias", {f"{leaf}_bias": dims for leaf, dims in convolved.items()}),
+        _row(f"{at}.dt_bias", "mamba2", "dt_bias", "mamba_head"),
+        _row(f"{at}.A_log", "mamba2", "a_log", "mamba_head"),
+        _row(f"{at}.D", "mamba2", "d", "mamba_head"),
+        _row(f"{at}.norm.weight", "mamba2", "gate_norm", channels),
+        _row(f"{at}.out_proj.weight", "mamba2", "out", "embed", channels),
+        _row(f"{at}.out_proj.bias", "mamba2", "out_bias", "embed"),
+    )
+
+
+def _backbone(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    return tuple(dataclasses.replace(row, name=row.name.replace("model.", "backbone.", 1)) for row in rows)
+
+
 LLAMA: tuple[Row, ...] = (
-    _row("model.embed_tokens.weight", "top", "embed", "vocab", "embed"),
-    _row("model.norm.weight", "top", "norm", "embed"),
-    _row("lm_head.weight", "top", "head", "vocab", "embed"),
-    _row("model.layers.{layer}.input_layernorm.weight", "attention", "norm", "embed"),
-    _row("model.layers.{layer}.self_attn.q_proj.weight", "attention", "q", "head pair qk", "embed"),
-    _row("model.layers.{layer}.self_attn.q_proj.bias", "attention", "q_bias", "head pair qk"),
-    _row("model.layers.{layer}.self_attn.k_proj.weight", "attention", "k", "kv_head pair qk", "embed"),
-    _row("model.layers.{layer}.self_attn.k_proj.bias", "attention", "k_bias", "kv_head pair qk"),
-    _row("model.layers.{layer}.self_attn.v_proj.weight", "attention", "v", "kv_head vo", "embed"),
-    _row("model.layers.{layer}.self_attn.v_proj.bias", "attention", "v_bias", "kv_head vo"),
-    _row("model.layers.{layer}.self_attn.o_proj.weight", "attention", "o", "embed", "head vo"),
-    _row("model.layers.{layer}.self_attn.o_proj.bias", "attention", "o_bias", "embed"),
-    _row("model.layers.{layer}.post_attention_layernorm.weight", "mlp", "norm", "embed"),
-    _row("model.layers.{layer}.mlp.gate_proj.weight", "mlp", "gate", "ffn", "embed"),
-    _row("model.layers.{layer}.mlp.gate_proj.bias", "mlp", "gate_bias", "ffn"),
-    _row("model.layers.{layer}.mlp.up_proj.weight", "mlp", "up", "ffn", "embed"),
-    _row("model.layers.{layer}.mlp.up_proj.bias", "mlp", "up_bias", "ffn"),
-    _row("model.layers.{layer}.mlp.down_proj.weight", "mlp", "down", "embed", "ffn"),
-    _row("model.layers.{layer}.mlp.down_proj.bias", "mlp", "down_bias", "embed"),
+    *_top("model.embed_tokens", "model.norm"),
+    *_norm("input_layernorm", "attention"),
+    *_attention("self_attn"),
+    *_norm("post_attention_layernorm", "mlp"),
+    *_mlp("mlp"),
 )
 
 TABLES: dict[str, tuple[Row, ...]] = {
     "llama": LLAMA,
     "qwen2": tuple(row for row in LLAMA if not row.name.endswith("o_proj.bias")),
+    "mamba2": _backbone((*_top("model.embeddings", "model.norm_f"), *_norm("norm", "mamba2"), *_mamba2("mixer"))),
+    "bamba": (
+        *_top("model.embed_tokens", "model.final_layernorm"),
+        *_norm("input_layernorm", "attention", "mamba2"),
+        *_partly_rotary(_attention("self_attn")),
+        *_mamba2("mamba"),
+        *_norm("pre_ff_layernorm", "mlp"),
+        *_mlp("feed_forward"),
+    ),
+    "nemotron_h": _backbone(
+        (
+            *_top("model.embeddings", "model.norm_f"),
+            *_norm("norm", "attention", "mamba2", "mlp"),
+            *_attention("mixer"),
+            *_mamba2("mixer"),
+            *_mlp("mixer"),
+        )
+    ),
 }
 """By HF's model_type."""
 
@@ -130,7 +222,7 @@ def _count(sizes: Mapping[str, int], dim: str) -> int:
 def foreign_shape(config: ModelConfig, row: Row) -> tuple[int, ...]:
     """Shape of the foreign tensor."""
     sizes = elastic.sizes(config)
-    first = sum(_count(sizes, part.dims[0]) for part in row.parts)
+    first = _count(sizes, row.within) * sum(_count(sizes, part.dims[0]) for part in row.parts)
     return (first, *(_count(sizes, dim) for dim in row.parts[0].dims[1:]))
 
 
@@ -148,10 +240,12 @@ def to_leaves(config: ModelConfig, row: Row, value: Float[np.ndarray, "..."]) ->
     """The leaves that a foreign tensor holds, in our layout (contiguous)."""
     sizes = elastic.sizes(config)
     leaves, start = {}, 0
+    outer = row.within.split()
+    value = value.reshape(_count(sizes, row.within), -1, *value.shape[1:])
     for part in row.parts:
         stop = start + _count(sizes, part.dims[0])
-        theirs = " ".join(part.dims).split()
-        split = value[start:stop].reshape([sizes[dim] for dim in theirs])
+        theirs = [*outer, *" ".join(part.dims).split()]
+        split = value[:, start:stop].reshape([sizes[dim] for dim in theirs])
         ours = leaf_of(row.kind, part.leaf).dims
         leaves[part.leaf] = np.ascontiguousarray(split.transpose([theirs.index(dim) for dim in ours]))
         start = stop
@@ -164,8 +258,11 @@ def from_leaves(
     """The foreign tensor that holds these full-size leaves: the inverse of `to_leaves`."""
     pieces = []
     sizes = elastic.sizes(config)
+    outer = row.within.split()
     for part in row.parts:
         ours = leaf_of(row.kind, part.leaf).dims
-        value = leaves[part.leaf].transpose([ours.index(dim) for dim in " ".join(part.dims).split()])
-        pieces.append(value.reshape([_count(sizes, dim) for dim in part.dims]))
-    return np.ascontiguousarray(np.concatenate(pieces) if len(pieces) > 1 else pieces[0])
+        theirs = [*outer, *" ".join(part.dims).split()]
+        value = leaves[part.leaf].transpose([ours.index(dim) for dim in theirs])
+        pieces.append(value.reshape([_count(sizes, row.within), *(_count(sizes, dim) for dim in part.dims)]))
+    value = np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
+    return np.ascontiguousarray(value.reshape(-1, *value.shape[2:]))

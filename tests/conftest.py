@@ -78,7 +78,7 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory, seed: int) -> Callable[[
 
     def folder(name: str) -> Path:
         if name not in made:
-            config = published.shrink(published.PUBLISHED[name])
+            config = published.shrunk(name)
             model = reference.build(config, seed + zlib.crc32(name.encode()))
             made[name] = reference.save(model, tmp_path_factory.mktemp(name) / "hub", config)
         return made[name]

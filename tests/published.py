@@ -176,6 +176,171 @@ SMOLLM2_135M: dict[str, Any] = {
     "vocab_size": 49152,
 }
 
+MAMBA2_8B: dict[str, Any] = {
+    "architectures": ["Mamba2ForCausalLM"],
+    "bos_token_id": 0,
+    "chunk_size": 128,
+    "conv_kernel": 4,
+    "eos_token_id": 0,
+    "expand": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.1,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "mamba2",
+    "n_groups": 8,
+    "norm_before_gate": False,
+    "num_heads": 128,
+    "num_hidden_layers": 56,
+    "pad_token_id": 0,
+    "rescale_prenorm_residual": False,
+    "residual_in_fp32": True,
+    "rms_norm": True,
+    "state_size": 128,
+    "tie_word_embeddings": False,
+    "time_step_floor": 0.0001,
+    "time_step_limit": [0.0, float("inf")],
+    "time_step_max": 0.1,
+    "time_step_min": 0.001,
+    "time_step_rank": 256,
+    "torch_dtype": "bfloat16",
+    "use_bias": False,
+    "use_cache": True,
+    "use_conv_bias": True,
+    "vocab_size": 256000,
+}
+"""nvidia/mamba2-8b-3t-4k has no config.json of its own: this is the port of mamba2-130m with that model's sizes."""
+
+MAMBA2_130M: dict[str, Any] = {
+    "bos_token_id": 0,
+    "chunk_size": 256,
+    "conv_kernel": 4,
+    "eos_token_id": 0,
+    "expand": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 768,
+    "initializer_range": 0.1,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "mamba2",
+    "n_groups": 1,
+    "norm_before_gate": False,
+    "num_heads": 24,
+    "num_hidden_layers": 24,
+    "pad_token_id": 0,
+    "rescale_prenorm_residual": False,
+    "residual_in_fp32": True,
+    "rms_norm": True,
+    "state_size": 128,
+    "tie_word_embeddings": True,
+    "time_step_floor": 0.0001,
+    "time_step_limit": [0.0, float("inf")],
+    "time_step_max": 0.1,
+    "time_step_min": 0.001,
+    "time_step_rank": 256,
+    "use_bias": False,
+    "use_cache": True,
+    "use_conv_bias": True,
+    "vocab_size": 50288,
+}
+"""The port of state-spaces/mamba2-130m to transformers; it names neither architecture nor dtype."""
+
+BAMBA_9B_V2: dict[str, Any] = {
+    "architectures": ["BambaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_layer_indices": [9, 18, 27],
+    "attn_rotary_emb": 64,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "mamba_chunk_size": 256,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_d_head": 64,
+    "mamba_d_state": 128,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_n_heads": 128,
+    "mamba_proj_bias": False,
+    "max_position_embeddings": 262144,
+    "mlp_bias": False,
+    "model_type": "bamba",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_logits_to_keep": 1,
+    "pad_token_id": 0,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+
+NEMOTRON_H_8B: dict[str, Any] = {
+    "architectures": ["NemotronHForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attention_head_dim": 128,
+    "auto_map": {
+        "AutoConfig": "configuration_nemotron_h.NemotronHConfig",
+        "AutoModelForCausalLM": "modeling_nemotron_h.NemotronHForCausalLM",
+    },
+    "bos_token_id": 1,
+    "chunk_size": 128,
+    "conv_kernel": 4,
+    "eos_token_id": 2,
+    "expand": 2,
+    "hidden_dropout": 0.0,
+    "hidden_size": 4096,
+    "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+    "initializer_range": 0.02,
+    "intermediate_size": 21504,
+    "layer_norm_epsilon": 1e-05,
+    "mamba_head_dim": 64,
+    "mamba_hidden_act": "silu",
+    "mamba_num_heads": 128,
+    "mamba_proj_bias": False,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "mlp_hidden_act": "relu2",
+    "model_type": "nemotron_h",
+    "n_groups": 8,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 52,
+    "num_key_value_heads": 8,
+    "num_logits_to_keep": 1,
+    "pad_token_id": 0,
+    "rescale_prenorm_residual": True,
+    "residual_in_fp32": False,
+    "rms_norm_eps": 1e-05,
+    "sliding_window": None,
+    "ssm_state_size": 128,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_bias": False,
+    "use_cache": True,
+    "use_conv_bias": True,
+    "use_mamba_kernels": True,
+    "vocab_size": 131072,
+}
+
+PUBLISHED_SSM: dict[str, dict[str, Any]] = {
+    "mamba2-8b": MAMBA2_8B,
+    "mamba2-130m": MAMBA2_130M,
+    "bamba-9b-v2": BAMBA_9B_V2,
+    "nemotron-h-8b": NEMOTRON_H_8B,
+}
+"""Models with Mamba2 layers: `shrink_ssm` makes them small."""
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "llama-2-7b": LLAMA_2_7B,
     "llama-3.1-8b": LLAMA_3_1_8B,
@@ -184,6 +349,49 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen2.5-7b": QWEN2_5_7B,
     "smollm2-135m": SMOLLM2_135M,
 }
+
+_SMALL_ATTENTION: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "max_position_embeddings": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+SMALL_SSM: dict[str, dict[str, Any]] = {
+    "mamba2": {
+        "chunk_size": 16,
+        "head_dim": 16,
+        "hidden_size": 64,
+        "n_groups": 2,
+        "num_heads": 8,
+        "num_hidden_layers": 3,
+        "state_size": 16,
+    },
+    "bamba": {
+        **_SMALL_ATTENTION,
+        "attn_layer_indices": [2],
+        "attn_rotary_emb": 8,
+        "mamba_chunk_size": 16,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_n_heads": 8,
+        "num_hidden_layers": 4,
+    },
+    "nemotron_h": {
+        **_SMALL_ATTENTION,
+        # published files say attention_head_dim (128, as is transformers' default); transformers reads head_dim only
+        "attention_head_dim": 16,
+        "chunk_size": 16,
+        "head_dim": 16,
+        "hybrid_override_pattern": "M-M*-",
+        "mamba_head_dim": 16,
+        "mamba_num_heads": 8,
+        "n_groups": 2,
+        "num_hidden_layers": 5,
+        "ssm_state_size": 16,
+    },
+}
+"""What `shrink_ssm` changes, by model_type."""
 
 
 def shrink(config: dict[str, Any], **overrides: Any) -> dict[str, Any]:
@@ -217,3 +425,27 @@ def shrink(config: dict[str, Any], **overrides: Any) -> dict[str, Any]:
         small.update(sliding_window=512, max_window_layers=3)
     small.update(overrides)
     return small
+
+
+def shrink_ssm(config: dict[str, Any], **overrides: Any) -> dict[str, Any]:
+    """The same model with Mamba2 layers, under a million parameters: every kind of layer, several groups where it has.
+
+    SSM heads of 16 channels fill expand * hidden, the state has 16 dimensions, a chunk 16 tokens (so that 40 tokens are
+    two chunks and a half); attention has 4 query and 2 key/value heads of 16.
+    """
+    small = copy.deepcopy(config)
+    small.update(SMALL_SSM[config["model_type"]], vocab_size=256, torch_dtype="float32")
+    if config["model_type"] == "mamba2" and config["n_groups"] == 1:
+        small.update(hidden_size=96, num_heads=12, n_groups=1)
+    if config["bos_token_id"] != config["eos_token_id"]:
+        small.update(bos_token_id=1, eos_token_id=2)
+    small.update(overrides)
+    return small
+
+
+ALL = PUBLISHED | PUBLISHED_SSM
+
+
+def shrunk(name: str) -> dict[str, Any]:
+    """The small form of a published config, by its name in `ALL`."""
+    return shrink(PUBLISHED[name]) if name in PUBLISHED else shrink_ssm(PUBLISHED_SSM[name])

@@ -20,7 +20,8 @@ torch.set_num_threads(1)
 def build(config: dict[str, Any], seed: int) -> Any:
     """A random float32 transformers model of a published config, in eval mode.
 
-    Norm weights are spread around 1 and biases around 0: the defaults of ones and zeros would hide a missing term.
+    Norm weights are spread around 1 and biases around 0: the defaults of ones and zeros would hide a missing term. SSM
+    layers get decays at which what a token leaves behind is still seen some chunks later.
     """
     kwargs = {k: v for k, v in config.items() if k not in ("torch_dtype", "architectures", "model_type")}
     hf = AutoConfig.for_model(config["model_type"], **kwargs)
@@ -29,7 +30,15 @@ def build(config: dict[str, Any], seed: int) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("bias"):
+            if name.endswith("conv1d.weight"):
+                parameter.copy_(noise * (1.5 / parameter.shape[-1] ** 0.5))
+            elif name.endswith("A_log"):
+                # Decay rates A from 1 to 8 and steps from 0.01 to 0.3: heads remember from a few tokens to a hundred.
+                parameter.copy_(torch.log(1.0 + 7.0 * torch.special.ndtr(noise)))
+            elif name.endswith("dt_bias"):
+                step = torch.exp(np.log(0.01) + np.log(30.0) * torch.special.ndtr(noise))
+                parameter.copy_(torch.log(torch.expm1(step)))  # the inverse of softplus
+            elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             elif parameter.ndim == 1:
                 parameter.copy_(1.0 + 0.2 * noise)

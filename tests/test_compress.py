@@ -135,15 +135,15 @@ def test_estimates_of_real_models(name: str) -> None:
     """Sizes known without weights: 4 bits are about a quarter of 16, a rate takes its share of the layers."""
     config = model_config.from_hf(published.PUBLISHED[name])
     four, sixteen = Options(bits=4), Options(bits=16)
-    small, large = compress.estimated_bytes(config, four), compress.estimated_bytes(config, sixteen)
+    small, large = estimate.estimated_bytes(config, four), estimate.estimated_bytes(config, sixteen)
     assert 0.25 < small / large < 0.32
-    params = compress.run.parameter_count(config)
+    params = estimate.parameter_count(config)
     assert large == pytest.approx(2 * params, rel=0.01)
-    cut = compress.estimated_bytes(config, sixteen) - compress.estimated_bytes(config, sixteen, 0.35)
-    assert cut == pytest.approx(0.35 * 2 * compress.prunable_count(config), rel=0.01)
-    assert 0.4 < compress.prunable_count(config) / params < 1
-    assert compress.work(config, four, 65536) > compress.work(config, sixteen, 65536) > 2 * params * 65536 * 0.4
-    parts = compress.memory_parts(config, four, 128, 512)
+    cut = estimate.estimated_bytes(config, sixteen) - estimate.estimated_bytes(config, sixteen, 0.35)
+    assert cut == pytest.approx(0.35 * 2 * estimate.prunable_count(config), rel=0.01)
+    assert 0.4 < estimate.prunable_count(config) / params < 1
+    assert estimate.work(config, four, 65536) > estimate.work(config, sixteen, 65536) > 2 * params * 65536 * 0.4
+    parts = estimate.memory_parts(config, four, 128, 512)
     assert all(size > 0 for size in parts.values())
     assert sum(parts.values()) < 40e9
 
@@ -157,8 +157,8 @@ def test_estimated_bytes_are_those_of_the_file(
     tokens = rng.integers(3, 256, (4, 16)).astype(np.int32)
     report = compress.run.compress(source, tmp_path / "out", tokens, options)
     checkpoint = open_checkpoint(tmp_path / "out")
-    assert compress.estimated_bytes(source.config, options) == pytest.approx(report.bytes, rel=0.02)
-    assert compress.estimated_bytes(source.config, options, 0.35) == pytest.approx(
+    assert estimate.estimated_bytes(source.config, options) == pytest.approx(report.bytes, rel=0.02)
+    assert estimate.estimated_bytes(source.config, options, 0.35) == pytest.approx(
         checkpoint.weight_bytes(0.35), rel=0.06
     )
 

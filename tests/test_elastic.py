@@ -16,7 +16,7 @@ from uniql_jax import config as model_config
 from uniql_jax import elastic
 from uniql_jax.int4 import from_codes
 from uniql_jax.model import kept_sizes
-from uniql_jax.passes.run import parameter_count
+from uniql_jax.passes.estimate import parameter_count
 
 CONFIGS = {name: model_config.from_hf(hf) for name, hf in published.PUBLISHED.items()}
 # As the authors count them.
@@ -56,8 +56,8 @@ def test_biases_follow_the_switches() -> None:
 def test_costs_add_up_to_the_prunable_matrices(name: str) -> None:
     config = CONFIGS[name]
     kinds, full = config.pattern[0], elastic.sizes(config)
-    assert elastic.layer_axes(kinds) == ("ffn", "qk", "vo")
-    total = sum(full[axis] * elastic.axis_cost(config, kinds, axis) for axis in elastic.layer_axes(kinds))
+    assert elastic.layer_axes(config, kinds) == ("ffn", "qk", "vo")
+    total = sum(full[axis] * elastic.axis_cost(config, kinds, axis) for axis in elastic.layer_axes(config, kinds))
     matrices = sum(
         math.prod(elastic.shape(config, leaf))
         for kind in kinds

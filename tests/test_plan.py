@@ -25,7 +25,7 @@ def losses_of(config: model_config.ModelConfig, rng: np.random.Generator) -> lis
         steps = np.sort(np.exp(rng.standard_normal(count)))[::-1] * np.exp(rng.standard_normal())
         return [*np.cumsum(steps[::-1])[::-1], 0.0]
 
-    return [{axis: curve(full[axis]) for axis in elastic.layer_axes(kinds)} for kinds in config.pattern]
+    return [{axis: curve(full[axis]) for axis in elastic.layer_axes(config, kinds)} for kinds in config.pattern]
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))

@@ -18,6 +18,18 @@ class LayerCache:
 
 
 @flax.struct.dataclass
+class SsmCache:
+    """State of one SSM block: the last inputs of its convolutions [batch, conv - 1, ...], and its states in float32
+    [batch, SSM heads, channels, states].
+    """
+
+    x: Float[Array, "b w hd nh"]
+    b: Float[Array, "b w ds g"]
+    c: Float[Array, "b w ds g"]
+    state: Float[Array, "b nh hd ds"]
+
+
+@flax.struct.dataclass
 class Cache:
     """State of a batch of sequences: one {kind: state} a layer, which slots hold tokens, and where the next one goes.
 

@@ -100,7 +100,7 @@ class Checkpoint:
         """Kept sizes of every layer at a prune rate (all of them for an unsorted checkpoint at rate 0)."""
         full = elastic.sizes(self.config)
         return tuple(
-            kept if kept is not None else {axis: full[axis] for axis in elastic.layer_axes(kinds)}
+            kept if kept is not None else {axis: full[axis] for axis in elastic.layer_axes(self.config, kinds)}
             for kept, kinds in zip(self._kept(rate), self.config.pattern, strict=True)
         )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
-import math
 import os
 import tempfile
 import time
@@ -16,17 +15,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from safetensors import SafetensorError
 
 from convert.source import Source, open_source
 from uniql_jax import cli, data, elastic
 from uniql_jax.checkpoint import open_checkpoint
-from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.files import check_output, check_space
 from uniql_jax.int4 import TARGET_GROUP
 from uniql_jax.passes import run
+from uniql_jax.passes.estimate import (
+    disk_bytes,
+    estimated_bytes,
+    memory_parts,
+    parameter_count,
+    prunable_count,
+    speed,
+    work,
+)
 from uniql_jax.passes.options import Options, groups
 from uniql_jax.passes.run import Progress, Report
 from uniql_jax.plan import MAX_PRUNE_RATE, axis_group_and_unit
@@ -68,101 +74,6 @@ class _Help(cli._Help, argparse.RawDescriptionHelpFormatter):
     """Defaults shown, examples kept as they are written."""
 
 
-def prunable_count(config: ModelConfig) -> int:
-    """Parameters along the elastic axes: what a prune rate is a fraction of."""
-    full = elastic.sizes(config)
-    return sum(
-        full[axis] * elastic.axis_cost(config, kinds, axis)
-        for kinds in config.pattern
-        for axis in elastic.layer_axes(kinds)
-    )
-
-
-def estimated_bytes(config: ModelConfig, options: Options, rate: float = 0.0) -> int:
-    """Bytes of the checkpoint's tensors at a prune rate, to a few percent (cuts fall on units, the plan is unknown)."""
-    group = groups(config)
-    rotated = options.packed and options.rotate
-
-    def size(leaf: elastic.Leaf) -> float:
-        count = math.prod(elastic.shape(config, leaf)) * (1 - rate if leaf.axis else 1.0)
-        if not leaf.contract:
-            return 4.0 * count
-        if not options.packed:
-            return count * options.bits / 8
-        return count * (options.bits / 8 + 2 / group["embed" if leaf.contract == "last" else leaf.dims[0]])
-
-    layers = sum(
-        size(leaf) for kinds in config.pattern for kind in kinds for leaf in elastic.leaves(config, kind).values()
-    )
-    tables = size(elastic.TOP["embed"]) * (1 if config.tie_embeddings else 2)
-    mixer = 2 * config.hidden_size**2 if rotated and config.tie_embeddings else 0
-    return int(layers + tables + mixer + 4 * config.hidden_size)
-
-
-def memory_parts(config: ModelConfig, options: Options, windows: int, length: int) -> dict[str, int]:
-    """Bytes that a run holds at a time, by what they are for.
-
-    Float32 copies of a layer, its Gram matrices and those of that size that sorting or GPTQ add, the calibration
-    windows between layers, the embedding and head.
-    """
-    full = elastic.sizes(config)
-    layer = max(
-        sum(math.prod(elastic.shape(config, leaf)) for kind in kinds for leaf in elastic.leaves(config, kind).values())
-        for kinds in config.pattern
-    )
-    widest = max(config.hidden_size, config.intermediate_size, config.heads * config.head_dim)
-    streams = stream_bytes(config, windows * length)
-    if streams > options.stream_memory:  # then they wait on the disk
-        streams = 4 * 2 * windows * length * config.hidden_size
-    tables = full["vocab"] * full["embed"] * (1 if config.tie_embeddings else 2)
-    return {
-        "one layer": 4 * 2 * layer,
-        "its Gram matrices": 4 * 4 * widest**2,
-        "streams": streams,
-        "embedding": 4 * tables,
-    }
-
-
-def stream_bytes(config: ModelConfig, tokens: int) -> int:
-    """Bytes of the calibration windows between all layers, which the sweep back needs again."""
-    return 4 * tokens * config.hidden_size * (len(config.pattern) + 3)
-
-
-def disk_bytes(config: ModelConfig, options: Options, tokens: int) -> int:
-    """Bytes the work folder may reach: sorted and finished layers, the checkpoint, streams too large for memory."""
-    streams = stream_bytes(config, tokens)
-    layers = 4 * run.parameter_count(config) + 2 * run.output_bytes(config, options)
-    return layers + (streams if streams > options.stream_memory else 0)
-
-
-def work(config: ModelConfig, options: Options, tokens: int) -> float:
-    """Floating point operations of a run, roughly: passes of the calibration tokens, Gram matrices, GPTQ."""
-    layer_params = (run.parameter_count(config) - 2 * config.vocab_size * config.hidden_size) / len(config.pattern)
-    layer_params = max(layer_params, prunable_count(config) / len(config.pattern))
-    hidden, wide, out = config.hidden_size, config.intermediate_size, config.heads * config.head_dim
-    passes = 2 * layer_params * tokens
-    total = 4 * passes + 2 * tokens * (3 * hidden**2 + 2 * wide**2)  # once forward, once forward and back
-    if options.packed:
-        total += 2 * passes + 2 * tokens * (2 * hidden**2 + wide**2 + out**2)
-        rows = [(3 * wide + out, hidden), (hidden, wide), (hidden, out)]
-        total += sum(2 * n * width * (width + 500) for n, width in rows)  # 500: scale search, column by column
-        total += sum(4 * width**3 for _, width in rows)
-    if options.refit is not None:
-        total += 3 * passes + 2 * tokens * (wide**2 + wide * hidden)
-    return total * len(config.pattern) + 2 * config.vocab_size * hidden * (hidden + 500) * options.packed
-
-
-def speed() -> float:
-    """Floating point operations a second that this device reaches in a run, from one small matrix product."""
-    size = 1024
-    x = jnp.ones((size, size), jnp.float32)
-    product = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
-    jax.block_until_ready(product(x))
-    start = time.perf_counter()
-    jax.block_until_ready(product(x))
-    return 0.25 * 2 * size**3 / (time.perf_counter() - start)  # much of a run is bound by memory
-
-
 def format_seconds(seconds: float) -> str:
     """A rough time for people: '40 s', '12 min', '3.5 h'."""
     if seconds < 90:
@@ -173,10 +84,10 @@ def format_seconds(seconds: float) -> str:
 def describe(source: Source, out: str | Path, options: Options, calibration: data.Windows) -> str:
     """The plan: what will be made of what, and what it takes."""
     config = source.config
-    total = run.parameter_count(config)
+    total = parameter_count(config)
     count, length = calibration.tokens.shape
     group = groups(config)
-    axes = [axis for axis in elastic.AXES if any(axis in elastic.layer_axes(kinds) for kinds in config.pattern)]
+    axes = [axis for axis in elastic.AXES if any(axis in elastic.layer_axes(config, kinds) for kinds in config.pattern)]
     units = {axis: axis_group_and_unit(config, axis)[1] for axis in axes}
     sizes = elastic.sizes(config)
     memory = memory_parts(config, options, count, length)

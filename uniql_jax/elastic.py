@@ -17,8 +17,9 @@ from jaxtyping import Array, Int, Shaped
 
 from uniql_jax.config import ModelConfig
 
-AXES = ("ffn", "qk", "vo")
-"""The elastic axes: MLP channels, RoPE pairs of Q and K, ranks of the V/O product."""
+AXES = ("ffn", "qk", "qk_pass", "vo", "ssm_head", "ssm_state")
+"""The elastic axes: MLP channels, RoPE pairs of Q and K (plain dimensions where nothing rotates), dimensions of Q and K
+that a partial rotary embedding passes through, ranks of the V/O product, channels of an SSM head, SSM states."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,10 @@ BLOCKS: dict[str, dict[str, Leaf]] = {
         "q_bias": Leaf(("qk", "pair", "head")),
         "k_bias": Leaf(("qk", "pair", "kv_head")),
         "inv_freq": Leaf(("qk", "kv_head")),
+        "q_pass": Leaf(("qk_pass", "head", "embed"), "last"),
+        "k_pass": Leaf(("qk_pass", "kv_head", "embed"), "last"),
+        "q_pass_bias": Leaf(("qk_pass", "head")),
+        "k_pass_bias": Leaf(("qk_pass", "kv_head")),
         "v": Leaf(("vo", "kv_head", "embed"), "last"),
         "o": Leaf(("vo", "head", "embed"), "first"),
         "o_bias": Leaf(("embed",)),
@@ -58,6 +63,31 @@ BLOCKS: dict[str, dict[str, Leaf]] = {
         "up_bias": Leaf(("ffn",)),
         "down": Leaf(("ffn", "embed"), "first"),
         "down_bias": Leaf(("embed",)),
+    },
+    "mamba2": {
+        "norm": Leaf(("embed",)),
+        "z": Leaf(("ssm_head", "mamba_head", "embed"), "last"),
+        "x": Leaf(("ssm_head", "mamba_head", "embed"), "last"),
+        "b": Leaf(("ssm_state", "mamba_group", "embed"), "last"),
+        "c": Leaf(("ssm_state", "mamba_group", "embed"), "last"),
+        "dt": Leaf(("mamba_head", "embed"), "last"),
+        "z_bias": Leaf(("ssm_head", "mamba_head")),
+        "x_bias": Leaf(("ssm_head", "mamba_head")),
+        "b_bias": Leaf(("ssm_state", "mamba_group")),
+        "c_bias": Leaf(("ssm_state", "mamba_group")),
+        "dt_proj_bias": Leaf(("mamba_head",)),
+        "conv_x": Leaf(("ssm_head", "mamba_head", "conv")),
+        "conv_b": Leaf(("ssm_state", "mamba_group", "conv")),
+        "conv_c": Leaf(("ssm_state", "mamba_group", "conv")),
+        "conv_x_bias": Leaf(("ssm_head", "mamba_head")),
+        "conv_b_bias": Leaf(("ssm_state", "mamba_group")),
+        "conv_c_bias": Leaf(("ssm_state", "mamba_group")),
+        "dt_bias": Leaf(("mamba_head",)),
+        "a_log": Leaf(("mamba_head",)),
+        "d": Leaf(("mamba_head",)),
+        "gate_norm": Leaf(("ssm_head", "mamba_head")),
+        "out": Leaf(("ssm_head", "mamba_head", "embed"), "first"),
+        "out_bias": Leaf(("embed",)),
     },
 }
 
@@ -75,33 +105,41 @@ Keep = Mapping[str, int | jax.Array]
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
-    """Full size of every named dimension."""
+    """Full size of every named dimension (0 for those of a block the model has not)."""
+    rotary, ssm = config.rope.dim if config.rope else 0, config.ssm
     return {
         "embed": config.hidden_size,
         "vocab": config.vocab_size,
         "head": config.heads,
         "kv_head": config.kv_heads,
-        "pair": 2,
+        "pair": 2 if rotary else 1,
         "ffn": config.intermediate_size,
-        "qk": config.head_dim // 2,
+        "qk": rotary // 2 if rotary else config.head_dim,
+        "qk_pass": config.head_dim - rotary if rotary else 0,
         "vo": config.head_dim,
+        "mamba_head": ssm.heads if ssm else 0,
+        "mamba_group": ssm.groups if ssm else 0,
+        "ssm_head": ssm.head_dim if ssm else 0,
+        "ssm_state": ssm.state if ssm else 0,
+        "conv": ssm.conv if ssm else 0,
     }
 
 
 def leaves(config: ModelConfig, kind: str) -> dict[str, Leaf]:
-    """The leaves that a block of this kind has in this model (biases only where the model has them).
+    """The leaves that a block of this kind has in this model (biases and the like only where the model has them).
 
     A value bias never appears: softmax weights sum to one, so it is folded into o_bias exactly.
     """
-    present = {
-        "q_bias": config.qkv_bias,
-        "k_bias": config.qkv_bias,
-        "o_bias": config.qkv_bias or config.o_bias,
-        "gate_bias": config.mlp_bias,
-        "up_bias": config.mlp_bias,
-        "down_bias": config.mlp_bias,
-        "inv_freq": config.rope is not None,
-    }
+    ssm, partial = config.ssm, sizes(config)["qk_pass"] > 0
+    present = dict.fromkeys(("q_bias", "k_bias"), config.qkv_bias)
+    present |= {"o_bias": config.qkv_bias or config.o_bias, "inv_freq": config.rope is not None}
+    present |= dict.fromkeys(("q_pass", "k_pass"), partial)
+    present |= dict.fromkeys(("q_pass_bias", "k_pass_bias"), partial and config.qkv_bias)
+    present |= {"gate": config.gated_mlp, "gate_bias": config.gated_mlp and config.mlp_bias}
+    present |= dict.fromkeys(("up_bias", "down_bias"), config.mlp_bias)
+    projections = ("z_bias", "x_bias", "b_bias", "c_bias", "dt_proj_bias", "out_bias")
+    present |= dict.fromkeys(projections, ssm is not None and ssm.bias)
+    present |= dict.fromkeys(("conv_x_bias", "conv_b_bias", "conv_c_bias"), ssm is not None and ssm.conv_bias)
     return {name: leaf for name, leaf in BLOCKS[kind].items() if present.get(name, True)}
 
 
@@ -111,9 +149,10 @@ def shape(config: ModelConfig, leaf: Leaf, keep: Mapping[str, int] | None = None
     return tuple(full[dim] for dim in leaf.dims)
 
 
-def layer_axes(kinds: tuple[str, ...]) -> tuple[str, ...]:
+def layer_axes(config: ModelConfig, kinds: tuple[str, ...]) -> tuple[str, ...]:
     """The elastic axes of a layer made of these blocks."""
-    return tuple(a for a in AXES if any(leaf.axis == a for kind in kinds for leaf in BLOCKS[kind].values()))
+    found = {leaf.axis for kind in kinds for leaf in leaves(config, kind).values()}
+    return tuple(axis for axis in AXES if axis in found)
 
 
 def axis_cost(config: ModelConfig, kinds: tuple[str, ...], axis: str) -> int:
@@ -122,7 +161,7 @@ def axis_cost(config: ModelConfig, kinds: tuple[str, ...], axis: str) -> int:
     return sum(
         math.prod(full[d] for d in leaf.dims[1:])
         for kind in kinds
-        for leaf in BLOCKS[kind].values()
+        for leaf in leaves(config, kind).values()
         if leaf.axis == axis and leaf.contract
     )
 
@@ -141,6 +180,24 @@ def slice_layer(layer: Mapping[str, Mapping[str, Any]], keep: Mapping[str, int])
         kind: {name: slice_leaf(BLOCKS[kind][name], value, keep) for name, value in block.items()}
         for kind, block in layer.items()
     }
+
+
+def reorder(
+    config: ModelConfig, kind: str, block: Mapping[str, Any], axis: str, orders: Mapping[str, Int[Array, "n heads"]]
+) -> dict[str, Any]:
+    """Permute one elastic axis of a block.
+
+    `orders` holds, for every dimension of heads that a leaf of this axis may have, an order per head [size, heads].
+    """
+    out = dict(block)
+    for name, leaf in leaves(config, kind).items():
+        if leaf.axis != axis:
+            continue
+        heads = next(dim for dim in leaf.dims if dim in orders)
+        order, place = orders[heads], leaf.dims.index(heads)
+        shape = [order.shape[d == place] if d in (0, place) else 1 for d in range(len(leaf.dims))]
+        out[name] = jnp.take_along_axis(jnp.asarray(block[name]), order.reshape(shape), axis=0)
+    return out
 
 
 def mask(x: Shaped[Array, "..."], keep: Keep | None, axis: str, dim: int) -> Shaped[Array, "..."]:

@@ -97,16 +97,19 @@ def hidden_states(
     tokens: Int[Array, "b t"],
     attention_mask: Int[Array, "b t"] | None = None,
     keep: tuple[elastic.Keep, ...] | None = None,
+    remat: bool = False,
 ) -> Float[Array, "b t h"]:
     """The residual stream after the last layer (before the final norm).
 
-    `keep`, one mapping a layer, masks the elastic axes: same result as a slice, but sizes may be traced.
+    `keep`, one mapping a layer, masks the elastic axes: same result as a slice, but sizes may be traced. `remat`: a
+    gradient keeps only what passes between layers and computes the rest again, for less memory.
     """
     valid = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask.astype(bool)
     context = full_context(valid)
     x = embed(model.params, tokens, model.dtype)
+    apply = jax.checkpoint(apply_layer, static_argnums=(0, 1)) if remat else apply_layer
     for i, (kinds, layer) in enumerate(zip(model.config.pattern, model.params["layers"], strict=True)):
-        x = apply_layer(model.config, kinds, layer, x, context._replace(keep=keep[i] if keep else None))
+        x = apply(model.config, kinds, layer, x, context._replace(keep=keep[i] if keep else None))
     return x
 
 

@@ -52,12 +52,13 @@ def group_and_unit(count: int, inner: int, least: int) -> tuple[int, int]:
 def axis_group_and_unit(config: ModelConfig, axis: str) -> tuple[int, int]:
     """Group of the leaf that contracts this elastic axis, and the unit in which the axis is cut.
 
-    Q and K contract no elastic axis; their pairs are cut in eights (16 dimensions), or fewer in small heads.
+    Q, K, B and C contract no elastic axis: they are cut by 16 dimensions (8 pairs), or fewer where an axis is short.
     """
     full = elastic.sizes(config)
-    if axis == "qk":
-        return 0, min(8, max(1, full["qk"] // 8))
-    inner = config.heads if axis == "vo" else 1
+    if axis in ("qk", "qk_pass", "ssm_state"):
+        pair = full["pair"] if axis == "qk" else 1
+        return 0, min(16 // pair, max(1, full[axis] // 8))
+    inner = {"vo": full["head"], "ssm_head": full["mamba_head"]}.get(axis, 1)
     return group_and_unit(full[axis], inner, 16 if axis == "vo" else 8)
 
 
@@ -171,7 +172,7 @@ def make_plan(
     weight = np.exp(-(scores - scores.min()) / epsilon)
     weight /= weight.mean()
     full = elastic.sizes(config)
-    axes = [elastic.layer_axes(kinds) for kinds in config.pattern]
+    axes = [elastic.layer_axes(config, kinds) for kinds in config.pattern]
     units = {axis: axis_group_and_unit(config, axis)[1] for axis in sorted({a for layer in axes for a in layer})}
     crossings = []
     for layer in range(count):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from uniql_jax.layers import attention, mlp
+from uniql_jax.layers import attention, mamba2, mlp
 
-KINDS: dict[str, ModuleType] = {"attention": attention, "mlp": mlp}
+KINDS: dict[str, ModuleType] = {"attention": attention, "mlp": mlp, "mamba2": mamba2}
 """Block kind -> its module; the keys are those of `elastic.BLOCKS`."""

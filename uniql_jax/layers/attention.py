@@ -34,7 +34,8 @@ def project(
 ) -> tuple[Float[Array, "b t n dk"], Float[Array, "b t g dk"], Float[Array, "b t g dv"]]:
     """Queries, keys (both rotated) and values per head, features in sorted order.
 
-    Pairs are interleaved, features (2p, 2p + 1) being pair p, so that a pruned head is a prefix of the full one.
+    Pairs are interleaved, features (2p, 2p + 1) being pair p, so that a pruned head is a prefix of the full one. With
+    a partial rotary embedding the dimensions that it passes through follow.
     """
     q, k = apply_rows(normed, leaves["q"]), apply_rows(normed, leaves["k"])  # [b, t, qk, 2, heads]
     if "q_bias" in leaves:
@@ -46,7 +47,18 @@ def project(
     batch, length = normed.shape[:2]
     q = q.transpose(0, 1, 4, 2, 3).reshape(batch, length, config.heads, -1)
     k = k.transpose(0, 1, 4, 2, 3).reshape(batch, length, config.kv_heads, -1)
+    if "q_pass" in leaves:
+        q = jnp.concatenate([q, _passed(leaves, "q_pass", normed, context)], axis=-1)
+        k = jnp.concatenate([k, _passed(leaves, "k_pass", normed, context)], axis=-1)
     return q, k, v.transpose(0, 1, 3, 2)
+
+
+def _passed(leaves: Leaves, name: str, normed: Array, context: Context) -> Float[Array, "b t n dp"]:
+    """Dimensions of queries or keys that do not rotate."""
+    y = apply_rows(normed, leaves[name])
+    if f"{name}_bias" in leaves:
+        y = y + leaves[f"{name}_bias"].astype(y.dtype)
+    return elastic.mask(y, context.keep, "qk_pass", 2).transpose(0, 1, 3, 2)
 
 
 def attend(
@@ -88,7 +100,8 @@ def write(leaves: Leaves, hidden: Float[Array, "b t vo n"]) -> Float[Array, "b t
 def init_state(config: ModelConfig, keep: Mapping[str, int], batch: int, slots: int, dtype: DTypeLike) -> LayerCache:
     """Empty keys and values, sized for the kept pairs and ranks."""
     shape = (batch, slots, config.kv_heads)
-    return LayerCache(k=jnp.zeros((*shape, 2 * keep["qk"]), dtype), v=jnp.zeros((*shape, keep["vo"]), dtype))
+    width = elastic.sizes(config)["pair"] * keep["qk"] + keep.get("qk_pass", 0)
+    return LayerCache(k=jnp.zeros((*shape, width), dtype), v=jnp.zeros((*shape, keep["vo"]), dtype))
 
 
 def cached_inner(

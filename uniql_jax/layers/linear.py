@@ -1,4 +1,4 @@
-"""Matrix products with a leaf, whichever way it is held: dense array or packed integers."""
+"""Matrix products with a leaf, whichever way it is held: dense array, packed integers, or dense with a LoRA beside."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dequant_matmul import dequant_matmul
 from uniql_jax.int4 import QuantizedArray
+from uniql_jax.lora import LoraArray
 
-Weight = QuantizedArray | Array
+Weight = QuantizedArray | LoraArray | Array
 
 
 def apply_rows(x: Float[Array, "... h"], weight: Weight) -> Float[Array, "..."]:
     """y[..., *lead] = sum_h weight[*lead, h] x[..., h], for a leaf that contracts its last dimension."""
     *lead, width = weight.shape
-    if isinstance(weight, QuantizedArray):
+    if isinstance(weight, LoraArray):
+        y = _dense_rows(x, weight.base) + weight.rows(x)
+    elif isinstance(weight, QuantizedArray):
         y = dequant_matmul(
             x,
             weight.data.reshape(-1, weight.data.shape[-1]),
@@ -27,7 +30,7 @@ def apply_rows(x: Float[Array, "... h"], weight: Weight) -> Float[Array, "..."]:
             width=weight.width,
         )
     else:
-        y = jnp.matmul(x, weight.reshape(-1, width).T.astype(x.dtype), preferred_element_type=jnp.float32)
+        y = _dense_rows(x, weight)
     return y.astype(x.dtype).reshape(*x.shape[:-1], *lead)
 
 
@@ -35,10 +38,21 @@ def apply_columns(x: Float[Array, "..."], weight: Weight) -> Float[Array, "... h
     """y[..., h] = sum over the leading dimensions of x[..., *lead] weight[*lead, h]."""
     *lead, width = weight.shape
     flat = x.reshape(*x.shape[: x.ndim - len(lead)], math.prod(lead))
-    if isinstance(weight, QuantizedArray):
+    if isinstance(weight, LoraArray):
+        y = _dense_columns(flat, weight.base) + weight.columns(flat)
+    elif isinstance(weight, QuantizedArray):
         y = dequant_matmul(
             flat, weight.data, weight.scale, bits=weight.bits, group=weight.group, contract="first", width=weight.width
         )
     else:
-        y = jnp.matmul(flat, weight.reshape(-1, width).astype(x.dtype), preferred_element_type=jnp.float32)
+        y = _dense_columns(flat, weight)
     return y.astype(x.dtype)
+
+
+def _dense_rows(x: Array, weight: Array) -> Array:
+    flat = weight.reshape(-1, weight.shape[-1])
+    return jnp.matmul(x, flat.T.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _dense_columns(flat: Array, weight: Array) -> Array:
+    return jnp.matmul(flat, weight.reshape(-1, weight.shape[-1]).astype(flat.dtype), preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""The gated MLP block; its channels are elastic."""
+"""The MLP block, gated or plain; its channels are elastic."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -17,6 +18,8 @@ from uniql_jax.layers.norm import rms_norm
 
 Leaves = Mapping[str, Any]
 
+ACTIVATIONS = {"silu": jax.nn.silu, "relu2": lambda x: jnp.square(jax.nn.relu(x))}
+
 
 def read(config: ModelConfig, leaves: Leaves, x: Float[Array, "b t h"]) -> Float[Array, "b t h"]:
     """What gate and up receive: the normed stream."""
@@ -26,11 +29,16 @@ def read(config: ModelConfig, leaves: Leaves, x: Float[Array, "b t h"]) -> Float
 def inner(
     config: ModelConfig, leaves: Leaves, normed: Float[Array, "b t h"], context: Context
 ) -> Float[Array, "b t ffn"]:
-    """What down receives: act(gate) * up."""
-    gate, up = apply_rows(normed, leaves["gate"]), apply_rows(normed, leaves["up"])
+    """What down receives: act(gate) * up, or act(up) where there is no gate."""
+    up = apply_rows(normed, leaves["up"])
+    if "up_bias" in leaves:
+        up = up + leaves["up_bias"].astype(up.dtype)
+    if "gate" not in leaves:
+        return elastic.mask(ACTIVATIONS[config.activation](up), context.keep, "ffn", -1)
+    gate = apply_rows(normed, leaves["gate"])
     if "gate_bias" in leaves:
-        gate, up = gate + leaves["gate_bias"].astype(gate.dtype), up + leaves["up_bias"].astype(up.dtype)
-    return elastic.mask(jax.nn.silu(gate) * up, context.keep, "ffn", -1)
+        gate = gate + leaves["gate_bias"].astype(gate.dtype)
+    return elastic.mask(ACTIVATIONS[config.activation](gate) * up, context.keep, "ffn", -1)
 
 
 def write(leaves: Leaves, hidden: Float[Array, "b t ffn"]) -> Float[Array, "b t h"]:

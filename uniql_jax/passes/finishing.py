@@ -114,13 +114,10 @@ def refit(
     return weight + jax.scipy.linalg.cho_solve(factor, cross - gram @ weight)
 
 
-def quantize_leaf(
-    leaf: elastic.Leaf, value: Float[Array, "..."], hessian: Array | None, options: Options, group: int
-) -> QuantizedArray:
-    """Pack one matrix leaf; `hessian` is the Gram of what it contracts, None rounds to nearest."""
-    width = value.shape[-1] if leaf.contract == "last" else int(np.prod(value.shape[:-1]))
-    rows = value.reshape(-1, width) if leaf.contract == "last" else value.reshape(width, -1).T
-    codes, scale = quantize(
+def _quantize_rows(
+    rows: Float[Array, "rows width"], hessian: Array | None, options: Options, group: int
+) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"]]:
+    return quantize(
         rows,
         hessian,
         bits=options.bits,
@@ -129,7 +126,30 @@ def quantize_leaf(
         propagate=options.rounding == "gptq",
         damping=options.damping,
     )
+
+
+def quantize_leaf(
+    leaf: elastic.Leaf, value: Float[Array, "..."], hessian: Array | None, options: Options, group: int
+) -> QuantizedArray:
+    """Pack one matrix leaf; `hessian` is the Gram of what it contracts, None rounds to nearest."""
+    width = value.shape[-1] if leaf.contract == "last" else int(np.prod(value.shape[:-1]))
+    rows = value.reshape(-1, width) if leaf.contract == "last" else value.reshape(width, -1).T
+    codes, scale = _quantize_rows(rows, hessian, options, group)
     return from_codes(codes, scale, bits=options.bits, group=group, contract=str(leaf.contract), shape=value.shape)
+
+
+def quantize_together(
+    values: Mapping[str, Float[Array, "..."]], hessian: Array | None, options: Options, group: int
+) -> dict[str, QuantizedArray]:
+    """Pack matrices that contract the same input as their last dimension: one Hessian, one factorization for all."""
+    flat = {name: value.reshape(-1, value.shape[-1]) for name, value in values.items()}
+    codes, scale = _quantize_rows(jnp.concatenate(list(flat.values())), hessian, options, group)
+    ends = np.cumsum([len(rows) for rows in flat.values()])[:-1]
+    parts = zip(values.items(), jnp.split(codes, ends), jnp.split(scale, ends), strict=True)
+    return {
+        name: from_codes(code, scales, bits=options.bits, group=group, contract="last", shape=value.shape)
+        for (name, value), code, scales in parts
+    }
 
 
 class Finisher:
@@ -176,21 +196,26 @@ class Finisher:
         done: dict[str, Any] = {}
         working = dict(original)
 
-        def settle(name: str, value: Array, hessian: Array | None) -> None:
-            leaf = leaves[name]
-            if options.packed and leaf.contract:
-                key = "embed" if leaf.contract == "last" else leaf.dims[0]
-                done[name] = quantize_leaf(leaf, value, hessian, options, self.groups[key])
-            else:
-                done[name] = stored(leaf, value, self.dtype)
-            working[name] = dense(done[name])
+        def settle(name: str, value: QuantizedArray | np.ndarray) -> None:
+            done[name], working[name] = value, dense(value)
 
-        first = [name for name, leaf in leaves.items() if leaf.contract != "first"]
+        def output(name: str, value: Array, hessian: Array | None) -> None:
+            leaf = leaves[name]
+            if options.packed:
+                settle(name, quantize_leaf(leaf, value, hessian, options, self.groups[leaf.dims[0]]))
+            else:
+                settle(name, stored(leaf, value, self.dtype))
+
         hessian = None
         if options.packed and (options.rounding == "gptq" or options.scale_search):
             hessian = total(read_gram(config, kind, original, x) for x in self.x) / tokens
-        for name in first:
-            settle(name, original[name], hessian)
+        reading = {name: original[name] for name, leaf in leaves.items() if options.packed and leaf.contract == "last"}
+        if reading:
+            for name, value in quantize_together(reading, hessian, options, self.groups["embed"]).items():
+                settle(name, value)
+        for name, leaf in leaves.items():
+            if leaf.contract != "first" and name not in reading:
+                settle(name, stored(leaf, original[name], self.dtype))
         for name, leaf in leaves.items():
             if leaf.contract != "first":
                 continue
@@ -203,11 +228,11 @@ class Finisher:
                 inner_gram, cross = inner_gram / tokens, cross / tokens
                 flat = weight.reshape(-1, weight.shape[-1])
                 weight = refit(inner_gram, cross, flat, options.refit_ridge).reshape(weight.shape)
-                settle(name, weight, inner_gram)
+                output(name, weight, inner_gram)
             elif hessian is not None:
                 grams = (hidden_gram(config, kind, working, x, self._keep(b, i)) for b, x in enumerate(self.x))
-                settle(name, weight, total(grams) / tokens)
+                output(name, weight, total(grams) / tokens)
             else:
-                settle(name, weight, None)
+                output(name, weight, None)
         self._advance(i, kind, working, original)
         return done

@@ -50,6 +50,6 @@ REFIT_RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
 
 def groups(config: ModelConfig) -> Mapping[str, int]:
     """Quantization group per contracted dimension: along the hidden size and along each elastic axis."""
-    axes = {axis for kinds in config.pattern for axis in elastic.layer_axes(kinds)}
+    axes = {axis for kinds in config.pattern for axis in elastic.layer_axes(config, kinds)}
     found = {axis: axis_group_and_unit(config, axis)[0] for axis in sorted(axes)}
     return {"embed": group_size(config.hidden_size)} | {axis: group for axis, group in found.items() if group}

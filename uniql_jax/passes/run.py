@@ -25,6 +25,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.files import check_space
 from uniql_jax.model import embed
+from uniql_jax.passes.estimate import disk_bytes, stream_bytes
 from uniql_jax.passes.finishing import Finisher, keep_per_window, quantize_leaf, refit_rates
 from uniql_jax.passes.options import Options, groups
 from uniql_jax.passes.sorting import final_gram, layer_forward, layer_statistics, loss_gradient, sort_layer
@@ -76,26 +77,6 @@ class Report:
     bytes: int
 
 
-def parameter_count(config: ModelConfig) -> int:
-    """Parameters of the whole model, embedding and head (once when tied) included."""
-    full = elastic.sizes(config)
-    layers = sum(
-        int(np.prod(elastic.shape(config, leaf)))
-        for kinds in config.pattern
-        for kind in kinds
-        for name, leaf in elastic.leaves(config, kind).items()
-        if name != "inv_freq"
-    )
-    tables = 1 if config.tie_embeddings else 2
-    return layers + full["embed"] * (full["vocab"] * tables + 1)
-
-
-def output_bytes(config: ModelConfig, options: Options) -> int:
-    """Estimate of the checkpoint's size (scales included)."""
-    per_weight = options.bits / 8 + (2 / 64 if options.packed else 0)
-    return int(parameter_count(config) * per_weight) + 4 * config.hidden_size**2
-
-
 def compress(
     source: Source,
     out: str | Path,
@@ -122,7 +103,7 @@ def compress(
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; name another place or add --overwrite")
     fingerprint = _fingerprint(source, tokens, options)
-    _prepare(folder, fingerprint, resume, source.config, options)
+    _prepare(folder, fingerprint, resume, source.config, options, tokens.size)
     with jax.default_matmul_precision("highest"):
         run = _Run(source, folder, tokens, options, progress, memo)
         run.sort()
@@ -141,12 +122,18 @@ def _fingerprint(source: Source, tokens: np.ndarray, options: Options) -> str:
     facts = [uniql_jax.__version__, source.name, dict(source.hf_config), dataclasses.asdict(options), tokens.shape]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     digest.update(np.ascontiguousarray(tokens).tobytes())
+    # Other weights under the same name: a layer at either end tells.
+    for i in sorted({0, len(source.config.pattern) - 1}):
+        for name, value in sorted(flatten(source.layer(i)).items()):
+            digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()
 
 
-def _prepare(folder: Path, fingerprint: str, resume: bool, config: ModelConfig, options: Options) -> None:
+def _prepare(folder: Path, fingerprint: str, resume: bool, config: ModelConfig, options: Options, tokens: int) -> None:
     """The work folder, new or resumed; nothing is created when the run cannot start."""
     note = folder / "run.json"
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()  # killed before it began
     if folder.exists():
         same = note.is_file() and json.loads(note.read_text())["fingerprint"] == fingerprint
         if resume and not same:
@@ -155,7 +142,7 @@ def _prepare(folder: Path, fingerprint: str, resume: bool, config: ModelConfig, 
             state = "add --resume to go on with it" if same else "remove it to start anew"
             raise UserError(f"{folder} holds an unfinished run; {state}")
         return
-    check_space(folder, 4 * parameter_count(config) + 2 * output_bytes(config, options))
+    check_space(folder, disk_bytes(config, options, tokens))
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -189,7 +176,7 @@ class _Run:
         self.count = tokens.size
         self.sorted = LayerStore(folder / "sorted")
         self.done = LayerStore(folder / "done")
-        needed = 4 * tokens.size * self.config.hidden_size * (len(self.config.pattern) + 3)
+        needed = stream_bytes(self.config, tokens.size)
         self.streams = StreamStore(folder / "streams", needed, options.stream_memory)
         self.groups = dict(groups(self.config))
         self.meta = {"bits": options.bits, "groups": self.groups}

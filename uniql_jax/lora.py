@@ -1,0 +1,67 @@
+"""A dense weight with a low-rank update beside it (LoRA, arXiv 2106.09685), laid out like every other leaf.
+
+The elastic axis leads one of the two factors as it leads the weight, so a prefix of the pair is the pair of the prefix:
+what is trained under masks is what a slice computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@flax.struct.dataclass
+class LoraArray:
+    """base + scale * left @ right, the sum never formed while training.
+
+    `base` is [*lead, h], `left` [*lead, rank], `right` [rank, h]; `scale` is alpha / rank. With a `key`, a part
+    `dropout` of what the low-rank path receives is dropped (another part for every leaf and key) and the rest scaled up.
+    """
+
+    base: Any  # arrays as above; Any, since jax.tree.map and jax.eval_shape may put anything into a pytree
+    left: Any
+    right: Any
+    key: Any = None
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.base.shape
+
+    def take_prefix(self, count: int) -> LoraArray:
+        """The first `count` entries of the leading axis."""
+        return dataclasses.replace(self, base=self.base[:count], left=self.left[:count])
+
+    def merged(self) -> Float[Array, "..."]:
+        """The weight with its update, float32."""
+        left, right = (jnp.asarray(factor, jnp.float32) for factor in (self.left, self.right))
+        update = jnp.matmul(left, right, precision="highest")
+        return jnp.asarray(self.base, jnp.float32) + self.scale * update
+
+    def dropped(self, x: Float[Array, "*b h"]) -> Float[Array, "*b h"]:
+        """What the low-rank path receives of x."""
+        if self.key is None or not self.dropout:
+            return x
+        kept = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
+        return jnp.where(kept, x / (1.0 - self.dropout), 0).astype(x.dtype)
+
+    def rows(self, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
+        """scale * left @ right @ x over the last dimension, `left` flattened; float32."""
+        inner = _product(self.dropped(x), self.right.T).astype(x.dtype)
+        return self.scale * _product(inner, self.left.reshape(-1, self.left.shape[-1]).T)
+
+    def columns(self, flat: Float[Array, "*b k"]) -> Float[Array, "*b h"]:
+        """scale * x @ left @ right, x flattened like `left`; float32."""
+        inner = _product(self.dropped(flat), self.left.reshape(-1, self.left.shape[-1])).astype(flat.dtype)
+        return self.scale * _product(inner, self.right)
+
+
+def _product(x: Array, factor: Array) -> Array:
+    return jnp.matmul(x, factor.astype(x.dtype), preferred_element_type=jnp.float32)
