@@ -34,6 +34,7 @@ from uniql_jax.model import CausalLM, hidden_states, logits
 from uniql_jax.passes.options import Options
 from uniql_jax.passes.run import compress
 from uniql_jax.plan import Plan
+from uniql_jax.sort.ssm import CHANNEL_METHODS, STATE_METHODS
 
 RATES = (0.0, 0.15, 0.25, 0.35)
 PUBLISHED = dict(mlp_score="leverage", pair_score="published", value_output="published", plan="influence")
@@ -52,6 +53,7 @@ def scores() -> dict[str, Options]:
     for method in ("joint", "published", "random"):
         rows[f"v/o {method}"] = replace(base, value_output=method)
     rows["random order"] = replace(base, mlp_score="random", pair_score="random", value_output="random")
+    rows["random order, uniform"] = replace(rows["random order"], plan="uniform")
     for epsilon in (0.05, 0.1, 0.2):
         rows[f"plan influence {epsilon}"] = replace(base, plan="influence", epsilon=epsilon)
     rows["plan uniform"] = replace(base, plan="uniform")
@@ -91,7 +93,35 @@ def bits() -> dict[str, Options]:
     } | {f"gptq, rotated, embed_mix {mix}": dataclasses.replace(base, embed_mix=mix) for mix in (0.01, 1.0)}
 
 
-TABLES = {"scores": scores, "refits": refits, "bits": bits}
+def ssm() -> dict[str, Options]:
+    """State-space blocks and hybrids: scores of channels and states, plans, refit, 16 and 4 bits."""
+    base = Options(bits=32)
+    replace = dataclasses.replace
+    rows = {"default": base}
+    for method in CHANNEL_METHODS:
+        rows[f"channels {method}"] = replace(base, channel_score=method)
+    for method in STATE_METHODS:
+        rows[f"states {method}"] = replace(base, state_score=method)
+    published = dict(PUBLISHED, state_score="energy")
+    rows["published, state-aware"] = replace(base, **published, channel_score="state_aware")
+    rows["published, gated output"] = replace(base, **published, channel_score="gated_output")
+    random = dict(mlp_score="random", pair_score="random", value_output="random", state_score="random")
+    rows["random order"] = replace(base, **random, channel_score="random")
+    magnitude = dict(mlp_score="magnitude", channel_score="magnitude")
+    rows["magnitude"] = replace(base, **magnitude)
+    for plan in ("influence", "uniform"):
+        rows[f"plan {plan}"] = replace(base, plan=plan)
+    for share in (0.4, 0.8):
+        rows[f"refit {share}"] = replace(base, refit=share)
+        rows[f"4 bits, refit {share}"] = replace(base, bits=4, refit=share)
+    rows["4 bits"] = replace(base, bits=4)
+    rows["4 bits, nearest, not rotated"] = replace(base, bits=4, rounding="nearest", rotate=False)
+    rows["4 bits, gptq, not rotated"] = replace(base, bits=4, rotate=False)
+    rows["4 bits, published, state-aware"] = replace(base, **published, channel_score="state_aware", bits=4)
+    return rows
+
+
+TABLES = {"scores": scores, "refits": refits, "bits": bits, "ssm": ssm}
 
 
 @jax.jit
@@ -148,7 +178,7 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", required=True, help="NAME=SPEC, judged on")
     parser.add_argument("--eval-tokens", type=int, default=65536)
     parser.add_argument("--eval-window", type=int, default=1024)
-    parser.add_argument("--table", nargs="+", choices=sorted(TABLES), default=sorted(TABLES))
+    parser.add_argument("--table", nargs="+", choices=sorted(TABLES), default=["scores", "refits", "bits"])
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

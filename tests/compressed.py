@@ -22,6 +22,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama-multihead": published.shrink(published.LLAMA_2_7B, **TWO),
     "llama-biased": published.shrink(published.LLAMA_3_1_8B, attention_bias=True, mlp_bias=True, head_dim=24, **TWO),
     "qwen2": published.shrink(published.QWEN2_5_05B, **TWO),
+    # several groups of B and C; half of a head rotates; attention without positions, plain MLPs
+    "mamba2": published.shrink_ssm(published.MAMBA2_8B, **TWO),
+    "mamba2-tied-biased": published.shrink_ssm(published.MAMBA2_130M, use_bias=True, **TWO),
+    "bamba": published.shrink_ssm(published.BAMBA_9B_V2, num_hidden_layers=2, attn_layer_indices=[1]),
+    "nemotron_h": published.shrink_ssm(published.NEMOTRON_H_8B, hybrid_override_pattern="M-*", num_hidden_layers=3),
 }
 RATES = (0.05, 0.15, 0.25, 0.35)
 

@@ -97,10 +97,21 @@ def test_sorted_at_rate_0_is_the_original(family: str, made: Made, rng: np.rando
     error = reference.relative_error(_logits(_dense(made.checkpoint(family, DENSE)), tokens), original)
     assert error < 2e-5
     # and it was really sorted
-    before = uniql_jax.load_source(str(made.source(family))).params["layers"][0]["mlp"]["gate"]
-    after = _load(made.checkpoint(family, DENSE)).params["layers"][0]["mlp"]["gate"]
-    assert not np.array_equal(before, after)
-    np.testing.assert_array_equal(np.sort(np.asarray(before), axis=0), np.sort(np.asarray(after), axis=0))
+    before = uniql_jax.load_source(str(made.source(family))).params["layers"]
+    after = _load(made.checkpoint(family, DENSE)).params["layers"]
+    moved = set()
+    for ours, theirs in zip(after, before, strict=True):
+        for kind, block in ours.items():
+            for name, value in block.items():
+                a, b, axis = np.asarray(value), np.asarray(theirs[kind][name]), elastic.BLOCKS[kind][name].axis
+                if axis in (None, "vo"):
+                    continue
+                if not np.array_equal(a, b):
+                    moved.add(axis)
+                np.testing.assert_array_equal(np.sort(a, axis=0), np.sort(b, axis=0))  # a permutation
+    config = open_checkpoint(made.checkpoint(family, DENSE)).config
+    axes = {axis for kinds in config.pattern for axis in elastic.layer_axes(config, kinds)}
+    assert moved == axes - {"vo"}
 
 
 # ------------------------------------------------------------------------------- 2. masked = sliced
@@ -196,7 +207,7 @@ def test_cuts_never_split_a_group(family: str, made: Made) -> None:
     checkpoint = open_checkpoint(made.checkpoint(family, _options(family, True)))
     plan, config = checkpoint.plan, checkpoint.config
     assert plan is not None
-    inner = {"ffn": 1, "vo": config.heads}
+    inner = {"ffn": 1, "vo": config.heads, "ssm_head": elastic.sizes(config)["mamba_head"]}
     for rate in np.linspace(0, 0.35, 71):
         for kept in plan.keep(float(rate)):
             for axis, size in kept.items():
@@ -236,7 +247,7 @@ def test_export_is_the_model(family: str, packed: bool, made: Made, rng: np.rand
         out = tmp_path / f"hf-{rate}"
         to_hf.export(str(folder), str(out), rate, dtype="float32")
         theirs = reference.load(out)
-        assert theirs.config.model_type in ("llama", "qwen2")
+        assert theirs.config.model_type in (FAMILIES[family]["model_type"], "llama")
         assert sum(p.numel() for p in theirs.parameters()) > 0
         ours = _logits(_dense(folder, rate), tokens)
         error = reference.relative_error(reference.logits(theirs, tokens), ours)
@@ -302,9 +313,17 @@ def test_the_cache_shrinks_with_the_rate(family: str, made: Made) -> None:
     batch, slots, sizes = 3, 20, []
     for rate in (0.0, *RATES):
         model = _load(folder, rate)
-        per_slot = sum(2 * keep["qk"] + keep["vo"] for keep in model.keep) * model.config.kv_heads
+        full, numbers = elastic.sizes(model.config), 0
+        for keep in model.keep:
+            if "vo" in keep:
+                width = full["pair"] * keep["qk"] + keep.get("qk_pass", 0) + keep["vo"]
+                numbers += slots * width * full["kv_head"]
+            if "ssm_head" in keep:
+                channels = keep["ssm_head"] * full["mamba_head"]
+                states = keep["ssm_state"] * full["mamba_group"]
+                numbers += (full["conv"] - 1) * (channels + 2 * states) + channels * keep["ssm_state"]
         cache = init_cache(model, batch, slots)
-        assert cache.nbytes == batch * slots * per_slot * 4
+        assert cache.nbytes == batch * numbers * 4
         sizes.append(cache.nbytes)
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < sizes[0]

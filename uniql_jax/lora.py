@@ -20,7 +20,7 @@ class LoraArray:
     """base + scale * left @ right, the sum never formed while training.
 
     `base` is [*lead, h], `left` [*lead, rank], `right` [rank, h]; `scale` is alpha / rank. With a `key`, a part
-    `dropout` of what the low-rank path receives is dropped (another part for every leaf and key) and the rest scaled up.
+    `dropout` of what the low-rank path receives is dropped, which part depends on the key, and the rest scaled up.
     """
 
     base: Any  # arrays as above; Any, since jax.tree.map and jax.eval_shape may put anything into a pytree

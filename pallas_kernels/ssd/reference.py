@@ -1,6 +1,8 @@
-"""The specification, in jnp: chunks as masked products, states carried from chunk to chunk. Works at any pruned size."""
+"""The specification, in jnp: chunks as masked products, states carried from chunk to chunk; any pruned size."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,38 @@ def chunked(value: Float[Array, "b t ..."], chunk: int) -> Float[Array, "b n chu
     return jnp.pad(value.astype(jnp.float32), widths).reshape(batch, count, chunk, *rest)
 
 
+class Chunks(NamedTuple):
+    """A sequence in chunks. Letters of the products: n chunk, l and s tokens of it, p channel, d state, g group, m head
+    of a group.
+    """
+
+    inputs: Float[Array, "b n l p g m"]  # dt x
+    decay: Float[Array, "b n l g m"]  # log of what is left, at l, of the state before the chunk
+    b: Float[Array, "b n l d g"]
+    added: Float[Array, "b n g m p d"]  # what the chunk adds to the state at its end
+    starts: Float[Array, "n b g m p d"]  # states before every chunk
+    last: Float[Array, "b g m p d"]  # state after the last
+
+
+def _chunks(x: Array, dt: Array, a: Array, b: Array, state: Array, chunk: int) -> Chunks:
+    batch, _, channels, heads = x.shape
+    groups = b.shape[-1]
+    steps = chunked(dt, chunk)
+    inputs = _by_group(chunked(x, chunk) * steps[:, :, :, None], groups)
+    decay = _by_group(jnp.cumsum(steps * a.astype(jnp.float32), axis=2), groups)
+    b_chunks = chunked(b, chunk)
+    added = jnp.einsum("bnsdg,bnspgm,bnsgm->bngmpd", b_chunks, inputs, jnp.exp(decay[:, :, -1:] - decay))
+    whole = jnp.exp(decay[:, :, -1])
+
+    def carry(before: Array, chunk_of: tuple[Array, Array]) -> tuple[Array, Array]:
+        add, keep = chunk_of
+        return before * keep[..., None, None] + add, before
+
+    start = state.astype(jnp.float32).reshape(batch, groups, heads // groups, channels, -1)
+    last, starts = jax.lax.scan(carry, start, (jnp.moveaxis(added, 1, 0), jnp.moveaxis(whole, 1, 0)))
+    return Chunks(inputs, decay, b_chunks, added, starts, last)
+
+
 def scan(
     x: Float[Array, "b t hd nh"],
     dt: Float[Array, "b t nh"],
@@ -33,35 +67,36 @@ def scan(
     *,
     chunk: int,
 ) -> tuple[Float[Array, "b t hd nh"], Float[Array, "b nh hd ds"]]:
-    """See `api.scan`. Letters of the products: n chunk, l and s tokens of it, p channel, g group, m head of a group."""
+    """See `api.scan`."""
     batch, length, channels, heads = x.shape
-    groups, chunk = b.shape[-1], min(chunk, LONGEST_CHUNK, length)
-    steps = chunked(dt, chunk)
-    inputs = _by_group(chunked(x, chunk) * steps[:, :, :, None], groups)  # dt x
-    decay = _by_group(jnp.cumsum(steps * a.astype(jnp.float32), axis=2), groups)  # [b, n, l, g, m]
-    b_chunks, c_chunks = chunked(b, chunk), chunked(c, chunk)
-
+    chunk = min(chunk, LONGEST_CHUNK, length)
+    inputs, decay, b_chunks, _, starts, last = _chunks(x, dt, a, b, state, chunk)
+    c_chunks = chunked(c, chunk)
     # Inside a chunk: C_l . B_s, decayed from s to l.
     between = decay[:, :, :, None] - decay[:, :, None]  # [b, n, l, s, g, m]
     causal = jnp.tril(jnp.ones((chunk, chunk), bool))[:, :, None, None]
     weight = jnp.exp(jnp.where(causal, between, -jnp.inf))
     weight = weight * jnp.einsum("bnldg,bnsdg->bnlsg", c_chunks, b_chunks)[..., None]
     inside = jnp.einsum("bnlsgm,bnspgm->bnlpgm", weight, inputs)
-
-    # From chunk to chunk.
-    to_end = jnp.exp(decay[:, :, -1:] - decay)
-    added = jnp.einsum("bnsdg,bnspgm,bnsgm->bngmpd", b_chunks, inputs, to_end)
-    whole = jnp.exp(decay[:, :, -1])  # [b, n, g, m]
-
-    def carry(before: Array, chunk_of: tuple[Array, Array]) -> tuple[Array, Array]:
-        add, keep = chunk_of
-        return before * keep[..., None, None] + add, before
-
-    start = state.astype(jnp.float32).reshape(batch, groups, heads // groups, channels, -1)
-    last, starts = jax.lax.scan(carry, start, (jnp.moveaxis(added, 1, 0), jnp.moveaxis(whole, 1, 0)))
     carried = jnp.einsum("bnldg,nbgmpd,bnlgm->bnlpgm", c_chunks, starts, jnp.exp(decay))
     y = (inside + carried).reshape(batch, -1, channels, heads)[:, :length]
     return y.astype(x.dtype), last.reshape(state.shape)
+
+
+def boundary_states(
+    x: Float[Array, "b t hd nh"],
+    dt: Float[Array, "b t nh"],
+    a: Float[Array, " nh"],
+    b: Float[Array, "b t ds g"],
+    *,
+    chunk: int,
+) -> Float[Array, "b n nh hd ds"]:
+    """States at the end of every chunk, float32, of sequences that start from nothing (arguments as in `api.scan`)."""
+    batch, length, channels, heads = x.shape
+    empty = jnp.zeros((batch, heads, channels, b.shape[2]), jnp.float32)
+    found = _chunks(x, dt, a, b, empty, min(chunk, LONGEST_CHUNK, length))
+    ends = jnp.concatenate([found.starts[1:], found.last[None]])
+    return jnp.moveaxis(ends, 0, 1).reshape(batch, -1, heads, channels, b.shape[2])
 
 
 def step(

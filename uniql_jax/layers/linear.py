@@ -16,7 +16,7 @@ Weight = QuantizedArray | LoraArray | Array
 
 def apply_rows(x: Float[Array, "... h"], weight: Weight) -> Float[Array, "..."]:
     """y[..., *lead] = sum_h weight[*lead, h] x[..., h], for a leaf that contracts its last dimension."""
-    *lead, width = weight.shape
+    lead = weight.shape[:-1]
     if isinstance(weight, LoraArray):
         y = _dense_rows(x, weight.base) + weight.rows(x)
     elif isinstance(weight, QuantizedArray):
@@ -36,7 +36,7 @@ def apply_rows(x: Float[Array, "... h"], weight: Weight) -> Float[Array, "..."]:
 
 def apply_columns(x: Float[Array, "..."], weight: Weight) -> Float[Array, "... h"]:
     """y[..., h] = sum over the leading dimensions of x[..., *lead] weight[*lead, h]."""
-    *lead, width = weight.shape
+    lead = weight.shape[:-1]
     flat = x.reshape(*x.shape[: x.ndim - len(lead)], math.prod(lead))
     if isinstance(weight, LoraArray):
         y = _dense_columns(flat, weight.base) + weight.columns(flat)

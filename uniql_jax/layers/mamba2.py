@@ -123,7 +123,7 @@ def inner(
     config: ModelConfig, leaves: Leaves, normed: Float[Array, "b t h"], context: Context
 ) -> Float[Array, "b t hd nh"]:
     """What out receives, over whole sequences."""
-    return cached_inner(config, leaves, normed, context, _empty(config, leaves, normed))[0]
+    return cached_inner(config, leaves, normed, context, empty_state(config, leaves, normed))[0]
 
 
 def write(leaves: Leaves, hidden: Float[Array, "b t hd nh"]) -> Float[Array, "b t h"]:
@@ -132,7 +132,8 @@ def write(leaves: Leaves, hidden: Float[Array, "b t hd nh"]) -> Float[Array, "b 
     return y + leaves["out_bias"].astype(y.dtype) if "out_bias" in leaves else y
 
 
-def _empty(config: ModelConfig, leaves: Leaves, normed: Array) -> SsmCache:
+def empty_state(config: ModelConfig, leaves: Leaves, normed: Float[Array, "b t h"]) -> SsmCache:
+    """The state before the first token, at the sizes of these leaves."""
     keep = {"ssm_head": leaves["x"].shape[0], "ssm_state": leaves["b"].shape[0]}
     return init_state(config, keep, normed.shape[0], 0, normed.dtype)
 

@@ -22,9 +22,9 @@ from uniql_jax.int4 import QuantizedArray, dense, from_codes
 from uniql_jax.layers import KINDS
 from uniql_jax.layers.context import full_context
 from uniql_jax.passes.options import REFIT_RATES, Options
-from uniql_jax.passes.sorting import gram
 from uniql_jax.plan import Plan
 from uniql_jax.quantize.gptq import quantize
+from uniql_jax.sort.gram import gram
 
 Block = Mapping[str, Any]
 Keep = dict[str, Int[np.ndarray | Array, " b"]]

@@ -25,6 +25,8 @@ class Options:
     mlp_score: str = "fisher"
     pair_score: str = "fisher_diagonal"
     value_output: str = "attention_output"
+    state_score: str = "fisher_diagonal"
+    channel_score: str = "fisher"
     output_metric: bool = True  # weigh outputs by the Gram of the loss gradient there
     plan: str = "loss"  # loss | influence | uniform
     epsilon: float = 0.1
@@ -43,6 +45,11 @@ class Options:
     def packed(self) -> bool:
         """Whether weights become integers."""
         return self.bits < 16
+
+    @property
+    def thorough(self) -> bool:
+        """Whether a score needs statistics that the defaults do without."""
+        return self.channel_score == "state_aware"
 
 
 REFIT_RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)

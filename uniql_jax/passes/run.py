@@ -254,9 +254,10 @@ class _Run:
     def _statistics(self, i: int, gradients: list[Array]) -> tuple[list[Array], Any]:
         """Gradients before layer i from those after it, and the layer's summed statistics."""
         layer = jax.tree.map(jnp.asarray, self.source.layer(i))
+        thorough = self.options.thorough or self.keep_statistics
         before, stats = [], None
         for x, gradient in zip(self._stream(_name(i)), gradients, strict=True):
-            gradient, found = layer_statistics(self.config, self.config.pattern[i], layer, x, gradient)
+            gradient, found = layer_statistics(self.config, self.config.pattern[i], layer, x, gradient, thorough)
             before.append(gradient)
             stats = found if stats is None else jax.tree.map(jnp.add, stats, found)
         return before, stats

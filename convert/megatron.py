@@ -1,0 +1,544 @@
+"""Megatron-LM checkpoints of Mamba2 (NVIDIA's mamba2-8b): a torch.save file, read without torch and without trust.
+
+Such a file is a zip archive: a pickle (data.pkl) that names tensors and training arguments, and one stored entry of raw
+bytes per tensor. A pickle is a program that may call anything, so its instructions are followed with every class and
+function replaced by a record that only keeps what it is given; nothing is imported and nothing of the file is called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import json
+import math
+import mmap
+import os
+import pickle
+import re
+import shutil
+import struct
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Shaped
+
+from uniql_jax.errors import UserError
+
+NAMES = {
+    "embedding.word_embeddings.weight": "backbone.embeddings.weight",
+    "decoder.final_norm.weight": "backbone.norm_f.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+"""Megatron's tensors outside the layers, by transformers' names for a mamba2 model; inside they differ in a prefix."""
+
+GROUPS, NORM_EPS, CHUNK = 8, 1e-5, 128
+"""What Megatron's Mamba layer takes unless the arguments say otherwise; its gated norm always has this epsilon."""
+
+_STORAGES: dict[str, np.dtype] = {
+    "DoubleStorage": np.dtype(np.float64),
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+_OLD_FORMAT = bytes.fromhex("8a0a6cfc9c46f9206aa85019")  # the number that torch wrote first before it wrote zip files
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
+_LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")
+_OUR_LAYER = re.compile(r"backbone\.layers\.(\d{1,6})\.")
+_RANK = re.compile(r"mp_rank_\d+(_\d+)*")
+_PICKLE_ERRORS = (
+    pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError,
+    TypeError, ValueError, struct.error,
+)  # fmt: skip
+
+
+class _Record:
+    """Stands for any object of the file: where its class is said to come from, and what it was made with."""
+
+    module = ""
+    name = ""
+    args: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Record:
+        record = object.__new__(cls)
+        record.args, record.state = args, None
+        return record
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def _ignore(self, *_: Any) -> None:
+        """Items of containers that we do not know."""
+
+    append = extend = add = __setitem__ = _ignore
+
+
+class _Dict(dict[Any, Any]):
+    """Stands for an OrderedDict; the attributes that torch gives one are dropped."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Storage(_Record):
+    """The bytes of one or more tensors; args are its torch type and the name of its entry, both text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """One tensor of the file, unread: byte offset of its first element, shape and strides (in elements)."""
+
+    dtype: np.dtype
+    start: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def span(self) -> int:
+        """Elements from the first to the last one, both included."""
+        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
+
+
+class _Unpickler(pickle._Unpickler):
+    """Follows a pickle's instructions; what they would import or call becomes a `_Record`.
+
+    The one written in Python, since the other reserves as much memory as the file asks it to.
+    """
+
+    def __init__(self, file: Any) -> None:
+        # torch writes the strings of protocol 2 as UTF-8
+        super().__init__(file, encoding="utf-8")
+        self._classes: dict[tuple[str, str], type] = {("collections", "OrderedDict"): _Dict}
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        """A record class instead of the class or function of that name; nothing is imported."""
+        key = (module_name, global_name)
+        if key not in self._classes:
+            self._classes[key] = type("_Named", (_Record,), {"module": module_name, "name": global_name})
+        return self._classes[key]
+
+    def persistent_load(self, pid: Any) -> _Record:
+        """What torch calls a storage: the bytes of one or more tensors, in an entry of their own."""
+        match pid:
+            case ("storage", type() as kind, str() as key, *_) if issubclass(kind, _Record):
+                return _Storage(kind.name, str(key))
+        raise pickle.UnpicklingError("a persistent id that is no storage")
+
+
+class MegatronReader:
+    """The tensors of one Megatron-LM Mamba2 file by transformers' names, each read when it is asked for.
+
+    `bytes_read` counts the tensor bytes handed out so far. Raises UserError for a file that is no torch checkpoint, is
+    truncated or damaged, is one piece of a split model, or holds another kind of model.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.bytes_read = 0
+        try:
+            with open(self.path, "rb") as file:
+                head = file.read(64)
+                # an empty file cannot be mapped; it is no zip archive either
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if head else b""
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        self._refuse_pieces_beside()
+        self._entries = self._directory(head)
+        content = self._unpickled()
+        self._args = _arguments(content)
+        self._refuse_pieces_and_options()
+        self._tensors = self._weights(content)
+        self._sizes = self._mamba_sizes()
+        self._tokenizer = self._find_tokenizer()
+
+    def names(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every tensor."""
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Shaped[np.ndarray, "..."]:
+        """One tensor in the file's number format, contiguous; only its bytes are read. KeyError if unknown."""
+        tensor = self._tensors[name]
+        if 0 in tensor.shape:
+            return np.empty(tensor.shape, tensor.dtype)
+        size = tensor.dtype.itemsize
+        try:  # read, not mapped: that is several times faster, and a file cut meanwhile is an error, not a crash
+            flat = np.fromfile(self.path, f"u{size}", tensor.span, offset=tensor.start)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
+        if flat.size != tensor.span:
+            self._damaged(f"tensor {name!r}")
+        steps = [step * size for step in tensor.strides]
+        value = np.asarray(np.lib.stride_tricks.as_strided(flat, tensor.shape, steps), order="C")
+        self.bytes_read += value.nbytes
+        return value.view(tensor.dtype)
+
+    def hf_config(self) -> dict[str, Any]:
+        """The config.json of this model as a transformers mamba2; UserError for a tokenizer that cannot be read."""
+        embed = self._tensors[NAMES["embedding.word_embeddings.weight"]]
+        known = self._vocabulary()
+        ids = known.ids if known else {}
+        return {
+            "architectures": ["Mamba2ForCausalLM"],
+            "model_type": "mamba2",
+            "bos_token_id": ids.get("bos"),
+            "eos_token_id": ids.get("eos"),
+            "pad_token_id": ids.get("pad"),
+            "chunk_size": CHUNK,
+            "hidden_act": "silu",
+            "layer_norm_epsilon": NORM_EPS,
+            "residual_in_fp32": bool(self._args.get("fp32_residual_connection", True)),
+            "tie_word_embeddings": NAMES["output_layer.weight"] not in self._tensors,
+            "torch_dtype": embed.dtype.name,
+            "use_bias": "backbone.layers.0.mixer.in_proj.bias" in self._tensors,
+            "use_conv_bias": "backbone.layers.0.mixer.conv1d.bias" in self._tensors,
+            "vocab_size": embed.shape[0],
+            **self._sizes,
+        }
+
+    def check_side_files(self) -> None:
+        """Raise UserError now, not after hours of work, if transformers will not read the tokenizer as it is meant."""
+        known = self._vocabulary()
+        if known is None:
+            return
+        if not known.bpe:
+            raise UserError(
+                f"{self._tokenizer} is a unigram tokenizer, which is not supported; without that file the model is "
+                "converted without a tokenizer"
+            )
+        if importlib.util.find_spec("sentencepiece") is None:
+            raise UserError(f"transformers needs sentencepiece to read {self._tokenizer}: pip install sentencepiece")
+
+    def write_side_files(self, folder: str | os.PathLike[str]) -> None:
+        """Copy the sentencepiece tokenizer, byte for byte, as tokenizer.model, and say in JSON files how it is used."""
+        known = self._vocabulary()
+        if known is None or self._tokenizer is None:
+            return
+        shutil.copyfile(self._tokenizer, Path(folder) / "tokenizer.model")
+        # transformers would take another class for this model_type, one that loses spaces; Megatron adds no bos or eos
+        tokenizer: dict[str, Any] = {
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": False,
+            "add_eos_token": False,
+        }
+        tokenizer |= {"add_prefix_space": known.dummy_prefix, "clean_up_tokenization_spaces": False}
+        tokenizer |= {f"{role}_token": known.texts.get(role) for role in ("bos", "eos", "pad", "unk")}
+        _write_json(Path(folder) / "tokenizer_config.json", tokenizer)
+        ids = {f"{role}_token_id": known.ids[role] for role in ("bos", "eos", "pad") if role in known.ids}
+        _write_json(Path(folder) / "generation_config.json", ids)
+
+    # The archive
+
+    def _directory(self, head: bytes) -> dict[str, tuple[int, int]]:
+        """Entry name (without the archive's own prefix) -> (first byte, length) of what it stores."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                infos = archive.infolist()
+            if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+                raise ValueError("torch does not compress what it saves")
+            starts = [self._start(info) for info in infos]
+        except (zipfile.BadZipFile, OSError, ValueError, LookupError, NotImplementedError, struct.error) as error:
+            if _OLD_FORMAT in head:
+                raise UserError(
+                    f"{self.path} is a torch file of the format before 1.6; torch.load it and torch.save it again"
+                ) from None
+            self._damaged(" ".join(str(error).split()) or "no zip archive")
+        names = [info.filename for info in infos]
+        pickles = [name for name in names if name == "data.pkl" or name.endswith("/data.pkl")]
+        if len(pickles) != 1 or len(set(names)) != len(names):
+            self._damaged("it does not hold one data.pkl")
+        prefix = pickles[0].removesuffix("data.pkl")
+        entries = {
+            info.filename.removeprefix(prefix): (start, info.file_size)
+            for info, start in zip(infos, starts, strict=True)
+            if info.filename.startswith(prefix)
+        }
+        if "byteorder" in entries and self._stored(entries["byteorder"]).strip() != b"little":
+            raise UserError(f"{self.path} was written on a big-endian machine; load it with torch and save it again")
+        return entries
+
+    def _start(self, info: zipfile.ZipInfo) -> int:
+        """Where an entry's content begins: past its local header, whose extra field torch uses for alignment."""
+        signature, name, extra = _LOCAL_HEADER.unpack_from(self._bytes, info.header_offset)
+        start = info.header_offset + _LOCAL_HEADER.size + name + extra
+        if signature != b"PK\x03\x04" or start + info.file_size > len(self._bytes):
+            raise ValueError(f"entry {info.filename!r} lies outside the file")
+        return start
+
+    def _stored(self, place: tuple[int, int]) -> bytes:
+        return self._bytes[place[0] : place[0] + place[1]]
+
+    def _damaged(self, reason: str) -> NoReturn:
+        raise UserError(f"{self.path} is truncated or no torch checkpoint ({reason})")
+
+    # The pickle
+
+    def _unpickled(self) -> Any:
+        try:
+            return _Unpickler(io.BytesIO(self._stored(self._entries["data.pkl"]))).load()
+        except _PICKLE_ERRORS as error:
+            self._damaged(f"data.pkl: {' '.join(str(error).split()) or type(error).__name__}")
+
+    def _weights(self, content: Any) -> dict[str, _Tensor]:
+        """The tensors of the state dict, renamed; UserError for what is no weight of a Mamba2 model."""
+        state = content.get("model") if isinstance(content, dict) else None
+        if not isinstance(state, dict):
+            raise UserError(f"{self.path} holds no Megatron-LM model (an entry 'model' with its tensors)")
+        tensors: dict[str, _Tensor] = {}
+        for theirs, value in state.items():
+            if not isinstance(theirs, str):
+                self._damaged("a tensor's name is no text")
+            if "_extra_state" in theirs or "rotary" in theirs:
+                continue  # what Transformer Engine keeps for float8, and tables that follow from the config
+            if ".self_attention." in theirs or ".mlp." in theirs or ".cross_attention." in theirs:
+                raise UserError(f"{self.path} holds {theirs!r}: Megatron-LM files are read for pure Mamba2 models only")
+            ours = _name(theirs)
+            if ours in tensors:
+                raise UserError(f"tensor {ours!r} is stored twice in {self.path}")
+            tensors[ours] = self._tensor(theirs, value)
+        for needed in ("embedding.word_embeddings.weight", "decoder.layers.0.mixer.in_proj.weight"):
+            if _name(needed) not in tensors:
+                raise UserError(f"{self.path} lacks the tensor {needed!r}")
+        return tensors
+
+    def _tensor(self, name: str, value: Any) -> _Tensor:
+        while isinstance(value, _Record) and value.module == "torch._utils" and value.name.startswith("_rebuild_param"):
+            value = value.args[0] if value.args else None
+        if not isinstance(value, _Record):
+            raise UserError(f"{self.path}: {name!r} is no tensor")
+        match (value.module, value.name, value.args):
+            case (
+                "torch._utils",
+                "_rebuild_tensor_v2",
+                (_Storage() as storage, int() as offset, shape, strides, *rest),
+            ):
+                flags = rest[2] if len(rest) > 2 else None  # negated or conjugated when read
+            case _:
+                raise UserError(
+                    f"{self.path}: {name!r} is stored as {value.module}.{value.name}, not as a plain tensor"
+                )
+        kind, key = storage.args
+        dtype, entry = _STORAGES.get(kind), self._entries.get(f"data/{key}")
+        if dtype is None or flags:
+            raise UserError(f"{self.path}: tensor {name!r} is stored as {kind}, which we cannot read")
+        if entry is None or not _sizes(shape) or not _sizes(strides) or len(shape) != len(strides) or offset < 0:
+            self._damaged(f"tensor {name!r}")
+        start, length = entry
+        tensor = _Tensor(dtype, start + offset * dtype.itemsize, tuple(shape), tuple(strides))
+        # no more elements than bytes: a stride of zero could make a terabyte of one number
+        count = max(tensor.span if math.prod(shape) else 0, math.prod(shape))
+        if (offset + count) * dtype.itemsize > length:
+            self._damaged(f"tensor {name!r} reaches past the end of its data")
+        return tensor
+
+    # The model
+
+    def _refuse_pieces_beside(self) -> None:
+        folder = self.path.absolute().parent
+        if not _RANK.fullmatch(folder.name):
+            return
+        pieces = [place for place in folder.parent.glob("mp_rank_*") if _RANK.fullmatch(place.name)]
+        if len(pieces) > 1:
+            raise UserError(f"{self.path} is one of {len(pieces)} pieces (mp_rank_*); {_MERGE}")
+
+    def _refuse_pieces_and_options(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if (self._args.get(name) or 1) != 1:
+                raise UserError(f"{self.path} is a piece of a model split with {name} {self._args[name]}; {_MERGE}")
+        epsilon = self._args.get("norm_epsilon", self._args.get("layernorm_epsilon"))
+        if epsilon not in (None, NORM_EPS):
+            raise UserError(
+                f"{self.path} has norm_epsilon {epsilon}; transformers' mamba2 has {NORM_EPS:g} for all norms"
+            )
+        if self._args.get("normalization") not in (None, "RMSNorm") or self._args.get("apply_layernorm_1p"):
+            raise UserError(f"{self.path} has other norms (normalization, apply_layernorm_1p) than RMSNorm")
+
+    def _mamba_sizes(self) -> dict[str, int]:
+        """The sizes in transformers' words: from the shapes, and from the arguments how B and C split into groups."""
+        hidden = self._shape("backbone.embeddings.weight", 2)[1]
+        heads = self._shape("backbone.layers.0.mixer.A_log", 1)[0]
+        width, _, kernel = self._shape("backbone.layers.0.mixer.conv1d.weight", 3)
+        inner = self._shape("backbone.layers.0.mixer.out_proj.weight", 2)[1]
+        numbers = [int(found[1]) for name in self._tensors if (found := _OUR_LAYER.match(name))]
+        both = (width - inner) // 2  # B and C are equally wide
+        state = self._size("mamba_state_dim")
+        groups = self._size("mamba_num_groups") or (both // state if state else GROUPS)
+        state = state or both // groups
+        sizes = {
+            "conv_kernel": kernel,
+            "expand": inner // max(hidden, 1),
+            "head_dim": inner // max(heads, 1),
+            "hidden_size": hidden,
+            "n_groups": groups,
+            "num_heads": heads,
+            "num_hidden_layers": self._size("num_layers") or 1 + max(numbers),
+            "state_size": state,
+        }
+        fits = (
+            sizes["expand"] * hidden == inner == sizes["head_dim"] * heads
+            and min(sizes.values()) > 0
+            and 2 * groups * state == width - inner
+            and heads % groups == 0
+        )
+        if not fits:
+            raise UserError(
+                f"{self.path}: {inner} channels in {heads} heads with {width} convolution channels in {groups} groups "
+                f"of {state} states, on a stream of {hidden}, are no Mamba2 layer of transformers"
+            )
+        return sizes
+
+    def _shape(self, name: str, ndim: int) -> tuple[int, ...]:
+        tensor = self._tensors.get(name)
+        if tensor is None or len(tensor.shape) != ndim:
+            raise UserError(f"{self.path} lacks the tensor {name!r} of {ndim} dimensions that a Mamba2 model has")
+        return tensor.shape
+
+    def _size(self, name: str) -> int | None:
+        value = self._args.get(name)
+        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+    # The tokenizer
+
+    def _find_tokenizer(self) -> Path | None:
+        """The one *.model file beside the checkpoint, or in the folders above that Megatron puts around it."""
+        folder = self.path.absolute().parent
+        places = [folder, *(folder.parents[:2] if _RANK.fullmatch(folder.name) else ())]
+        for place in places:
+            found = sorted(file for file in place.glob("*.model") if file.is_file())
+            if len(found) > 1:
+                raise UserError(f"{place} has several tokenizers ({found[0].name}, {found[1].name}); leave one there")
+            if found:
+                return found[0]
+        return None
+
+    def _vocabulary(self) -> Vocabulary | None:
+        if self._tokenizer is None:
+            return None
+        try:
+            return vocabulary(self._tokenizer.read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read {self._tokenizer}: {error.strerror or error}") from None
+        except (ValueError, IndexError):
+            raise UserError(f"{self._tokenizer} is truncated or no sentencepiece tokenizer") from None
+
+
+_MERGE = "merge it into one with Megatron-LM first"
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _name(theirs: str) -> str:
+    """A tensor's name in transformers' mamba2; one that we do not know stays as it is."""
+    layer = _LAYER.fullmatch(theirs)
+    if layer is None:
+        return NAMES.get(theirs, theirs)
+    # Transformer Engine keeps the norm inside of the projection that follows it
+    rest = "norm.weight" if layer[2] == "mixer.in_proj.layer_norm_weight" else layer[2]
+    return f"backbone.layers.{int(layer[1])}.{rest}"
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(n, int) and 0 <= n < 2**48 for n in value) and len(value) <= 8
+
+
+def _arguments(content: Any) -> dict[str, Any]:
+    """The training arguments, where the file has them: an argparse.Namespace or a dict."""
+    args = content.get("args") if isinstance(content, dict) else None
+    args = args.state if isinstance(args, _Record) else args
+    return {str(name): value for name, value in args.items()} if isinstance(args, dict) else {}
+
+
+_BPE, _UNKNOWN, _CONTROL = 2, 2, 3  # sentencepiece's number of a kind of model, and of two types of pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What transformers must be told of a sentencepiece model: ids and texts of its special pieces by role.
+
+    Roles are bos, eos, pad and unk, as far as the model has them. `bpe` is False for a unigram model, and
+    `dummy_prefix` says that a space is put before each text.
+    """
+
+    ids: dict[str, int]
+    texts: dict[str, str]
+    bpe: bool
+    dummy_prefix: bool
+
+
+def vocabulary(model: bytes) -> Vocabulary:
+    """Read a sentencepiece model file (fields of sentencepiece_model.proto); ValueError or IndexError if it is none.
+
+    Special pieces are found as sentencepiece finds them: by their text, if their type is that of no ordinary piece.
+    """
+    pieces: list[bytes] = []
+    trainer: dict[int, int | bytes] = {}
+    normalizer: dict[int, int | bytes] = {}
+    for field, value in _fields(model):
+        if field == 1 and isinstance(value, bytes):
+            pieces.append(value)
+        elif field == 2 and isinstance(value, bytes):
+            trainer.update(_fields(value))
+        elif field == 3 and isinstance(value, bytes):
+            normalizer.update(_fields(value))
+    if not pieces:
+        raise ValueError("no pieces")
+    ids: dict[str, int] = {}
+    texts: dict[str, str] = {}
+    for number, role, default in (
+        (46, "bos", b"<s>"),
+        (47, "eos", b"</s>"),
+        (48, "pad", b"<pad>"),
+        (45, "unk", b"<unk>"),
+    ):
+        text = trainer.get(number, default)
+        kind = _UNKNOWN if role == "unk" else _CONTROL
+        for i, piece in enumerate(pieces):
+            # a quarter of a million pieces: only those that hold the text are taken apart
+            if isinstance(text, bytes) and text in piece and (parts := dict(_fields(piece))).get(1) == text:
+                if parts.get(3) == kind:
+                    ids[role], texts[role] = i, text.decode()
+                break
+    return Vocabulary(ids, texts, trainer.get(3) == _BPE, bool(normalizer.get(3, 1)))
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(number, value) of each field of a protobuf message, in order; ValueError or IndexError when it is none."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        kind = key & 7
+        if kind == 0:
+            value, at = _varint(message, at)
+        elif kind in (1, 2, 5):
+            size, at = _varint(message, at) if kind == 2 else (8 if kind == 1 else 4, at)
+            value = message[at : at + size]
+            at += size
+            if at > len(message):
+                raise ValueError("a field reaches past the end")
+        else:
+            raise ValueError(f"wire type {kind}")
+        yield key >> 3, value
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")
