@@ -9,7 +9,7 @@ from convert import tables
 from convert.source import open_source
 from convert.to_hf import DTYPES
 from uniql_jax import cli, elastic
-from uniql_jax.checkpoint import CheckpointWriter, stored
+from uniql_jax.checkpoint import CheckpointWriter, reachable_bias, stored
 from uniql_jax.files import check_output, check_space, staged_output
 
 
@@ -36,7 +36,7 @@ def convert(ckpt: str, out: str, overwrite: bool = False) -> None:
                 kind: {name: stored(elastic.BLOCKS[kind][name], value, DTYPES[dtype]) for name, value in block.items()}
                 for kind, block in source.layer(i).items()
             }
-            writer.add_layer(i, layer)
+            writer.add_layer(i, {kind: reachable_bias(config, kind, block) for kind, block in layer.items()})
         source.write_side_files(staging)
         writer.finish()
 

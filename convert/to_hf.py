@@ -22,6 +22,7 @@ from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardWriter, check_output, check_space, copy_side_files, staged_output
+from uniql_jax.sort.value_output import value_bias
 
 Tensors = dict[str, Float[np.ndarray, "..."]]
 Block = Mapping[str, Any]
@@ -52,23 +53,6 @@ def original_pairs(config: ModelConfig, inv_freq: Float[np.ndarray, "kept kv_hea
                 raise ValueError(f"inv_freq holds {frequency}, which is not (or no longer) a frequency of this model")
             found[row, head] = free[frequency].pop()
     return found
-
-
-def value_bias(
-    o: Float[np.ndarray, "vo head embed"], o_bias: Float[np.ndarray, " embed"], kv_heads: int
-) -> tuple[Float[np.ndarray, "vo kv_head"], float]:
-    """The smallest value bias that o turns into o_bias, and the part of o_bias that no value bias can give.
-
-    A value bias reaches the output through the sum of the o columns of its query heads. Solved in float64.
-    """
-    ranks, heads, embed = o.shape
-    columns = o.astype(np.float64).reshape(ranks, kv_heads, heads // kv_heads, embed).sum(2)
-    matrix = columns.reshape(-1, embed).T
-    target = o_bias.astype(np.float64)
-    solution = np.linalg.lstsq(matrix, target, rcond=None)[0]
-    size = float(np.linalg.norm(target))
-    missed = float(np.linalg.norm(matrix @ solution - target)) / size if size else 0.0
-    return solution.reshape(ranks, kv_heads).astype(np.float32), missed
 
 
 def layer_to_hf(
@@ -120,9 +104,16 @@ def _carry_o_bias(config: ModelConfig, leaves: Tensors, kept: int) -> None:
         leaves["v_bias"][kept, 0] = 1.0
         leaves["o"][kept, 0] = leaves["o_bias"]
         return
-    leaves["v_bias"], missed = value_bias(leaves["o"], leaves["o_bias"], config.kv_heads)
+    leaves["v_bias"], carried = value_bias(leaves["o"], leaves["o_bias"], config.kv_heads)
+    missed = _missed(carried, leaves["o_bias"])
     if missed > RESIDUAL:
         raise ValueError(f"no value bias gives this o_bias: {missed:.1e} of it would be lost")
+
+
+def _missed(carried: Float[np.ndarray, " embed"], wanted: Float[np.ndarray, " embed"]) -> float:
+    """The part of an output bias that a value bias leaves out."""
+    size = float(np.linalg.norm(wanted))
+    return float(np.linalg.norm(carried - wanted)) / size if size else 0.0
 
 
 def top_to_hf(config: ModelConfig, top: Mapping[str, Any], table: tuple[tables.Row, ...] | None = None) -> Tensors:
@@ -171,7 +162,7 @@ def o_bias_fits(checkpoint: Checkpoint, keep: Sequence[Mapping[str, int]]) -> bo
             continue
         block = checkpoint.layer(i, keep[i])["attention"]
         o, o_bias = (np.asarray(int4.dense(block[name])) for name in ("o", "o_bias"))
-        if value_bias(o, o_bias, config.kv_heads)[1] > RESIDUAL:
+        if _missed(value_bias(o, o_bias, config.kv_heads)[1], o_bias) > RESIDUAL:
             return False
     return True
 

@@ -17,6 +17,7 @@ from tests import published, tiny
 from uniql_jax import cli
 from uniql_jax import config as model_config
 from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.passes import estimate
 from uniql_jax.passes.options import Options
 
 compress = importlib.import_module("uniql_jax.compress")
@@ -130,10 +131,10 @@ def test_text_becomes_windows_that_the_model_can_read(
     assert "docs:safetensors" in default.description
 
 
-@pytest.mark.parametrize("name", sorted(published.PUBLISHED))
+@pytest.mark.parametrize("name", sorted(published.ALL))
 def test_estimates_of_real_models(name: str) -> None:
     """Sizes known without weights: 4 bits are about a quarter of 16, a rate takes its share of the layers."""
-    config = model_config.from_hf(published.PUBLISHED[name])
+    config = model_config.from_hf(published.ALL[name])
     four, sixteen = Options(bits=4), Options(bits=16)
     small, large = estimate.estimated_bytes(config, four), estimate.estimated_bytes(config, sixteen)
     assert 0.25 < small / large < 0.32

@@ -18,7 +18,7 @@ from uniql_jax.int4 import from_codes
 from uniql_jax.model import kept_sizes
 from uniql_jax.passes.estimate import parameter_count
 
-CONFIGS = {name: model_config.from_hf(hf) for name, hf in published.PUBLISHED.items()}
+CONFIGS = {name: model_config.from_hf(hf) for name, hf in published.ALL.items()}
 # As the authors count them.
 PARAMETERS = {
     "llama-2-7b": 6_738_415_616,
@@ -27,13 +27,31 @@ PARAMETERS = {
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-7b": 7_615_616_512,
     "smollm2-135m": 134_515_008,
+    "mamba2-8b": 8_236_999_680,
 }
 O_BIAS = {"qwen2.5-0.5b": 24 * (896 - 128), "qwen2.5-7b": 28 * (3584 - 512)}  # an o_bias stands in for the v_bias
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_the_leaves_are_all_of_the_model(name: str) -> None:
     assert parameter_count(CONFIGS[name]) - O_BIAS.get(name, 0) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", sorted(published.PUBLISHED_SSM))
+def test_transformers_counts_the_same(name: str) -> None:
+    """The full-size model, built without memory."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    published_config = published.PUBLISHED_SSM[name]
+    kwargs = {k: v for k, v in published_config.items() if k not in ("torch_dtype", "architectures", "model_type")}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(published_config["model_type"], **kwargs))
+    parameters = {id(p): p.numel() for p in model.parameters()}
+    if published_config["tie_word_embeddings"]:
+        parameters.pop(id(model.get_output_embeddings().weight))
+        parameters[id(model.get_input_embeddings().weight)] = model.get_input_embeddings().weight.numel()
+    assert parameter_count(CONFIGS[name]) == sum(parameters.values())
 
 
 def test_an_elastic_axis_leads_and_appears_once() -> None:
@@ -47,7 +65,7 @@ def test_an_elastic_axis_leads_and_appears_once() -> None:
 
 def test_biases_follow_the_switches() -> None:
     llama, qwen = CONFIGS["llama-3.1-8b"], CONFIGS["qwen2.5-7b"]
-    assert not any("bias" in name for kind in elastic.BLOCKS for name in elastic.leaves(llama, kind))
+    assert not any("bias" in name for kind in llama.pattern[0] for name in elastic.leaves(llama, kind))
     found = {name for name in elastic.leaves(qwen, "attention") if "bias" in name}
     assert found == {"q_bias", "k_bias", "o_bias"}
 
@@ -55,21 +73,36 @@ def test_biases_follow_the_switches() -> None:
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_costs_add_up_to_the_prunable_matrices(name: str) -> None:
     config = CONFIGS[name]
-    kinds, full = config.pattern[0], elastic.sizes(config)
-    assert elastic.layer_axes(config, kinds) == ("ffn", "qk", "vo")
-    total = sum(full[axis] * elastic.axis_cost(config, kinds, axis) for axis in elastic.layer_axes(config, kinds))
-    matrices = sum(
-        math.prod(elastic.shape(config, leaf))
-        for kind in kinds
-        for leaf in elastic.leaves(config, kind).values()
-        if leaf.contract
-    )
-    assert total == matrices
+    full = elastic.sizes(config)
+    axes = {
+        "attention": {"qk", "vo"} | ({"qk_pass"} if config.model_type == "bamba" else set()),
+        "mlp": {"ffn"},
+        "mamba2": {"ssm_head", "ssm_state"},
+    }
+    for kinds in set(config.pattern):
+        assert set(elastic.layer_axes(config, kinds)) == set().union(*(axes[kind] for kind in kinds))
+        total = sum(full[axis] * elastic.axis_cost(config, kinds, axis) for axis in elastic.layer_axes(config, kinds))
+        matrices = sum(
+            math.prod(elastic.shape(config, leaf))
+            for kind in kinds
+            for name, leaf in elastic.leaves(config, kind).items()
+            if leaf.contract and name != "dt"  # one row a head: not elastic
+        )
+        assert total == matrices
 
 
 def test_layers_of_one_block_have_its_axes_only() -> None:
-    assert elastic.layer_axes(("mlp",)) == ("ffn",)
-    assert elastic.layer_axes(("attention",)) == ("qk", "vo")
+    config = CONFIGS["nemotron-h-8b"]
+    assert elastic.layer_axes(config, ("mlp",)) == ("ffn",)
+    assert elastic.layer_axes(config, ("attention",)) == ("qk", "vo")
+    assert elastic.layer_axes(config, ("mamba2",)) == ("ssm_head", "ssm_state")
+
+
+def test_a_head_that_rotates_half_way_has_two_axes() -> None:
+    full = elastic.sizes(CONFIGS["bamba-9b-v2"])
+    assert (full["pair"] * full["qk"], full["qk_pass"], full["vo"]) == (64, 64, 128)
+    full = elastic.sizes(CONFIGS["nemotron-h-8b"])
+    assert (full["pair"], full["qk"], full["qk_pass"]) == (1, 128, 0)
 
 
 def test_slicing_keeps_a_prefix_of_arrays_and_packed_weights(rng: np.random.Generator) -> None:

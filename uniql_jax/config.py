@@ -247,7 +247,7 @@ def _mamba2(hf: Mapping[str, Any]) -> ModelConfig:
 
 def _bamba(hf: Mapping[str, Any]) -> ModelConfig:
     layers, hidden = int(hf["num_hidden_layers"]), int(hf["hidden_size"])
-    attention = set(hf.get("attn_layer_indices") or ())
+    attention: set[int] = set(hf.get("attn_layer_indices") or ())
     # transformers 5 may list the blocks instead
     for i, kind in enumerate(hf.get("layers_block_type") or hf.get("layer_types") or ()):
         if kind in ("attention", "full_attention"):
@@ -270,9 +270,8 @@ def _bamba(hf: Mapping[str, Any]) -> ModelConfig:
     bias = bool(hf.get("attention_bias", False))
     # Half of a head rotates in every Bamba; older configs do not say so.
     rotary = {"partial_rotary_factor": 0.5} | dict(hf)
-    common = _transformer(rotary) | dict(
-        pattern=tuple(("attention" if i in attention else "mamba2", "mlp") for i in range(layers))
-    )
+    common: dict[str, Any] = _transformer(rotary)
+    common["pattern"] = tuple(("attention" if i in attention else "mamba2", "mlp") for i in range(layers))
     return ModelConfig(**common, ssm=ssm, qkv_bias=bias, o_bias=bias, mlp_bias=bool(hf.get("mlp_bias", False)))
 
 

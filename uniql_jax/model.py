@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -139,6 +140,22 @@ def init_cache(model: CausalLM, batch: int, length: int) -> Cache:
         position=jnp.zeros((batch,), jnp.int32),
         slot=jnp.zeros((), jnp.int32),
     )
+
+
+def cache_bytes(
+    config: ModelConfig, keep: Sequence[Mapping[str, int]], batch: int, length: int, dtype: Any = jnp.bfloat16
+) -> int:
+    """Bytes that decoding remembers at these kept sizes: keys and values, convolution inputs, SSM states."""
+
+    def states() -> list[Array]:
+        found = [
+            KINDS[kind].init_state(config, kept, batch, length, dtype)
+            for kinds, kept in zip(config.pattern, keep, strict=True)
+            for kind in kinds
+        ]
+        return jax.tree.leaves(found)
+
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.eval_shape(states))
 
 
 def _extend(

@@ -6,6 +6,7 @@ and zero-padded heads give the same result. Time steps, decay and states are flo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ def project(
         last[name] = kept[:, kept.shape[1] - before.shape[1] :]
         convolved[name] = elastic.mask(_convolve(leaves, name, value, before), context.keep, axis, 2)
     z = elastic.mask(_project(leaves, "z", normed), context.keep, "ssm_head", 2)
-    return Inputs(z=z, dt=dt, **convolved), state.replace(**last)
+    return Inputs(z=z, dt=dt, **convolved), dataclasses.replace(state, **last)
 
 
 def scan(
@@ -93,13 +94,13 @@ def scan(
     """The state-space scan and the skip D x."""
     decay = -jnp.exp(leaves["a_log"].astype(jnp.float32))
     if inputs.x.shape[1] == 1:
-        one = [value[:, 0] for value in (inputs.x, inputs.dt)]
-        y, after = ssd.step(*one, decay, inputs.b[:, 0], inputs.c[:, 0], state.state)
+        one = Inputs(*(value[:, 0] for value in inputs))
+        y, after = ssd.step(one.x, one.dt, decay, one.b, one.c, state.state)
         y = y[:, None]
     else:
         chunk = ssm_of(config).chunk
         y, after = ssd.scan(inputs.x, inputs.dt, decay, inputs.b, inputs.c, state.state, chunk=chunk)
-    return y + (leaves["d"].astype(jnp.float32) * inputs.x).astype(y.dtype), state.replace(state=after)
+    return y + (leaves["d"].astype(jnp.float32) * inputs.x).astype(y.dtype), dataclasses.replace(state, state=after)
 
 
 def gated(y: Float[Array, "b t hd nh"], z: Float[Array, "b t hd nh"]) -> Float[Array, "b t hd nh"]:

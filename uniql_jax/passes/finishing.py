@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from uniql_jax import elastic
-from uniql_jax.checkpoint import stored
+from uniql_jax.checkpoint import reachable_bias, stored
 from uniql_jax.config import ModelConfig
 from uniql_jax.int4 import QuantizedArray, dense, from_codes
 from uniql_jax.layers import KINDS
@@ -175,9 +175,9 @@ class Finisher:
     def replay(self, i: int, finished: Mapping[str, Block], original: Mapping[str, Block]) -> None:
         """Move the streams past a layer that an earlier run finished."""
         for kind in self.config.pattern[i]:
-            self._advance(i, kind, self._dense(kind, finished[kind]), original[kind])
+            self._advance(i, kind, self._dense(finished[kind]), original[kind])
 
-    def _dense(self, kind: str, block: Block) -> dict[str, Any]:
+    def _dense(self, block: Block) -> dict[str, Any]:
         return {name: dense(value) for name, value in block.items()}
 
     def _advance(self, i: int, kind: str, working: Block, original: Block) -> None:
@@ -234,5 +234,6 @@ class Finisher:
                 output(name, weight, total(grams) / tokens)
             else:
                 output(name, weight, None)
-        self._advance(i, kind, working, original)
+        done = reachable_bias(config, kind, done)
+        self._advance(i, kind, self._dense(done), original)
         return done

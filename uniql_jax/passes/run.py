@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 
 import uniql_jax
 from uniql_jax import elastic
-from uniql_jax.checkpoint import CheckpointWriter, packed, stored
+from uniql_jax.checkpoint import CheckpointWriter, packed, reachable_bias, stored
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.files import check_space
@@ -338,14 +338,12 @@ class _Run:
                 self.done.save(name, flatten(finisher.layer(i, layer)))
             else:
                 dtype = matrix_dtype(options)
-                self.done.save(
-                    name,
-                    {
-                        f"{kind}.{leaf}": stored(elastic.BLOCKS[kind][leaf], value, dtype)
-                        for kind, block in layer.items()
-                        for leaf, value in block.items()
-                    },
-                )
+                finished = {
+                    kind: {leaf: stored(elastic.BLOCKS[kind][leaf], value, dtype) for leaf, value in block.items()}
+                    for kind, block in layer.items()
+                }
+                finished = {kind: reachable_bias(self.config, kind, block) for kind, block in finished.items()}
+                self.done.save(name, flatten(finished))
 
     def _stored_layer(self, i: int) -> dict[str, dict[str, Any]]:
         """A finished layer in its stored form."""

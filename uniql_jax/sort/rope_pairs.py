@@ -1,5 +1,6 @@
 """Order of the RoPE pairs, or of the plain dimensions, of each key/value head, shared by the query heads of its group
-(method: Q/K)."""
+(method: Q/K).
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,237 @@
+"""The training step: true gradients, parts that add up, nothing learnt from prompts and padding, any device count."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.train import cases
+from train import rates
+from train.examples import Examples, from_windows
+from train.loop import Options, Trainer, schedule
+from train.lora import Factors
+from uniql_jax.model import CausalLM
+
+PLAIN = Options(rank=4, dropout=0.0, batch=8, lr=1e-2, warmup=0, rates="uniform", steps=10)
+
+
+def _trainer(model: CausalLM, options: Options = PLAIN) -> Trainer:
+    top = {name: value for name, value in model.params.items() if name != "layers"}
+    return Trainer(model.config, model.params["layers"], top, options, 10)
+
+
+def _instructions(rng: np.random.Generator, count: int = 8, length: int = 20) -> Examples:
+    """Prompts, answers and padding of all lengths."""
+    tokens = cases.tokens(rng, count, length)
+    prompt, end = rng.integers(2, 9, count), rng.integers(10, length, count)
+    place = np.arange(length)
+    return Examples(tokens, place < end[:, None], (place >= prompt[:, None]) & (place < end[:, None]), "instructions")
+
+
+def _gradients(trainer: Trainer, factors: Factors, examples: Examples, rate: float, plan: Any) -> tuple[Factors, float]:
+    batch = trainer.place(examples, np.arange(len(examples)), trainer.options.accumulate)
+    keep = rates.keep_arrays(plan, rate)
+    found, loss = jax.jit(trainer.gradients)(factors, trainer.frozen, batch, keep, jnp.int32(0))
+    return found, float(loss)
+
+
+def _largest(a: Any, b: Any) -> float:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(jnp.abs(x - y).max() / jnp.abs(y).max()) for x, y in pairs)
+
+
+@pytest.mark.parametrize("family", [name for name in ("llama", "bamba") if name in cases.FAMILIES])
+def test_gradients_are_true(family: str, rng: np.random.Generator) -> None:
+    """Central differences along the gradient's signs, at a pruned rate, for every matrix.
+
+    A RoPE without a backward would give wrong ones for q and k.
+    """
+    model = cases.model(family, rng)
+    trainer, factors, examples = _trainer(model), cases.factors(model.config, rng), _instructions(rng)
+    gradients, _ = _gradients(trainer, factors, examples, 0.25, model.plan)
+    batch = trainer.place(examples, np.arange(8), 1)
+    keep = rates.keep_arrays(model.plan, 0.25)
+
+    @jax.jit
+    def loss(factors: Factors) -> jax.Array:
+        part = {name: value[0] for name, value in batch.items()}
+        total, (_, count) = trainer.loss_sum(factors, trainer.frozen, part, keep, None)
+        return total / count
+
+    assert {"1.attention.q", "1.attention.k"} <= set(factors)
+    for name, pair in factors.items():
+        for side in ("left", "right"):
+            gradient = np.asarray(gradients[name][side])
+            direction = np.sign(gradient)
+            slope = float(np.vdot(gradient, direction))
+            assert slope > 0
+            size = 1e-3 / slope  # the loss changes by 1e-3 a step, far above float32
+
+            def at(steps: int) -> float:
+                return float(loss({**factors, name: {**pair, side: pair[side] + steps * size * direction}}))  # noqa: B023
+
+            # four points: curvature up to the fourth order cancels
+            found = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * size)
+            assert found == pytest.approx(slope, rel=0.02), name
+
+
+def test_cut_parts_get_no_gradient(rng: np.random.Generator) -> None:
+    model = cases.model("qwen2", rng, num_hidden_layers=1)
+    assert model.plan is not None
+    trainer, factors = _trainer(model), cases.factors(model.config, rng)
+    gradients, _ = _gradients(trainer, factors, _instructions(rng), 0.35, model.plan)
+    kept = model.plan.keep(0.35)
+    for name, axis in (("q", "qk"), ("k", "qk"), ("v", "vo"), ("o", "vo")):
+        left = np.asarray(gradients[f"0.attention.{name}"]["left"])
+        assert left[: kept[0][axis]].any()
+        assert not left[kept[0][axis] :].any()
+        assert kept[0][axis] < left.shape[0]
+
+
+def test_prompts_and_padding_are_not_learnt(rng: np.random.Generator) -> None:
+    model = cases.model("llama", rng, num_hidden_layers=1)
+    trainer, factors, examples = _trainer(model), cases.factors(model.config, rng), _instructions(rng)
+    gradients, loss = _gradients(trainer, factors, examples, 0.15, model.plan)
+    noise = np.where(examples.valid, examples.tokens, cases.tokens(rng, 8))
+    assert not np.array_equal(noise, examples.tokens)
+    same, same_loss = _gradients(trainer, factors, dataclasses.replace(examples, tokens=noise), 0.15, model.plan)
+    assert same_loss == pytest.approx(loss, rel=1e-6)
+    assert _largest(same, gradients) < 1e-5
+    # the mean over the answers alone, from the logits
+    scores = jax.jit(trainer.forward)(
+        factors,
+        trainer.frozen,
+        jnp.asarray(examples.tokens),
+        jnp.asarray(examples.valid),
+        rates.keep_arrays(model.plan, 0.15),
+    )
+    log_p = np.asarray(jax.nn.log_softmax(scores))
+    picked = [log_p[b, i - 1, examples.tokens[b, i]] for b in range(8) for i in range(1, 20) if examples.learn[b, i]]
+    assert loss == pytest.approx(-np.mean(picked), rel=1e-5)
+    assert examples.learn.sum() == len(picked) < examples.valid.sum()
+
+
+@pytest.mark.parametrize("changes", [{"accumulate": 4}, {"remat": True}], ids=str)
+def test_parts_and_remat_change_nothing(changes: dict[str, Any], rng: np.random.Generator) -> None:
+    model = cases.model("llama", rng, num_hidden_layers=1)
+    factors, examples = cases.factors(model.config, rng), _instructions(rng)
+    whole, loss = _gradients(_trainer(model), factors, examples, 0.25, model.plan)
+    other = _trainer(model, dataclasses.replace(PLAIN, **changes))
+    parts, parts_loss = _gradients(other, factors, examples, 0.25, model.plan)
+    assert parts_loss == pytest.approx(loss, rel=1e-6)
+    assert _largest(parts, whole) < 1e-5
+
+
+def test_dropout_differs_by_step_and_part(rng: np.random.Generator) -> None:
+    model = cases.model("llama", rng, num_hidden_layers=1)
+    trainer = _trainer(model, dataclasses.replace(PLAIN, dropout=0.3))
+    factors = cases.factors(model.config, rng)
+    batch = trainer.place(_instructions(rng), np.arange(8), 1)
+    gradients = jax.jit(trainer.gradients)
+    keep = rates.keep_arrays(model.plan, 0.0)
+    losses = [float(gradients(factors, trainer.frozen, batch, keep, jnp.int32(step))[1]) for step in (0, 1, 0)]
+    assert losses[0] == losses[2] != losses[1]
+    exact = trainer.evaluate(factors, [batch], keep)
+    assert exact == trainer.evaluate(factors, [batch], keep) != losses[0]
+
+
+def test_distillation_pulls_towards_the_unpruned_model(rng: np.random.Generator) -> None:
+    """With the teacher alone, the unpruned model without an update is a minimum, and a pruned one is not."""
+    model = cases.model("llama", rng, num_hidden_layers=1)
+    trainer = _trainer(model, dataclasses.replace(PLAIN, distill=1.0))
+    fresh, _ = trainer.init()
+    moved = jax.tree.map(lambda x: x + 0.0, cases.factors(model.config, rng))
+    examples = _instructions(rng)
+    size = lambda tree: float(sum(jnp.sum(x * x) for x in jax.tree.leaves(tree))) ** 0.5  # noqa: E731
+    still = size(_gradients(trainer, fresh, examples, 0.0, model.plan)[0])
+    pruned = size(_gradients(trainer, fresh, examples, 0.35, model.plan)[0])
+    assert still < 1e-4 * pruned
+    assert size(_gradients(trainer, moved, examples, 0.0, model.plan)[0]) > 1e-2
+
+
+def test_bfloat16_keeps_float32_factors(rng: np.random.Generator) -> None:
+    model = cases.model("llama", rng, num_hidden_layers=1)
+    trainer = _trainer(model, dataclasses.replace(PLAIN, compute="bfloat16"))
+    assert trainer.frozen["layers"][0]["mlp"]["up"].dtype == jnp.bfloat16
+    assert trainer.frozen["layers"][0]["attention"]["inv_freq"].dtype == jnp.float32
+    factors, state = trainer.init()
+    batch = trainer.place(_instructions(rng), np.arange(8), 1)
+    factors, _, loss = trainer.step(factors, state, batch, rates.keep_arrays(model.plan, 0.25), 0)
+    assert {leaf.dtype for leaf in jax.tree.leaves(factors)} == {jnp.dtype(jnp.float32)}
+    assert np.isfinite(float(loss))
+
+
+def test_evaluation_counts_every_answer_once(rng: np.random.Generator) -> None:
+    model = cases.model("llama", rng, num_hidden_layers=1)
+    trainer, factors, examples = _trainer(model), cases.factors(model.config, rng), _instructions(rng, count=11)
+    keep = rates.keep_arrays(model.plan, 0.25)
+    batches = trainer.evaluation_batches(examples)
+    assert len(batches) == 2
+    one_by_one = [
+        trainer.evaluate(factors, trainer.evaluation_batches(examples.take(np.asarray([i]))), keep) for i in range(11)
+    ]
+    weights = examples.learn.sum(1)
+    assert trainer.evaluate(factors, batches, keep) == pytest.approx(np.average(one_by_one, weights=weights), rel=1e-5)
+
+
+def test_learning_rate() -> None:
+    rate = schedule(dataclasses.replace(PLAIN, lr=1.0, warmup=100), 2000)
+    assert 0 < float(rate(0)) < 0.02
+    assert float(rate(100)) == pytest.approx(1.0)
+    assert float(rate(1050)) == pytest.approx(0.5)
+    assert float(rate(2000)) == 0.0
+    assert float(schedule(dataclasses.replace(PLAIN, lr=1.0, warmup=100), 50)(5)) == pytest.approx(1.0)
+    assert Options(batch=32, epochs=2).total_steps(100) == 7
+
+
+SCRIPT = """
+import json
+import jax, numpy as np
+from jax.sharding import Mesh
+from tests.train import cases
+from train import rates
+from train.examples import from_windows
+from train.loop import Options, Trainer
+
+rng = np.random.default_rng(0)
+model = cases.model("llama", rng, num_hidden_layers=1)
+examples = from_windows(cases.tokens(rng, 16, 12))
+top = {name: value for name, value in model.params.items() if name != "layers"}
+out = {}
+for count in (1, 8):
+    options = Options(rank=4, dropout=0.05, batch=16, lr=1e-2, warmup=0, steps=3, accumulate=2)
+    mesh = Mesh(np.asarray(jax.devices()[:count]), ("data",))
+    trainer = Trainer(model.config, model.params["layers"], top, options, 3, mesh)
+    factors, state = trainer.init()
+    losses = []
+    for step in range(3):
+        batch = trainer.place(examples, np.arange(16), 2)
+        assert len(batch["tokens"].sharding.device_set) == count
+        assert batch["tokens"].addressable_shards[0].data.shape == (2, 8 // count, 12)
+        factors, state, loss = trainer.step(factors, state, batch, rates.keep_arrays(model.plan, 0.25), step)
+        losses.append(float(loss))
+    batches = trainer.evaluation_batches(examples)
+    out[count] = [*losses, trainer.evaluate(factors, batches, rates.keep_arrays(model.plan, 0.35))]
+print(json.dumps(out))
+"""
+
+
+def test_eight_devices_do_what_one_does() -> None:
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, cwd=root)
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses = json.loads(done.stdout.splitlines()[-1])
+    np.testing.assert_allclose(losses["8"], losses["1"], rtol=2e-5)
+    assert losses["1"][2] < losses["1"][0]
+    assert len(from_windows(np.zeros((2, 4), np.int32))) == 2

@@ -1,0 +1,260 @@
+"""The training step of masked recovery: one compiled program for every prune rate, on any number of devices.
+
+A step draws nothing itself: rate, rows and dropout follow from (seed, step), so that a resumed run repeats them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from train import lora
+from train.examples import Examples
+from train.lora import Factors
+from train.losses import distillation_loss, next_token_loss
+from train.rates import JUDGED
+from uniql_jax import elastic
+from uniql_jax.config import ModelConfig
+from uniql_jax.model import CausalLM, hidden_states, logits
+
+Batch = Mapping[str, Array]
+"""tokens int32, valid and learn bool, each [microbatches, rows, length]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Settings of a recovery. The defaults are the paper's (UniQL, arXiv 2512.03383, appendix on fine-tuning).
+
+    steps: None for `epochs` passes over the examples. A step's `batch` rows are worked on in `accumulate` parts, which
+    changes memory and nothing else. distill: weight of the divergence from the unpruned model without LoRA, 1 -
+    distill that of the text. compute: dtype of activations and frozen weights; LoRA and optimizer stay float32.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.05
+    lr: float = 1e-4
+    warmup: int = 100  # steps; at most a tenth of them
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    steps: int | None = None
+    epochs: float = 5.0
+    batch: int = 32
+    accumulate: int = 1
+    rates: str = "low-kept-first"
+    judged: tuple[float, ...] = JUDGED
+    distill: float = 0.0
+    compute: str = "float32"
+    remat: bool = False
+    seed: int = 0
+    evaluations: int = 20  # spread over the run
+    patience: int = 5  # evaluations without a better one that end it
+    held_share: float = 0.05
+    held_most: int = 128
+
+    def total_steps(self, examples: int) -> int:
+        """Steps of a run over so many examples."""
+        return self.steps if self.steps is not None else max(1, math.ceil(self.epochs * examples / self.batch))
+
+
+def schedule(options: Options, steps: int) -> optax.Schedule:
+    """Learning rate at each step: linear warm-up, then linear decay to zero."""
+    warmup = min(options.warmup, steps // 10)
+    fall = optax.linear_schedule(options.lr, 0.0, max(1, steps - warmup))
+    if not warmup:
+        return fall
+    # the first step would change nothing at a rate of exactly zero
+    rise = optax.linear_schedule(options.lr / (warmup + 1), options.lr, warmup)
+    return optax.join_schedules([rise, fall], [warmup])
+
+
+def optimizer(options: Options, steps: int) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW."""
+    adam = optax.adamw(schedule(options, steps), weight_decay=options.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(options.clip), adam)
+
+
+def data_mesh(rows: int) -> Mesh:
+    """A mesh of all devices along one axis, "data"; of fewer where `rows` does not divide among all."""
+    devices = jax.devices()
+    return Mesh(np.asarray(devices[: math.gcd(rows, len(devices))]), ("data",))
+
+
+class Trainer:
+    """The frozen model, placed once, and the compiled functions that work on LoRA factors.
+
+    `layers` and `top` are dense leaves; matrices are held in `options.compute`, vectors in float32, a copy on every
+    device of the mesh; batches are split over the mesh along their rows.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: Sequence[lora.Layer],
+        top: Mapping[str, Any],
+        options: Options,
+        steps: int,
+        mesh: Mesh | None = None,
+    ):
+        self.config, self.options = config, options
+        self.rows = options.batch // options.accumulate
+        self.mesh = data_mesh(self.rows) if mesh is None else mesh
+        self.optimizer = optimizer(options, steps)
+        self.dtype = jnp.dtype(options.compute)
+        self.frozen = self.everywhere(
+            {
+                "top": {name: self._cast(elastic.TOP[name], value) for name, value in top.items()},
+                "layers": [
+                    {
+                        kind: {name: self._cast(elastic.BLOCKS[kind][name], value) for name, value in block.items()}
+                        for kind, block in layer.items()
+                    }
+                    for layer in layers
+                ],
+            }
+        )
+        copies = NamedSharding(self.mesh, PartitionSpec())
+        self._step = jax.jit(self._train, donate_argnums=(0, 1), out_shardings=(copies, copies, copies))
+        self._evaluate = jax.jit(self._losses)
+
+    def _cast(self, leaf: elastic.Leaf, value: Any) -> np.ndarray:
+        return np.asarray(value).astype(self.dtype if leaf.contract else np.float32)
+
+    def everywhere(self, tree: Any) -> Any:
+        """A copy of every array on every device of the mesh."""
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def place(self, examples: Examples, rows: Int[np.ndarray, " rows"], parts: int) -> dict[str, Array]:
+        """Rows of the examples as a batch [parts, rows / parts, length], split over the mesh.
+
+        Every host passes the same rows, and puts only what its own devices work on.
+        """
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, "data", None))
+        out = {}
+        for name in ("tokens", "valid", "learn"):
+            value = getattr(examples, name)[rows].reshape(parts, len(rows) // parts, -1)
+            out[name] = jax.make_array_from_callback(value.shape, sharding, lambda index, v=value: v[index])
+        return out
+
+    def init(self) -> tuple[Factors, Any]:
+        """Factors and optimizer state to start from."""
+        factors = self.everywhere(lora.initialize(self.config, self.options.rank, self.options.seed))
+        return factors, self.everywhere(self.optimizer.init(factors))
+
+    # ------------------------------------------------------------------------------------------ traced
+
+    def forward(
+        self,
+        factors: Factors | None,
+        frozen: Mapping[str, Any],
+        tokens: Int[Array, "b t"],
+        valid: Bool[Array, "b t"],
+        keep: tuple[elastic.Keep, ...] | None,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "b t vocab"]:
+        """Logits at masked sizes; the frozen model's own without factors. Dropout where there is a key."""
+        options, layers = self.options, frozen["layers"]
+        if factors is not None:
+            layers = lora.attach(layers, factors, options.alpha, options.dropout, key)
+        model = CausalLM(self.config, {**frozen["top"], "layers": layers}, dtype=self.dtype)
+        return logits(model, hidden_states(model, tokens, valid.astype(jnp.int32), keep=keep, remat=options.remat))
+
+    def loss_sum(
+        self,
+        factors: Factors,
+        frozen: Mapping[str, Any],
+        batch: Batch,
+        keep: tuple[elastic.Keep, ...],
+        key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""]]]:
+        """(what is minimised, (cross entropy, tokens that count)), all summed over one part of a batch."""
+        tokens, valid, learn = batch["tokens"], batch["valid"], batch["learn"].astype(jnp.float32)
+        scores = self.forward(factors, frozen, tokens, valid, keep, key)
+        entropy, count = next_token_loss(scores, tokens, learn)
+        share = self.options.distill
+        if not share:
+            return entropy, (entropy, count)
+        teacher = self.forward(None, frozen, tokens, valid, None)
+        return (1 - share) * entropy + share * distillation_loss(scores, teacher, learn), (entropy, count)
+
+    def gradients(
+        self,
+        factors: Factors,
+        frozen: Mapping[str, Any],
+        batch: Batch,
+        keep: tuple[elastic.Keep, ...],
+        step: Int[Array, ""],
+    ) -> tuple[Factors, Float[Array, ""]]:
+        """Gradient of what is minimised, per token that counts, and the mean cross entropy of the batch."""
+        drop = self.options.dropout > 0
+        key = jax.random.fold_in(jax.random.key(self.options.seed), step)
+
+        def part(carry: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
+            one, number = inputs
+            own = jax.random.fold_in(key, number) if drop else None
+            gradients, (entropy, count) = jax.grad(self.loss_sum, has_aux=True)(factors, frozen, one, keep, own)
+            return jax.tree.map(jnp.add, carry, (gradients, entropy, count)), None
+
+        # Sums, divided once by all tokens that count: parts with few answers weigh no more than they should.
+        parts = batch["tokens"].shape[0]
+        zero = (jax.tree.map(jnp.zeros_like, factors), jnp.float32(0), jnp.float32(0))
+        (gradients, entropy, count), _ = jax.lax.scan(part, zero, (batch, jnp.arange(parts)))
+        return jax.tree.map(lambda g: g / count, gradients), entropy / count
+
+    def _train(
+        self,
+        factors: Factors,
+        state: Any,
+        frozen: Mapping[str, Any],
+        batch: Batch,
+        keep: tuple[elastic.Keep, ...],
+        step: Int[Array, ""],
+    ) -> tuple[Factors, Any, Float[Array, ""]]:
+        gradients, loss = self.gradients(factors, frozen, batch, keep, step)
+        updates, state = self.optimizer.update(gradients, state, factors)
+        return cast(Factors, optax.apply_updates(factors, updates)), state, loss
+
+    def _losses(
+        self, factors: Factors, frozen: Mapping[str, Any], batch: Batch, keep: tuple[elastic.Keep, ...]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        def part(carry: Any, one: Batch) -> tuple[Any, None]:
+            scores = self.forward(factors, frozen, one["tokens"], one["valid"], keep)
+            found = next_token_loss(scores, one["tokens"], one["learn"].astype(jnp.float32))
+            return jax.tree.map(jnp.add, carry, found), None
+
+        return jax.lax.scan(part, (jnp.float32(0), jnp.float32(0)), batch)[0]
+
+    # ------------------------------------------------------------------------------------------ called
+
+    def step(
+        self, factors: Factors, state: Any, batch: Batch, keep: tuple[elastic.Keep, ...], step: int
+    ) -> tuple[Factors, Any, Float[Array, ""]]:
+        """One update; factors and state are consumed. Returns the new ones and the mean cross entropy, nats."""
+        return self._step(factors, state, self.frozen, batch, keep, jnp.int32(step))
+
+    def evaluate(self, factors: Factors, batches: Sequence[Batch], keep: tuple[elastic.Keep, ...]) -> float:
+        """Mean cross entropy over batches at these sizes, nats; nothing is dropped."""
+        sums = [self._evaluate(factors, self.frozen, batch, keep) for batch in batches]
+        total, count = (float(np.sum(jax.device_get([pair[i] for pair in sums]))) for i in (0, 1))
+        return total / count
+
+    def evaluation_batches(self, examples: Examples) -> list[dict[str, Array]]:
+        """All rows in batches of one shape; the last one is filled with rows of which nothing counts."""
+        count = -(-len(examples) // self.rows) * self.rows
+        extra = count - len(examples)
+        filled = Examples(
+            np.concatenate([examples.tokens, np.zeros((extra, examples.tokens.shape[1]), np.int32)]),
+            np.concatenate([examples.valid, np.ones((extra, examples.valid.shape[1]), bool)]),
+            np.concatenate([examples.learn, np.zeros((extra, examples.learn.shape[1]), bool)]),
+            examples.description,
+        )
+        return [self.place(filled, np.arange(i, i + self.rows), 1) for i in range(0, count, self.rows)]

@@ -1,0 +1,42 @@
+"""Which prune rate a training step sees: one for the whole model, drawn from (seed, step) alone."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from uniql_jax import elastic
+from uniql_jax.plan import MAX_PRUNE_RATE, Plan
+
+DISTRIBUTIONS = ("low-kept-first", "uniform")
+RATES = tuple(round(0.05 * i, 2) for i in range(round(MAX_PRUNE_RATE / 0.05) + 1))
+"""0 to 0.35 by 0.05."""
+JUDGED = (0.0, 0.15, 0.25, 0.35)
+"""The fixed rates of validation."""
+FALL = 0.1
+
+
+def probabilities(distribution: str) -> Float[np.ndarray, " rates"]:
+    """Probability of each of RATES: all alike, or proportional to exp(-0.1 rank), the most pruned first (UniQL).
+
+    Raises ValueError for an unknown distribution.
+    """
+    if distribution == "uniform":
+        weight = np.ones(len(RATES))
+    elif distribution == "low-kept-first":
+        weight = np.exp(-FALL * np.arange(len(RATES)))[::-1]
+    else:
+        raise ValueError(f"the distribution of rates is one of {', '.join(DISTRIBUTIONS)}, not {distribution!r}")
+    return weight / weight.sum()
+
+
+def draw(distribution: str, seed: int, step: int) -> float:
+    """The prune rate of a step."""
+    rng = np.random.default_rng([seed, step])
+    return float(rng.choice(RATES, p=probabilities(distribution)))
+
+
+def keep_arrays(plan: Plan, rate: float) -> tuple[elastic.Keep, ...]:
+    """Kept sizes of every layer at a rate as int32 scalars: arguments of one program that serves all rates."""
+    return tuple({axis: jnp.int32(count) for axis, count in layer.items()} for layer in plan.keep(rate))

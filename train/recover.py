@@ -1,0 +1,245 @@
+"""Masked LoRA recovery from beginning to end: train at all prune rates at once, keep the best, merge.
+
+Everything that a run needs to go on after a kill is in its work folder: factors, optimizer state, and the step, from
+which rates, rows and dropout follow. A resumed run gives the same numbers, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from train import lora, rates
+from train.examples import Examples, batch_rows, from_windows, split
+from train.loop import Options, Trainer
+from train.lora import Factors
+from uniql_jax.config import ModelConfig
+from uniql_jax.errors import UserError
+from uniql_jax.plan import Plan
+
+LOG = "log.jsonl"
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The best factors, the validation loss per judged rate before and after (nats), and the steps that were made."""
+
+    factors: Factors
+    before: dict[float, float]
+    after: dict[float, float]
+    steps: int
+    best_step: int
+
+
+def fingerprint(
+    config: ModelConfig,
+    layers: Sequence[lora.Layer],
+    plan: Plan,
+    examples: Examples,
+    judged: Examples,
+    options: Options,
+) -> str:
+    """Names a run: what it starts from and how; another one must not go on with its work."""
+    digest = hashlib.sha256(repr((config, plan.digest, dataclasses.asdict(options))).encode())
+    for layer in layers:
+        for block in layer.values():
+            for value in block.values():
+                digest.update(np.ascontiguousarray(value[:1]).tobytes())  # enough to tell models apart
+    for part in (examples, judged):
+        for array in (part.tokens, part.valid, part.learn):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+class Log:
+    """A .jsonl file of losses; a resumed run takes back what came after the state that it goes on from."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Append one line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(dict(entry)) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # cut short by the kill
+        return math.inf
+
+
+class Saved:
+    """The resumable state in a work folder, through orbax: the newest whole one is what counts."""
+
+    def __init__(self, folder: Path, name: str):
+        """Raises UserError when the folder belongs to another run."""
+        import orbax.checkpoint as ocp  # slow to import
+
+        self._args = ocp.args
+        folder.mkdir(parents=True, exist_ok=True)
+        note = folder / "run.json"
+        if note.exists():
+            if json.loads(note.read_text())["fingerprint"] != name:
+                raise UserError(f"{folder} holds a run with other settings; remove it or repeat those settings")
+        else:
+            temporary = folder / "run.tmp"
+            temporary.write_text(json.dumps({"fingerprint": name}))
+            os.replace(temporary, note)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(
+            (folder / "state").absolute(), options=options, item_names=("arrays", "notes")
+        )
+
+    def save(self, step: int, arrays: Any, notes: Mapping[str, Any]) -> None:
+        """Keep a state; a kill in the middle leaves the one before."""
+        kept, noted = self._args.StandardSave(arrays), self._args.JsonSave(dict(notes))
+        self._manager.save(step, args=self._args.Composite(arrays=kept, notes=noted))
+
+    def load(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, arrays placed as those of `like`, notes) of the newest state, or None."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        kept, noted = self._args.StandardRestore(like), self._args.JsonRestore()
+        found = self._manager.restore(step, args=self._args.Composite(arrays=kept, notes=noted))
+        return step, found["arrays"], found["notes"]
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._manager.close()
+
+
+def train(
+    config: ModelConfig,
+    layers: Sequence[lora.Layer],
+    top: Mapping[str, Any],
+    plan: Plan,
+    examples: Examples,
+    judged: Examples,
+    options: Options,
+    folder: Path,
+    progress: Progress = lambda steps: steps,
+    trainer: Trainer | None = None,
+) -> Result:
+    """Train LoRA factors at rates drawn from `options.rates`; the best at the judged rates, on average, are returned.
+
+    layers, top: dense leaves, sorted, unpruned. The work folder is made, or gone on with. Raises UserError when it
+    belongs to another run, and when the loss is no longer finite.
+    """
+    steps = options.total_steps(len(examples))
+    saved = Saved(folder, fingerprint(config, layers, plan, examples, judged, options))
+    try:
+        trainer = trainer or Trainer(config, layers, top, options, steps)
+        return _run(trainer, plan, examples, judged, options, steps, saved, folder, progress)
+    finally:
+        saved.close()
+
+
+def _run(
+    trainer: Trainer,
+    plan: Plan,
+    examples: Examples,
+    judged: Examples,
+    options: Options,
+    steps: int,
+    saved: Saved,
+    folder: Path,
+    progress: Progress,
+) -> Result:
+    batches = trainer.evaluation_batches(judged)
+    keeps = {rate: rates.keep_arrays(plan, rate) for rate in {*rates.RATES, *options.judged}}
+    every = max(1, steps // options.evaluations)
+
+    def judge(factors: Factors) -> dict[float, float]:
+        return {rate: trainer.evaluate(factors, batches, keeps[rate]) for rate in options.judged}
+
+    factors, state = trainer.init()
+    best = factors
+    found = saved.load({"factors": factors, "state": state, "best": best})
+    if found is None:
+        start, before = 0, judge(factors)
+        notes = {"before": list(before.values()), "after": list(before.values()), "best_step": 0, "bad": 0}
+    else:
+        start, arrays, notes = found
+        factors, state, best = arrays["factors"], arrays["state"], arrays["best"]
+    log = Log(folder / LOG, start)
+    if found is None:
+        log.write({"step": 0, "validation": _by_rate(options.judged, notes["before"])})
+    pending: list[tuple[int, float, Any]] = []
+    bar = progress(range(start, steps))
+    for i in bar:
+        if notes["bad"] >= options.patience:
+            break
+        rate = rates.draw(options.rates, options.seed, i)
+        rows = batch_rows(len(examples), options.batch, options.seed, i)
+        batch = trainer.place(examples, rows, options.accumulate)
+        # `best` may be the very buffers that the step consumes
+        best = jax.tree.map(lambda x: x.copy(), best) if best is factors else best
+        factors, state, loss = trainer.step(factors, state, batch, keeps[rate], i)
+        pending.append((i + 1, rate, loss))
+        if (i + 1) % every and i + 1 < steps:
+            continue
+        for step, seen, value in pending:  # waits here only, so that steps queue up in between
+            if not math.isfinite(float(value)):
+                raise UserError(f"the loss is {float(value)} at step {step}; a smaller --lr may help")
+            log.write({"step": step, "rate": seen, "loss": float(value)})
+        pending = []
+        scores = judge(factors)
+        log.write({"step": i + 1, "validation": _by_rate(options.judged, scores.values())})
+        if np.mean(list(scores.values())) < np.mean(notes["after"]):
+            best, notes = factors, notes | {"after": list(scores.values()), "best_step": i + 1, "bad": 0}
+        else:
+            notes = notes | {"bad": notes["bad"] + 1}
+        saved.save(i + 1, {"factors": factors, "state": state, "best": best}, notes)
+        if hasattr(bar, "set_postfix_str"):
+            text = ", ".join(f"{rate:g}: {score:.3f}" for rate, score in scores.items())
+            bar.set_postfix_str(f"validation loss at {text}")  # pyright: ignore[reportAttributeAccessIssue]
+    done = json.loads((folder / LOG).read_text().splitlines()[-1])["step"]
+    before, after = (dict(zip(options.judged, notes[name], strict=True)) for name in ("before", "after"))
+    return Result(best, before, after, int(done), int(notes["best_step"]))
+
+
+def _by_rate(judged: Sequence[float], scores: Iterable[float]) -> dict[str, float]:
+    return {f"{rate:g}": score for rate, score in zip(judged, scores, strict=True)}
+
+
+def recover(
+    config: ModelConfig,
+    layers: Sequence[lora.Layer],
+    top: Mapping[str, Any],
+    plan: Plan,
+    examples: Examples | Int[np.ndarray, "n t"],
+    options: Options | None = None,
+    *,
+    folder: str | Path,
+    progress: Progress = lambda steps: steps,
+) -> tuple[list[dict[str, dict[str, Any]]], Result]:
+    """The layers with masked LoRA trained and merged in: between sorting and quantizing.
+
+    layers, top: dense leaves, sorted and unpruned, in the layout of `elastic.BLOCKS`; examples: token windows int32
+    [n, t] without padding, or `Examples`, of which a part is held out to judge by. `folder` keeps the work, and a
+    killed run called again goes on with it. Returns merged layers (matrices float32) and what was gained.
+    Raises UserError as `train` does, and for a single example.
+    """
+    options = options or Options()
+    known = examples if isinstance(examples, Examples) else from_windows(examples)
+    learnt, judged = split(known, options.held_share, options.held_most, options.seed)
+    result = train(config, layers, top, plan, learnt, judged, options, Path(folder), progress)
+    host = jax.device_get(result.factors)
+    return [lora.merge_layer(i, layer, host, options.alpha) for i, layer in enumerate(layers)], result
