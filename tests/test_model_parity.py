@@ -1,4 +1,4 @@
-"""Our forward, prefill and decode against the real `transformers`, on tiny models of published configs of every family."""
+"""Our forward, prefill and decode against the real `transformers`, on tiny models of all published configs."""
 
 from __future__ import annotations
 

@@ -20,11 +20,14 @@ from safetensors.numpy import load_file, save_file
 import uniql_jax
 from convert.source import Source, open_source
 from tests import compressed, published, reference
+from train import loop as recovery
+from train.examples import from_windows
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.errors import UserError
 from uniql_jax.int4 import QuantizedArray, dense
 from uniql_jax.model import CausalLM
 from uniql_jax.passes import finishing
+from uniql_jax.passes.contract import Recovery
 from uniql_jax.passes.options import REFIT_RATES, Options
 from uniql_jax.passes.run import compress
 
@@ -314,6 +317,33 @@ def test_the_refit_makes_pruned_rates_better(folder: Path, windows: np.ndarray, 
     for name in ("gate", "up"):  # inputs stay as they were
         for a, b in zip(uniql_jax.load(plain).params["layers"], uniql_jax.load(refitted).params["layers"], strict=True):
             np.testing.assert_array_equal(a["mlp"][name], b["mlp"][name])
+
+
+def test_recovery_in_the_pass(source: Source, folder: Path, windows: np.ndarray, tmp_path: Path) -> None:
+    """LoRA is trained on the sorted model and merged before rounding; a kill on the way changes nothing."""
+    learnt, judged = from_windows(windows), from_windows(windows[:4])
+    wanted = Recovery(learnt, judged, recovery.Options(steps=12, batch=4, lr=2e-3, dropout=0.0, evaluations=3))
+    plain, out, again = tmp_path / "plain", tmp_path / "out", tmp_path / "again"
+    compress(source, plain, windows, DENSE)
+    report = compress(source, out, windows, DENSE, recover=wanted)
+    assert report.recovered is not None
+    assert np.mean(list(report.recovered.after.values())) < np.mean(list(report.recovered.before.values()))
+    assert open_checkpoint(out).meta["provenance"]["recovery"]["steps"] == 12
+    before, after = (open_checkpoint(at).layer(0) for at in (plain, out))
+    assert not np.array_equal(before["mlp"]["down"], after["mlp"]["down"])
+    np.testing.assert_array_equal(before["mlp"]["norm"], after["mlp"]["norm"])
+    # what was judged is what was written
+    model = uniql_jax.load(out, 0.35, dtype=jnp.float32)
+    scores = jax.nn.log_softmax(jnp.asarray(_logits(model, windows[:4])))[:, :-1]
+    loss = -np.take_along_axis(np.asarray(scores), windows[:4, 1:, None], axis=2).mean()
+    assert loss == pytest.approx(report.recovered.after[0.35], rel=1e-4)
+    for stage, step in (("recover", 7), ("finish", 1)):
+        with pytest.raises(Killed):
+            compress(
+                source, again, windows, DENSE, recover=wanted, resume=stage == "finish", progress=_stop_at(stage, step)
+            )
+    compress(source, again, windows, DENSE, recover=wanted, resume=True)
+    assert _contents(again) == _contents(out)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9])

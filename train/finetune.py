@@ -23,7 +23,7 @@ from train import examples, lora, rates, recover
 from train.examples import Examples
 from train.loop import Options, data_mesh
 from uniql_jax import cli, data, elastic
-from uniql_jax.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, stored
+from uniql_jax.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, reachable_bias, stored
 from uniql_jax.errors import UserError
 from uniql_jax.files import check_output, check_space, staged_output
 
@@ -143,9 +143,8 @@ def write(checkpoint: Checkpoint, out: str, result: recover.Result, options: Opt
         for i in range(len(checkpoint.config.pattern)):
             layer = lora.merge_layer(i, checkpoint.layer(i), factors, options.alpha)
             table = {kind: elastic.BLOCKS[kind] for kind in layer}
-            writer.add_layer(
-                i, {k: {n: stored(table[k][n], value, dtype) for n, value in b.items()} for k, b in layer.items()}
-            )
+            kept = {k: {n: stored(table[k][n], value, dtype) for n, value in b.items()} for k, b in layer.items()}
+            writer.add_layer(i, {k: reachable_bias(checkpoint.config, k, block) for k, block in kept.items()})
         writer.finish(checkpoint.folder)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import math
 import os
 import tempfile
 import time
@@ -18,25 +19,20 @@ import jax
 from safetensors import SafetensorError
 
 from convert.source import Source, open_source
-from uniql_jax import cli, data, elastic
+from train import examples
+from train import recover as recovery
+from train.loop import Options as RecoveryOptions
+from uniql_jax import cli, data
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.errors import UserError
 from uniql_jax.files import check_output, check_space
-from uniql_jax.int4 import TARGET_GROUP
 from uniql_jax.model import cache_bytes
 from uniql_jax.passes import run
-from uniql_jax.passes.estimate import (
-    disk_bytes,
-    estimated_bytes,
-    memory_parts,
-    parameter_count,
-    prunable_count,
-    speed,
-    work,
-)
-from uniql_jax.passes.options import Options, groups
-from uniql_jax.passes.run import Progress, Report
-from uniql_jax.plan import MAX_PRUNE_RATE, axis_group_and_unit
+from uniql_jax.passes.contract import Progress, Recovery, Report
+from uniql_jax.passes.describe import describe, format_seconds, work_folder
+from uniql_jax.passes.estimate import disk_bytes
+from uniql_jax.passes.options import Options
+from uniql_jax.plan import MAX_PRUNE_RATE
 from uniql_jax.sort import mlp, rope_pairs, ssm, value_output
 
 DEFAULTS = Options()
@@ -44,19 +40,9 @@ BITS = (4, 8, 16)
 PLANS = ("loss", "influence", "uniform")
 REFIT_SHARE = 0.5
 WINDOWS, LENGTH = 128, 512
+RECOVERY, RECOVER_LENGTH = RecoveryOptions(), 256
 CACHED = 4096  # tokens of the text whose state the summary counts
 RATES = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
-COUNTS = {
-    "ffn": "MLP channels",
-    "qk": "RoPE pairs",
-    "qk_pass": "Q/K dimensions",
-    "vo": "V/O ranks",
-    "ssm_head": "SSM channels",
-    "ssm_state": "SSM states",
-}
-LIKED = {"ffn": TARGET_GROUP // 2, "qk": 8, "qk_pass": 16, "vo": 16, "ssm_head": 8, "ssm_state": 16}
-"""Cut units below these leave hardware with narrow matrices; only small models get them."""
-
 EXAMPLES = f"""\
 examples:
   the demo model, a mixed text that is always at hand:
@@ -67,6 +53,9 @@ examples:
 
   better at high prune rates on text like that of the calibration (measure other text before you trust it):
     python -m uniql_jax.compress --ckpt path/to/model --out elastic --refit
+
+  better at all rates, by fine-tuning (a GPU is wanted):
+    python -m uniql_jax.compress --ckpt path/to/model --out elastic --recover notes/ alpaca.json
 
   go on after a kill (the same options again; the bytes will be those of a run that was never killed):
     python -m uniql_jax.compress --ckpt path/to/model --out elastic --resume
@@ -84,68 +73,18 @@ class _Help(cli._Help, argparse.RawDescriptionHelpFormatter):
     """Defaults shown, examples kept as they are written."""
 
 
-def format_seconds(seconds: float) -> str:
-    """A rough time for people: '40 s', '12 min', '3.5 h'."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def describe(source: Source, out: str | Path, options: Options, calibration: data.Windows) -> str:
-    """The plan: what will be made of what, and what it takes."""
+def load_recovery(source: Source, specs: Sequence[str], options: RecoveryOptions, length: int) -> Recovery:
+    """What `--recover` trains on and is judged by, read with the source's tokenizer; UserError for bad text."""
+    with tempfile.TemporaryDirectory() as folder:
+        source.write_side_files(Path(folder))
+        tokenizer = data.load_tokenizer(folder)
     config = source.config
-    total = parameter_count(config)
-    count, length = calibration.tokens.shape
-    group = groups(config)
-    axes = [axis for axis in elastic.AXES if any(axis in elastic.layer_axes(config, kinds) for kinds in config.pattern)]
-    counts = COUNTS if config.rope else COUNTS | {"qk": COUNTS["qk_pass"]}
-    units = {axis: axis_group_and_unit(config, axis)[1] for axis in axes}
-    sizes = elastic.sizes(config)
-    memory = memory_parts(config, options, count, length)
-    disk = disk_bytes(config, options, count * length)
-    bits = f"{options.bits} bits"
-    if options.packed:
-        how = [options.rounding, "rotated" if options.rotate else "not rotated"]
-        spans = ", ".join(f"{'hidden' if name == 'embed' else name} {size}" for name, size in group.items())
-        bits += f" ({', '.join(how)}), one scale per group of weights ({spans})"
-    if options.refit is not None:
-        bits += f"; output matrices refitted, {options.refit:.0%} of the windows unpruned"
-    rows = [
-        (
-            "model",
-            f"{source.name}: {config.model_type}, {len(config.pattern)} layers, {total / 1e6:.4g} M parameters, "
-            f"{prunable_count(config) / total:.0%} of them prunable",
-        ),
-        ("weights", bits),
-        ("cuts", ", ".join(f"{counts[axis]} by {units[axis]} of {sizes[axis]}" for axis in axes)),
-        ("calibration", calibration.description),
-        (
-            "checkpoint",
-            f"{out}, about {cli.format_bytes(estimated_bytes(config, options))} at rate 0, "
-            f"{cli.format_bytes(estimated_bytes(config, options, MAX_PRUNE_RATE))} at rate {MAX_PRUNE_RATE}",
-        ),
-        ("disk", f"up to {cli.format_bytes(disk)} in {work_folder(out).name} until it is whole"),
-        (
-            "memory",
-            f"about {cli.format_bytes(sum(memory.values()))}: "
-            + ", ".join(f"{name} {cli.format_bytes(size)}" for name, size in memory.items()),
-        ),
-        (
-            "time",
-            f"roughly {format_seconds(work(config, options, count * length) / speed())} "
-            f"on {jax.devices()[0].device_kind}, compilation aside",
-        ),
-    ]
-    small = [f"{counts[axis]} by {units[axis]}" for axis in axes if units[axis] < min(LIKED[axis], sizes[axis])]
-    if small:
-        rows.append(("note", f"a small model: it is cut finer than hardware likes ({', '.join(small)})"))
-    return "\n".join(f"{name:<12} {text}" for name, text in rows)
-
-
-def work_folder(out: str | Path) -> Path:
-    """Where a run keeps what is done."""
-    target = Path(out).expanduser().absolute()
-    return target.with_name(f"{target.name}.partial")
+    end = config.eos_ids[0] if config.eos_ids else getattr(tokenizer, "eos_token_id", None)
+    found = examples.load(
+        list(specs), tokenizer, length, None, vocab_size=config.vocab_size, end=end, seed=options.seed
+    )
+    learnt, judged = examples.split(found, options.held_share, options.held_most, options.seed)
+    return Recovery(learnt, judged, options)
 
 
 def refuse_early(out: str | Path, resume: bool, overwrite: bool) -> None:
@@ -206,6 +145,9 @@ def compress(
     calib_windows: int = WINDOWS,
     calib_length: int = LENGTH,
     options: Options = DEFAULTS,
+    recover: Sequence[str] = (),
+    recover_options: RecoveryOptions = RECOVERY,
+    recover_length: int = RECOVER_LENGTH,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda items, _: items,
@@ -214,6 +156,8 @@ def compress(
     """Make the elastic checkpoint `out` of the model `ckpt`; None when `resume` finds it whole already.
 
     calib: specs of text or token ids (see uniql_jax.data), windows shared out evenly; none: a mixed default.
+    recover: specs of instruction sets or text to train masked LoRA on before quantizing, in examples of
+    `recover_length` tokens, as `recover_options` say.
     `say` gets the plan before the work. Work that is done stays in OUT.partial until the checkpoint is whole, and
     resume=True goes on from there. Raises UserError for bad input; nothing is left behind by a run that cannot start.
     """
@@ -235,7 +179,8 @@ def compress(
     calibration = calibration_windows(source, calib, calib_windows, calib_length, options.seed)
     if not started:
         check_space(work_folder(out), disk_bytes(source.config, options, calibration.tokens.size))
-    say(describe(source, out, options, calibration))
+    wanted = load_recovery(source, recover, recover_options, recover_length) if recover else None
+    say(describe(source, out, options, calibration, wanted))
     if not started:
         check_weights(source, progress)
     try:
@@ -248,6 +193,7 @@ def compress(
             overwrite=overwrite,
             provenance={"calibration": calibration.description},
             progress=progress,
+            recover=wanted,
         )
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
@@ -282,6 +228,15 @@ def summary(out: str | Path) -> str:
     )
 
 
+def gains(recovered: recovery.Result) -> str:
+    """Held-out perplexity of the sorted model at the judged rates, before and after recovery (unquantized)."""
+    rows = [
+        [f"{rate:g}", math.exp(recovered.before[rate]), math.exp(recovered.after[rate])]
+        for rate in sorted(recovered.before)
+    ]
+    return cli.table(rows, ["prune rate", "held-out perplexity", "recovered"])
+
+
 def parser() -> cli.Parser:
     """The door's arguments."""
     parser = cli.Parser(
@@ -310,6 +265,29 @@ def parser() -> cli.Parser:
     )
     calibration.add_argument(
         "--calib-length", type=cli.positive_int, default=LENGTH, metavar="N", help="tokens of a window"
+    )
+    training = parser.add_argument_group("recovery by fine-tuning (python -m train.finetune has every setting)")
+    training.add_argument(
+        "--recover",
+        nargs="+",
+        metavar="TEXT",
+        default=(),
+        help="train masked LoRA for all rates at once before quantizing: instruction sets and plain text",
+    )
+    training.add_argument(
+        "--recover-steps", type=cli.positive_int, metavar="N", help=f"default: {RECOVERY.epochs:g} passes over the text"
+    )
+    training.add_argument("--recover-lr", type=cli.bounded_float(0), default=RECOVERY.lr, metavar="X", help="highest")
+    training.add_argument("--recover-rank", type=cli.positive_int, default=RECOVERY.rank, metavar="N", help="of LoRA")
+    training.add_argument(
+        "--recover-length", type=cli.positive_int, default=RECOVER_LENGTH, metavar="N", help="tokens of an example"
+    )
+    training.add_argument(
+        "--recover-distill",
+        type=cli.bounded_float(0, 1),
+        default=RECOVERY.distill,
+        metavar="X",
+        help="weight of the unpruned model's own predictions as the target",
     )
     method = parser.add_argument_group("method (the defaults did best in benchmarks/)")
     method.add_argument(
@@ -363,6 +341,15 @@ def main(argv: list[str]) -> None:
         rounding=args.rounding,
         refit=args.refit,
     )
+    recover_options = dataclasses.replace(
+        RECOVERY,
+        steps=args.recover_steps,
+        lr=args.recover_lr,
+        rank=args.recover_rank,
+        distill=args.recover_distill,
+        compute="float32" if jax.default_backend() == "cpu" else "bfloat16",
+        seed=args.seed,
+    )
     start = time.perf_counter()
     report = compress(
         args.ckpt,
@@ -371,6 +358,9 @@ def main(argv: list[str]) -> None:
         calib_windows=args.calib_windows,
         calib_length=args.calib_length,
         options=options,
+        recover=args.recover,
+        recover_options=recover_options,
+        recover_length=args.recover_length,
         resume=args.resume,
         overwrite=args.overwrite,
         progress=cli.progress,
@@ -378,6 +368,8 @@ def main(argv: list[str]) -> None:
     )
     if report is not None:
         print(f"\n{args.out}: {cli.format_bytes(report.bytes)} in {format_seconds(time.perf_counter() - start)}\n")
+        if report.recovered is not None:
+            print(gains(report.recovered) + "\n")
     print(summary(args.out))
 
 

@@ -25,8 +25,8 @@ class Options:
     mlp_score: str = "fisher"
     pair_score: str = "fisher_diagonal"
     value_output: str = "attention_output"
-    state_score: str = "fisher_diagonal"
-    channel_score: str = "fisher"
+    state_score: str = "fisher"
+    channel_score: str = "greedy"
     output_metric: bool = True  # weigh outputs by the Gram of the loss gradient there
     plan: str = "loss"  # loss | influence | uniform
     epsilon: float = 0.1

@@ -8,9 +8,9 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,62 +19,22 @@ import numpy as np
 from jaxtyping import Array, Int
 
 import uniql_jax
+from train import recover as recovery
+from train.lora import merge_layer
 from uniql_jax import elastic
 from uniql_jax.checkpoint import CheckpointWriter, packed, reachable_bias, stored
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.files import check_space
 from uniql_jax.model import embed
+from uniql_jax.passes.contract import Progress, Recovery, Report, Source
 from uniql_jax.passes.estimate import disk_bytes, stream_bytes
 from uniql_jax.passes.finishing import Finisher, keep_per_window, quantize_leaf, refit_rates
 from uniql_jax.passes.options import Options, groups
 from uniql_jax.passes.sorting import final_gram, layer_forward, layer_statistics, loss_gradient, sort_layer
 from uniql_jax.passes.work import LayerStore, StreamStore, flatten, unflatten
-from uniql_jax.plan import Plan, make_plan
+from uniql_jax.plan import make_plan
 from uniql_jax.quantize.rotation import orthogonal, rotate_block, rotate_top
-
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-
-
-@runtime_checkable
-class Source(Protocol):
-    """What a run reads from: `convert.source.Source`."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """Sizes and switches."""
-        ...
-
-    @property
-    def hf_config(self) -> Mapping[str, Any]:
-        """The Hugging Face config, as it will be written."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """What the user called it."""
-        ...
-
-    def layer(self, index: int) -> dict[str, dict[str, Any]]:
-        """Leaves of a layer, dense float32, in the layout of `elastic.BLOCKS`."""
-        ...
-
-    def top(self) -> dict[str, Any]:
-        """Embedding, final norm and head where untied."""
-        ...
-
-    def write_side_files(self, folder: Path, /) -> None:
-        """Tokenizer and the like."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What a run did: the plan, block influence per layer, bytes of the checkpoint's tensors."""
-
-    plan: Plan
-    influence: tuple[float, ...]
-    bytes: int
 
 
 def compress(
@@ -88,8 +48,10 @@ def compress(
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = lambda items, _: items,
     memo: dict[Any, Any] | None = None,
+    recover: Recovery | None = None,
 ) -> Report:
-    """Sort, plan, rotate, refit and quantize; one layer is in memory at a time.
+    """Sort, plan, recover if asked, rotate, refit and quantize; one layer is in memory at a time (while recovering,
+    the whole model).
 
     tokens: int32 calibration windows [windows, length] without padding. Work that is done lies in `OUT.partial`
     until the checkpoint is whole; after a kill, resume=True goes on and gives the same bytes. memo: a dict that carries
@@ -102,24 +64,32 @@ def compress(
     folder = target.with_name(f"{target.name}.partial")
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; name another place or add --overwrite")
-    fingerprint = _fingerprint(source, tokens, options)
+    fingerprint = _fingerprint(source, tokens, options, recover)
     _prepare(folder, fingerprint, resume, source.config, options, tokens.size)
     with jax.default_matmul_precision("highest"):
         run = _Run(source, folder, tokens, options, progress, memo)
         run.sort()
+        gained = run.recover(recover) if recover is not None else None
         run.finish()
-        size = run.assemble(dict(provenance or {}))
+        size = run.assemble(dict(provenance or {}) | ({"recovery": _told(gained)} if gained else {}))
     old = target.with_name(f"{target.name}.partial-old")
     if target.exists():
         target.rename(old)
     (folder / "checkpoint").rename(target)
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
-    return Report(run.plan, tuple(run.influence), size)
+    return Report(run.plan, tuple(run.influence), size, gained)
 
 
-def _fingerprint(source: Source, tokens: np.ndarray, options: Options) -> str:
+def _told(gained: recovery.Result) -> dict[str, Any]:
+    """What a checkpoint says of its recovery: losses in nats by rate."""
+    by_rate = {name: {f"{r:g}": v for r, v in getattr(gained, name).items()} for name in ("before", "after")}
+    return by_rate | {"steps": gained.steps, "best_step": gained.best_step}
+
+
+def _fingerprint(source: Source, tokens: np.ndarray, options: Options, recover: Recovery | None) -> str:
     facts = [uniql_jax.__version__, source.name, dict(source.hf_config), dataclasses.asdict(options), tokens.shape]
+    facts.append(recover.digest() if recover else None)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     digest.update(np.ascontiguousarray(tokens).tobytes())
     # Other weights under the same name: a layer at either end tells.
@@ -175,6 +145,7 @@ class _Run:
         self.batches = [jnp.asarray(tokens[i : i + size]) for i in range(0, len(tokens), size)]
         self.count = tokens.size
         self.sorted = LayerStore(folder / "sorted")
+        self.recovered = LayerStore(folder / "recovered")
         self.done = LayerStore(folder / "done")
         needed = stream_bytes(self.config, tokens.size)
         self.streams = StreamStore(folder / "streams", needed, options.stream_memory)
@@ -183,9 +154,10 @@ class _Run:
         self.influence: list[float] = []
         self.top = {name: jnp.asarray(value, jnp.float32) for name, value in source.top().items()}
 
-    def _layer(self, i: int) -> dict[str, dict[str, Array]]:
-        """Layer i, sorted, float32."""
-        loaded = unflatten(self.sorted.load(_name(i)))
+    def _layer(self, i: int, store: LayerStore | None = None) -> dict[str, dict[str, Array]]:
+        """Layer i, sorted and, where that was asked, recovered; float32."""
+        store = store or (self.recovered if self.recovered.has(_name(i)) else self.sorted)
+        loaded = unflatten(store.load(_name(i)))
         return {kind: {n: jnp.asarray(v, jnp.float32) for n, v in block.items()} for kind, block in loaded.items()}
 
     def _streams(self, table: Any) -> list[Array]:
@@ -277,6 +249,25 @@ class _Run:
         for j in range(count - 1, i, -1):
             gradients = self._statistics(j, gradients)[0]
         return gradients
+
+    def recover(self, wanted: Recovery) -> recovery.Result:
+        """Train masked LoRA on the sorted model, and keep every layer with it merged in."""
+        layers = [jax.device_get(self._layer(i, self.sorted)) for i in range(len(self.config.pattern))]
+        result = recovery.train(
+            self.config,
+            layers,
+            jax.device_get(self.top),
+            self.plan,
+            wanted.learnt,
+            wanted.judged,
+            wanted.options,
+            self.folder / "recover",
+            lambda steps: self.progress(steps, "recover"),
+        )
+        factors = jax.device_get(result.factors)
+        for i, layer in enumerate(layers):
+            self.recovered.save(_name(i), flatten(merge_layer(i, layer, factors, wanted.options.alpha)))
+        return result
 
     def _finish_top(self, q: Array | None) -> dict[str, Any]:
         """Embedding, norm and head as they will be stored."""

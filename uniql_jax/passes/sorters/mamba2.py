@@ -77,7 +77,9 @@ def _sort(config: ModelConfig, leaves: Block, stats: Statistics, options: Option
     out = elastic.reorder(config, "mamba2", out, "ssm_head", {"mamba_head": channels})
     fisher = jax.vmap(lambda loss, index: loss[index][:, index])(stats["state_fisher"], states.T)
     # All heads are cut alike: what dropping ranks r and s costs is summed over all pairs of heads.
-    split = stats["gate_fisher"].reshape(ssm.head_dim, ssm.heads, ssm.head_dim, ssm.heads)
+    flat = leaves["out"].reshape(-1, leaves["out"].shape[-1])
+    loss = stats["gram"] * (flat @ stats["fisher"] @ flat.T)
+    split = loss.reshape(ssm.head_dim, ssm.heads, ssm.head_dim, ssm.heads)
     split = jnp.take_along_axis(split, channels[:, :, None, None], axis=0)
     split = jnp.take_along_axis(split, channels[None, None], axis=2)
     return out, {"ssm_state": tail_loss(fisher).sum(0), "ssm_head": tail_loss(split.sum((1, 3)))}

@@ -1,0 +1,108 @@
+"""What a run says before it starts: what will be made of what, and what it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from uniql_jax import cli, data, elastic
+from uniql_jax.int4 import TARGET_GROUP
+from uniql_jax.passes.contract import Recovery, Source
+from uniql_jax.passes.estimate import (
+    disk_bytes,
+    estimated_bytes,
+    memory_parts,
+    parameter_count,
+    prunable_count,
+    speed,
+    work,
+)
+from uniql_jax.passes.options import Options, groups
+from uniql_jax.plan import MAX_PRUNE_RATE, axis_group_and_unit
+
+COUNTS = {
+    "ffn": "MLP channels",
+    "qk": "RoPE pairs",
+    "qk_pass": "Q/K dimensions",
+    "vo": "V/O ranks",
+    "ssm_head": "SSM channels",
+    "ssm_state": "SSM states",
+}
+LIKED = {"ffn": TARGET_GROUP // 2, "qk": 8, "qk_pass": 16, "vo": 16, "ssm_head": 8, "ssm_state": 16}
+"""Cut units below these leave hardware with narrow matrices; only small models get them."""
+
+
+def format_seconds(seconds: float) -> str:
+    """A rough time for people: '40 s', '12 min', '3.5 h'."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def work_folder(out: str | Path) -> Path:
+    """Where a run keeps what is done."""
+    target = Path(out).expanduser().absolute()
+    return target.with_name(f"{target.name}.partial")
+
+
+def describe(
+    source: Source, out: str | Path, options: Options, calibration: data.Windows, recover: Recovery | None = None
+) -> str:
+    """The plan: what will be made of what, and what it takes."""
+    config = source.config
+    total = parameter_count(config)
+    count, length = calibration.tokens.shape
+    group = groups(config)
+    axes = [axis for axis in elastic.AXES if any(axis in elastic.layer_axes(config, kinds) for kinds in config.pattern)]
+    counts = COUNTS if config.rope else COUNTS | {"qk": COUNTS["qk_pass"]}
+    units = {axis: axis_group_and_unit(config, axis)[1] for axis in axes}
+    sizes = elastic.sizes(config)
+    memory = memory_parts(config, options, count, length)
+    disk = disk_bytes(config, options, count * length)
+    bits = f"{options.bits} bits"
+    if options.packed:
+        how = [options.rounding, "rotated" if options.rotate else "not rotated"]
+        spans = ", ".join(f"{'hidden' if name == 'embed' else name} {size}" for name, size in group.items())
+        bits += f" ({', '.join(how)}), one scale per group of weights ({spans})"
+    if options.refit is not None:
+        bits += f"; output matrices refitted, {options.refit:.0%} of the windows unpruned"
+    rows = [
+        (
+            "model",
+            f"{source.name}: {config.model_type}, {len(config.pattern)} layers, {total / 1e6:.4g} M parameters, "
+            f"{prunable_count(config) / total:.0%} of them prunable",
+        ),
+        ("weights", bits),
+        ("cuts", ", ".join(f"{counts[axis]} by {units[axis]} of {sizes[axis]}" for axis in axes)),
+        ("calibration", calibration.description),
+        *([("recovery", _training(recover))] if recover else []),
+        (
+            "checkpoint",
+            f"{out}, about {cli.format_bytes(estimated_bytes(config, options))} at rate 0, "
+            f"{cli.format_bytes(estimated_bytes(config, options, MAX_PRUNE_RATE))} at rate {MAX_PRUNE_RATE}",
+        ),
+        ("disk", f"up to {cli.format_bytes(disk)} in {work_folder(out).name} until it is whole"),
+        (
+            "memory",
+            f"about {cli.format_bytes(sum(memory.values()))}: "
+            + ", ".join(f"{name} {cli.format_bytes(size)}" for name, size in memory.items()),
+        ),
+        (
+            "time",
+            f"roughly {format_seconds(work(config, options, count * length) / speed())} "
+            f"on {jax.devices()[0].device_kind}, compilation aside",
+        ),
+    ]
+    small = [f"{counts[axis]} by {units[axis]}" for axis in axes if units[axis] < min(LIKED[axis], sizes[axis])]
+    if small:
+        rows.append(("note", f"a small model: it is cut finer than hardware likes ({', '.join(small)})"))
+    return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def _training(recover: Recovery) -> str:
+    options, length = recover.options, recover.learnt.tokens.shape[1]
+    return (
+        f"{options.total_steps(len(recover.learnt))} steps of {options.batch} x {length} tokens at drawn rates, LoRA "
+        f"rank {options.rank}, on {recover.learnt.description}; {len(recover.judged)} held-out examples judge"
+    )
