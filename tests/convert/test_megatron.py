@@ -22,6 +22,7 @@ import pytest
 
 from convert import megatron
 from convert.megatron import MegatronReader
+from convert.source import open_source
 from uniql_jax.errors import UserError
 
 torch = pytest.importorskip("torch")
@@ -133,6 +134,24 @@ def test_every_tensor_comes_back(tmp_path, rng, dtype):
     assert reader.names()["lm_head.weight"][0].name == str(dtype).removeprefix("torch.")
     with pytest.raises(KeyError):
         reader.read("decoder.final_norm.weight")
+
+
+def test_the_source_hands_out_our_leaves(tmp_path, rng):
+    """z, x, B, C, dt as the rows of in_proj lie in the file, in our layout."""
+    state = state_dict(rng)
+    source = open_source(write(tmp_path / "mamba2.pt", state, arguments()))
+    ssm, block = source.config.ssm, source.layer(1)["mamba2"]
+    rows = state["decoder.layers.1.mixer.in_proj.weight"].float().numpy()
+    wide, shared = ssm.heads * ssm.head_dim, ssm.groups * ssm.state
+    ends = np.cumsum([wide, wide, shared, shared, ssm.heads])
+    assert ends[-1] == len(rows)
+    z, x, b, c, dt = np.split(rows, ends[:-1])
+    for name, value in (("z", z), ("x", x)):
+        np.testing.assert_array_equal(block[name], value.reshape(ssm.heads, ssm.head_dim, -1).transpose(1, 0, 2))
+    for name, value in (("b", b), ("c", c)):
+        np.testing.assert_array_equal(block[name], value.reshape(ssm.groups, ssm.state, -1).transpose(1, 0, 2))
+    np.testing.assert_array_equal(block["dt"], dt)
+    assert set(source.top()) == {"embed", "norm", "head"}
 
 
 def test_a_file_that_is_cut_while_it_is_open(tmp_path, rng):
