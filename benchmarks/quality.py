@@ -114,7 +114,7 @@ def ssm() -> dict[str, Options]:
     for share in (0.4, 0.8):
         rows[f"refit {share}"] = replace(base, refit=share)
         rows[f"4 bits, refit {share}"] = replace(base, bits=4, refit=share)
-    rows["4 bits"] = replace(base, bits=4)
+    rows["4 bits, default"] = replace(base, bits=4)
     rows["4 bits, nearest, not rotated"] = replace(base, bits=4, rounding="nearest", rotate=False)
     rows["4 bits, gptq, not rotated"] = replace(base, bits=4, rotate=False)
     rows["4 bits, published, state-aware"] = replace(base, **published, channel_score="state_aware", bits=4)
