@@ -27,7 +27,20 @@ try:
 except ImportError:
     mosaic_gpu = None
 
-__all__ = ["call", "interpreted", "load", "mosaic_gpu", "pl", "plgpu", "store", "triton"]
+__all__ = [
+    "ampere",
+    "call",
+    "capability",
+    "interpreted",
+    "load",
+    "mosaic_gpu",
+    "pl",
+    "plgpu",
+    "roomy",
+    "store",
+    "stream",
+    "triton",
+]
 
 
 def triton() -> ModuleType:
@@ -40,6 +53,22 @@ def triton() -> ModuleType:
 def interpreted() -> bool:
     """Whether kernels run in Pallas's interpreter: on a CPU, which has no compiler for them."""
     return jax.default_backend() == "cpu"
+
+
+def capability() -> float:
+    """Compute capability of an NVIDIA GPU, 0 for any other device."""
+    text = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return float(text) if text.replace(".", "", 1).isdigit() else 0.0
+
+
+def ampere() -> bool:
+    """Whether the device is an NVIDIA GPU with bf16 tensor cores: compute capability 8.0 or newer."""
+    return capability() >= 8.0
+
+
+def roomy() -> bool:
+    """Whether a program may hold more than 99 KiB of shared memory: not on consumer GPUs (8.6, 8.9, 12)."""
+    return capability() not in (8.6, 8.9) and capability() < 12.0
 
 
 def call(kernel: Any, *, name: str, grid: tuple[int, ...], out_shape: Any, warps: int = 4, stages: int = 2) -> Any:
@@ -57,6 +86,11 @@ def call(kernel: Any, *, name: str, grid: tuple[int, ...], out_shape: Any, warps
 def load(ref: Any, index: tuple[Any, ...], mask: Array) -> Array:
     """Gather ref[index] where `mask` holds, zero elsewhere; indices beyond the array are allowed where it does not."""
     return triton().load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
+
+
+def stream(ref: Any, index: tuple[Any, ...]) -> Array:
+    """Gather ref[index], all of it inside the array, and let the first-level cache forget it before anything else."""
+    return triton().load(ref.at[index], eviction_policy="evict_first")
 
 
 def store(ref: Any, index: tuple[Any, ...], value: Array, mask: Array) -> None:

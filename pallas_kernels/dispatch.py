@@ -15,16 +15,25 @@ VARIABLE = "UNIQL_KERNELS"
 NAMES = ("reference", "blocked", "pallas")
 
 DEFAULTS = {"cpu": "blocked", "gpu": "reference"}
-"""What runs on each backend when nobody says otherwise; elsewhere the reference. The GPU's changes here, to `pallas`,
-once its kernels are measured to be faster than XLA."""
+"""What runs on each backend when nobody says otherwise; elsewhere the reference."""
+
+MEASURED: dict[tuple[str, str], str] = {}
+"""Kernel and backend -> what beats the backend's default there. ("dequant_matmul", "gpu"): "pallas" comes in once whole
+models, and not the kernel alone (benchmarks/results/kernels-*.json), have been measured with it."""
 
 
-def default() -> str:
-    """The implementation to use when the caller names none. Raises ValueError when the environment's is unknown."""
-    named = os.environ.get(VARIABLE, "").strip().lower()
-    if named and named not in NAMES:
-        raise ValueError(f"{VARIABLE} is one of {', '.join(NAMES)}, not {named!r}")
-    return named or DEFAULTS.get(jax.default_backend(), "reference")
+def named() -> str | None:
+    """The implementation that the environment names, or None. Raises ValueError when it is unknown."""
+    name = os.environ.get(VARIABLE, "").strip().lower()
+    if name and name not in NAMES:
+        raise ValueError(f"{VARIABLE} is one of {', '.join(NAMES)}, not {name!r}")
+    return name or None
+
+
+def default(kernel: str = "") -> str:
+    """What runs for a kernel when the caller names nothing. Raises ValueError when the environment's is unknown."""
+    backend = jax.default_backend()
+    return named() or MEASURED.get((kernel, backend)) or DEFAULTS.get(backend, "reference")
 
 
 def pick(
@@ -39,7 +48,7 @@ def pick(
         if implementation not in implementations:
             raise ValueError(f"{name} has no implementation {implementation!r}; it has {', '.join(implementations)}")
         return implementations[implementation]
-    chosen = default()
+    chosen = default(name)
     if chosen not in implementations or chosen == "reference":
         return implementations["reference"]
     function = implementations[chosen]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from contextlib import AbstractContextManager
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -52,6 +55,16 @@ def random_case(
     if contract == "first":
         data, scale = data.T, scale.T
     return Case(jnp.asarray(data), jnp.asarray(scale), bits, group, contract, width, dense)
+
+
+def nvidia() -> AbstractContextManager:
+    """Where kernels can be lowered for an NVIDIA GPU without one: JAX 0.11 and newer want to know which."""
+    if jax.__version_info__ < (0, 11):
+        return contextlib.nullcontext()
+    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+    return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
 
 
 def relative(got: jnp.ndarray, want: np.ndarray) -> float:

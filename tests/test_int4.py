@@ -11,8 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels import packing
+from pallas_kernels import compat, dispatch, packing
+from pallas_kernels.dequant_matmul import tiling
+from uniql_jax import elastic, loading
 from uniql_jax.int4 import SHIFTS, QuantizedArray, dense, from_codes, group_size, pack, unpack
+from uniql_jax.layers import linear
 
 
 def quantized(
@@ -105,3 +108,79 @@ def test_a_packed_weight_passes_through_jit(rng: np.random.Generator) -> None:
     packed, want = quantized(rng, (32, 24), 4, 16, "first")
     got = jax.jit(lambda w: w.take_prefix(16).dequantize())(packed)
     np.testing.assert_array_equal(got, want.astype(np.float32)[:16])
+
+
+@pytest.mark.parametrize(
+    ("shape", "contract", "counts"),
+    [
+        ((7, 3, 256), "last", (1, 4, 7)),  # cuts inside a tile of 16 rows
+        ((40, 256), "last", (16, 40)),
+        ((5, 2, 3, 128), "last", (2, 3)),
+        ((96, 4, 20), "first", (32, 64, 96)),  # 32 ranks of 4 heads: a group
+        ((384, 33), "first", (128, 384)),
+    ],
+)
+def test_tiles_hold_the_same_weight(
+    shape: tuple[int, ...], contract: str, counts: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    """Placing before or after pruning is the same to the last bit, and pruned tiles are the first bytes of all."""
+    packed, _ = quantized(rng, shape, 4, 128, contract)
+    order = tiling.ORDERS[contract]
+    tiled = packed.in_order(order)
+    assert tiled.shape == packed.shape
+    assert tiled.nbytes == tiled.data.nbytes + tiled.scale.nbytes
+    np.testing.assert_array_equal(tiled.dequantize(jnp.bfloat16), packed.dequantize(jnp.bfloat16))
+    np.testing.assert_array_equal(tiled.in_order("plain").data, packed.data)
+    on_host = jax.tree.map(np.asarray, packed).in_order(order)
+    assert isinstance(on_host.data, np.ndarray)
+    np.testing.assert_array_equal(on_host.data, tiled.data)
+    everything = np.asarray(tiled.data).tobytes()
+    for count in counts:
+        part, want = tiled.take_prefix(count), packed.take_prefix(count)
+        assert part.shape == want.shape
+        np.testing.assert_array_equal(part.dequantize(), want.dequantize())
+        assert everything.startswith(np.asarray(part.data).tobytes())
+        again = part.take_prefix(counts[0])
+        np.testing.assert_array_equal(again.in_order("plain").data, packed.take_prefix(counts[0]).data)
+        np.testing.assert_array_equal(again.dequantize(), packed.take_prefix(counts[0]).dequantize())
+
+
+def test_tiles_refuse_what_they_cannot_hold(rng: np.random.Generator) -> None:
+    tiled = quantized(rng, (96, 4, 20), 4, 128, "first")[0].in_order("groups")
+    with pytest.raises(ValueError, match="splits a quantization group"):
+        tiled.take_prefix(33)
+    for packed, order in (
+        (quantized(rng, (16, 144), 4, 144, "last")[0], "rows"),
+        (quantized(rng, (16, 128), 8, 128, "last")[0], "rows"),
+        (quantized(rng, (16, 128), 4, 128, "last")[0], "groups"),
+    ):
+        with pytest.raises(NotImplementedError, match="tiles"):
+            packed.in_order(order)
+
+
+@pytest.mark.parametrize(("shape", "contract"), [((7, 3, 256), "last"), ((64, 4, 20), "first")])
+def test_a_product_with_tiles_is_the_product(shape: tuple[int, ...], contract: str, rng: np.random.Generator) -> None:
+    packed, _ = quantized(rng, shape, 4, 128, contract)
+    apply = linear.apply_rows if contract == "last" else linear.apply_columns
+    x = jnp.asarray(rng.standard_normal((2, shape[-1]) if contract == "last" else (2, *shape[:-1])), jnp.float32)
+    np.testing.assert_array_equal(apply(x, packed.in_order(tiling.ORDERS[contract])), apply(x, packed))
+
+
+def test_placing_tiles_on_gpus_only(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    leaf, packed = elastic.BLOCKS["mlp"]["gate"], quantized(rng, (16, 128), 4, 128, "last")[0]
+    assert loading.place(leaf, packed, jnp.bfloat16).order == "plain"
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(compat, "ampere", lambda: True)
+    monkeypatch.setitem(dispatch.MEASURED, ("dequant_matmul", "gpu"), "pallas")
+    assert loading.place(leaf, packed, jnp.bfloat16).order == "rows"
+    assert loading.place(leaf, packed, jnp.float32).order == "plain"
+    assert loading.place(leaf, packed.take_prefix(16), jnp.bfloat16, tiles=False).order == "plain"
+    assert loading.place(leaf, quantized(rng, (16, 144), 4, 144, "last")[0], jnp.bfloat16).order == "plain"
+    placed = loading.place_top({"embed": packed, "head": packed}, jnp.bfloat16)
+    assert (placed["embed"].order, placed["head"].order) == ("plain", "rows")
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    assert loading.place(leaf, packed, jnp.bfloat16).order == "plain"
+    monkeypatch.delenv(dispatch.VARIABLE)
+    monkeypatch.setattr(compat, "ampere", lambda: False)
+    assert loading.place(leaf, packed, jnp.bfloat16).order == "plain"

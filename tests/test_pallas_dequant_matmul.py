@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import compat
 from pallas_kernels.dequant_matmul import api, blocked, dequant_matmul
-from tests.pallas_cases import Case, random_case, relative
+from tests.pallas_cases import Case, nvidia, random_case, relative
 
 BOUND = {"float32": 1e-5, "bfloat16": 4e-3}
 """Relative error. bfloat16's output alone rounds by up to 2e-3."""
@@ -208,7 +208,8 @@ def test_kernel_lowers_for_nvidia_gpus(
     case = random_case(rng, 100, 432, 144, bits=bits, contract=contract)
     for count, dtype in ((1, "bfloat16"), (40, "float32")):
         call = jax.jit(lambda x, d, s: dequant_matmul(x, d, s, implementation="pallas", **case.options))
-        lowered = call.trace(inputs(rng, (count, 432), dtype), case.data, case.scale).lower(
-            lowering_platforms=("cuda",)
-        )
+        with nvidia():
+            lowered = call.trace(inputs(rng, (count, 432), dtype), case.data, case.scale).lower(
+                lowering_platforms=("cuda",)
+            )
         assert "triton" in lowered.as_text()

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import compat
 from pallas_kernels.embedding import api, embed
-from tests.pallas_cases import Case, random_case
+from tests.pallas_cases import Case, nvidia, random_case
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", list(api.IMPLEMENTATIONS))
 
@@ -84,5 +84,6 @@ def test_kernel_lowers_for_nvidia_gpus(rng: np.random.Generator, monkeypatch: py
     call = jax.jit(
         lambda t: embed(t, case.data, case.scale, dtype=jnp.bfloat16, implementation="pallas", **options(case))
     )
-    lowered = call.trace(jnp.zeros((2, 3), jnp.int32)).lower(lowering_platforms=("cuda",))
+    with nvidia():
+        lowered = call.trace(jnp.zeros((2, 3), jnp.int32)).lower(lowering_platforms=("cuda",))
     assert "triton" in lowered.as_text()

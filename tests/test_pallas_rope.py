@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 
 from pallas_kernels import compat
 from pallas_kernels.rope import api, rope, rope_qk
+from tests.pallas_cases import nvidia
 
 BOUND = {"float32": 1e-5, "bfloat16": 4e-3}
 
@@ -127,5 +128,6 @@ def test_kernel_lowers_for_nvidia_gpus(rng: np.random.Generator, monkeypatch: py
         a, b = rope_qk(q, k, positions, inv_freq, implementation="pallas")
         return a.astype(jnp.float32).sum() + b.astype(jnp.float32).sum()
 
-    lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(*arguments).lower(lowering_platforms=("cuda",))
+    with nvidia():
+        lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("xla.gpu.triton") == 2, "one kernel forward, one backward"

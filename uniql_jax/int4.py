@@ -17,6 +17,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dequant_matmul import tiling
+
 TARGET_GROUP = 128
 SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 """Bit offset of the k-th of a word's eight weights: pairs (2j, 2j+1) sit at 4j and 4j + 16, so that one shift and one
@@ -44,6 +46,10 @@ class QuantizedArray:
     [words, features] and `scale` [groups, features].
     4 bits: `data` int32, eight weights a word in the order of SHIFTS, each stored as weight + 8 in 0..15.
     8 bits: `data` int8, one weight an element. A weight is integer * scale; scale is bfloat16.
+
+    `order` "plain" is the above, and the only one on disk. 4 bits in groups of 128 may also be held as tiles that GPU
+    kernels read faster, [major, minor, 2, 32, 4] (pallas_kernels/dequant_matmul/tiling.py): "rows" for contract "last",
+    "groups" for "first". The sorted axis leads there too, so that pruning still keeps a prefix; `scale` never changes.
     """
 
     data: Any  # an integer array as above; Any, since jax.tree.map and jax.eval_shape may put anything into a pytree
@@ -53,13 +59,14 @@ class QuantizedArray:
     contract: str = flax.struct.field(pytree_node=False)
     width: int = flax.struct.field(pytree_node=False)  # contracted elements (unpadded)
     inner: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())  # contracted dims after the leading one
+    order: str = flax.struct.field(pytree_node=False, default="plain")
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Logical shape of the weight."""
         if self.contract == "last":
-            return (*self.data.shape[:-1], self.width)
-        return (self.width // math.prod(self.inner), *self.inner, self.data.shape[-1])
+            return (*self.scale.shape[:-1], self.width)
+        return (self.width // math.prod(self.inner), *self.inner, self.scale.shape[-1])
 
     @property
     def nbytes(self) -> int:
@@ -72,15 +79,30 @@ class QuantizedArray:
         Raises ValueError when the cut would split a group.
         """
         if self.contract == "last":
-            return dataclasses.replace(self, data=self.data[:count], scale=self.scale[:count])
+            if self.order == "plain":
+                data = self.data[:count]
+            else:  # whole tiles; rows of the last one beyond the cut have no scale any more
+                data = tiling.take_prefix(self.data, "last", count * math.prod(self.scale.shape[1:-1]))
+            return dataclasses.replace(self, data=data, scale=self.scale[:count])
         width = count * math.prod(self.inner)
         if count == self.shape[0]:
             return self
         if width % self.group:
             raise ValueError(f"a cut at {count} splits a quantization group of {self.group}")
-        per_row = 8 if self.bits == 4 else 1
+        per_row = (8 if self.bits == 4 else 1) if self.order == "plain" else self.group
         data, scale = self.data[: width // per_row], self.scale[: width // self.group]
         return dataclasses.replace(self, data=data, scale=scale, width=width)
+
+    def in_order(self, order: str) -> QuantizedArray:
+        """The same weight held in another order. Raises NotImplementedError for tiles that it does not fit.
+
+        Arrays of numpy stay such: a model has hundreds of shapes at a rate, and none need be compiled for this.
+        """
+        if order == self.order:
+            return self
+        if isinstance(self.data, np.ndarray) and self.order == "plain":
+            return _tiled(self, order)
+        return _in_order(jax.tree.map(jnp.asarray, self), order)
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
         """The weight as a dense array of its logical shape, computed in float32 and cast to `dtype`."""
@@ -90,6 +112,7 @@ class QuantizedArray:
 @functools.partial(jax.jit, static_argnames="dtype")
 def _dequantize(weight: QuantizedArray, dtype: np.dtype) -> Float[Array, "..."]:
     # Compiled as one: outside a jit, a dozen small programs per shape would be.
+    weight = _plain(weight)
     axis = -1 if weight.contract == "last" else 0
     values = unpack(weight.data, weight.bits, axis).astype(jnp.float32)
     scale = jnp.repeat(weight.scale.astype(jnp.float32), weight.group, axis=axis)
@@ -97,6 +120,29 @@ def _dequantize(weight: QuantizedArray, dtype: np.dtype) -> Float[Array, "..."]:
     if weight.contract == "last":
         return dense[..., : weight.width].astype(dtype)
     return dense[: weight.width].reshape(weight.shape).astype(dtype)
+
+
+def _plain(weight: QuantizedArray) -> QuantizedArray:
+    if weight.order == "plain":
+        return weight
+    lead = weight.scale.shape[:-1]
+    rows = math.prod(lead) if weight.contract == "last" else weight.scale.shape[-1]
+    data = tiling.untile(weight.data, weight.contract, rows)
+    data = data.reshape(*lead, -1) if weight.contract == "last" else data
+    return dataclasses.replace(weight, data=data, order="plain")
+
+
+@functools.partial(jax.jit, static_argnames="order")
+def _in_order(weight: QuantizedArray, order: str) -> QuantizedArray:
+    weight = _plain(weight)
+    return weight if order == "plain" else _tiled(weight, order)
+
+
+def _tiled(weight: QuantizedArray, order: str) -> QuantizedArray:
+    if order != tiling.ORDERS[weight.contract] or weight.bits != 4 or weight.group != tiling.GROUP:
+        raise NotImplementedError(f"tiles {order!r} hold no {weight.bits} bits in groups of {weight.group}")
+    data = tiling.tile(weight.data.reshape(-1, weight.data.shape[-1]), weight.contract)
+    return dataclasses.replace(weight, data=data, order=order)
 
 
 def pack(values: Int[Array, "..."], bits: int, axis: int) -> Int[Array, "..."]:

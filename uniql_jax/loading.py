@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.source import open_source
+from pallas_kernels.dequant_matmul import preferred_order
 from uniql_jax import elastic
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.int4 import QuantizedArray
@@ -22,9 +23,14 @@ def default_dtype() -> Any:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
-def place(leaf: elastic.Leaf | None, value: Any, dtype: Any) -> Any:
-    """Move a leaf to the device: dense matrices in the computing dtype, vectors in float32, packed ones as they are."""
+def place(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = True) -> Any:
+    """Move a leaf to the device: dense matrices in the computing dtype, vectors in float32, packed ones as they are or,
+    where a GPU's kernels read that faster and `tiles` allows it, as tiles.
+    """
     if isinstance(value, QuantizedArray):
+        if tiles:
+            order = preferred_order(bits=value.bits, group=value.group, contract=value.contract, dtype=dtype)
+            value = value.in_order(order)
         return jax.tree.map(jnp.asarray, value)
     is_matrix = leaf is None or leaf.contract is not None
     return jnp.asarray(np.asarray(value).astype(dtype if is_matrix else np.float32))
@@ -40,7 +46,8 @@ def place_layer(layer: dict[str, dict[str, Any]], dtype: Any) -> dict[str, dict[
 
 def place_top(top: dict[str, Any], dtype: Any) -> dict[str, Any]:
     """`place` for the leaves outside the layers; head_in stays in float32, it is small and square."""
-    return {name: place(elastic.TOP[name], value, dtype) for name, value in top.items()}
+    # Rows of the embedding are looked up one by one, which tiles do not serve.
+    return {name: place(elastic.TOP[name], value, dtype, tiles=name != "embed") for name, value in top.items()}
 
 
 def load(folder: str | Path, prune_rate: float = 0.0, dtype: Any = None) -> CausalLM:

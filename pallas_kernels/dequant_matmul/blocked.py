@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import packing
+from pallas_kernels.dequant_matmul import tiling
 
 BLOCK = 512
 """Rows ("last") or about as many contracted weights ("first") that are dequantized at a time."""
@@ -88,13 +89,14 @@ def _first(x: Array, data: Array, scale: Array, *, bits: int, group: int, width:
 
 def dequant_matmul(
     x: Float[Array, "*lead width"],
-    data: Int[Array, "a b"],
+    data: Int[Array, "..."],
     scale: Float[Array, "c d"],
     *,
     bits: int,
     group: int,
     contract: str,
     width: int,
+    order: str = "plain",
 ) -> Float[Array, "*lead out"]:
     """See api.dequant_matmul.
 
@@ -102,7 +104,8 @@ def dequant_matmul(
     """
     if bits == 4 and group % 8:
         raise NotImplementedError(f"a group of {group} splits a word of eight weights")
-    features = data.shape[0 if contract == "last" else 1]
+    features = scale.shape[0 if contract == "last" else 1]
+    data = tiling.plain(data, order, features)
     if x.dtype == jnp.float64 or x.size == 0:
         raise NotImplementedError("blocks are summed in float32")
     flat = x.reshape(-1, width).astype(jnp.float32)

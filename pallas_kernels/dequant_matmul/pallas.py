@@ -1,6 +1,7 @@
-"""Dequantizing product on tensor cores: a tile of words becomes exact integers, is multiplied, then scaled per group.
+"""The GPU's product: picks the kernel for this weight and number of rows, and gives all of them one gradient.
 
-Any M, any rows, any group: tiles are powers of two (as the Triton lowering wants) and their overhang is masked.
+bf16 rows times 4 bits go to mma.py, dot.py or, from some hundreds of rows, to XLA over a weight dequantized once
+(tuned.py decides, selfcheck.py may overrule it); every other dtype, 8 bits and odd groups to plain.py.
 """
 
 from __future__ import annotations
@@ -13,102 +14,79 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat
-from pallas_kernels.compat import pl
-from pallas_kernels.dequant_matmul import reference
-from pallas_kernels.packing import SHIFTS
+from pallas_kernels import compat, packing
+from pallas_kernels.dequant_matmul import dequantize, dot, mma, plain, reference, selfcheck, tiling, tuned
+from pallas_kernels.dequant_matmul.plain import Weight
+from pallas_kernels.dequant_matmul.tiling import Weight as Tiled
 
-LEAST_TILE = 16
-"""Smallest side of a tensor core's tile."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """How the packed weight is laid out: the static half of every call."""
-
-    bits: int
-    group: int
-    contract: str
-    width: int
+LEAST_GROUP = 64
+"""Below it most of a step of dot.py, 16 words of one group, would be padding."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Rows of x, output features and stored elements that one step of a program covers."""
-
-    m: int
-    n: int
-    stored: int
-
-
-def tiles(count: int, features: int, weight: Weight) -> Tiles:
-    """Sizes that serve any shape; a tuned table may replace them."""
-    per_word = 8 if weight.bits == 4 else 1
-    stored = min(pl.next_power_of_2(weight.group // per_word), 32 if weight.bits == 4 else 128)
-    return Tiles(
-        m=min(max(LEAST_TILE, pl.next_power_of_2(count)), 64),
-        n=min(max(LEAST_TILE, pl.next_power_of_2(features)), 64),
-        stored=max(LEAST_TILE, stored),
-    )
+def dense(
+    x: Float[Array, "count width"], data: Int[Array, "..."], scale: Float[Array, "c d"], weight: Weight
+) -> Float[Array, "count features"]:
+    """Dequantize to x's dtype once, then multiply, all in XLA: for so many rows that arithmetic is what takes time."""
+    data = tiling.plain(data, weight.order, scale.shape[0 if weight.contract == "last" else 1])
+    unpack = packing.dequantize_last if weight.contract == "last" else packing.dequantize_first
+    values = unpack(data, scale, bits=weight.bits, group=weight.group, width=weight.width).astype(x.dtype)
+    # Else XLA may fuse the unpacking into a product of its own, which unpacks a weight for every tile of x.
+    values = jax.lax.optimization_barrier(values)
+    dims = (((1,), (1 if weight.contract == "last" else 0,)), ((), ()))
+    return jax.lax.dot_general(x, values, dims, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def _kernel(x_ref: Any, data_ref: Any, scale_ref: Any, out_ref: Any, *, weight: Weight, tile: Tiles) -> None:
-    count, width = x_ref.shape
-    features = out_ref.shape[1]
-    last = weight.contract == "last"
-    per_word = 8 if weight.bits == 4 else 1
-    group_stored = weight.group // per_word
-    m = pl.program_id(1) * tile.m + jnp.arange(tile.m)
-    n = pl.program_id(0) * tile.n + jnp.arange(tile.n)
-    m_in, n_in = m < count, n < features
-    # Exact for 4-bit and 8-bit integers, so that the only rounding is the float32 sum's and the output's.
-    dtype = jnp.bfloat16 if x_ref.dtype == jnp.bfloat16 else jnp.float32
-    precision = None if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+def available() -> bool:
+    """Whether this process has what these kernels need: a Triton backend and, if on a GPU, bf16 tensor cores."""
+    return compat.plgpu is not None and (jax.default_backend() != "gpu" or compat.ampere())
 
-    def one_group(group: Array, total: Array) -> Array:
-        if last:
-            scale = compat.load(scale_ref, (n, group), n_in)
-        else:
-            scale = compat.load(scale_ref, (group, n), n_in)
-        part = jnp.zeros((tile.m, tile.n), jnp.float32)
-        for start in range(0, group_stored, tile.stored):
-            within = start + jnp.arange(tile.stored)
-            at, at_in = group * group_stored + within, within < group_stored
-            if last:
-                packed = compat.load(data_ref, (n[:, None], at[None, :]), n_in[:, None] & at_in[None, :])
-            else:
-                packed = compat.load(data_ref, (at[:, None], n[None, :]), at_in[:, None] & n_in[None, :])
-            for lane in range(per_word):
-                k = at * per_word + lane
-                # x beyond its width, and beyond the group, is read as zero: whatever the word holds there is nothing.
-                x = compat.load(x_ref, (m[:, None], k[None, :]), m_in[:, None] & (at_in & (k < width))[None, :])
-                integers = ((packed >> SHIFTS[lane]) & 0xF) - 8 if weight.bits == 4 else packed
-                part += jax.lax.dot_general(
-                    x.astype(dtype),
-                    integers.astype(dtype),
-                    (((1,), (1 if last else 0,)), ((), ())),
-                    precision=precision,
-                    preferred_element_type=jnp.float32,
-                )
-        return total + part * scale.astype(jnp.float32)[None, :]
 
-    groups = scale_ref.shape[1 if last else 0]
-    total = jax.lax.fori_loop(0, groups, one_group, jnp.zeros((tile.m, tile.n), jnp.float32))
-    compat.store(out_ref, (m[:, None], n[None, :]), total, m_in[:, None] & n_in[None, :])
+def fast(x_dtype: Any, scale_dtype: Any, *, bits: int, group: int) -> bool:
+    """Whether these operands are those that the fast kernels take, and were measured on."""
+    both = x_dtype == jnp.bfloat16 and scale_dtype == jnp.bfloat16
+    return both and bits == 4 and group % 8 == 0 and group >= LEAST_GROUP
+
+
+def _choose(x: Array, scale: Array, weight: Weight) -> tuple[Tiled, tuned.Choice] | None:
+    """The fast kernel for these operands, or None where plain.py must do."""
+    if not fast(x.dtype, scale.dtype, bits=weight.bits, group=weight.group):
+        return None
+    axis = 1 if weight.contract == "last" else 0
+    order = weight.contract if weight.order == "plain" else weight.order
+    tiled = Tiled(order, scale.shape[1 - axis], scale.shape[axis], weight.group)
+    choice = tuned.choose(tiled, x.shape[0])
+    if jax.default_backend() != "gpu":
+        return tiled, choice
+    # What a kernel was seen to get wrong goes to the next more general one; the last is XLA's alone.
+    for each in (choice, tuned.by_rule(tiled, max(x.shape[0], mma.MOST + 1))):
+        try:
+            if each[0] != "dense":
+                selfcheck.verify(each[0], order)
+            return tiled, each
+        except NotImplementedError:
+            continue
+    return tiled, ("dense", {})
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _product(
-    x: Float[Array, "count width"], data: Int[Array, "a b"], scale: Float[Array, "c d"], weight: Weight
+    x: Float[Array, "count width"], data: Int[Array, "..."], scale: Float[Array, "c d"], weight: Weight
 ) -> Float[Array, "count features"]:
-    features = data.shape[0 if weight.contract == "last" else 1]
-    tile = tiles(x.shape[0], features, weight)
-    return compat.call(
-        functools.partial(_kernel, weight=weight, tile=tile),
-        name=f"dequant_matmul_{weight.contract}_{weight.bits}",
-        grid=(pl.cdiv(features, tile.n), pl.cdiv(x.shape[0], tile.m)),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], features), x.dtype),
-    )(x, data, scale)
+    compat.triton()
+    chosen = _choose(x, scale, weight)
+    if chosen is None:
+        return plain.product(x, data, scale, weight)
+    tiled, (kernel, settings) = chosen
+    if kernel == "dense":
+        return dense(x, data, scale, weight)
+    padded = tiled.groups * tiled.group
+    if padded != weight.width:  # what is stored beyond the width must meet zeros
+        x = jnp.pad(x, ((0, 0), (0, padded - weight.width)))
+    if kernel == "dequantize":
+        return dequantize.product(x, data, scale, tiled, settings)
+    run = mma.product if kernel == "mma" else dot.product
+    parts = run(x, data, scale, weight=tiled, settings=settings)
+    return (parts[0] if parts.shape[0] == 1 else parts.sum(0)).astype(x.dtype)
 
 
 def _forward(x: Array, data: Array, scale: Array, weight: Weight) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -128,22 +106,29 @@ _product.defvjp(_forward, _backward)
 
 def dequant_matmul(
     x: Float[Array, "*lead width"],
-    data: Int[Array, "a b"],
+    data: Int[Array, "..."],
     scale: Float[Array, "c d"],
     *,
     bits: int,
     group: int,
     contract: str,
     width: int,
+    order: str = "plain",
 ) -> Float[Array, "*lead out"]:
-    """See api.dequant_matmul. Raises NotImplementedError for float64 and for groups that split a word."""
+    """See api.dequant_matmul.
+
+    Raises NotImplementedError for float64, for groups that split a word, and on a GPU without bf16 tensor cores.
+    """
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(f"the Pallas kernel multiplies 16-bit and 32-bit floats, not {x.dtype}")
     if bits == 4 and group % 8:
         raise NotImplementedError(f"a group of {group} splits a word of eight weights")
-    features = data.shape[0 if contract == "last" else 1]
+    compat.triton()
+    if not available():
+        raise NotImplementedError("these kernels want an NVIDIA GPU of compute capability 8.0 or newer")
+    features = scale.shape[0 if contract == "last" else 1]
     if x.size == 0 or features == 0:
         raise NotImplementedError("nothing to multiply")
-    weight = Weight(bits=bits, group=group, contract=contract, width=width)
+    weight = Weight(bits=bits, group=group, contract=contract, width=width, order=order)
     out: Any = _product(x.reshape(-1, width), data, scale, weight)
     return out.reshape(*x.shape[:-1], features)

@@ -7,19 +7,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import packing
+from pallas_kernels.dequant_matmul import tiling
 
 
 def dequant_matmul(
     x: Float[Array, "*lead width"],
-    data: Int[Array, "a b"],
+    data: Int[Array, "..."],
     scale: Float[Array, "c d"],
     *,
     bits: int,
     group: int,
     contract: str,
     width: int,
+    order: str = "plain",
 ) -> Float[Array, "*lead out"]:
     """See api.dequant_matmul."""
+    data = tiling.plain(data, order, scale.shape[0 if contract == "last" else 1])
     # Full float32 where the caller's numbers are: a GPU's default would be TF32.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     x32 = x.astype(jnp.float32)

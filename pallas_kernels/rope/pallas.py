@@ -20,28 +20,31 @@ ELEMENTS = 1024
 
 
 def _kernel(*refs: Any, arrays: int, direction: int, lengths: int, pairs_tile: int) -> None:
-    """refs: positions, inv_freq, the arrays, their outputs; one program turns a tile of pairs of a few positions."""
+    """refs: positions, inv_freq, the arrays, their outputs; one program turns a tile of pairs of a few positions.
+
+    Sine and cosine, by far the most of the arithmetic, are taken once for all heads that share a frequency.
+    """
     positions_ref, inv_freq_ref = refs[:2]
     inputs, outputs = refs[2 : 2 + arrays], refs[2 + arrays :]
     length, (pairs, kv_heads) = positions_ref.shape[1], inv_freq_ref.shape
     row = pl.program_id(0)
     t = pl.program_id(1) * lengths + jnp.arange(lengths)
     p = pl.program_id(2) * pairs_tile + jnp.arange(pairs_tile)
+    kv = jnp.arange(pl.next_power_of_2(kv_heads))
     position = compat.load(positions_ref, (row, t), t < length).astype(jnp.float32)
-    t_, p_ = t[:, None, None], p[None, :, None]
+    frequency = compat.load(inv_freq_ref, (p[:, None], kv[None, :]), (p < pairs)[:, None] & (kv < kv_heads)[None, :])
+    angle = position[:, None, None] * frequency.astype(jnp.float32)[None]
+    cos, sin = jnp.cos(angle)[..., None], direction * jnp.sin(angle)[..., None]
+    t_, p_, kv_ = t[:, None, None, None], p[None, :, None, None], kv[None, None, :, None]
     for x_ref, out_ref in zip(inputs, outputs, strict=True):
-        heads = x_ref.shape[4]
-        head = jnp.arange(pl.next_power_of_2(heads))
-        h_ = head[None, None, :]
-        known = (p[:, None] < pairs) & (head[None, :] < heads)
-        frequency = compat.load(inv_freq_ref, (p[:, None], head[None, :] // (heads // kv_heads)), known)
-        angle = position[:, None, None] * frequency.astype(jnp.float32)[None]
-        cos, sin = jnp.cos(angle), direction * jnp.sin(angle)
-        inside = (t_ < length) & known[None]
-        first = compat.load(x_ref, (row, t_, p_, 0, h_), inside).astype(jnp.float32)
-        second = compat.load(x_ref, (row, t_, p_, 1, h_), inside).astype(jnp.float32)
-        compat.store(out_ref, (row, t_, p_, 0, h_), first * cos - second * sin, inside)
-        compat.store(out_ref, (row, t_, p_, 1, h_), second * cos + first * sin, inside)
+        share = x_ref.shape[4] // kv_heads
+        of_kv = jnp.arange(pl.next_power_of_2(share))[None, None, None, :]
+        head = kv_ * share + of_kv
+        inside = (t_ < length) & (p_ < pairs) & (kv_ < kv_heads) & (of_kv < share)
+        first = compat.load(x_ref, (row, t_, p_, 0, head), inside).astype(jnp.float32)
+        second = compat.load(x_ref, (row, t_, p_, 1, head), inside).astype(jnp.float32)
+        compat.store(out_ref, (row, t_, p_, 0, head), first * cos - second * sin, inside)
+        compat.store(out_ref, (row, t_, p_, 1, head), second * cos + first * sin, inside)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -49,7 +52,8 @@ def _turn(
     arrays: tuple[Array, ...], positions: Array, inv_freq: Array, direction: int
 ) -> tuple[Float[Array, "batch length pairs 2 heads"], ...]:
     batch, length, pairs, _, _ = arrays[0].shape
-    heads = pl.next_power_of_2(max(x.shape[4] for x in arrays))
+    kv_heads = inv_freq.shape[1]
+    heads = pl.next_power_of_2(kv_heads) * pl.next_power_of_2(max(x.shape[4] for x in arrays) // kv_heads)
     pairs_tile = min(pl.next_power_of_2(pairs), max(1, ELEMENTS // heads))
     lengths = min(pl.next_power_of_2(length), max(1, ELEMENTS // (heads * pairs_tile)))
     return compat.call(

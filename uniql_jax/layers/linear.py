@@ -20,14 +20,16 @@ def apply_rows(x: Float[Array, "... h"], weight: Weight) -> Float[Array, "..."]:
     if isinstance(weight, LoraArray):
         y = _dense_rows(x, weight.base) + weight.rows(x)
     elif isinstance(weight, QuantizedArray):
+        tiled = weight.order != "plain"
         y = dequant_matmul(
             x,
-            weight.data.reshape(-1, weight.data.shape[-1]),
+            weight.data if tiled else weight.data.reshape(-1, weight.data.shape[-1]),
             weight.scale.reshape(-1, weight.scale.shape[-1]),
             bits=weight.bits,
             group=weight.group,
             contract="last",
             width=weight.width,
+            order=weight.order,
         )
     else:
         y = _dense_rows(x, weight)
@@ -42,7 +44,14 @@ def apply_columns(x: Float[Array, "..."], weight: Weight) -> Float[Array, "... h
         y = _dense_columns(flat, weight.base) + weight.columns(flat)
     elif isinstance(weight, QuantizedArray):
         y = dequant_matmul(
-            flat, weight.data, weight.scale, bits=weight.bits, group=weight.group, contract="first", width=weight.width
+            flat,
+            weight.data,
+            weight.scale,
+            bits=weight.bits,
+            group=weight.group,
+            contract="first",
+            width=weight.width,
+            order=weight.order,
         )
     else:
         y = _dense_columns(flat, weight)

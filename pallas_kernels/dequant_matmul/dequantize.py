@@ -1,0 +1,93 @@
+"""A dense bf16 weight from a 4-bit one, for so many rows of x that the product is bound by arithmetic.
+
+XLA unpacks a word to eight elements that lie apart from one another in the threads that write them, at a third of the
+speed of a copy. Here each thread writes what it unpacks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import compat
+from pallas_kernels.compat import pl
+from pallas_kernels.dequant_matmul import tiling
+from pallas_kernels.dequant_matmul.tiling import Weight
+from pallas_kernels.packing import SHIFTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Groups (a power of two) of one row tile that a program unpacks, and its warps."""
+
+    groups: int = 4
+    warps: int = 4
+
+
+def _kernel(data_ref: Any, scale_ref: Any, out_ref: Any, *, weight: Weight, settings: Settings) -> None:
+    """refs: data (tiles by row), scale, out bf16 [features, K]."""
+    tile = pl.program_id(0)
+    # As in mma.py a thread loads four words in one piece: numbers lane, 4 + lane, 8 + lane, 12 + lane of a row's group.
+    thread, element = jnp.arange(64 * settings.groups), jnp.arange(4)
+    group = pl.program_id(1) * settings.groups + thread // 64
+    row, lane = thread % 64 // 4, thread % 4
+    n = tiling.ROWS * tile + row
+    inside = (n < weight.features) & (group < weight.groups)
+    n_read, group_read = jnp.minimum(n, weight.features - 1), jnp.minimum(group, weight.groups - 1)
+    major = (tile, group_read[:, None]) if weight.order == "rows" else (group_read[:, None], tile)
+    packed = data_ref[(*major, row[:, None], 4 * lane[:, None] + element[None, :])]
+    scale = scale_ref[(n_read, group_read) if weight.order == "rows" else (group_read, n_read)][:, None]
+    planes = []
+    for shift in SHIFTS:
+        # bf16 has eight bits of mantissa: 128 + q is an `or` with the exponent of 128.
+        raw = (((packed >> shift) & 0xF) | 0x4300).astype(jnp.int16)
+        planes.append((jax.lax.bitcast_convert_type(raw, jnp.bfloat16) - jnp.bfloat16(136)) * scale)
+    while len(planes) > 1:  # eight neighbours in one thread: [..., 2, 2, 2], the first bit outermost
+        half = len(planes) // 2
+        planes = [jnp.stack([planes[i], planes[half + i]], axis=-1) for i in range(half)]
+    first = 128 * group[:, None] + 8 * (4 * element[None, :] + lane[:, None])
+    k = first[:, :, None] + jnp.arange(8)[None, None, :]
+    values = planes[0].reshape(k.shape)
+    compat.store(out_ref, (n[:, None, None], k), values, jnp.broadcast_to(inside[:, None, None], k.shape))
+
+
+def supported(weight: Weight) -> None:
+    """Raise NotImplementedError for what the kernel cannot do."""
+    if weight.order not in tiling.CONTRACTS:
+        raise NotImplementedError(f"only tiles are dequantized by a kernel, not order {weight.order!r}")
+
+
+def dense(
+    data: Int[Array, "..."], scale: Float[Array, "c d"], weight: Weight, settings: Settings | None = None
+) -> Float[Array, "features padded"]:
+    """The weight in bf16, [features, groups * 128], each product of integer and scale rounded once.
+
+    Raises NotImplementedError for what the kernel cannot do.
+    """
+    supported(weight)
+    settings = settings or Settings()
+    return compat.call(
+        functools.partial(_kernel, weight=weight, settings=settings),
+        name=f"dequantize_{weight.order}",
+        grid=(pl.cdiv(weight.features, tiling.ROWS), pl.cdiv(weight.groups, settings.groups)),
+        out_shape=jax.ShapeDtypeStruct((weight.features, weight.groups * weight.group), jnp.bfloat16),
+        warps=settings.warps,
+    )(tiling.by_row(data), scale)
+
+
+def product(
+    x: Float[Array, "count padded"],
+    data: Int[Array, "..."],
+    scale: Float[Array, "c d"],
+    weight: Weight,
+    settings: Settings | None = None,
+) -> Float[Array, "count features"]:
+    """x bf16 times the weight: one kernel that dequantizes it, and XLA's product."""
+    values = dense(data, scale, weight, settings)
+    dims = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, values, dims, preferred_element_type=jnp.float32).astype(x.dtype)

@@ -1,0 +1,174 @@
+"""Many rows of x times a 4-bit weight: a tile of words becomes eight bf16 tiles in registers, the A of eight wgmma.
+
+The k-th weights of all words of a group make one tile [n, 16], unpacked from pairs of words without moving anything
+between threads; x is laid out once, outside, so that its k-th columns are neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import compat
+from pallas_kernels.compat import pl
+from pallas_kernels.dequant_matmul import tiling
+from pallas_kernels.dequant_matmul.tiling import Weight
+from pallas_kernels.packing import SHIFTS
+
+WORDS = 16
+"""Words of one row that a step unpacks: K of eight products."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Tile sizes (powers of two) and how a program runs."""
+
+    tile_n: int = 128
+    tile_m: int = 64
+    warps: int = 8
+    stages: int = 3
+    split: int = 1
+    fold: bool = False
+    """Scale the weights, rounding them to bf16 as dequantizing does, rather than each group's sum."""
+    rows_inner: bool = False
+    """Neighbouring programs take neighbouring tiles of x, so that a weight tile is read once from memory."""
+    join: int = 1
+    """Planes (1, 2, 4 or 8) that one product takes: 16 contracted weights each."""
+
+
+def _plane(words: Int[Array, "n 16"], k: int, scale: Float[Array, "n 16"] | None) -> Float[Array, "n 16"]:
+    """The k-th weight of each word, q - 8 (times `scale`), in bf16."""
+    if compat.interpreted():
+        plane = (((words >> SHIFTS[k]) & 0xF) - 8).astype(jnp.bfloat16)
+        return plane if scale is None else plane * scale
+    # Two words a time: their low (or high) halves side by side, then one shift, one and-or, one subtraction a pair.
+    lines = [
+        "{ .reg .b32 w, m, e;",
+        f"prmt.b32 w, $1, $2, {0x7632 if k % 2 else 0x5410};",
+        f"shr.u32 w, w, {4 * (k // 2)};",
+        "mov.b32 m, 0x000F000F; mov.b32 e, 0x43004300; lop3.b32 w, w, m, e, 0xEA;",
+        "mov.b32 m, 0x3F803F80; mov.b32 e, 0xC308C308; fma.rn.bf16x2 w, w, m, e;",
+        "mov.b32 $0, w; }" if scale is None else "mov.b32 m, 0x80008000; fma.rn.bf16x2 $0, w, $3, m; }",
+    ]
+    [plane] = compat.triton().elementwise_inline_asm(
+        " ".join(lines),
+        args=[words] if scale is None else [words, scale],
+        constraints="=r,r,r" if scale is None else "=r,r,r,r",
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, jnp.bfloat16)],
+    )
+    return plane
+
+
+def _side_by_side(planes: list[Array]) -> Float[Array, "n joined"]:
+    """Planes [n, 16] as one [n, 16 * len(planes)]; no number need move to another thread."""
+    bits = len(planes).bit_length() - 1
+    while len(planes) > 1:
+        half = len(planes) // 2
+        planes = [jnp.stack([planes[i], planes[half + i]], axis=-1) for i in range(half)]
+    [joined] = planes
+    return joined if not bits else joined.transpose(0, *range(2, 2 + bits), 1).reshape(joined.shape[0], -1)
+
+
+def _kernel(*refs: Any, weight: Weight, settings: Settings) -> None:
+    """refs: x bf16 [count, steps * 128] as `arrange` lays it out, data, scale, (waited for,) out [split, count, N]."""
+    x_ref, data_ref, scale_ref, out_ref = *refs[:3], refs[-1]
+    count = x_ref.shape[0]
+    words = weight.group // 8
+    steps = pl.cdiv(words, WORDS)
+    first = weight.order == "first"
+    at_n, at_m = pl.program_id(0), pl.program_id(1)
+    if settings.rows_inner:
+        at_n, at_m = at_m, at_n
+    share = pl.program_id(2)
+    n = at_n * settings.tile_n + jnp.arange(settings.tile_n)
+    m = at_m * settings.tile_m + jnp.arange(settings.tile_m)
+    n_read, m_read = jnp.minimum(n, weight.features - 1), jnp.minimum(m, count - 1)
+    tile, row = n_read[:, None] // tiling.ROWS, n_read[:, None] % tiling.ROWS
+    word = jnp.arange(WORDS)
+    zeros = jnp.zeros((settings.tile_n, settings.tile_m), jnp.float32)
+    per_share = pl.cdiv(weight.groups, settings.split)
+
+    def one_group(index: Array, total: Array) -> Array:
+        group = share * per_share + index
+        scale = scale_ref[group, n_read] if first or weight.order == "groups" else scale_ref[n_read, group]
+        spread = jnp.broadcast_to(scale[:, None], (settings.tile_n, WORDS)) if settings.fold else None
+        part = total if settings.fold else zeros
+        for step in range(steps):
+            # Words past the group meet zeros of x; they need only lie inside the array.
+            at = step * WORDS + word
+            at = group * words + (jnp.minimum(at, words - 1) if (step + 1) * WORDS > words else at)
+            if weight.order in tiling.CONTRACTS:
+                major = (tile, group) if weight.order == "rows" else (group, tile)
+                packed = data_ref[(*major, row, word[None, :])]
+            else:
+                packed = data_ref[at[None, :], n_read[:, None]] if first else data_ref[n_read[:, None], at[None, :]]
+            for k in range(0, 8, settings.join):
+                planes = [_plane(packed, k + i, spread) for i in range(settings.join)]
+                column = (group * steps + step) * 8 * WORDS + k * WORDS + jnp.arange(settings.join * WORDS)
+                x = x_ref[m_read[None, :], column[:, None]]
+                part += jax.lax.dot_general(
+                    _side_by_side(planes), x, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+                )
+        return part if settings.fold else total + part * scale.astype(jnp.float32)[:, None]
+
+    rounds = jnp.minimum(per_share, weight.groups - share * per_share)
+    rounds = per_share if weight.groups % settings.split == 0 else rounds
+    total = jax.lax.fori_loop(0, rounds, one_group, zeros)
+    mask = (n < weight.features)[:, None] & (m < count)[None, :]
+    compat.store(out_ref, (share, m[None, :], n[:, None]), total, mask)
+
+
+def arrange(x: Float[Array, "count width"], weight: Weight) -> Float[Array, "count padded"]:
+    """x padded to whole steps of 16 words, and within a step the k-th columns of all words together.
+
+    Words of tiles come in the order in which a row of a tile holds them.
+    """
+    words = weight.group // 8
+    padded = -(-words // WORDS) * WORDS
+    x = x.reshape(x.shape[0], weight.groups, words, 8)
+    if weight.order in tiling.CONTRACTS:
+        x = x.reshape(x.shape[0], weight.groups, 4, 4, 8).swapaxes(2, 3).reshape(x.shape)
+    if padded != words:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, padded - words), (0, 0)))
+    return x.reshape(x.shape[0], -1, WORDS, 8).swapaxes(2, 3).reshape(x.shape[0], -1)
+
+
+def supported(weight: Weight) -> None:
+    """Raise NotImplementedError for what the kernel cannot do."""
+    if weight.group % 8:
+        raise NotImplementedError(f"a group of {weight.group} splits a word of eight weights")
+
+
+def product(
+    x: Float[Array, "count width"],
+    data: Int[Array, "..."],
+    scale: Float[Array, "c d"],
+    *,
+    weight: Weight,
+    settings: Settings,
+    after: Array | None = None,
+) -> Float[Array, "split count features"]:
+    """x [count, groups * group] bf16 times the weight: [1, count, features] bf16, or [split, ...] float32 parts.
+
+    `after`: see mma.product. Raises NotImplementedError for what the kernel cannot do.
+    """
+    supported(weight)
+    dtype = jnp.float32 if settings.split > 1 else jnp.bfloat16
+    if weight.order in tiling.CONTRACTS:
+        data = tiling.by_row(data)
+    refs = (arrange(x, weight), data, scale) + (() if after is None else (after,))
+    grid = (pl.cdiv(weight.features, settings.tile_n), pl.cdiv(x.shape[0], settings.tile_m))
+    return compat.call(
+        functools.partial(_kernel, weight=weight, settings=settings),
+        name=f"dequant_dot_{weight.order}",
+        grid=(*(grid[::-1] if settings.rows_inner else grid), settings.split),
+        out_shape=jax.ShapeDtypeStruct((settings.split, x.shape[0], weight.features), dtype),
+        warps=settings.warps,
+        stages=settings.stages,
+    )(*refs)

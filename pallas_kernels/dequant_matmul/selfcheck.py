@@ -1,0 +1,75 @@
+"""Whether a kernel computes the right product on this device, by a small one that is run once a process.
+
+Which elements a thread holds is a property of Triton's layouts, not a promise, and mma.py rests on it; the other
+kernels are checked with the same few lines, so that a compiler that gets one wrong costs time and not sense.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import warnings
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels import packing
+from pallas_kernels.dequant_matmul import dequantize, dot, mma, tiling
+from pallas_kernels.dequant_matmul.tiling import Weight
+
+BOUND = 1e-2
+"""Relative error; rounding gives 2e-3, a wrong lane 1."""
+ROWS, WIDTH = 72, 1024
+"""Of the weight: no whole number of tiles."""
+
+
+def verify(kernel: str, order: str) -> None:
+    """Raise NotImplementedError when `kernel` ("mma", "dot", "dequantize") is wrong for this order of the data."""
+    complaint = _complaint(kernel, order)
+    if complaint is not None:
+        raise NotImplementedError(complaint)
+
+
+@functools.cache
+def _complaint(kernel: str, order: str) -> str | None:
+    # The caller may be inside a trace, in which nothing can be computed; a thread of its own is outside of all of them.
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        try:
+            error = executor.submit(_error, kernel, order).result()
+            if error < BOUND:
+                return None
+            what = f"is off by {error:.2g}"
+        except NotImplementedError as refusal:
+            return str(refusal)
+        except jax.errors.JaxRuntimeError as failure:
+            what = f"does not compile or run ({str(failure).splitlines()[0][:200]})"
+    complaint = f"the {kernel} kernel {what} for data ordered {order!r} on this device"
+    warnings.warn(f"{complaint}; slower ones are used", RuntimeWarning, stacklevel=3)
+    return complaint
+
+
+def _error(kernel: str, order: str) -> float:
+    keys = jax.random.split(jax.random.key(0), 3)
+    data = jax.random.randint(keys[0], (ROWS, WIDTH // 8), -(2**31), 2**31 - 1, jnp.int32)
+    scale = jax.random.uniform(keys[1], (ROWS, WIDTH // 128), jnp.bfloat16, 0.5, 1.0)
+    x = jax.random.normal(keys[2], (5 if kernel == "mma" else 20, WIDTH), jnp.bfloat16)
+    dense = packing.dequantize_last(data, scale, bits=4, group=128, width=WIDTH)
+    want = jnp.einsum("mk,nk->mn", x.astype(jnp.float32), dense, precision="highest")
+    if order in ("first", "groups"):
+        data, scale = data.T, scale.T
+    if order in tiling.CONTRACTS:
+        data = tiling.tile(data, tiling.CONTRACTS[order])
+    got = jax.jit(_product(kernel, Weight(order, ROWS, WIDTH // 128, 128)))(x, data, scale).astype(jnp.float32)
+    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+
+
+def _product(kernel: str, weight: Weight) -> Callable[[Array, Array, Array], Array]:
+    if kernel == "mma":
+        settings = mma.Settings(along_k=2, batch=2, gate=True)
+        return lambda x, data, scale: mma.product(x, data, scale, weight=weight, settings=settings)[0]
+    if kernel == "dot":
+        joined = dot.Settings(tile_m=32, join=8 if weight.order in tiling.CONTRACTS else 1)
+        return lambda x, data, scale: dot.product(x, data, scale, weight=weight, settings=joined)[0]
+    return lambda x, data, scale: dequantize.product(x, data, scale, weight)

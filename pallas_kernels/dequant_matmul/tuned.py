@@ -1,0 +1,110 @@
+"""Which kernel runs a 4-bit product of bf16 rows, and how it is cut: a table per GPU, else a rule.
+
+`tuned/<gpu>.json` is what `benchmarks/kernels.py --tune` wrote: the fastest variant per order, shape and rows of x. A
+shape that is not in the table (a pruned one, say) takes the settings of the nearest that is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pallas_kernels import compat
+from pallas_kernels.dequant_matmul import dequantize, dot, mma
+from pallas_kernels.dequant_matmul.tiling import CONTRACTS, Weight
+
+FOLDER = Path(__file__).parent / "tuned"
+
+SETTINGS: dict[str, Any] = {
+    "mma": mma.Settings,
+    "dot": dot.Settings,
+    "dequantize": dequantize.Settings,
+    "dense": dict,
+}
+"""Kernel -> what its settings are. "dequantize" is a kernel, then XLA's product; "dense" is XLA's alone."""
+
+MOST_DOT = {"last": 256, "rows": 256, "first": 128, "groups": 128}
+"""Rows of x up to which, by rule, unpacking in every tile of x beats dequantizing once. On an H100 `dot` won at 256 for
+"last" and lost for "first"; tiles, not measured there yet, take after the layout they come from."""
+
+FAR = math.log(4)
+"""A table's shape whose sides are further off than this factor, taken together, says nothing about another shape."""
+
+Choice = tuple[str, Any]
+"""Kernel and its settings."""
+
+
+def slug(device_kind: str) -> str:
+    """File name of a GPU's table: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-")
+
+
+@functools.cache
+def table(device_kind: str) -> list[dict[str, Any]]:
+    """The rows of a GPU's table: order, k, n, count (the largest M a row serves), kernel, settings. Empty if none."""
+    path = FOLDER / f"{slug(device_kind)}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def choose(weight: Weight, count: int, device_kind: str | None = None) -> Choice:
+    """Kernel and settings for `count` rows of x. Raises NotImplementedError when no kernel here serves the weight."""
+    rows = table(device_kind or jax.devices()[0].device_kind)
+    found = nearest(rows, weight, count) or by_rule(weight, count)
+    for kernel, settings in (found, by_rule(weight, max(count, mma.MOST + 1))):
+        try:
+            if kernel == "mma":
+                mma.supported(weight, settings, count)
+            elif kernel in ("dot", "dequantize"):
+                (dot if kernel == "dot" else dequantize).supported(weight)
+            return kernel, settings
+        except NotImplementedError:
+            continue
+    raise NotImplementedError(f"no kernel for {count} rows times {weight}")
+
+
+def nearest(rows: list[dict[str, Any]], weight: Weight, count: int) -> Choice | None:
+    """The row of the next larger M whose shape is nearest, or None."""
+    counts = sorted({row["count"] for row in rows if row["order"] == weight.order and row["count"] >= count})
+    best: tuple[float, dict[str, Any]] | None = None
+    for row in rows:
+        if row["order"] == weight.order and counts and row["count"] == counts[0]:
+            width = weight.groups * weight.group
+            off = abs(math.log(row["k"] / width)) + abs(math.log(row["n"] / weight.features))
+            if off <= FAR and (best is None or off < best[0]):
+                best = off, row
+    return None if best is None else (best[1]["kernel"], SETTINGS[best[1]["kernel"]](**best[1]["settings"]))
+
+
+def by_rule(weight: Weight, count: int) -> Choice:
+    """What served on one Hopper GPU: enough warps to fill it, and no more programs than needed for that."""
+    wide, tiles = weight.features > 8192, weight.order in CONTRACTS
+    fill = 8 if weight.groups >= 16 else max(1, power_below(weight.groups // 2))
+    if count <= 8:
+        return "mma", mma.Settings(along_k=2 if wide else fill, batch=2, gate=not (wide and tiles))
+    if count <= mma.MOST:
+        settings = mma.Settings(along_k=2 if wide else fill, zero="mma", gate=True)
+        if tiles:
+            along = dict(along_k=2, along_n=2) if wide else dict(along_k=min(4, fill))
+            settings = dataclasses.replace(settings, tiles=2, **along)
+        return "mma", settings
+    if count <= MOST_DOT[weight.order]:
+        # 128 rows, in three stages, are 112 KiB of shared memory.
+        tile_m = 32 if count <= 32 else 64 if count <= 64 or not compat.roomy() else 128
+        split = 1 if wide else min(8 if weight.groups > 64 else 4, weight.groups)
+        settings = dot.Settings(tile_n=128, tile_m=tile_m, split=split, rows_inner=count > 128)
+        # Eight joined planes wait for the tensor cores once a group, and add up once, so that folding saves nothing.
+        changes: dict[str, Any] = dict(join=8) if tiles else dict(fold=count > 64)
+        return "dot", dataclasses.replace(settings, **changes)
+    return ("dequantize", dequantize.Settings()) if tiles else ("dense", {})
+
+
+def power_below(number: int) -> int:
+    """The largest power of two that is not above `number` (1 for less)."""
+    return 1 << max(0, number.bit_length() - 1)
