@@ -94,7 +94,7 @@ def test_without_a_tokenizer_text_is_refused(
         (("--refit", "1"), "less than 1"),
         (("--mlp-score", "luck"), "luck"),
         (("--plan", "loss", "--uniform"), "not allowed"),
-        (("--recover", "alpaca"), "--recover"),
+        (("--recover", "alpaca"), "alpaca"),
         (("--seed", "-1"), "at least 0"),
     ],
 )

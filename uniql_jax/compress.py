@@ -100,7 +100,7 @@ def refuse_early(out: str | Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"cannot write {out}: {place} is no folder that you may write to")
 
 
-def is_done(out: str | Path, name: str, options: Options) -> bool:
+def is_done(out: str | Path, name: str, options: Options, recovered: bool = False) -> bool:
     """Whether `out` is what this very run would make: its last act was the rename, and --resume has nothing to do."""
     if work_folder(out).exists() or not Path(out).expanduser().is_dir():
         return False
@@ -108,8 +108,9 @@ def is_done(out: str | Path, name: str, options: Options) -> bool:
         meta = open_checkpoint(Path(out).expanduser()).meta
     except UserError:
         return False
-    same_source = meta.get("provenance", {}).get("source") == Path(name).name
-    return same_source and meta.get("options") == dataclasses.asdict(options)
+    told = meta.get("provenance", {})
+    same = told.get("source") == Path(name).name and ("recovery" in told) == recovered
+    return same and meta.get("options") == dataclasses.asdict(options)
 
 
 def calibration_windows(source: Source, specs: Sequence[str], count: int, length: int, seed: int) -> data.Windows:
@@ -168,7 +169,7 @@ def compress(
     source = None
     if resume and Path(out).expanduser().exists() and not overwrite:
         source = open_source(ckpt)
-        if is_done(out, source.name, options):
+        if is_done(out, source.name, options, bool(recover)):
             say(f"{out} is whole already: nothing to resume")
             return None
     refuse_early(out, resume, overwrite)

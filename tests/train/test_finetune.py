@@ -30,6 +30,7 @@ def _text(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow  # the same in memory, and in the one pass, is tested in test_recover and test_passes
 def test_a_run_killed_and_resumed_gives_a_checkpoint_of_the_same_form(
     rng: np.random.Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
