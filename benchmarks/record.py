@@ -5,8 +5,8 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +21,13 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         # Where files lay on the machine that measured is nobody's business: their names are enough.
-        "command": " ".join(["python", *(re.sub(r"[^=\s]*/(?=[^/])", "", word) for word in sys.argv)]),
+        "command": " ".join(["python", *map(_without_folders, sys.argv)]),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _without_folders(word: str) -> str:
+    """An argument, FILE or NAME=FILE, with the file's name alone; what is no path (`v/o joint`) stays."""
+    name, equals, value = word.rpartition("=")
+    path = Path(value)
+    return f"{name}{equals}{path.name}" if path.is_absolute() or path.exists() else word

@@ -50,10 +50,6 @@ that is best on held-out examples, on average over fixed rates, is the one that 
 """
 
 
-class _Help(cli._Help, argparse.RawDescriptionHelpFormatter):
-    """Defaults shown, examples kept as they are written."""
-
-
 def open_trainable(folder: str) -> Checkpoint:
     """A sorted checkpoint of 16 or 32 bits; UserError for any other."""
     checkpoint = open_checkpoint(Path(folder).expanduser())
@@ -183,7 +179,7 @@ def parser() -> cli.Parser:
         prog="python -m train.finetune",
         description="Win back what pruning costs: LoRA factors trained at all prune rates at once, then merged.",
         epilog=EXAMPLES,
-        formatter_class=_Help,
+        formatter_class=cli.ExamplesHelp,
     )
     add = parser.add_argument
     add("--ckpt", required=True, metavar="DIR", help="sorted checkpoint of 16 bits (uniql_jax.compress --bits 16)")

