@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.85")
 
 BANDWIDTH = 2.9e12
-"""Bytes a second that a copy reaches on an H100 (read + write): the floor of every time is bytes over this."""
+"""Bytes a second that a copy reaches on an H100 (read + write); a run measures its own device's."""
 SHAPES = {
     # K, N: contract of the leaf that has this shape
     (4096, 28672): "last",  # gate and up
@@ -301,12 +301,12 @@ def copies_of(row: dict) -> int:
     return max(2, -(-int(DISTINCT) // (row["n"] * row["k"] // 2)))
 
 
-def floor_us(row: dict) -> float:
-    """Microseconds that reading the weight (for rope: reading and writing q and k) takes at BANDWIDTH."""
+def floor_us(row: dict, bandwidth: float = BANDWIDTH) -> float:
+    """Microseconds that reading the weight (for rope: reading and writing q and k) takes at a bandwidth."""
     if is_rope(row):
-        return 2 * 2 * row["count"] * row["k"] * (row["n"] + row["group"]) / BANDWIDTH * 1e6
+        return 2 * 2 * row["count"] * row["k"] * (row["n"] + row["group"]) / bandwidth * 1e6
     packed = row["n"] * row["k"] * (0.5 + 2 / row["group"])
-    return (2 * row["n"] * row["k"] if row["kernel"] == "bf16" else packed) / BANDWIDTH * 1e6
+    return (2 * row["n"] * row["k"] if row["kernel"] == "bf16" else packed) / bandwidth * 1e6
 
 
 def multiply(row: dict, x: Any, data: Any, scale: Any, after: Any) -> Any:
@@ -573,6 +573,15 @@ def clock(call: Any, args: tuple[Any, ...], repeats: int) -> float:
     return statistics.median(taken)
 
 
+def copy_speed() -> float:
+    """Bytes a second that an addition of one reads and writes, over 2 GiB."""
+    import jax
+    import jax.numpy as jnp
+
+    big = jnp.zeros((2**29,), jnp.int32)
+    return 2 * big.nbytes / clock(jax.jit(lambda x: x + 1), (big,), 5)
+
+
 def arguments(row: dict) -> tuple[Any, ...]:
     """x and the weights of a row."""
     import jax
@@ -665,7 +674,7 @@ def worker(path: str, threads: int, quick: bool) -> None:
     warnings.simplefilter("ignore")
     from benchmarks.record import environment
 
-    say({"environment": environment()})
+    say({"environment": environment() | {"copy_bytes_per_s": copy_speed()}})
     work(json.loads(Path(path).read_text()), threads, quick, say)
 
 
@@ -793,7 +802,7 @@ def torch_rows(seconds: float, report: Any) -> list[dict]:
     return rows
 
 
-def summarize(rows: list[dict]) -> list[str]:
+def summarize(rows: list[dict], bandwidth: float) -> list[str]:
     """Best variant of each shape and M beside bf16, fractions of the floor, and what failed."""
     probe = {row["kernel"]: row.get("us") for row in rows if not row["k"]}
     add = probe.get("launch: xla add") or 0.0
@@ -801,6 +810,7 @@ def summarize(rows: list[dict]) -> list[str]:
         if "us" in row and row["k"]:
             row["net_us"] = row["us"] - (add if row.get("adds") else 0.0)
     lines = [f"{kernel:24s} {us:6.2f} us" for kernel, us in probe.items() if us]
+    lines.append(f"copy                     {bandwidth / 1e12:6.2f} TB/s: the floor")
     timed = [row for row in rows if "net_us" in row]
     lines.append("K x N            M   bf16 us  best us  times  floor%  contract order  best variant")
     for key in dict.fromkeys((row["k"], row["n"], row["count"]) for row in timed if not is_rope(row)):
@@ -815,7 +825,7 @@ def summarize(rows: list[dict]) -> list[str]:
             if not some:
                 continue
             best = min(some, key=lambda row: row["net_us"])
-            share = 100 * floor_us(best) / best["net_us"]
+            share = 100 * floor_us(best, bandwidth) / best["net_us"]
             ratio = base / best["net_us"]
             shape = f"{key[0]}x{key[1]}"
             layout = best["settings"].get("order", best["contract"])
@@ -825,7 +835,7 @@ def summarize(rows: list[dict]) -> list[str]:
             )
     for row in timed:
         if is_rope(row):
-            share = 100 * floor_us(row) / row["us"]
+            share = 100 * floor_us(row, bandwidth) / row["us"]
             lines.append(f"head of {row['k']:3d} {row['kernel']:15s} {row['us']:8.2f} us {share:5.1f}% of the floor")
     wrong = [row for row in rows if row.get("error", 0) >= 4e-3]
     right = [row for row in rows if row.get("check_only") and row.get("error", 1) < 4e-3]
@@ -885,11 +895,10 @@ def main() -> None:
         record = json.loads(args.record.read_text())
         print(write_tuned(record["rows"], record["environment"], args.tune or args.record.parent))
         return
-    tasks = probes() + odd_sizes()
+    tasks = probes() + rope_rows() + odd_sizes()
     for count in COUNTS:
         for k, n in SHAPES:
             tasks += baselines(k, n, count) + candidates(k, n, count)
-    tasks += rope_rows()
     tasks = [row for row in tasks if not row["k"] or all(word in name(row).split(" ") for word in args.only)]
     print(f"{len(tasks)} rows", flush=True)
 
@@ -903,7 +912,7 @@ def main() -> None:
     rows, environment = supervise(tasks, args.quick, deadline, report)
     if not args.only and time.time() < deadline:
         rows += torch_rows(deadline - time.time(), report)
-    table = summarize(rows)
+    table = summarize(rows, environment.get("copy_bytes_per_s", BANDWIDTH))
     environment["command"] = " ".join(["python", *(Path(word).name if "/" in word else word for word in sys.argv)])
     if args.tune and "device" in environment:
         write_tuned(rows, environment, args.tune)

@@ -29,6 +29,7 @@ except ImportError:
 
 __all__ = [
     "ampere",
+    "barrier",
     "call",
     "capability",
     "interpreted",
@@ -71,14 +72,26 @@ def roomy() -> bool:
     return capability() not in (8.6, 8.9) and capability() < 12.0
 
 
-def call(kernel: Any, *, name: str, grid: tuple[int, ...], out_shape: Any, warps: int = 4, stages: int = 2) -> Any:
-    """`pallas_call` over whole arrays for the Triton backend, or the interpreter."""
+def call(
+    kernel: Any,
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    out_shape: Any,
+    warps: int = 4,
+    stages: int = 2,
+    aliases: dict[int, int] | None = None,
+) -> Any:
+    """`pallas_call` over whole arrays for the Triton backend, or the interpreter; `aliases` maps an input to the output
+    that takes its place in memory.
+    """
     return pl.pallas_call(
         kernel,
         out_shape=out_shape,
         grid=grid,
         interpret=interpreted(),
         compiler_params=triton().CompilerParams(num_warps=warps, num_stages=stages),
+        input_output_aliases=aliases or {},
         name=name,
     )
 
@@ -96,3 +109,12 @@ def stream(ref: Any, index: tuple[Any, ...]) -> Array:
 def store(ref: Any, index: tuple[Any, ...], value: Array, mask: Array) -> None:
     """Scatter `value` to ref[index] where `mask` holds."""
     triton().store(ref.at[index], value.astype(ref.dtype), mask=mask)
+
+
+def barrier() -> None:
+    """Wait for the whole program: what it loaded before may then be overwritten in place.
+
+    Threads of a small tile hold copies of the same elements, so that one may store what another has yet to load.
+    """
+    if not interpreted():
+        triton().debug_barrier()

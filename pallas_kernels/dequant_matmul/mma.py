@@ -1,8 +1,7 @@
 """Up to 16 rows of x times a 4-bit weight: words become bf16 pairs in registers and feed mma.sync as they are.
 
-A tensor of shape [32 * warps, 4] gives thread i its row of four elements: one 16-byte load, and exactly what a fragment
-of mma m16n8k16 wants when the weight is its A (rows) and x its B (columns). No shared memory, no shuffle, until the
-warps that share the contraction add up once at the end. Contracted weights may be visited in any order so long as x is
+The weight is A (rows) of mma m16n8k16 and x its B (columns). No shared memory, no shuffle, until the warps that share
+the contraction add up once at the end. Contracted weights may be visited in any order so long as x is
 visited in the same, so each layout takes the order in which its loads are widest.
 
 That thread i holds row i is how Triton lays out such a tensor, not a promise: `selfcheck.py` verifies it on the device.
@@ -13,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import compat
 from pallas_kernels.compat import pl
 from pallas_kernels.dequant_matmul.tiling import Weight
+from pallas_kernels.dequant_matmul.warp import Operand, Threads, gate, multiply, pair, zero_point
 
 MOST = 16
 """Rows of x: two column tiles of the mma."""
@@ -53,127 +53,24 @@ class Settings:
     """Words leave the first-level cache before x and the scales do."""
 
 
-# --- the three steps that are not plain jnp -------------------------------------------------------------------------
-
-
-def _asm(text: str, constraints: str, args: Sequence[Array], dtype: Any, pack: int) -> Array:
-    shape = jax.ShapeDtypeStruct(args[0].shape, dtype)
-    [out] = compat.triton().elementwise_inline_asm(
-        text, args=list(args), constraints=constraints, pack=pack, result_shape_dtypes=[shape]
-    )
-    return out
-
-
-def _pair(word: Int[Array, "threads 4"], j: int, centred: bool, mask: Array | None) -> Int[Array, "threads 4"]:
-    """Weights 2j and 2j + 1 of each word as two bf16: 128 + q, which is an `or`, or exactly q - 8."""
-    if compat.interpreted():
-        raw = ((word >> (4 * j)) & 0x000F000F) | 0x43004300
-        return _join(*(half - 136.0 for half in _halves(raw))) if centred else raw
-    # and-or is one lop3 here; as jnp operations it becomes two.
-    lines = ["{ .reg .b32 w, m, e;", "mov.b32 e, 0x43004300;", f"shr.u32 w, $1, {4 * j};"]
-    lines += ["mov.b32 m, 0x000F000F;" if mask is None else "mov.b32 m, $2;", "lop3.b32 w, w, m, e, 0xEA;"]
-    if centred:
-        lines += ["mov.b32 m, 0x3F803F80;", "mov.b32 e, 0xC308C308;", "fma.rn.bf16x2 w, w, m, e;"]
-    args = [word] if mask is None else [word, mask]
-    return _asm(" ".join([*lines, "mov.b32 $0, w; }"]), ",".join(["=r", *"rr"[: len(args)]]), args, jnp.int32, 1)
-
-
-def _gate(index: Array, threads: int) -> Array | None:
-    """0x000F000F, which no compiler can know before the barrier that yields it: loads above it stay above."""
-    if compat.interpreted():
-        return None
-    lines = ["{ .reg .pred p;", "setp.ne.s32 p, $4, -1;", "bar.red.or.pred p, 0, p;"]
-    lines += [f"selp.b32 ${i}, 0x000F000F, 0, p;" for i in range(4)]
-    arg = jnp.broadcast_to(index, (threads, 4))
-    return _asm(" ".join([*lines, "}"]), "=r,=r,=r,=r,r,r,r,r", [arg], jnp.int32, 4)
-
-
-def _halves(pairs: Int[Array, "..."]) -> tuple[Array, Array]:
-    """Low and high bf16 of each 32-bit element, as float32."""
-    as_float = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
-    return as_float(pairs << 16), as_float(pairs & jnp.int32(-65536))
-
-
-def _join(low: Float[Array, "..."], high: Float[Array, "..."]) -> Int[Array, "..."]:
-    """Inverse of `_halves` for numbers that bf16 holds exactly."""
-    bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.int32)
-    return jax.lax.shift_right_logical(bits(low), 16) | (bits(high) & jnp.int32(-65536))
-
-
-Operand = tuple[Array, int]
-"""A [threads, 4] tensor and the register of each thread's part of it: an element of 32 bits, or two of 16."""
-
-
-def _mma(steps: Sequence[tuple[Sequence[Operand], Operand]], total: Array) -> Array:
-    """Total [threads, 4] float32 plus A B for each step: four A registers and the first of two B registers."""
-    if compat.interpreted():
-        for registers, b in steps:
-            total = total + _mma_interpreted([tensor[:, i] for tensor, i in registers], b)
-        return total
-    tensors: dict[int, Array] = {}
-    for registers, b in steps:
-        tensors |= {id(tensor): tensor for tensor, _ in (*registers, b)}
-    place, free = {}, 8  # $0..$3 are the sum, tied to its value before: $4..$7
-    for key, tensor in tensors.items():
-        place[key] = free
-        free += tensor.dtype.itemsize
-    lines = []
-    for registers, (b, at) in steps:
-        a = ", ".join(f"${place[id(tensor)] + i}" for tensor, i in registers)
-        at += place[id(b)]
-        lines.append(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, "
-            f"{{{a}}}, {{${at}, ${at + 1}}}, {{$0, $1, $2, $3}};"
-        )
-    constraints = ",".join(["=f"] * 4 + ["0", "1", "2", "3"] + ["r"] * (free - 8))
-    return _asm("\n".join(lines), constraints, [total, *tensors.values()], jnp.float32, 4)
-
-
-def _mma_interpreted(registers: Sequence[Int[Array, " threads"]], b: Operand) -> Float[Array, "threads 4"]:
-    """What the instruction does, lane by lane, for the interpreter."""
-    tensor, at = b
-    warps = tensor.shape[0] // 32
-    if tensor.dtype == jnp.int32:
-        tensor = jnp.stack(_halves(tensor[:, at : at + 2]), axis=-1)
-    pieces = []
-    for register in registers:
-        pieces.append(jnp.stack(_halves(register), axis=-1).reshape(warps, 8, 8))  # [warp, row, 2 t + half]
-    upper, lower = (jnp.concatenate([pieces[i], pieces[i + 2]], axis=2) for i in (0, 1))
-    a = jnp.concatenate([upper, lower], axis=1)  # [warp, 16 rows, 16 k]
-    column = tensor.astype(jnp.float32).reshape(warps, 8, 4, 2, 2)  # [warp, column, t, register, half]
-    column = column.transpose(0, 1, 3, 2, 4).reshape(warps, 8, 16)
-    d = jnp.einsum("wrk,wck->wrc", a, column, precision="highest").reshape(warps, 2, 8, 4, 2)
-    return d.transpose(0, 2, 3, 1, 4).reshape(32 * warps, 4)
-
-
 # --- the kernel -----------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Threads:
-    """Where each thread of a program stands: int32 [threads, 1] each; `element` is [1, 4]."""
+class Source(NamedTuple):
+    """A row tile of a weight: its refs and its number."""
 
-    warp_n: Array
-    warp_k: Array
-    row: Array
-    lane: Array
-    element: Array
-
-    @classmethod
-    def make(cls, warps_k: int, warps_n: int) -> Threads:
-        """Row and lane are a fragment's: thread % 32 = 4 * row + lane."""
-        thread = jax.lax.broadcasted_iota(jnp.int32, (32 * warps_k * warps_n, 1), 0)
-        warp, within = thread // 32, thread % 32
-        element = jax.lax.broadcasted_iota(jnp.int32, (1, 4), 1)
-        return cls(warp % warps_n, warp // warps_n, within // 4, within % 4, element)
+    data: Any
+    scale: Any
+    tile: Array
 
 
-def _words(data_ref: Any, weight: Weight, at: Threads, tile: Array, group: Array, settings: Settings) -> list[Array]:
+def _words(source: Source, weight: Weight, at: Threads, group: Array, settings: Settings) -> list[Array]:
     """The words of one group that a thread feeds, [threads, 4] each.
 
     Not "first": two tensors, rows `row` and `row` + 8 of the tile, whose elements are words. "first": one tensor per
     word, whose elements are four neighbouring columns.
     """
+    data_ref, _, tile = source
     if weight.order in ("rows", "groups"):
         major = (tile, group) if weight.order == "rows" else (group, tile)
         places = [(*major, j, 4 * at.row + at.lane, at.element) for j in (0, 1)]
@@ -200,12 +97,18 @@ def _x(x_ref: Any, weight: Weight, at: Threads, group: Array, column: int) -> li
 
     One 16-byte load a word where x comes as int32 pairs, two of 8 bytes where it is bf16.
     """
+    loaded: list[list[Operand]] = []
     if x_ref.ndim == 5:  # as `fragments` lays it out
         held = [x_ref[group, column, i, 4 * at.row + at.lane, at.element] for i in range(x_ref.shape[2])]
         return [[(piece, 0), (piece, 2)] for piece in held]
+    if x_ref.ndim == 4:  # as `in_blocks` lays it out
+        loaded = []
+        for i in range(4):
+            pieces = [x_ref[4 * group + i, column, at.row, 8 * at.lane + start + at.element] for start in (0, 4)]
+            loaded.append([(piece, 0) for piece in pieces])
+        return loaded
     m = jnp.minimum(at.row + 8 * column, x_ref.shape[0] - 1)
     words, wide = weight.group // 8, x_ref.dtype == jnp.int32
-    loaded: list[list[Operand]] = []
     for i in range(-(-words // 4)):
         word = 4 * at.lane + i if weight.order == "last" else 4 * i + at.lane
         first = (group * words + word) * (4 if wide else 8) + at.element
@@ -233,8 +136,9 @@ def _steps(weight: Weight, pairs: list[list[Array]], x: list[list[Operand]], par
     return steps
 
 
-def _scales(scale_ref: Any, weight: Weight, at: Threads, tile: Array, group: Array) -> list[Array]:
+def _scales(source: Source, weight: Weight, at: Threads, group: Array) -> list[Array]:
     """The scale of each element of the accumulator, float32 [threads, 4], for each 16-row part of a tile."""
+    _, scale_ref, tile = source
     if weight.order == "first":
         rows = [32 * tile + 4 * at.row + j for j in range(4)]
     else:
@@ -250,17 +154,15 @@ def _scales(scale_ref: Any, weight: Weight, at: Threads, tile: Array, group: Arr
     return [jnp.where(upper, of_row[i], of_row[i + 1]) for i in range(0, len(of_row), 2)]
 
 
-def _kernel(*refs: Any, weight: Weight, settings: Settings) -> None:
-    """refs: x [count, K] or its fragments, data, scale, (what the call waits for,) out [split, count, features]."""
-    x_ref, data_ref, scale_ref, out_ref = *refs[:3], refs[-1]
-    count, parts = out_ref.shape[1], 2 if weight.order == "first" else 1
-    columns = 1 if count <= 8 else 2
-    block, share = pl.program_id(0), pl.program_id(1)
-    at = Threads.make(settings.along_k, settings.along_n)
-    threads = at.row.shape[0]
-    span = 16 * parts
-    first_tile = (block * settings.along_n + at.warp_n) * settings.tiles
-    tiles = [jnp.minimum(first_tile + r, pl.cdiv(weight.features, span) - 1) for r in range(settings.tiles)]
+def accumulate(
+    x_ref: Any, sources: Sequence[Source], weight: Weight, settings: Settings, at: Threads, columns: int, share: Any = 0
+) -> list[Float[Array, "threads 4"]]:
+    """What each warp finds of every source's product with x: accumulators [source][part][column tile], in one list.
+
+    All sources have the order and the groups of `weight`; `columns` tiles of 8 rows of x. A warp's share of the
+    contraction is not yet added to that of the others.
+    """
+    threads, parts = at.row.shape[0], parts_of(weight)
     stride = settings.along_k * settings.batch
     ragged = weight.groups % (stride * settings.split) != 0
     zeros = jnp.zeros((threads, 4), jnp.float32)
@@ -274,23 +176,21 @@ def _kernel(*refs: Any, weight: Weight, settings: Settings) -> None:
         ]
 
     def words_of(index: Array) -> list[list[list[Array]]]:
-        return [
-            [_words(data_ref, weight, at, tile, group, settings) for tile in tiles] for group, _ in groups_of(index)
-        ]
+        return [[_words(source, weight, at, group, settings) for source in sources] for group, _ in groups_of(index)]
 
     def compute(index: Array, words: list[list[list[Array]]], sums: Sequence[Array]) -> list[Array]:
         groups, sums = groups_of(index), list(sums)
-        scales = [[_scales(scale_ref, weight, at, tile, group) for tile in tiles] for group, _ in groups]
+        scales = [[_scales(source, weight, at, group) for source in sources] for group, _ in groups]
         xs = [[_x(x_ref, weight, at, group, column) for column in range(columns)] for group, _ in groups]
-        mask = _gate(index, threads) if settings.gate else None
+        mask = gate(index, threads) if settings.gate else None
         for u, (_, inside) in enumerate(groups):
-            base = [_zero_point(x, zeros) if settings.zero == "mma" else zeros for x in xs[u]]
+            base = [zero_point(x, zeros) if settings.zero == "mma" else zeros for x in xs[u]]
             slot = 0
-            for r in range(settings.tiles):
-                pairs = [[_pair(word, j, settings.zero == "fma", mask) for j in range(4)] for word in words[u][r]]
+            for r in range(len(sources)):
+                pairs = [[pair(word, j, settings.zero == "fma", mask) for j in range(4)] for word in words[u][r]]
                 for part in range(parts):
                     for column in range(columns):
-                        product = _mma(_steps(weight, pairs, xs[u][column], part), base[column])
+                        product = multiply(_steps(weight, pairs, xs[u][column], part), base[column])
                         if ragged:  # a repeated group must add nothing, not even 0 * inf
                             product = jnp.where(inside, product, 0.0)
                         sums[slot] = sums[slot] + product * scales[u][r][part]
@@ -305,45 +205,72 @@ def _kernel(*refs: Any, weight: Weight, settings: Settings) -> None:
 
     rounds = pl.cdiv(weight.groups, stride * settings.split)
     first = words_of(jnp.int32(0)) if settings.ahead else ()
-    _, totals = jax.lax.fori_loop(0, rounds, step, (first, [zeros] * (settings.tiles * parts * columns)))
-    _write(out_ref, weight, settings, totals, block, share, count)
+    _, totals = jax.lax.fori_loop(0, rounds, step, (first, [zeros] * (len(sources) * parts * columns)))
+    return totals
 
 
-def _write(
-    out_ref: Any, weight: Weight, settings: Settings, totals: Sequence[Array], block: Array, share: Array, count: int
-) -> None:
-    """Add up the warps that share a contraction, in one pass over all accumulators, and store."""
-    # Joined along new last axes, [threads, 4, 2, 2, ...]: bit b of an accumulator's number is axis 2 + b.
-    level = list(totals)
+def add_up(totals: Sequence[Float[Array, "threads 4"]], along_k: int) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
+    """Add up the warps that share a contraction, all accumulators in one pass.
+
+    Returns them joined along new last axes, [threads / along_k, 4, 2, 2, ...], and the number that each position there
+    has in `totals`, of shape [1, 1, 2, 2, ...].
+    """
+    # Bit b of an accumulator's number is the axis b from the end; their count is made a power of two.
+    bits = (len(totals) - 1).bit_length()
+    level = [*totals, *[totals[0]] * (2**bits - len(totals))]
     while len(level) > 1:
         half = len(level) // 2
         level = [jnp.stack([level[i], level[half + i]], axis=-1) for i in range(half)]
-    bits = len(totals).bit_length() - 1
     total = level[0]
-    if settings.along_k > 1:
-        total = total.reshape(settings.along_k, -1, *total.shape[1:]).sum(0)
-    at = Threads.make(1, settings.along_n)
-    slot = sum(
-        (jax.lax.broadcasted_iota(jnp.int32, (1,) * (2 + axis) + (2,) + (1,) * (bits - 1 - axis), 2 + axis) << bit)
-        for axis, bit in enumerate(reversed(range(bits)))
-    )
+    if along_k > 1:
+        total = total.reshape(along_k, -1, *total.shape[1:]).sum(0)
+    number: Any = jnp.zeros((1, 1) + (1,) * bits, jnp.int32)
+    for axis, bit in enumerate(reversed(range(bits))):
+        shape = (1,) * (2 + axis) + (2,) + (1,) * (bits - 1 - axis)
+        number = number + (jax.lax.broadcasted_iota(jnp.int32, shape, 2 + axis) << bit)
+    return total, number
+
+
+def parts_of(weight: Weight) -> int:
+    """16-row parts of a row tile."""
+    return 2 if weight.order == "first" else 1
+
+
+def places(
+    weight: Weight, at: Threads, tile: Array | int, part: Array | int, column: Array | int, bits: int = 0
+) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
+    """Row n of the weight and row m of x of an accumulator's elements, with `bits` axes more behind."""
     outer = (..., *(None,) * bits)
-    columns = 1 if count <= 8 else 2
-    parts = 2 if weight.order == "first" else 1
-    column, part, r = slot % columns, slot // columns % parts, slot // (columns * parts)
     late, odd = (at.element // 2)[outer], (at.element % 2)[outer]
-    row, lane, warp = at.row[outer], at.lane[outer], at.warp_n[outer]
-    within = 4 * row + 2 * part + late if parts == 2 else row + 8 * late
-    n = 16 * parts * ((block * settings.along_n + warp) * settings.tiles + r) + within
-    m = 8 * column + 2 * lane + odd
+    row, lane = at.row[outer], at.lane[outer]
+    within = 4 * row + 2 * part + late if parts_of(weight) == 2 else row + 8 * late
+    return 16 * parts_of(weight) * tile + within, 8 * column + 2 * lane + odd
+
+
+def row_tiles(weight: Weight) -> int:
+    """Row tiles of a weight, the last one perhaps not full."""
+    return pl.cdiv(weight.features, 16 * parts_of(weight))
+
+
+def _kernel(*refs: Any, weight: Weight, settings: Settings) -> None:
+    """refs: x [count, K] or its fragments, data, scale, (what the call waits for,) out [split, count, features]."""
+    x_ref, data_ref, scale_ref, out_ref = *refs[:3], refs[-1]
+    count = out_ref.shape[1]
+    columns = 1 if count <= 8 else 2
+    block, share = pl.program_id(0), pl.program_id(1)
+    at = Threads.make(settings.along_k, settings.along_n)
+    first_tile = (block * settings.along_n + at.warp_n) * settings.tiles
+    tiles = [jnp.minimum(first_tile + r, row_tiles(weight) - 1) for r in range(settings.tiles)]
+    sources = [Source(data_ref, scale_ref, tile) for tile in tiles]
+    total, slot = add_up(accumulate(x_ref, sources, weight, settings, at, columns, share), settings.along_k)
+    at = Threads.make(1, settings.along_n)
+    bits, parts = total.ndim - 2, parts_of(weight)
+    column, part, r = slot % columns, slot // columns % parts, slot // (columns * parts)
+    warp = at.warp_n[(..., *(None,) * bits)]
+    tile = (block * settings.along_n + warp) * settings.tiles + r
+    n, m = places(weight, at, tile, part, column, bits)
     n, m = jnp.broadcast_to(n, total.shape), jnp.broadcast_to(m, total.shape)
-    compat.store(out_ref, (share, m, n), total, (m < count) & (n < weight.features))
-
-
-def _zero_point(x: list[list[Operand]], zeros: Array) -> Array:
-    """-136 times the sum of x over the group, in every row: an mma whose A is constant."""
-    constant = jnp.full(zeros.shape, -1022835960, jnp.int32)  # 0xC308C308, two bf16 -136
-    return _mma([(((constant, 0),) * 4, b) for halves in x for b in halves], zeros)
+    compat.store(out_ref, (share, m, n), total, (m < count) & (n < weight.features) & (r < settings.tiles))
 
 
 def fragments(x: Float[Array, "count width"], weight: Weight) -> Int[Array, "groups columns words 32 4"]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.ssd import reference
+from pallas_kernels.ssd import pallas, reference
+from pallas_kernels.ssd.reference import Kernels as Kernels
+from pallas_kernels.ssd.reference import Window as Window
 
 SCANS = {"reference": reference.scan}
 STEPS = {"reference": reference.step}
+MIXERS = {"reference": reference.mixer_step, "pallas": pallas.mixer_step}
 
 
 def scan(
@@ -44,3 +47,57 @@ def step(
 ) -> tuple[Float[Array, "b hd nh"], Float[Array, "b nh hd ds"]]:
     """`scan` by one token."""
     return dispatch.pick("ssd.step", STEPS, implementation)(x, dt, a, b, c, state)
+
+
+def check(z: Array, x: Array, b: Array, c: Array, dt: Array, kernels: Kernels, windows: Window) -> None:
+    """Raise ValueError, naming the shapes, when a token, its convolutions and its windows do not fit each other."""
+    if x.ndim != 3 or z.shape != x.shape or dt.shape != x.shape[::2]:
+        raise ValueError(f"z {z.shape} and x {x.shape} are [batch, hd, nh], dt {dt.shape} is [batch, nh]")
+    if b.ndim != 3 or c.shape != b.shape or b.shape[0] != x.shape[0] or x.shape[2] % b.shape[2]:
+        raise ValueError(f"b {b.shape} and c {c.shape} do not fit x {x.shape}: [batch, ds, g], g a divisor of the heads")
+    width = kernels.x.shape[-1]
+    for name, value in (("x", x), ("b", b), ("c", c)):
+        kernel, bias, window = getattr(kernels, name), getattr(kernels, f"{name}_bias"), getattr(windows, name)
+        if kernel.shape != (*value.shape[1:], width):
+            raise ValueError(f"the convolution {kernel.shape} does not fit {name} {value.shape} and width {width}")
+        if bias is not None and bias.shape != value.shape[1:]:
+            raise ValueError(f"the convolution's bias {bias.shape} does not fit {name} {value.shape}")
+        if window.shape != (x.shape[0], width - 1, *value.shape[1:]):
+            raise ValueError(f"the window {window.shape} does not fit {name} {value.shape} and width {width}")
+    if windows.state.shape != (x.shape[0], x.shape[2], x.shape[1], b.shape[1]):
+        raise ValueError(f"the state {windows.state.shape} does not fit x {x.shape} and b {b.shape}: [batch, nh, hd, ds]")
+
+
+def mixer_step(
+    z: Float[Array, "batch hd nh"],
+    x: Float[Array, "batch hd nh"],
+    b: Float[Array, "batch ds g"],
+    c: Float[Array, "batch ds g"],
+    dt: Float[Array, "batch nh"],
+    kernels: Kernels,
+    dt_bias: Float[Array, " nh"],
+    a_log: Float[Array, " nh"],
+    d: Float[Array, " nh"],
+    windows: Window,
+    gate_norm: Float[Array, "hd nh"],
+    *,
+    dt_min: float,
+    dt_max: float,
+    eps: float,
+    norm_width: int,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "batch hd nh"], Window]:
+    """All of a Mamba2 block between its projections, for one real token of every sequence.
+
+    Causal convolutions with SiLU, `step`, the skip D x, the gate SiLU(z), and the RMS norm over the heads of each
+    group, whose mean counts `norm_width` channels (those before pruning).
+
+    z, x, b, c, dt: the projections, any float dtype; dt before its bias, softplus and clip to [dt_min, dt_max].
+    Returns what the output projection receives, in x's dtype, and the windows and float32 states after the token.
+    Values are rounded to their projection's dtype where the block's own layers do: after the convolutions, y, y + D x
+    and the norm. Not differentiable under "pallas". Raises ValueError when shapes do not fit.
+    """
+    check(z, x, b, c, dt, kernels, windows)
+    arguments = (z, x, b, c, dt, kernels, dt_bias, a_log, d, windows, gate_norm)
+    options = dict(dt_min=dt_min, dt_max=dt_max, eps=eps, norm_width=norm_width)
+    return dispatch.pick("ssd.mixer_step", MIXERS, implementation)(*arguments, **options)

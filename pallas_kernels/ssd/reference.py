@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 LONGEST_CHUNK = 128
@@ -23,6 +24,26 @@ def chunked(value: Float[Array, "b t ..."], chunk: int) -> Float[Array, "b n chu
     count = -(-length // chunk)
     widths = [(0, 0), (0, count * chunk - length)] + [(0, 0)] * len(rest)
     return jnp.pad(value.astype(jnp.float32), widths).reshape(batch, count, chunk, *rest)
+
+
+class Kernels(NamedTuple):
+    """The causal convolutions of x, B and C: their weights (the last one meets the newest token) and biases, if any."""
+
+    x: Float[Array, "hd nh width"]
+    b: Float[Array, "ds g width"]
+    c: Float[Array, "ds g width"]
+    x_bias: Float[Array, "hd nh"] | None = None
+    b_bias: Float[Array, "ds g"] | None = None
+    c_bias: Float[Array, "ds g"] | None = None
+
+
+class Window(NamedTuple):
+    """What one token leaves to the next: the last inputs of the convolutions, oldest first, and float32 states."""
+
+    x: Float[Array, "batch before hd nh"]
+    b: Float[Array, "batch before ds g"]
+    c: Float[Array, "batch before ds g"]
+    state: Float[Array, "batch nh hd ds"]
 
 
 class Chunks(NamedTuple):
@@ -117,3 +138,66 @@ def step(
     split = state.reshape(batch, groups, heads // groups, channels, -1)
     y = jnp.einsum("bgmpd,bdg->bpgm", split, c.astype(jnp.float32)).reshape(x.shape)
     return y.astype(x.dtype), state
+
+
+def _shifted(window: Float[Array, "b w ..."], value: Float[Array, "b ..."]) -> Float[Array, "b w ..."]:
+    return jnp.concatenate([window, value[:, None].astype(window.dtype)], axis=1)[:, 1:]
+
+
+def _convolved(
+    value: Float[Array, "b ..."], window: Float[Array, "b w ..."], kernel: Float[Array, "..."], bias: Array | None
+) -> Float[Array, "b ..."]:
+    """SiLU of the causal convolution's newest output, in the value's dtype."""
+    padded = jnp.concatenate([window.astype(value.dtype), value[:, None]], axis=1).astype(jnp.float32)
+    total = sum(padded[:, k] * kernel[..., k].astype(jnp.float32) for k in range(kernel.shape[-1]))
+    if bias is not None:
+        total = total + bias.astype(jnp.float32)
+    return jax.nn.silu(total).astype(value.dtype)
+
+
+def normed(
+    gated: Float[Array, "batch hd nh"],
+    square: Float[Array, "batch g"],
+    weight: Float[Array, "hd nh"],
+    *,
+    eps: float,
+    norm_width: int,
+    dtype: DTypeLike,
+) -> Float[Array, "batch hd nh"]:
+    """The gated RMS norm, given the sum of squares of every group; in `dtype`."""
+    split = _by_group(gated, square.shape[-1])
+    scale = jax.lax.rsqrt(square / norm_width + eps)
+    return (split * scale[:, None, :, None]).reshape(gated.shape).astype(dtype) * weight.astype(dtype)
+
+
+def mixer_step(
+    z: Float[Array, "batch hd nh"],
+    x: Float[Array, "batch hd nh"],
+    b: Float[Array, "batch ds g"],
+    c: Float[Array, "batch ds g"],
+    dt: Float[Array, "batch nh"],
+    kernels: Kernels,
+    dt_bias: Float[Array, " nh"],
+    a_log: Float[Array, " nh"],
+    d: Float[Array, " nh"],
+    windows: Window,
+    gate_norm: Float[Array, "hd nh"],
+    *,
+    dt_min: float,
+    dt_max: float,
+    eps: float,
+    norm_width: int,
+) -> tuple[Float[Array, "batch hd nh"], Window]:
+    """See `api.mixer_step`."""
+    after = {name: _shifted(getattr(windows, name), value) for name, value in (("x", x), ("b", b), ("c", c))}
+    dtype, groups = x.dtype, b.shape[-1]
+    x = _convolved(x, windows.x, kernels.x, kernels.x_bias)
+    b = _convolved(b, windows.b, kernels.b, kernels.b_bias)
+    c = _convolved(c, windows.c, kernels.c, kernels.c_bias)
+    steps = jnp.clip(jax.nn.softplus(dt.astype(jnp.float32) + dt_bias.astype(jnp.float32)), dt_min, dt_max)
+    y, state = step(x, steps, -jnp.exp(a_log.astype(jnp.float32)), b, c, windows.state)
+    y = y + (d.astype(jnp.float32) * x).astype(dtype)
+    gated = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
+    square = jnp.sum(_by_group(gated * gated, groups), axis=(1, 3))
+    hidden = normed(gated, square, gate_norm, eps=eps, norm_width=norm_width, dtype=dtype)
+    return hidden, Window(**after, state=state)

@@ -1,0 +1,180 @@
+"""One token through the inside of a Mamba2 block in one kernel, which reads and writes every state once, in place.
+
+The states are nearly all of the traffic; everything else a program needs it computes again, however many others do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import compat
+from pallas_kernels.compat import pl
+from pallas_kernels.ssd import reference
+from pallas_kernels.ssd.reference import Kernels, Window
+
+ELEMENTS = 4096
+"""About how many elements of the states a program holds in registers."""
+HEADS = 4
+"""Most heads of a program by rule: they lie side by side in x, so that more of each sector it loads is used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Heads of one group and channels that a program covers (powers of two), and its warps."""
+
+    heads: int
+    channels: int
+    warps: int = 4
+
+
+def settings(share: int, channels: int, states: int) -> Settings:
+    """By rule, for groups of `share` heads: no head that is not there, and about ELEMENTS elements."""
+    heads = HEADS
+    while share % heads:
+        heads //= 2
+    room = max(1, ELEMENTS // (heads * pl.next_power_of_2(states)))
+    return Settings(heads, min(pl.next_power_of_2(channels), room))
+
+
+def _silu(x: Array) -> Array:
+    return x / (1.0 + jnp.exp(-x))
+
+
+def _softplus(x: Array) -> Array:
+    return jnp.maximum(x, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
+def _kernel(
+    *refs: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], tile: Settings, dt_min: float, dt_max: float
+) -> None:
+    """refs: the arrays that `inputs` and `outputs` name; one program takes a tile of channels of a few heads of a group.
+
+    Letters of the shapes: h head, p channel, s state.
+    """
+    ref = dict(zip(inputs + outputs, refs, strict=True))
+    _, heads, channels, states = ref["state"].shape
+    share, width = heads // ref["b"].shape[2], ref["x_kernel"].shape[2]
+    row, group, of_heads, of_channels = (pl.program_id(axis) for axis in range(4))
+    of_group = of_heads * tile.heads + jnp.arange(tile.heads)
+    h, p = group * share + of_group, of_channels * tile.channels + jnp.arange(tile.channels)
+    s = jnp.arange(pl.next_power_of_2(states))
+    h_in, p_in, s_in = of_group < share, p < channels, s < states
+
+    # First of all, so that the states are on their way while everything else is computed.
+    at = (row, h[:, None, None], p[None, :, None], s[None, None, :])
+    at_in = h_in[:, None, None] & p_in[None, :, None] & s_in[None, None, :]
+    state = compat.load(ref["state"], at, at_in)
+
+    def convolved(name: str, index: tuple[Any, Any], inside: Array) -> tuple[Array, list[Array]]:
+        """SiLU of the convolution in the value's dtype, then float32, and its inputs, oldest first."""
+        window = ref[f"{name}_window"]
+        value = compat.load(ref[name], (row, *index), inside)
+        kept = [compat.load(window, (row, k, *index), inside) for k in range(width - 1)]
+        kept.append(value.astype(window.dtype))
+        total = jnp.zeros(inside.shape, jnp.float32)
+        for k in range(width):
+            newest = value if k == width - 1 else kept[k].astype(value.dtype)
+            weight = compat.load(ref[f"{name}_kernel"], (*index, k), inside)
+            total = total + newest.astype(jnp.float32) * weight.astype(jnp.float32)
+        if f"{name}_bias" in ref:
+            total = total + compat.load(ref[f"{name}_bias"], index, inside).astype(jnp.float32)
+        return _silu(total).astype(value.dtype).astype(jnp.float32), kept
+
+    of_x, of_x_in = (p[None, :], h[:, None]), h_in[:, None] & p_in[None, :]  # [h, p]
+    x, x_kept = convolved("x", of_x, of_x_in)
+    b, b_kept = convolved("b", (s, group), s_in)
+    c, c_kept = convolved("c", (s, group), s_in)
+
+    def per_head(name: str) -> Array:
+        return compat.load(ref[name], (h,), h_in).astype(jnp.float32)
+
+    dt = compat.load(ref["dt"], (row, h), h_in).astype(jnp.float32) + per_head("dt_bias")
+    dt = jnp.minimum(jnp.maximum(_softplus(dt), dt_min), dt_max)
+    keep = jnp.exp(dt * -jnp.exp(per_head("a_log")))
+    state = state * keep[:, None, None] + (x * dt[:, None])[:, :, None] * b[None, None, :]
+    dtype = ref["x"].dtype
+    y = jnp.sum(state * c[None, None, :], axis=2).astype(dtype).astype(jnp.float32)
+    skip = (per_head("d")[:, None] * x).astype(dtype).astype(jnp.float32)
+    y = (y + skip).astype(dtype).astype(jnp.float32)
+    gated = y * _silu(compat.load(ref["z"], (row, *of_x), of_x_in).astype(jnp.float32))
+
+    compat.barrier()
+    compat.store(ref["state_after"], at, state, at_in)
+    compat.store(ref["gated"], (row, *of_x), gated, of_x_in)
+    compat.store(ref["square"], (row, of_channels, h), jnp.sum(gated * gated, axis=1), h_in)
+    # Every program of a group reads the windows of B and C, so the new ones lie elsewhere; the first writes them.
+    first = s_in & (of_heads == 0) & (of_channels == 0)
+    for k in range(width - 1):
+        compat.store(ref["x_after"], (row, k, *of_x), x_kept[k + 1], of_x_in)
+        compat.store(ref["b_after"], (row, k, s, group), b_kept[k + 1], first)
+        compat.store(ref["c_after"], (row, k, s, group), c_kept[k + 1], first)
+
+
+def _supported(arrays: dict[str, Array]) -> None:
+    if any(value.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32) for value in arrays.values()):
+        raise NotImplementedError("the Pallas kernel steps 16-bit and 32-bit floats")
+    if arrays["state"].dtype != jnp.float32:
+        raise NotImplementedError("the Pallas kernel keeps states in float32")
+    if any(value.size == 0 for value in arrays.values()):
+        raise NotImplementedError("nothing to step")
+
+
+def mixer_step(
+    z: Float[Array, "batch hd nh"],
+    x: Float[Array, "batch hd nh"],
+    b: Float[Array, "batch ds g"],
+    c: Float[Array, "batch ds g"],
+    dt: Float[Array, "batch nh"],
+    kernels: Kernels,
+    dt_bias: Float[Array, " nh"],
+    a_log: Float[Array, " nh"],
+    d: Float[Array, " nh"],
+    windows: Window,
+    gate_norm: Float[Array, "hd nh"],
+    *,
+    dt_min: float,
+    dt_max: float,
+    eps: float,
+    norm_width: int,
+    tile: Settings | None = None,
+) -> tuple[Float[Array, "batch hd nh"], Window]:
+    """See api.mixer_step; `tile` replaces the rule's. Raises NotImplementedError for float64, empty input (a window of
+    width 1, say) and states that are not float32.
+    """
+    arrays = dict(z=z, x=x, b=b, c=c, dt=dt, dt_bias=dt_bias, a_log=a_log, d=d, state=windows.state)
+    for name in ("x", "b", "c"):
+        arrays |= {f"{name}_window": getattr(windows, name), f"{name}_kernel": getattr(kernels, name)}
+        bias = getattr(kernels, f"{name}_bias")
+        arrays |= {} if bias is None else {f"{name}_bias": bias}
+    _supported(arrays | {"gate_norm": gate_norm})
+    batch, channels, heads = x.shape
+    groups = b.shape[2]
+    tile = tile or settings(heads // groups, channels, b.shape[1])
+    of_heads, of_channels = pl.cdiv(heads // groups, tile.heads), pl.cdiv(channels, tile.channels)
+    after = {
+        "gated": jax.ShapeDtypeStruct(x.shape, jnp.float32),
+        "square": jax.ShapeDtypeStruct((batch, of_channels, heads), jnp.float32),
+        "x_after": jax.ShapeDtypeStruct(windows.x.shape, windows.x.dtype),
+        "b_after": jax.ShapeDtypeStruct(windows.b.shape, windows.b.dtype),
+        "c_after": jax.ShapeDtypeStruct(windows.c.shape, windows.c.dtype),
+        "state_after": jax.ShapeDtypeStruct(windows.state.shape, jnp.float32),
+    }
+    inputs, outputs = tuple(arrays), tuple(after)
+    in_place = {"x_window": "x_after", "state": "state_after"}
+    gated, square, *rest = compat.call(
+        functools.partial(_kernel, inputs=inputs, outputs=outputs, tile=tile, dt_min=dt_min, dt_max=dt_max),
+        name="mixer_step",
+        grid=(batch, groups, of_heads, of_channels),
+        out_shape=tuple(after.values()),
+        warps=tile.warps,
+        aliases={inputs.index(old): outputs.index(new) for old, new in in_place.items()},
+    )(*arrays.values())
+    square = square.reshape(batch, of_channels, groups, -1).sum((1, 3))
+    hidden = reference.normed(gated, square, gate_norm, eps=eps, norm_width=norm_width, dtype=x.dtype)
+    return hidden, Window(*rest)
