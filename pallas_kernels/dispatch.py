@@ -10,16 +10,17 @@ from typing import Any
 import jax
 
 VARIABLE = "UNIQL_KERNELS"
-"""Environment variable that overrides the default with one of NAMES (a kernel that has it not uses the reference)."""
+"""Environment variable that overrides the default with one of NAMES (a kernel that has it not keeps its own)."""
 
-NAMES = ("reference", "blocked", "pallas")
+NAMES = ("reference", "blocked", "pallas", "cudnn")
 
 DEFAULTS = {"cpu": "blocked", "gpu": "reference"}
 """What runs on each backend when nobody says otherwise; elsewhere the reference."""
 
-MEASURED: dict[tuple[str, str], str] = {}
-"""Kernel and backend -> what beats the backend's default there. ("dequant_matmul", "gpu"): "pallas" comes in once whole
-models, and not the kernel alone (benchmarks/results/kernels-*.json), have been measured with it."""
+MEASURED: dict[tuple[str, str], str] = {("causal_attention", "gpu"): "cudnn"}
+"""Kernel and backend -> what beats the backend's default there. cuDNN's attention needs no measurement: it alone
+holds no scores in memory. ("dequant_matmul", "gpu"): "pallas" comes in once whole models, and not the kernel alone
+(benchmarks/results/kernels-*.json), have been measured with it."""
 
 
 def named() -> str | None:
@@ -49,6 +50,8 @@ def pick(
             raise ValueError(f"{name} has no implementation {implementation!r}; it has {', '.join(implementations)}")
         return implementations[implementation]
     chosen = default(name)
+    if chosen not in implementations:
+        chosen = MEASURED.get((name, jax.default_backend()), "reference")
     if chosen not in implementations or chosen == "reference":
         return implementations["reference"]
     function = implementations[chosen]

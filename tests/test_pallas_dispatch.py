@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from pallas_kernels import dispatch
+from pallas_kernels.attention import prefill
 from pallas_kernels.dequant_matmul import api as dequant_matmul_api
 from pallas_kernels.embedding import api as embedding_api
 from pallas_kernels.rope import api as rope_api
@@ -25,6 +26,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_default_and_kernel_is_a_known_name() -> None:
     tables = (dequant_matmul_api.IMPLEMENTATIONS, rope_api.ONE, rope_api.BOTH, embedding_api.IMPLEMENTATIONS)
+    tables += (prefill.CAUSAL,)
     for table in tables:
         assert "reference" in table
         assert set(table) <= set(dispatch.NAMES)
@@ -45,8 +47,18 @@ def test_environment_overrides_and_falls_back(monkeypatch: pytest.MonkeyPatch) -
     assert dispatch.pick("k", KERNEL, None)() == "reference"
     assert dispatch.pick("k", KERNEL | {"pallas": lambda: "pallas"}, None)() == "pallas"
     monkeypatch.setenv(dispatch.VARIABLE, "palas")
-    with pytest.raises(ValueError, match="UNIQL_KERNELS is one of reference, blocked, pallas, not 'palas'"):
+    with pytest.raises(ValueError, match="UNIQL_KERNELS is one of reference, blocked, pallas, cudnn, not 'palas'"):
         dispatch.pick("k", KERNEL, None)
+
+
+def test_a_name_that_a_kernel_has_not_leaves_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch.MEASURED, ("k", jax.default_backend()), "library")
+    monkeypatch.setenv(dispatch.VARIABLE, "pallas")
+    table = {"reference": lambda: "reference", "library": lambda: "library"}
+    assert dispatch.pick("k", table, None)() == "library"
+    assert dispatch.pick("other", table, None)() == "reference"
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    assert dispatch.pick("k", table, None)() == "reference"
 
 
 def test_a_named_implementation_fails_loudly() -> None:

@@ -34,12 +34,14 @@ class Cache:
     """State of a batch of sequences: one {kind: state} a layer, which slots hold tokens, and where the next one goes.
 
     `slot` is shared by the batch (padding sits on the left); `position` is each sequence's own count of real tokens.
+    `empty`, known when code is traced, says that nothing was written yet: what is read then sees only itself.
     """
 
     layers: tuple[dict[str, Any], ...]
     valid: Bool[Array, "b s"]
     position: Int[Array, " b"]
     slot: Int[Array, ""]
+    empty: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def nbytes(self) -> int:

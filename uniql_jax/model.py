@@ -18,7 +18,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.int4 import QuantizedArray
 from uniql_jax.layers import KINDS
-from uniql_jax.layers.context import Context, full_context
+from uniql_jax.layers.context import Causal, Context, full_context
 from uniql_jax.layers.linear import apply_rows
 from uniql_jax.layers.norm import rms_norm
 from uniql_jax.plan import Plan
@@ -106,7 +106,7 @@ def hidden_states(
     gradient keeps only what passes between layers and computes the rest again, for less memory.
     """
     valid = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask.astype(bool)
-    context = full_context(valid)
+    context = full_context(valid, padded=attention_mask is not None)
     x = embed(model.params, tokens, model.dtype)
     apply = jax.checkpoint(apply_layer, static_argnums=(0, 1)) if remat else apply_layer
     for i, (kinds, layer) in enumerate(zip(model.config.pattern, model.params["layers"], strict=True)):
@@ -139,6 +139,7 @@ def init_cache(model: CausalLM, batch: int, length: int) -> Cache:
         valid=jnp.zeros((batch, length), bool),
         position=jnp.zeros((batch,), jnp.int32),
         slot=jnp.zeros((), jnp.int32),
+        empty=True,
     )
 
 
@@ -159,14 +160,14 @@ def cache_bytes(
 
 
 def _extend(
-    model: CausalLM, tokens: Int[Array, "b t"], valid: Bool[Array, "b t"], cache: Cache
+    model: CausalLM, tokens: Int[Array, "b t"], valid: Bool[Array, "b t"], cache: Cache, own: Causal | None = None
 ) -> tuple[Float[Array, "b t h"], Cache]:
-    """Run tokens through all layers, reading and extending the cache."""
+    """Run tokens through all layers, reading and extending the cache; with `own` they see one another only."""
     length, slots = tokens.shape[1], cache.valid.shape[1]
     positions = jnp.maximum(cache.position[:, None] + jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1, 0)
     filled = jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.slot))
     order = jnp.arange(slots)[None, :] <= cache.slot + jnp.arange(length)[:, None]
-    context = Context(positions, filled[:, None, :] & order[None], valid, cache.slot)
+    context = Context(positions, own or filled[:, None, :] & order[None], valid, cache.slot)
     x = embed(model.params, tokens, model.dtype)
     layers = []
     for kinds, layer, before in zip(model.config.pattern, model.params["layers"], cache.layers, strict=True):
@@ -190,7 +191,8 @@ def prefill(
 ) -> tuple[Float[Array, "b vocab"], Cache]:
     """Read prompts (padded on the left) into the cache; returns the logits that follow the last position."""
     valid = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask.astype(bool)
-    x, cache = _extend(model, tokens, valid, cache)
+    own = Causal(None if attention_mask is None else valid) if cache.empty else None
+    x, cache = _extend(model, tokens, valid, cache, own)
     return logits(model, x[:, -1]), cache
 
 

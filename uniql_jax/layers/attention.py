@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.attention import causal_attention, masked_attention
 from pallas_kernels.rope import rope_qk
 from uniql_jax import elastic
 from uniql_jax.cache import LayerCache
 from uniql_jax.config import ModelConfig
-from uniql_jax.layers.context import Context
+from uniql_jax.layers.context import Causal, Context
 from uniql_jax.layers.linear import apply_columns, apply_rows
 from uniql_jax.layers.norm import rms_norm
 
@@ -66,22 +67,18 @@ def attend(
     q: Float[Array, "b t n dk"],
     k: Float[Array, "b s g dk"],
     v: Float[Array, "b s g dv"],
-    visible: Bool[Array, "b t s"],
+    visible: Causal | Bool[Array, "b t s"],
 ) -> Float[Array, "b t dv n"]:
     """Softmax attention; scores and softmax in float32. `visible[b, t, s]` says that query t may see key s.
 
-    A query that sees nothing (padding) gets zeros.
+    With `Causal` keys and values are those of the queries' tokens. A query that sees nothing (padding) gets zeros.
     """
-    batch, length = q.shape[:2]
-    grouped = q.reshape(batch, length, config.kv_heads, config.query_groups, -1)
-    scores = jnp.einsum("btgmd,bsgd->bgmts", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores * (config.head_dim**-0.5), -jnp.inf)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = (weights / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
-    out = jnp.einsum("bgmts,bsgr->btrgm", weights, v, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype).reshape(batch, length, v.shape[-1], config.heads)
+    scale = config.head_dim**-0.5
+    if isinstance(visible, Causal):
+        out = causal_attention(q, k, v, visible.valid, scale=scale)
+    else:
+        out = masked_attention(q, k, v, visible, scale=scale)
+    return out.swapaxes(2, 3)
 
 
 def inner(
@@ -109,9 +106,12 @@ def cached_inner(
 ) -> tuple[Float[Array, "b t vo n"], LayerCache]:
     """What o receives when earlier keys and values sit in the cache; the new ones are written from the slot on."""
     q, k, v = project(config, leaves, normed, context)
+    k, v = k.astype(state.k.dtype), v.astype(state.v.dtype)  # a first prompt sees what later ones will
     start = (0, context.slot, 0, 0)
     state = LayerCache(
-        k=jax.lax.dynamic_update_slice(state.k, k.astype(state.k.dtype), start),
-        v=jax.lax.dynamic_update_slice(state.v, v.astype(state.v.dtype), start),
+        k=jax.lax.dynamic_update_slice(state.k, k, start),
+        v=jax.lax.dynamic_update_slice(state.v, v, start),
     )
-    return attend(config, q, state.k.astype(q.dtype), state.v.astype(q.dtype), context.visible), state
+    if not isinstance(context.visible, Causal):
+        k, v = state.k, state.v
+    return attend(config, q, k.astype(q.dtype), v.astype(q.dtype), context.visible), state

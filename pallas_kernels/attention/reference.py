@@ -1,0 +1,98 @@
+"""Attention in plain jnp: the specification, and what runs wherever no kernel does.
+
+Many scores are made in blocks of queries, one after another. A block sees all its keys, so that it needs no running
+maximum and sum and is the same function as the whole; a gradient makes the block's scores again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+SCORES = 2**26
+"""Most float32 scores that are held at a time: 256 MiB."""
+
+
+def plain(
+    q: Float[Array, "b t n dk"],
+    k: Float[Array, "b s g dk"],
+    v: Float[Array, "b s g dv"],
+    visible: Bool[Array, "b t s"],
+    scale: float | int,
+) -> Float[Array, "b t n dv"]:
+    """All scores at once. A query that sees nothing gets zeros."""
+    batch, length, heads, _ = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], -1)
+    scores = jnp.einsum("btgmd,bsgd->bgmts", grouped, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores * scale, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = (weights / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
+    out = jnp.einsum("bgmts,bsgr->btgmr", weights, v, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype).reshape(batch, length, heads, v.shape[-1])
+
+
+def _in_blocks(
+    q: Float[Array, "b t n dk"],
+    k: Float[Array, "b s g dk"],
+    v: Float[Array, "b s g dv"],
+    visible: Callable[[Int[Array, " block"]], Bool[Array, "b block s"]],
+    scale: float | int,
+) -> Float[Array, "b t n dv"]:
+    """`plain` over blocks of queries that hold SCORES scores; `visible` says what the queries at some places see."""
+    batch, length, heads, _ = q.shape
+    most = max(1, SCORES // max(1, batch * heads * k.shape[1]))
+    if length <= most:
+        return plain(q, k, v, visible(jnp.arange(length)), scale)
+    blocks = -(-length // most)
+    size = -(-length // blocks)
+
+    @jax.checkpoint
+    def block(first: Int[Array, ""]) -> Float[Array, "b block n dv"]:
+        # The last block starts early enough to be whole: what it does twice is cut off below.
+        part = jax.lax.dynamic_slice_in_dim(q, first, size, axis=1)
+        return plain(part, k, v, visible(first + jnp.arange(size)), scale)
+
+    whole = length // size
+    starts = jnp.arange(whole) * size
+    out = jax.lax.map(block, starts).swapaxes(0, 1).reshape(batch, whole * size, heads, -1)
+    rest = length - whole * size
+    if rest:
+        last = block(jnp.asarray(length - size))
+        out = jnp.concatenate([out, last[:, size - rest :]], axis=1)
+    return out
+
+
+def causal_attention(
+    q: Float[Array, "b t n dk"],
+    k: Float[Array, "b t g dk"],
+    v: Float[Array, "b t g dv"],
+    valid: Bool[Array, "b t"] | None = None,
+    *,
+    scale: float | int,
+) -> Float[Array, "b t n dv"]:
+    """See prefill.causal_attention."""
+    batch, length = q.shape[:2]
+    real = jnp.ones((batch, length), bool) if valid is None else valid
+
+    def visible(place: Int[Array, " block"]) -> Bool[Array, "b block t"]:
+        before = jnp.arange(length)[None, :] <= place[:, None]
+        return before[None] & real[:, None, :] & real[:, place][:, :, None]
+
+    return _in_blocks(q, k, v, visible, scale)
+
+
+def masked_attention(
+    q: Float[Array, "b t n dk"],
+    k: Float[Array, "b s g dk"],
+    v: Float[Array, "b s g dv"],
+    visible: Bool[Array, "b t s"],
+    *,
+    scale: float | int,
+) -> Float[Array, "b t n dv"]:
+    """See prefill.masked_attention."""
+    return _in_blocks(q, k, v, lambda place: visible[:, place], scale)
