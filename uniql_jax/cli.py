@@ -144,6 +144,33 @@ def bounded_float(low: float | int, high: float | int = math.inf) -> Callable[[s
     return parse
 
 
+def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
+    """The option of doors that compile for long; hand its value to `use_compilation_cache` before anything runs."""
+    parser.add_argument(
+        "--compilation-cache", metavar="DIR", help="keep compiled programs here, so that the next run starts sooner"
+    )
+
+
+def use_compilation_cache(folder: str | Path | None) -> None:
+    """Keep compiled programs in a folder (made if need be), over processes; None changes nothing.
+
+    Raises UserError when it cannot be written.
+    """
+    if folder is None:
+        return
+    path = Path(folder).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"no permission to write {path}")
+    import jax  # here: `--help` and argument errors need no JAX
+
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a model has many small programs
+
+
 def format_bytes(count: float | int) -> str:
     """Bytes for people, decimal units: 84300000 -> '84.3 MB'."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -60,12 +60,14 @@ def parser() -> cli.Parser:
         "--top-k", type=cli.natural_int, default=0, metavar="K", help="draw from the K likeliest tokens; 0 is off"
     )
     parser.add_argument("--seed", type=cli.natural_int, default=0, metavar="N", help="for a temperature above 0")
+    cli.add_compilation_cache(parser)
     return parser
 
 
 def main(argv: list[str]) -> None:
     """Run the door; raises UserError."""
     args = parser().parse_args(argv)
+    cli.use_compilation_cache(args.compilation_cache)
     from uniql_jax.checkpoint import open_checkpoint
     from uniql_jax.loading import load
     from uniql_jax.plan import MAX_PRUNE_RATE

@@ -5,6 +5,7 @@ Shapes, packing and memory layout are those of a loaded checkpoint, since the sa
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -17,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
-from uniql_jax import elastic
 from uniql_jax import config as model_config
+from uniql_jax import elastic
 from uniql_jax.checkpoint import leaf_group
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
@@ -50,20 +51,23 @@ def read_config(name: str) -> ModelConfig:
         raise UserError(f"no config {name!r}: give the path of a config.json, or one of {', '.join(published())}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, OSError):
         found = None
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a JSON object")
-    return model_config.from_hf(found)
+    try:
+        return model_config.from_hf(found)
+    except (TypeError, ValueError, ZeroDivisionError) as error:  # a size that is no number, or none at all
+        raise UserError(f"{path} is no model's config: {error}") from None
 
 
-def _leaf_shape(config: ModelConfig, leaf: elastic.Leaf, keep: Mapping[str, int], bits: int) -> Any:
-    """A leaf with jax.ShapeDtypeStruct for arrays: packed (in plain order), dense or a vector, as the pass stores it."""
+def _leaf_shape(config: ModelConfig, leaf: elastic.Leaf, keep: Mapping[str, int], bits: int, dtype: Any) -> Any:
+    """A leaf with jax.ShapeDtypeStruct for arrays: packed (in plain order), dense in `dtype`, or a float32 vector."""
     shape = elastic.shape(config, leaf, keep)
     if leaf.contract is None:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
     if bits >= 16:
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16 if bits == 16 else jnp.float32)
+        return jax.ShapeDtypeStruct(shape, dtype)
     last = leaf.contract == "last"
     width = shape[-1] if last else math.prod(shape[:-1])
     rows = math.prod(shape) // width
@@ -83,18 +87,19 @@ def _placed(leaves: dict[str, Any], place: Any) -> dict[str, Any]:
 def _block_shapes(config: ModelConfig, kind: str, keep: tuple[tuple[str, int], ...], bits: int, dtype: Any) -> Any:
     # Remembered: layers of equal sizes are most of them.
     leaves = elastic.leaves(config, kind).items()
-    shapes = {name: _leaf_shape(config, leaf, dict(keep), bits) for name, leaf in leaves}
+    shapes = {name: _leaf_shape(config, leaf, dict(keep), bits, dtype) for name, leaf in leaves}
     return _placed(shapes, lambda packed: place_layer({kind: packed}, dtype)[kind])
 
 
 def weight_shapes(config: ModelConfig, bits: int, rate: float, plan: Plan, dtype: Any = None) -> dict[str, Any]:
     """The model's `params` with jax.ShapeDtypeStruct in place of arrays; nothing is allocated.
 
-    bits: 4 or 8 (packed), 16 (bfloat16) or 32. dtype: of activations, which the layout depends on.
+    bits: 4 or 8 (packed), or 16 (dense, in `dtype`). dtype: of activations (default bfloat16 on GPUs, float32 on CPUs),
+    which the layout of packed weights depends on too.
     """
     dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
     names = ["embed", "norm"] + ([] if config.tie_embeddings else ["head"])
-    top = {name: _leaf_shape(config, elastic.TOP[name], {}, bits) for name in names}
+    top = {name: _leaf_shape(config, elastic.TOP[name], {}, bits, dtype) for name in names}
     if bits < 16 and config.tie_embeddings:  # one rotated table serves twice
         top["head_in"] = jax.ShapeDtypeStruct((config.hidden_size, config.hidden_size), dtype)
     layers = [
@@ -136,7 +141,9 @@ class _Drawer:
     def leaf(self, name: str, leaf: elastic.Leaf, like: Any) -> Any:
         if isinstance(like, QuantizedArray):
             scale = 1 / (SPREAD[like.bits] * math.sqrt(like.width))
-            return like.replace(data=self.array(like.data), scale=self.array(like.scale, scale / 2, scale * 1.5))
+            return dataclasses.replace(
+                like, data=self.array(like.data), scale=self.array(like.scale, scale / 2, scale * 1.5)
+            )
         if name == "inv_freq" and self.config.rope is not None:
             return jnp.asarray(np.repeat(self.config.rope.inv_freq()[: like.shape[0], None], like.shape[1], 1))
         if leaf.contract is None:
@@ -152,8 +159,8 @@ def random_model(
 ) -> CausalLM:
     """A model of random weights at a prune rate from 0 to 0.35, made on the device and never held by the host.
 
-    bits: 4 or 8 (packed), 16 (bfloat16) or 32. plan: uniform over the layers when None. dtype: of activations (default
-    bfloat16 on GPUs, float32 on CPUs). Raises UserError on a bad rate.
+    bits: 4 or 8 (packed), or 16 (dense, in `dtype`). plan: uniform over the layers when None. dtype: of activations
+    (default bfloat16 on GPUs, float32 on CPUs). Raises UserError on a bad rate.
     """
     rate = check_rate(rate)
     plan = make_plan(config, None) if plan is None else plan
@@ -169,24 +176,3 @@ def random_model(
         for layer in shapes["layers"]
     ]
     return CausalLM(config, top | {"layers": layers}, plan, rate, None, dtype)
-
-
-def dense_model(model: CausalLM, dtype: Any = jnp.bfloat16) -> CausalLM:
-    """The same model with dense matrices of `dtype`; a layer's packed weights go once they are replaced.
-
-    The given model is used up: its layers are taken out of it.
-    """
-
-    def dense(leaf: elastic.Leaf, value: Any) -> Any:
-        if isinstance(value, QuantizedArray):
-            return value.dequantize(dtype)
-        return value.astype(dtype) if leaf.contract else value
-
-    params, waiting, layers = model.params, model.params["layers"], []
-    while waiting:
-        layer = waiting.pop(0)
-        layers.append(
-            {kind: {n: dense(elastic.BLOCKS[kind][n], v) for n, v in block.items()} for kind, block in layer.items()}
-        )
-    top = {name: dense(elastic.TOP[name], value) for name, value in params.items() if name != "layers"}
-    return CausalLM(model.config, top | {"layers": layers}, model.plan, model.rate, model.folder, model.dtype)

@@ -10,19 +10,20 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import os
 import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
+from pallas_kernels import dispatch
 from uniql_jax import runtime
 from uniql_jax.cache import Cache
 from uniql_jax.model import CausalLM, cache_bytes
@@ -30,6 +31,8 @@ from uniql_jax.model import CausalLM, cache_bytes
 COPY_BYTES = {"cpu": 2**28, "gpu": 2**31}
 """Bytes of the array that the memory's speed is measured on: far beyond any device's caches."""
 COPIES = 8
+VARIABLES = ("UNIQL_KERNELS", "JAX_PLATFORMS", "XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_ENABLE_X64")
+"""Environment variables that change what is measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,27 +94,36 @@ def compile_program(function: Any, *arguments: Any, **static: Any) -> Program:
 class Bench:
     """One model at one batch size, prompt length and answer length (tokens); programs compile when first needed.
 
-    Prompts are random tokens, all of them read (no padding); the likeliest token is always taken and nothing stops an
-    answer early. The cache has room for prompt and answer.
+    Prompts are random tokens, padded as the runtime pads them; the likeliest token is always taken and nothing stops an
+    answer early, so every run does the same work.
     """
 
-    def __init__(self, model: CausalLM, batch: int, prompt_len: int, gen_len: int, repeats: int = 5):
-        self.model, self.batch, self.prompt_len, self.gen_len = model, batch, prompt_len, gen_len
-        self.repeats, self.slots = repeats, prompt_len + gen_len
-        rng = np.random.default_rng(0)
-        self._tokens = rng.integers(0, model.config.vocab_size, (batch, prompt_len)).astype(np.int32)
-        self._mask = np.ones((batch, prompt_len), np.int32)
+    def __init__(
+        self, model: CausalLM, batch: int, prompt_len: int, gen_len: int, repeats: int = 5, seed: int = 0
+    ) -> None:
+        self.model, self.batch, self.prompt_len, self.gen_len, self.repeats = model, batch, prompt_len, gen_len, repeats
+        rng = np.random.default_rng(seed)
+        self.prompts = rng.integers(0, model.config.vocab_size, (batch, prompt_len)).astype(np.int32)
+        self._inputs = runtime._padded(self.prompts, np.ones((batch, prompt_len), np.int32))
         self._key = jax.random.key(0)
-        self._settings = (np.float32(0.0), np.float32(1.0), np.int32(0))  # greedy
+        self._settings = runtime._settings(0.0, 1.0, 0)
         self._stops = np.full(4, -1, np.int32)  # no token has this id
+
+    # The seam: from here to _run_loop is all that knows how the runtime's compiled steps are called. They are compiled
+    # ahead of their call, which alone tells compile time and memory. A test compares them with `generate_tokens`.
+
+    @property
+    def slots(self) -> int:
+        """Tokens that the cache has room for."""
+        return self._inputs[0].shape[1] + self.gen_len
 
     @property
     def _prompt(self) -> tuple:
-        return self.model, self._tokens, self._mask, self._key, self._settings
+        return self.model, *self._inputs, self._key, self._settings
 
     @functools.cached_property
     def _started(self) -> Any:
-        """Shapes of what prefill gives: the first token of each row and the cache."""
+        # shapes of what prefill gives: the first token of each row and the cache
         return jax.eval_shape(functools.partial(runtime._first, slots=self.slots), *self._prompt)
 
     @functools.cached_property
@@ -134,15 +146,21 @@ class Bench:
     def _start(self) -> tuple[Array, Cache]:
         return self.prefill.run(*self._prompt)
 
-    def _run_loop(self, token: Array, cache: Cache) -> Any:
+    def _run_step(self, token: Array, cache: Cache, step: int) -> tuple[Array, Cache]:
+        return self.step.run(self.model, token, cache, self._key, np.int32(step), self._settings)
+
+    def _run_loop(self, token: Array, cache: Cache) -> tuple[Array, Cache]:
         return self.loop.run(self.model, token, cache, self._key, self._settings, self._stops)
+
+    # What is measured.
 
     def ttft(self) -> Timing:
         """Seconds from prompts to their first tokens."""
         return measure(self._start, self.repeats)
 
-    def tpot_step(self) -> Timing:
-        """Seconds per token when each step is a call, as in streaming; no step waits for the host.
+    def tpot_step(self, read: bool = True) -> Timing:
+        """Seconds per token when each step is a call. `read`: the host reads a token before it asks for the next, as
+        `generate` does; else steps are only handed to the device.
 
         Raises ValueError when the answer is a single token, which takes no step.
         """
@@ -150,7 +168,9 @@ class Bench:
 
         def chain(token: Array, cache: Cache) -> Array:
             for step in range(1, steps + 1):
-                token, cache = self.step.run(self.model, token, cache, self._key, np.int32(step), self._settings)
+                if read:
+                    np.asarray(token)
+                token, cache = self._run_step(token, cache, step)
             return token
 
         return measure(chain, self.repeats, self._start).scaled(1 / steps)
@@ -161,7 +181,11 @@ class Bench:
 
     def ttlt(self) -> Timing:
         """Seconds from prompts to the last token of their answers, prefill and compiled loop."""
-        return measure(lambda: self._run_loop(*self._start()), self.repeats)
+        return measure(self.answer, self.repeats)
+
+    def answer(self) -> Int[Array, "b new"]:
+        """The answers themselves, [batch, gen_len]."""
+        return self._run_loop(*self._start())[0]
 
     def _steps(self) -> int:
         if self.gen_len < 2:
@@ -176,10 +200,16 @@ class Bench:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes that a decode step must read: all weights and the cache, but not a table that is only looked up in."""
-        params = self.model.params
+        """Bytes that a decode step, halfway through the answer, must move: all weights but a table that is only looked
+        up in, keys and values of the tokens so far, and states, which are read and written.
+        """
+        model, params = self.model, self.model.params
         looked_up = device_bytes(params["embed"]) if "head" in params else 0
-        return device_bytes(params) - looked_up + self.cache_bytes
+        so_far, states = (
+            cache_bytes(model.config, model.keep, self.batch, length, model.dtype)
+            for length in (self.prompt_len + self.gen_len // 2, 0)
+        )
+        return device_bytes(params) - looked_up + so_far + states
 
     @property
     def compiled(self) -> dict[str, Program]:
@@ -189,7 +219,7 @@ class Bench:
 
 def decode_step_seconds(model: CausalLM, cache_len: int, batch: int, steps: int, repeats: int = 5) -> Timing:
     """Seconds per decode step after `cache_len` tokens, `steps` (at least 1) of them chained through the cache."""
-    return Bench(model, batch, cache_len, steps + 1, repeats).tpot_step()
+    return Bench(model, batch, cache_len, steps + 1, repeats).tpot_step(read=False)
 
 
 def device_bytes(tree: Any) -> int:
@@ -217,17 +247,40 @@ def peak_bytes() -> int | None:
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def environment() -> dict[str, Any]:
-    """Device, versions, command and date: where a measurement came from."""
+def memory_limit() -> int | None:
+    """Bytes that the device can hold: what JAX may take of a GPU, the machine's memory for a CPU; None: unknown."""
     device = jax.devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None and device.platform == "cpu" and hasattr(os, "sysconf"):
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(limit) if limit and limit > 0 else None
 
-    def short(word: str) -> str:  # where files lay is nobody's business: their names are enough
-        return Path(word).name if Path(word).is_absolute() or Path(word).exists() else word
 
+def device_name() -> str:
+    """The device that computes, in words."""
+    device = jax.devices()[0]
+    return f"CPU ({platform.machine()}, {os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
+
+
+def environment(command: Sequence[str]) -> dict[str, Any]:
+    """Where a measurement came from: device, versions, the environment variables that matter, command and date.
+
+    Of files only names are kept: where they lay is nobody's business.
+    """
+
+    def short(word: str) -> str:
+        name, equals, value = word.rpartition("=")
+        path = Path(value)
+        return f"{name}{equals}{path.name}" if path.is_absolute() or path.exists() else word
+
+    found = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     return {
-        "device": device.device_kind if device.platform != "cpu" else f"CPU ({platform.machine()})",
+        "device": device_name(),
+        "driver": jax.devices()[0].client.platform_version.splitlines()[-1],
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "flax")},
-        "command": " ".join(["python", *map(short, sys.argv)]),
+        "variables": {name: " ".join(map(short, value.split())) for name, value in found.items()},
+        "kernels": dispatch.default("dequant_matmul"),
+        "command": " ".join(map(short, command)),
         "date": datetime.date.today().isoformat(),
     }
