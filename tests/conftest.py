@@ -19,8 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Tiny models run in no time and compile in minutes: leave LLVM's optimizations out.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Tiny models run in no time and compile in minutes: leave LLVM's optimizations out. (On a GPU they make the kernels.)
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0" if os.environ["JAX_PLATFORMS"] == "cpu" else "")
 
 import numpy as np
 import pytest
@@ -46,9 +46,28 @@ settings.register_profile(
 settings.load_profile("uniql")
 
 
+ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
+
+
+def pytest_configure() -> None:
+    """Several processes share a GPU; bounds of float32 are float32's, not TF32's."""
+    if not ON_CPU:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--seed N`: other random inputs than last time."""
     parser.addoption("--seed", type=int, default=0, help="base seed of the random inputs")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where JAX may take a GPU, the kernels' suites are GPU tests: the same cases, compiled instead of interpreted."""
+    for item in items:
+        if not ON_CPU and item.path.name.startswith("test_pallas_"):
+            item.add_marker("gpu")
+            item.add_marker(pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated"))
 
 
 def pytest_report_header(config: pytest.Config) -> str:
