@@ -9,7 +9,8 @@ import pytest
 from jax.test_util import check_grads
 
 from pallas_kernels import compat
-from pallas_kernels.rope import api, rope, rope_qk
+from pallas_kernels.rope import api, pallas, rope, rope_qk
+from pallas_kernels.rope.pallas import Settings
 from tests.pallas_cases import nvidia
 
 BOUND = {"float32": 1e-5, "bfloat16": 4e-3}
@@ -59,6 +60,51 @@ def test_agrees_with_complex_rotation(rng: np.random.Generator, implementation: 
     assert close(got_q, rotated(q, positions, inv_freq), dtype)
     assert close(got_k, rotated(k, positions, inv_freq), dtype)
     assert close(rope(q, positions, inv_freq, implementation=implementation), rotated(q, positions, inv_freq), dtype)
+
+
+CUTS = [
+    Settings(elements=16, warps=1),
+    Settings(elements=64, shared=True),
+    Settings(elements=4096, fast=False),
+    Settings(elements=512, shared=True, fast=False, warps=8),
+]
+
+
+@pytest.mark.parametrize("settings", CUTS, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 7, 13, 6, 2), (1, 65, 48, 32, 8), (2, 5, 8, 28, 4), (1, 9, 3, 9, 3), (1, 2, 1, 5, 5)], ids=str
+)
+def test_every_cut(rng: np.random.Generator, shape, settings: Settings) -> None:
+    """Whole tiles and parts of one, any number of heads; forward and back."""
+    q, k, positions, inv_freq = draw(rng, shape, "float32")
+    call = jax.jit(lambda q, k: jax.vjp(lambda *a: pallas.rope_qk(*a, positions, inv_freq, settings), q, k))
+    (got_q, got_k), pull = call(q, k)
+    assert close(got_q, rotated(q, positions, inv_freq), "float32")
+    assert close(got_k, rotated(k, positions, inv_freq), "float32")
+    back_q, back_k = pull((q, k))
+    assert close(back_q, rotated(q, -positions, inv_freq), "float32")
+    assert close(back_k, rotated(k, -positions, inv_freq), "float32")
+
+
+def test_whole_turns_are_taken_off_exactly(rng: np.random.Generator) -> None:
+    """As the kernel does it: each multiply-add is rounded once, as in float64 and then to float32."""
+    angle = (rng.uniform(-1, 1, 100_000) * 10.0 ** rng.uniform(-3, 6, 100_000)).astype(np.float32)
+    turns = np.rint(angle * pallas.PER_TURN).astype(np.float64)
+    within = (angle - turns * pallas.TURN.astype(np.float64)).astype(np.float32)
+    within = (within - turns * pallas.REST.astype(np.float64)).astype(np.float32)
+    assert np.abs(within).max() < np.pi + 0.02 * 2 * np.pi
+    exact = angle.astype(np.float64) - turns * (2 * np.pi)
+    assert np.abs(within - exact).max() < 4e-7
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fast", [True, False])
+def test_large_angles_on_the_device(rng: np.random.Generator, fast: bool) -> None:
+    q, k, positions, inv_freq = draw(rng, (1, 4096, 8, 4, 2), "float32", last=1_000_000)
+    q = q.at[:, :, :, 0].set(1).at[:, :, :, 1].set(0)
+    turned = jax.jit(lambda *a: pallas.rope_qk(*a, Settings(fast=fast)))(q, k, positions, inv_freq)[0]
+    difference = np.abs(np.asarray(turned, np.float64) - rotated(q, positions, inv_freq))
+    assert difference.max() < (1.5e-6 if fast else 3e-7)
 
 
 @IMPLEMENTATIONS
