@@ -241,9 +241,26 @@ ROPE = ("copy", "gathered", "reference", "pallas")
 """Ways to turn q (32 heads) and k (8) of 4096 tokens; "copy" only moves as many bytes."""
 
 
+ROPE_CUTS: tuple[dict[str, Any], ...] = (
+    dict(elements=1024),
+    dict(elements=4096),
+    dict(elements=4096, warps=8),
+    dict(elements=2048, warps=8),
+    dict(fast=False),
+    dict(shared=True),
+    dict(shared=True, elements=4096),
+    dict(shared=True, fast=False),
+)
+"""Other cuts of the kernel than its default."""
+
+
 def rope_rows() -> list[dict]:
     """Rows whose k is the width of a head, n the heads of q and group those of k."""
-    return [task(width, 32, 4096, f"rope {way}", group=8, contract="-") for width in (96, 128) for way in ROPE]
+    rows = []
+    for width in (96, 128):
+        make = functools.partial(task, width, 32, 4096, group=8, contract="-")
+        rows += [make(f"rope {way}") for way in ROPE] + [make("rope pallas", **cut) for cut in ROPE_CUTS]
+    return rows
 
 
 def probes() -> list[dict]:
@@ -445,7 +462,7 @@ def turn(row: dict) -> Any:
     import jax.numpy as jnp
     import numpy as np
 
-    from pallas_kernels.rope import rope_qk
+    from pallas_kernels.rope import pallas, rope_qk
 
     pairs, kv_heads, way = row["k"] // 2, row["group"], row["kernel"].removeprefix("rope ")
     base = 500000.0 ** (-np.arange(pairs) / pairs)
@@ -453,6 +470,9 @@ def turn(row: dict) -> Any:
     inv_freq = jnp.asarray(base[order], jnp.float32)
     if way == "copy":
         return lambda q, k, positions: (q + 1, k + 1)
+    if row["settings"]:
+        cut = pallas.Settings(**row["settings"])
+        return lambda q, k, positions: pallas.rope_qk(q, k, positions, inv_freq, cut)
     if way != "gathered":
         return lambda q, k, positions: rope_qk(q, k, positions, inv_freq, implementation=way)
     angles = np.arange(row["count"])[:, None] * base
@@ -836,7 +856,9 @@ def summarize(rows: list[dict], bandwidth: float) -> list[str]:
     for row in timed:
         if is_rope(row):
             share = 100 * floor_us(row, bandwidth) / row["us"]
-            lines.append(f"head of {row['k']:3d} {row['kernel']:15s} {row['us']:8.2f} us {share:5.1f}% of the floor")
+            cut = " ".join(f"{key}={value}" for key, value in row["settings"].items())
+            text = f"{row['kernel']:15s} {row['us']:8.2f} us {share:5.1f}% of the floor {cut}"
+            lines.append(f"head of {row['k']:3d} {text}")
     wrong = [row for row in rows if row.get("error", 0) >= 4e-3]
     right = [row for row in rows if row.get("check_only") and row.get("error", 1) < 4e-3]
     lines.append(f"self-checks and odd sizes right: {len(right)} of {sum(bool(row.get('check_only')) for row in rows)}")
