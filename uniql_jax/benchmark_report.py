@@ -42,8 +42,8 @@ def describe(
         ("device", device_name() + room),
         (
             "model",
-            f"{about['name']}: {about['model_type']}, {about['layers']} layers, {_count(about['parameters'])} parameters; "
-            f"{'random weights' if about['weights'] == 'random' else 'a checkpoint'} of {about['bits']} bits",
+            f"{about['name']}: {about['model_type']}, {about['layers']} layers, {_count(about['parameters'])} "
+            f"parameters, {about['bits']} bits, {'random weights' if about['weights'] == 'random' else 'a checkpoint'}",
         ),
         (
             "work",

@@ -122,11 +122,6 @@ class Bench:
         return self.model, *self._inputs, self._key, self._settings
 
     @functools.cached_property
-    def _started(self) -> Any:
-        # shapes of what prefill gives: the first token of each row and the cache
-        return jax.eval_shape(functools.partial(runtime._first, slots=self.slots), *self._prompt)
-
-    @functools.cached_property
     def prefill(self) -> Program:
         """Prompts to first tokens and cache."""
         return compile_program(runtime._first, *self._prompt, slots=self.slots)
@@ -135,13 +130,13 @@ class Bench:
     def step(self) -> Program:
         """One token more; the cache is donated."""
         last = (self._key, np.int32(1), self._settings)
-        return compile_program(runtime._next, self.model, *self._started, *last)
+        return compile_program(runtime._next, self.model, *self._start(), *last)
 
     @functools.cached_property
     def loop(self) -> Program:
         """All tokens after the first, in one while_loop."""
         last = (self._key, self._settings, self._stops)
-        return compile_program(runtime._rest, self.model, *self._started, *last, count=self.gen_len)
+        return compile_program(runtime._rest, self.model, *self._start(), *last, count=self.gen_len)
 
     def _start(self) -> tuple[Array, Cache]:
         return self.prefill.run(*self._prompt)
@@ -177,7 +172,8 @@ class Bench:
 
     def tpot_loop(self) -> Timing:
         """Seconds per token when all steps are one compiled loop. Raises ValueError as `tpot_step`."""
-        return measure(self._run_loop, self.repeats, self._start).scaled(1 / self._steps())
+        steps = self._steps()
+        return measure(self._run_loop, self.repeats, self._start).scaled(1 / steps)
 
     def ttlt(self) -> Timing:
         """Seconds from prompts to the last token of their answers, prefill and compiled loop."""
