@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-SCORES = 2**26
-"""Most float32 scores that are held at a time: 256 MiB."""
+SCORES = {"cpu": 2**21, "gpu": 2**26}
+"""Most float32 scores that are held at a time: what a CPU's cache holds, 256 MiB of a GPU's memory."""
 
 
 def plain(
@@ -45,7 +45,7 @@ def _in_blocks(
 ) -> Float[Array, "b t n dv"]:
     """`plain` over blocks of queries that hold SCORES scores; `visible` says what the queries at some places see."""
     batch, length, heads, _ = q.shape
-    most = max(1, SCORES // max(1, batch * heads * k.shape[1]))
+    most = max(1, SCORES.get(jax.default_backend(), 2**26) // max(1, batch * heads * k.shape[1]))
     if length <= most:
         return plain(q, k, v, visible(jnp.arange(length)), scale)
     blocks = -(-length // most)

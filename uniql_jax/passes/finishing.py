@@ -55,7 +55,7 @@ def total(parts: Iterable[Any]) -> Any:
 
 
 def _hidden(config: ModelConfig, kind: str, leaves: Block, x: Array, keep: Keep | None) -> Array:
-    context = full_context(jnp.ones(x.shape[:2], bool))._replace(keep=keep)
+    context = full_context(jnp.ones(x.shape[:2], bool), padded=False)._replace(keep=keep)
     block = KINDS[kind]
     return block.inner(config, leaves, block.read(config, leaves, x), context)
 

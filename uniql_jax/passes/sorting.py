@@ -30,7 +30,7 @@ def layer_forward(
     """One batch of windows through a layer: its output, and the sum over tokens of the cosine between the layer's
     input and output (block influence is one minus its mean).
     """
-    y = apply_layer(config, kinds, layer, x, full_context(jnp.ones(x.shape[:2], bool)))
+    y = apply_layer(config, kinds, layer, x, full_context(jnp.ones(x.shape[:2], bool), padded=False))
     norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
     return y, jnp.sum(jnp.sum(x * y, axis=-1) / jnp.maximum(norms, 1e-30))
 
@@ -47,7 +47,7 @@ def layer_statistics(
     """One batch back through a layer: gradient of the loss at its input from the one at its output, and the summed
     statistics of every block; `thorough` adds those that only other scores than the defaults need.
     """
-    context = full_context(jnp.ones(x.shape[:2], bool))
+    context = full_context(jnp.ones(x.shape[:2], bool), padded=False)
     pulls, outputs = [], x
     for kind in kinds:
         leaves = layer[kind]
