@@ -150,6 +150,7 @@ def test_tensor_of_another_shape(refuse: Refuse, source: Path, tmp_path: Path, r
     [
         ("uniql_jax.generate", "--prune-rate", ("--prompt", "Once")),
         ("uniql_jax.evaluate", "--prune-rates", ("--text", "sotu:from-1981")),
+        ("uniql_jax.benchmark", "--prune-rates", ("--size",)),
     ],
 )
 def test_prune_rate(refuse: Refuse, source: Path, door: str, flag: str, rest: tuple[str, ...], rate: str) -> None:
@@ -209,6 +210,24 @@ def test_calibration_tokens_beyond_the_vocabulary(refuse: Refuse, source: Path, 
 
 def test_loading_what_was_never_compressed(refuse: Refuse, source: Path) -> None:
     assert "compress" in refuse("uniql_jax.generate", "--ckpt", source, "--prompt", "Once")
+
+
+@pytest.mark.parametrize("argv", [("--size",), ("--size", "--prune-rates", "0"), ("--tpot", "--gen-len", "1")])
+def test_measuring_what_was_never_compressed(refuse: Refuse, source: Path, argv: tuple[str, ...]) -> None:
+    assert "compress" in refuse("uniql_jax.benchmark", "--ckpt", source, *argv)
+
+
+def test_measurements_that_are_there_already(refuse: Refuse, tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    out.write_text("mine")
+    assert "--overwrite" in refuse("uniql_jax.benchmark", "--config", "smollm2-135m", "--size", "--json", out)
+
+
+def test_a_compilation_cache_that_is_a_file(refuse: Refuse, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "file"
+    out.write_text("mine")
+    for door, more in (("uniql_jax.generate", ("--prompt", "Once")), ("uniql_jax.benchmark", ("--size",))):
+        assert str(out) in refuse(door, "--ckpt", source, *more, "--compilation-cache", out)
 
 
 def test_unknown_option(refuse: Refuse, source: Path, tmp_path: Path, calib: Path) -> None:

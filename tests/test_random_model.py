@@ -1,4 +1,4 @@
-"""Random models against really compressed ones: the same shapes, dtypes, groups and bytes; and the configs they are of."""
+"""Random models against really compressed ones: same shapes, dtypes, groups and bytes; and the configs they are of."""
 
 from __future__ import annotations
 

@@ -154,8 +154,8 @@ class Bench:
         return measure(self._start, self.repeats)
 
     def tpot_step(self, read: bool = True) -> Timing:
-        """Seconds per token when each step is a call. `read`: the host reads a token before it asks for the next, as
-        `generate` does; else steps are only handed to the device.
+        """Seconds per token when each step is a call. `read`: the host reads each token once it has asked for the
+        next, as `generate` does; else steps are only handed to the device.
 
         Raises ValueError when the answer is a single token, which takes no step.
         """
@@ -163,9 +163,10 @@ class Bench:
 
         def chain(token: Array, cache: Cache) -> Array:
             for step in range(1, steps + 1):
-                if read:
-                    np.asarray(token)
+                before = token
                 token, cache = self._run_step(token, cache, step)
+                if read:
+                    np.asarray(before)
             return token
 
         return measure(chain, self.repeats, self._start).scaled(1 / steps)
