@@ -34,12 +34,20 @@ SAVED = {"dataset_info.json", "dataset_dict.json"}
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Rows of equal length: token ids, which of them are no padding, which of them are to be learnt."""
+    """Rows of equal length: token ids, which of them are no padding, which of them are to be learnt.
+
+    Padding is on the right. Raises ValueError where it is not.
+    """
 
     tokens: Int[np.ndarray, "n t"]
     valid: Bool[np.ndarray, "n t"]
     learn: Bool[np.ndarray, "n t"]
     description: str
+
+    def __post_init__(self) -> None:
+        """Training counts on no real token coming after padding."""
+        if np.any(self.valid[:, 1:] & ~self.valid[:, :-1]):
+            raise ValueError("padding must follow the tokens of a row")
 
     def __len__(self) -> int:
         """Number of rows."""

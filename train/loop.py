@@ -5,6 +5,7 @@ A step draws nothing itself: rate, rows and dropout follow from (seed, step), so
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -17,14 +18,15 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from train import lora
+from train import lora, stack
 from train.examples import Examples
 from train.lora import Factors
-from train.losses import distillation_loss, next_token_loss
+from train.losses import head_losses
 from train.rates import JUDGED
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
-from uniql_jax.model import CausalLM, hidden_states, logits
+from uniql_jax.layers.context import full_context
+from uniql_jax.model import CausalLM, embed, logits
 
 Batch = Mapping[str, Array]
 """tokens int32, valid and learn bool, each [microbatches, rows, length]."""
@@ -35,8 +37,9 @@ class Options:
     """Settings of a recovery. The defaults are the paper's (UniQL, arXiv 2512.03383, appendix on fine-tuning).
 
     steps: None for `epochs` passes over the examples. A step's `batch` rows are worked on in `accumulate` parts, which
-    changes memory and nothing else. distill: weight of the divergence from the unpruned model without LoRA, 1 -
-    distill that of the text. compute: dtype of activations and frozen weights; LoRA and optimizer stay float32.
+    changes memory and nothing else. rates: one of `rates.DISTRIBUTIONS`, or a number, the rate of every step. distill:
+    weight of the divergence from the unpruned model without LoRA, 1 - distill that of the text. compute: dtype of
+    activations and frozen weights; LoRA and optimizer stay float32.
     """
 
     rank: int = 8
@@ -93,7 +96,7 @@ class Trainer:
     """The frozen model, placed once, and the compiled functions that work on LoRA factors.
 
     `layers` and `top` are dense leaves; matrices are held in `options.compute`, vectors in float32, a copy on every
-    device of the mesh; batches are split over the mesh along their rows.
+    device of the mesh, layers of one kind stacked; batches are split over the mesh along their rows.
     """
 
     def __init__(
@@ -105,29 +108,42 @@ class Trainer:
         steps: int,
         mesh: Mesh | None = None,
     ):
-        self.config, self.options = config, options
-        self.rows = options.batch // options.accumulate
-        self.mesh = data_mesh(self.rows) if mesh is None else mesh
-        self.optimizer = optimizer(options, steps)
+        self.config = config
+        self.mesh = data_mesh(options.batch // options.accumulate) if mesh is None else mesh
         self.dtype = jnp.dtype(options.compute)
         self.frozen = self.everywhere(
             {
                 "top": {name: self._cast(elastic.TOP[name], value) for name, value in top.items()},
-                "layers": [
-                    {
-                        kind: {name: self._cast(elastic.BLOCKS[kind][name], value) for name, value in block.items()}
-                        for kind, block in layer.items()
-                    }
-                    for layer in layers
-                ],
+                "runs": [self._cast_run(stack.stack(layers, run)) for run in stack.runs(config)],
             }
         )
+        self._settle(options, steps)
+
+    def _settle(self, options: Options, steps: int) -> None:
+        self.options, self.rows = options, options.batch // options.accumulate
+        self.optimizer = optimizer(options, steps)
         copies = NamedSharding(self.mesh, PartitionSpec())
         self._step = jax.jit(self._train, donate_argnums=(0, 1), out_shardings=(copies, copies, copies))
         self._evaluate = jax.jit(self._losses)
 
-    def _cast(self, leaf: elastic.Leaf, value: Any) -> np.ndarray:
-        return np.asarray(value).astype(self.dtype if leaf.contract else np.float32)
+    def variant(self, options: Options, steps: int) -> Trainer:
+        """The same frozen model, not copied, to be trained with other settings (but the same dtype and mesh)."""
+        if jnp.dtype(options.compute) != self.dtype:
+            raise ValueError(f"the frozen model is held in {self.dtype}, not {options.compute}")
+        other = copy.copy(self)
+        other._settle(options, steps)
+        return other
+
+    def _cast(self, leaf: elastic.Leaf, value: Any) -> np.ndarray | Array:
+        dtype = self.dtype if leaf.contract else np.float32
+        # what a device holds already need not pass through the host
+        return value.astype(dtype) if isinstance(value, jax.Array) else np.asarray(value).astype(dtype)
+
+    def _cast_run(self, stacked: lora.Layer) -> dict[str, dict[str, Any]]:
+        return {
+            kind: {name: self._cast(elastic.BLOCKS[kind][name], value) for name, value in block.items()}
+            for kind, block in stacked.items()
+        }
 
     def everywhere(self, tree: Any) -> Any:
         """A copy of every array on every device of the mesh."""
@@ -146,11 +162,34 @@ class Trainer:
         return out
 
     def init(self) -> tuple[Factors, Any]:
-        """Factors and optimizer state to start from."""
-        factors = self.everywhere(lora.initialize(self.config, self.options.rank, self.options.seed))
+        """Factors and optimizer state to start from; here and below factors are those of `stack.stack_factors`."""
+        single = lora.initialize(self.config, self.options.rank, self.options.seed)
+        factors = self.everywhere(stack.stack_factors(self.config, single))
         return factors, self.everywhere(self.optimizer.init(factors))
 
     # ------------------------------------------------------------------------------------------ traced
+
+    def hidden(
+        self,
+        factors: Factors | None,
+        frozen: Mapping[str, Any],
+        tokens: Int[Array, "b t"],
+        valid: Bool[Array, "b t"],
+        keep: tuple[elastic.Keep, ...] | None,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "b t h"]:
+        """The stream after the last layer at masked sizes; the frozen model's own without factors.
+
+        Dropout where there is a key.
+        """
+        options, layers = self.options, frozen["runs"]
+        if factors is not None:
+            pairs = zip(layers, stack.runs(self.config), strict=True)
+            layers = [stack.attach(one, run, factors, options.alpha, options.dropout, key) for one, run in pairs]
+        # Padding is on the right: no real token sees it, and attention need not be told of it.
+        context = full_context(valid, padded=False)
+        x = embed(frozen["top"], tokens, self.dtype)
+        return stack.apply_runs(self.config, layers, x, context, keep, options.remat)
 
     def forward(
         self,
@@ -159,14 +198,10 @@ class Trainer:
         tokens: Int[Array, "b t"],
         valid: Bool[Array, "b t"],
         keep: tuple[elastic.Keep, ...] | None,
-        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t vocab"]:
-        """Logits at masked sizes; the frozen model's own without factors. Dropout where there is a key."""
-        options, layers = self.options, frozen["layers"]
-        if factors is not None:
-            layers = lora.attach(layers, factors, options.alpha, options.dropout, key)
-        model = CausalLM(self.config, {**frozen["top"], "layers": layers}, dtype=self.dtype)
-        return logits(model, hidden_states(model, tokens, valid.astype(jnp.int32), keep=keep, remat=options.remat))
+        """Logits, float32, of what `hidden` gives without dropout."""
+        model = CausalLM(self.config, {**frozen["top"], "layers": []}, dtype=self.dtype)
+        return logits(model, self.hidden(factors, frozen, tokens, valid, keep))
 
     def loss_sum(
         self,
@@ -177,14 +212,13 @@ class Trainer:
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""]]]:
         """(what is minimised, (cross entropy, tokens that count)), all summed over one part of a batch."""
-        tokens, valid, learn = batch["tokens"], batch["valid"], batch["learn"].astype(jnp.float32)
-        scores = self.forward(factors, frozen, tokens, valid, keep, key)
-        entropy, count = next_token_loss(scores, tokens, learn)
+        tokens, valid = batch["tokens"], batch["valid"]
+        x = self.hidden(factors, frozen, tokens, valid, keep, key)
         share = self.options.distill
-        if not share:
-            return entropy, (entropy, count)
-        teacher = self.forward(None, frozen, tokens, valid, None)
-        return (1 - share) * entropy + share * distillation_loss(scores, teacher, learn), (entropy, count)
+        teacher = jax.lax.stop_gradient(self.hidden(None, frozen, tokens, valid, None)) if share else None
+        return head_losses(
+            frozen["top"], self.config.norm_eps, x, tokens, batch["learn"].astype(jnp.float32), teacher, share
+        )
 
     def gradients(
         self,
@@ -227,8 +261,9 @@ class Trainer:
         self, factors: Factors, frozen: Mapping[str, Any], batch: Batch, keep: tuple[elastic.Keep, ...]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         def part(carry: Any, one: Batch) -> tuple[Any, None]:
-            scores = self.forward(factors, frozen, one["tokens"], one["valid"], keep)
-            found = next_token_loss(scores, one["tokens"], one["learn"].astype(jnp.float32))
+            x = self.hidden(factors, frozen, one["tokens"], one["valid"], keep)
+            weights = one["learn"].astype(jnp.float32)
+            found = head_losses(frozen["top"], self.config.norm_eps, x, one["tokens"], weights)[1]
             return jax.tree.map(jnp.add, carry, found), None
 
         return jax.lax.scan(part, (jnp.float32(0), jnp.float32(0)), batch)[0]
@@ -240,6 +275,11 @@ class Trainer:
     ) -> tuple[Factors, Any, Float[Array, ""]]:
         """One update; factors and state are consumed. Returns the new ones and the mean cross entropy, nats."""
         return self._step(factors, state, self.frozen, batch, keep, jnp.int32(step))
+
+    def lower(self, batch: Batch, keep: tuple[elastic.Keep, ...]) -> jax.stages.Lowered:
+        """The step's program for such a batch, traced and not yet compiled; to measure, or to compile beforehand."""
+        factors, state = jax.eval_shape(self.init)
+        return self._step.lower(factors, state, self.frozen, batch, keep, jnp.int32(0))
 
     def evaluate(self, factors: Factors, batches: Sequence[Batch], keep: tuple[elastic.Keep, ...]) -> float:
         """Mean cross entropy over batches at these sizes, nats; nothing is dropped."""

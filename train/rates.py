@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -32,7 +34,12 @@ def probabilities(distribution: str) -> Float[np.ndarray, " rates"]:
 
 
 def draw(distribution: str, seed: int, step: int) -> float:
-    """The prune rate of a step."""
+    """The prune rate of a step; where `distribution` is a number, that rate at every step.
+
+    Raises ValueError for an unknown distribution.
+    """
+    if re.fullmatch(r"\d*\.?\d+", distribution):
+        return float(distribution)
     rng = np.random.default_rng([seed, step])
     return float(rng.choice(RATES, p=probabilities(distribution)))
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from train import lora, rates
+from train import lora, rates, stack
 from train.examples import Examples, batch_rows, from_windows, split
 from train.loop import Options, Trainer
 from train.lora import Factors
@@ -212,6 +212,7 @@ def _run(
             bar.set_postfix_str(f"validation loss at {text}")  # pyright: ignore[reportAttributeAccessIssue]
     done = json.loads((folder / LOG).read_text().splitlines()[-1])["step"]
     before, after = (dict(zip(options.judged, notes[name], strict=True)) for name in ("before", "after"))
+    best = stack.unstack_factors(trainer.config, jax.device_get(best))
     return Result(best, before, after, int(done), int(notes["best_step"]))
 
 

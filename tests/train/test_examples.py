@@ -110,3 +110,10 @@ def test_every_row_is_seen_once_an_epoch(rng: np.random.Generator) -> None:
     assert len(judged) == 3
     seen = np.concatenate([learnt.tokens, judged.tokens])
     np.testing.assert_array_equal(np.sort(seen[:, 0]), whole.tokens[:, 0])
+
+
+def test_padding_comes_last() -> None:
+    valid = np.asarray([[True, True, False], [False, True, True]])
+    with pytest.raises(ValueError, match="padding must follow"):
+        examples.Examples(np.zeros((2, 3), np.int32), valid, valid, "padded on the left")
+    assert len(examples.Examples(np.zeros((1, 3), np.int32), valid[:1], valid[:1], "padded on the right")) == 1

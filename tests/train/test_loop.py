@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.train import cases
-from train import rates
+from train import rates, stack
 from train.examples import Examples, from_windows
 from train.loop import Options, Trainer, schedule
 from train.lora import Factors
@@ -28,6 +28,10 @@ PLAIN = Options(rank=4, dropout=0.0, batch=8, lr=1e-2, warmup=0, rates="uniform"
 def _trainer(model: CausalLM, options: Options = PLAIN) -> Trainer:
     top = {name: value for name, value in model.params.items() if name != "layers"}
     return Trainer(model.config, model.params["layers"], top, options, 10)
+
+
+def _factors(model: CausalLM, rng: np.random.Generator) -> Factors:
+    return stack.stack_factors(model.config, cases.factors(model.config, rng))
 
 
 def _instructions(rng: np.random.Generator, count: int = 8, length: int = 20) -> Examples:
@@ -57,7 +61,7 @@ def test_gradients_are_true(family: str, rng: np.random.Generator) -> None:
     A RoPE without a backward would give wrong ones for q and k.
     """
     model = cases.model(family, rng)
-    trainer, factors, examples = _trainer(model), cases.factors(model.config, rng), _instructions(rng)
+    trainer, factors, examples = _trainer(model), _factors(model, rng), _instructions(rng)
     gradients, _ = _gradients(trainer, factors, examples, 0.25, model.plan)
     batch = trainer.place(examples, np.arange(8), 1)
     keep = rates.keep_arrays(model.plan, 0.25)
@@ -68,7 +72,7 @@ def test_gradients_are_true(family: str, rng: np.random.Generator) -> None:
         total, (_, count) = trainer.loss_sum(factors, trainer.frozen, part, keep, None)
         return total / count
 
-    assert {"1.attention.q", "1.attention.k"} <= set(factors)
+    assert {"0.attention.q", "0.attention.k"} <= set(factors) or {"1.attention.q", "1.attention.k"} <= set(factors)
     for name, pair in factors.items():
         for side in ("left", "right"):
             gradient = np.asarray(gradients[name][side])
@@ -88,11 +92,11 @@ def test_gradients_are_true(family: str, rng: np.random.Generator) -> None:
 def test_cut_parts_get_no_gradient(rng: np.random.Generator) -> None:
     model = cases.model("qwen2", rng, num_hidden_layers=1)
     assert model.plan is not None
-    trainer, factors = _trainer(model), cases.factors(model.config, rng)
+    trainer, factors = _trainer(model), _factors(model, rng)
     gradients, _ = _gradients(trainer, factors, _instructions(rng), 0.35, model.plan)
     kept = model.plan.keep(0.35)
     for name, axis in (("q", "qk"), ("k", "qk"), ("v", "vo"), ("o", "vo")):
-        left = np.asarray(gradients[f"0.attention.{name}"]["left"])
+        left = np.asarray(gradients[f"0.attention.{name}"]["left"][0])
         assert left[: kept[0][axis]].any()
         assert not left[kept[0][axis] :].any()
         assert kept[0][axis] < left.shape[0]
@@ -100,7 +104,7 @@ def test_cut_parts_get_no_gradient(rng: np.random.Generator) -> None:
 
 def test_prompts_and_padding_are_not_learnt(rng: np.random.Generator) -> None:
     model = cases.model("llama", rng, num_hidden_layers=1)
-    trainer, factors, examples = _trainer(model), cases.factors(model.config, rng), _instructions(rng)
+    trainer, factors, examples = _trainer(model), _factors(model, rng), _instructions(rng)
     gradients, loss = _gradients(trainer, factors, examples, 0.15, model.plan)
     noise = np.where(examples.valid, examples.tokens, cases.tokens(rng, 8))
     assert not np.array_equal(noise, examples.tokens)
@@ -124,18 +128,20 @@ def test_prompts_and_padding_are_not_learnt(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("changes", [{"accumulate": 4}, {"remat": True}], ids=str)
 def test_parts_and_remat_change_nothing(changes: dict[str, Any], rng: np.random.Generator) -> None:
     model = cases.model("llama", rng, num_hidden_layers=1)
-    factors, examples = cases.factors(model.config, rng), _instructions(rng)
+    factors, examples = _factors(model, rng), _instructions(rng)
     whole, loss = _gradients(_trainer(model), factors, examples, 0.25, model.plan)
     other = _trainer(model, dataclasses.replace(PLAIN, **changes))
     parts, parts_loss = _gradients(other, factors, examples, 0.25, model.plan)
     assert parts_loss == pytest.approx(loss, rel=1e-6)
-    assert _largest(parts, whole) < 1e-5
+    # Sums in another order: float32 rounding of terms that nearly cancel, found up to 2e-5; an answer counted twice or
+    # a part with a wrong weight changes more than 1e-2.
+    assert _largest(parts, whole) < 1e-4
 
 
 def test_dropout_differs_by_step_and_part(rng: np.random.Generator) -> None:
     model = cases.model("llama", rng, num_hidden_layers=1)
     trainer = _trainer(model, dataclasses.replace(PLAIN, dropout=0.3))
-    factors = cases.factors(model.config, rng)
+    factors = _factors(model, rng)
     batch = trainer.place(_instructions(rng), np.arange(8), 1)
     gradients = jax.jit(trainer.gradients)
     keep = rates.keep_arrays(model.plan, 0.0)
@@ -150,7 +156,7 @@ def test_distillation_pulls_towards_the_unpruned_model(rng: np.random.Generator)
     model = cases.model("llama", rng, num_hidden_layers=1)
     trainer = _trainer(model, dataclasses.replace(PLAIN, distill=1.0))
     fresh, _ = trainer.init()
-    moved = jax.tree.map(lambda x: x + 0.0, cases.factors(model.config, rng))
+    moved = jax.tree.map(lambda x: x + 0.0, _factors(model, rng))
     examples = _instructions(rng)
     size = lambda tree: float(sum(jnp.sum(x * x) for x in jax.tree.leaves(tree))) ** 0.5  # noqa: E731
     still = size(_gradients(trainer, fresh, examples, 0.0, model.plan)[0])
@@ -162,8 +168,8 @@ def test_distillation_pulls_towards_the_unpruned_model(rng: np.random.Generator)
 def test_bfloat16_keeps_float32_factors(rng: np.random.Generator) -> None:
     model = cases.model("llama", rng, num_hidden_layers=1)
     trainer = _trainer(model, dataclasses.replace(PLAIN, compute="bfloat16"))
-    assert trainer.frozen["layers"][0]["mlp"]["up"].dtype == jnp.bfloat16
-    assert trainer.frozen["layers"][0]["attention"]["inv_freq"].dtype == jnp.float32
+    assert trainer.frozen["runs"][0]["mlp"]["up"].dtype == jnp.bfloat16
+    assert trainer.frozen["runs"][0]["attention"]["inv_freq"].dtype == jnp.float32
     factors, state = trainer.init()
     batch = trainer.place(_instructions(rng), np.arange(8), 1)
     factors, _, loss = trainer.step(factors, state, batch, rates.keep_arrays(model.plan, 0.25), 0)
@@ -173,7 +179,7 @@ def test_bfloat16_keeps_float32_factors(rng: np.random.Generator) -> None:
 
 def test_evaluation_counts_every_answer_once(rng: np.random.Generator) -> None:
     model = cases.model("llama", rng, num_hidden_layers=1)
-    trainer, factors, examples = _trainer(model), cases.factors(model.config, rng), _instructions(rng, count=11)
+    trainer, factors, examples = _trainer(model), _factors(model, rng), _instructions(rng, count=11)
     keep = rates.keep_arrays(model.plan, 0.25)
     batches = trainer.evaluation_batches(examples)
     assert len(batches) == 2
@@ -199,7 +205,7 @@ import json
 import jax, numpy as np
 from jax.sharding import Mesh
 from tests.train import cases
-from train import rates
+from train import rates, stack
 from train.examples import from_windows
 from train.loop import Options, Trainer
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from train.losses import distillation_loss, next_token_loss
+from train.losses import distillation_loss, head_losses, head_product, next_token_loss
+from uniql_jax.layers.linear import apply_columns, apply_rows
+from uniql_jax.layers.norm import rms_norm
+from uniql_jax.lora import LoraArray
 
 
 def _inputs(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -47,3 +53,70 @@ def test_distillation_is_a_divergence(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(distillation_loss(scores, sure, weights), expected, rtol=1e-5)
     gradient = jax.grad(lambda t: distillation_loss(scores, t))(other)
     assert not np.asarray(gradient).any()
+
+
+def _head(rng: np.random.Generator) -> tuple[dict[str, jax.Array], jax.Array, jax.Array, jax.Array, jax.Array]:
+    x, teacher = (jnp.asarray(rng.normal(size=(3, 7, 8)), jnp.float32) for _ in range(2))
+    top = {
+        "embed": jnp.asarray(rng.normal(size=(11, 8)), jnp.float32),
+        "norm": jnp.asarray(rng.normal(size=8), jnp.float32),
+    }
+    weights = jnp.asarray(rng.random((3, 7)) < 0.6, jnp.float32)
+    return top, x, teacher, jnp.asarray(rng.integers(0, 11, (3, 7)), jnp.int32), weights
+
+
+@pytest.mark.parametrize("size", [1, 70, 10**6])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_losses_in_pieces_are_those_of_all_logits(size: int, share: float, rng: np.random.Generator) -> None:
+    """Any number of pieces, also such that do not divide the length: the sums and gradients of the plain losses."""
+    top, x, teacher, tokens, weights = _head(rng)
+
+    def scores(x: jax.Array) -> jax.Array:
+        return rms_norm(x, top["norm"], 1e-5) @ top["embed"].T
+
+    def plain(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        entropy, count = next_token_loss(scores(x), tokens, weights)
+        apart = distillation_loss(scores(x), scores(teacher), weights)
+        return (1 - share) * entropy + share * apart, jnp.stack([entropy, count])
+
+    def pieces(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        given = teacher if share else None
+        total, sums = head_losses(top, 1e-5, x, tokens, weights, given, share, size)
+        return total, jnp.stack(sums)
+
+    (expected, sums), slope = jax.value_and_grad(plain, has_aux=True)(x)
+    (found, found_sums), found_slope = jax.value_and_grad(pieces, has_aux=True)(x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(found_sums, sums, rtol=1e-5)
+    np.testing.assert_allclose(found_slope, slope, atol=1e-5 * float(jnp.abs(slope).max()))
+
+
+def test_no_more_logits_at_a_time_than_asked(rng: np.random.Generator) -> None:
+    top, x, _, tokens, weights = _head(rng)
+
+    def shapes(size: int) -> str:
+        return str(jax.make_jaxpr(jax.grad(lambda x: head_losses(top, 1e-5, x, tokens, weights, size=size)[0]))(x))
+
+    assert "f32[3,7,11]" in shapes(10**6)
+    found = shapes(3 * 2 * 11)
+    assert "f32[3,2,11]" in found
+    assert "f32[3,7,11]" not in found
+
+
+def test_16_bit_products_go_back_in_16_bits(rng: np.random.Generator) -> None:
+    """A float32 cotangent would make the backward products float32, at half the speed or less."""
+    x = jnp.asarray(rng.normal(size=(4, 8)), jnp.bfloat16)
+    base, left, right = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 8), (6, 2), (2, 8)))
+    head = jnp.asarray(rng.normal(size=(5, 8)), jnp.bfloat16)
+
+    def loss(x: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+        weight = LoraArray(base.astype(jnp.bfloat16), left, right)
+        y = apply_columns(apply_rows(x, weight), weight)
+        return jnp.sum(head_product(y, head) ** 2)
+
+    traced = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(x, left, right))
+    inputs = re.findall(r"dot_general\[.*?\] (\w+) (\w+)", traced, re.S)
+    kinds = dict(re.findall(r"(\w+):(\w+)\[", traced))
+    assert len(inputs) > 12
+    assert {kinds[name] for pair in inputs for name in pair} == {"bf16"}
+    assert {g.dtype for g in jax.grad(loss, argnums=(1, 2))(x, left, right)} == {jnp.dtype(jnp.float32)}

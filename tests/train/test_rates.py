@@ -31,6 +31,13 @@ def test_the_most_pruned_come_first() -> None:
         rates.probabilities("sometimes")
 
 
+def test_one_rate_alone() -> None:
+    assert {rates.draw("0.25", 0, step) for step in range(20)} == {0.25}
+    assert rates.draw("0", 0, 3) == 0.0
+    with pytest.raises(ValueError, match="uniform"):
+        rates.draw("often", 0, 0)
+
+
 def test_masks_follow_the_plan(rng: np.random.Generator) -> None:
     plan = cases.model("llama", rng).plan
     assert plan is not None

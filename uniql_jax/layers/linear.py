@@ -18,7 +18,7 @@ def apply_rows(x: Float[Array, "... h"], weight: Weight) -> Float[Array, "..."]:
     """y[..., *lead] = sum_h weight[*lead, h] x[..., h], for a leaf that contracts its last dimension."""
     lead = weight.shape[:-1]
     if isinstance(weight, LoraArray):
-        y = _dense_rows(x, weight.base) + weight.rows(x)
+        y = weight.rows(x)
     elif isinstance(weight, QuantizedArray):
         tiled = weight.order != "plain"
         y = dequant_matmul(
@@ -41,7 +41,7 @@ def apply_columns(x: Float[Array, "..."], weight: Weight) -> Float[Array, "... h
     lead = weight.shape[:-1]
     flat = x.reshape(*x.shape[: x.ndim - len(lead)], math.prod(lead))
     if isinstance(weight, LoraArray):
-        y = _dense_columns(flat, weight.base) + weight.columns(flat)
+        y = weight.columns(flat)
     elif isinstance(weight, QuantizedArray):
         y = dequant_matmul(
             flat,

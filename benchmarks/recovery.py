@@ -1,0 +1,382 @@
+"""What masked-LoRA recovery wins back on a real model: many ways to train in one run, judged at fixed prune rates.
+
+    python benchmarks/recovery.py --ckpt demo --calib sotu:before-1980 docs:numpy,jax,transformers \
+        --train sotu:before-1980 docs:numpy,jax,transformers \
+        --text addresses=sotu:from-1981 manual=python-docs/ --json benchmarks/results/recovery.json
+
+`--ckpt` is a model, sorted and planned here first, or a sorted checkpoint of 16 or 32 bits. Rows run in the order of
+their importance; the record is written after each of them, and no row begins that would not end within `--minutes`.
+Every row is judged as perplexity over the original's: the weights rounded to bfloat16 ("16"), or finished as
+`python -m uniql_jax.compress` does at 4 bits ("4").
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.quality import RATES
+from benchmarks.record import environment
+from convert.source import open_source
+from train import lora, rates, recover, stack
+from train.examples import Examples, from_windows, split
+from train.loop import Options as TrainOptions
+from train.loop import Trainer
+from train.losses import head_losses
+from uniql_jax import cli, data, elastic
+from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.config import ModelConfig
+from uniql_jax.int4 import dense
+from uniql_jax.layers.context import full_context
+from uniql_jax.model import embed
+from uniql_jax.passes.options import Options
+from uniql_jax.passes.run import _Run, compress
+from uniql_jax.passes.work import flatten
+from uniql_jax.plan import Plan
+
+Layers = Sequence[lora.Layer]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A way to recover: settings of the training that differ from the run's own (None: no training), the share of the
+    nested refit (None: no refit), and the bits at which it is judged.
+    """
+
+    name: str
+    train: dict[str, Any] | None = None
+    refit: float | None = None
+    bits: tuple[int, ...] = (16,)
+
+
+def table() -> list[Row]:
+    """The comparison, the most important first."""
+    single = [Row(f"one rate {rate:g}", {"rates": f"{rate:g}"}) for rate in (0.15, 0.25, 0.35)]
+    return [
+        Row("no recovery", bits=(16, 4)),
+        Row("lora 8", {}, bits=(16, 4)),
+        Row("original, fine-tuned", {"rates": "0"}),
+        Row("lora 32", {"rank": 32}),
+        Row("lora 32, distill 0.5", {"rank": 32, "distill": 0.5}, bits=(16, 4)),
+        Row("lora 8, distill 0.5", {"distill": 0.5}),
+        Row("lora 8, distill 1", {"distill": 1.0}),
+        Row("lora 8, uniform rates", {"rates": "uniform"}),
+        *single,
+        Row("refit 0.4", refit=0.4),
+        Row("lora 8, refit 0.4", {}, refit=0.4),
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sorted:
+    """A sorted, unpruned model in memory, float32: what `_Run` takes as its source."""
+
+    name: str
+    config: ModelConfig
+    hf_config: dict[str, Any]
+    plan: Plan
+    layers: Layers
+    embeddings: dict[str, Any]
+
+    def layer(self, index: int) -> Any:
+        """One layer."""
+        return self.layers[index]
+
+    def top(self) -> Any:
+        """Embedding, norm, head."""
+        return self.embeddings
+
+    def write_side_files(self, folder: Path) -> None:
+        """Nothing: texts are tokens already."""
+
+
+def open_sorted(folder: Path) -> Sorted:
+    """A sorted checkpoint of 16 or 32 bits in memory."""
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.plan is not None
+    assert checkpoint.bits >= 16
+    wide = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float32), tree)  # noqa: E731
+    layers = [wide(checkpoint.layer(i)) for i in range(len(checkpoint.config.pattern))]
+    name, top = Path(folder).name, wide(checkpoint.top())
+    return Sorted(name, checkpoint.config, checkpoint.hf_config, checkpoint.plan, layers, top)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def window_loss(config: ModelConfig, params: Any, tokens: jax.Array, keep: Any) -> jax.Array:
+    """Mean next-token loss, nats, of float32 windows at masked sizes; `params` as `stacked` gives them."""
+    context = full_context(jnp.ones(tokens.shape, bool), padded=False)
+    x = stack.apply_runs(config, params["runs"], embed(params["top"], tokens, jnp.float32), context, keep)
+    total, (_, count) = head_losses(params["top"], config.norm_eps, x, tokens, jnp.ones(tokens.shape))
+    return total / count
+
+
+def stacked(config: ModelConfig, layers: Layers, top: dict[str, Any]) -> Any:
+    """A whole model on the device in float32, whatever its leaves are held as, layers of one kind stacked."""
+    wide = lambda leaf: np.asarray(dense(leaf)).astype(np.float32)  # noqa: E731
+    is_leaf = lambda leaf: hasattr(leaf, "dequantize")  # noqa: E731
+    layers = [jax.tree.map(wide, layer, is_leaf=is_leaf) for layer in layers]
+    runs = [stack.stack(layers, run) for run in stack.runs(config)]
+    return jax.tree.map(jnp.asarray, {"runs": runs, "top": jax.tree.map(wide, top, is_leaf=is_leaf)})
+
+
+class Bench:
+    """One model, its texts, and what rows share: compiled trainers, trained layers, the head's Gram matrix."""
+
+    def __init__(
+        self,
+        model: Sorted,
+        calibration: np.ndarray,
+        learnt: Examples,
+        judged: Examples,
+        texts: dict[str, np.ndarray],
+        options: TrainOptions,
+        work: Path,
+    ):
+        self.model, self.calibration, self.learnt, self.judged = model, calibration, learnt, judged
+        self.texts, self.options, self.work = texts, options, work
+        self.trainers: dict[TrainOptions, Trainer] = {}
+        self.trained: dict[TrainOptions, tuple[Layers, dict[str, Any]]] = {}
+        self.memo: dict[Any, Any] = {}
+        self.original: dict[str, float] = {}
+
+    def options_of(self, row: Row) -> TrainOptions:
+        """The settings of a row's training; the update is as large at every rank."""
+        options = dataclasses.replace(self.options, **(row.train or {}))
+        return dataclasses.replace(options, alpha=2.0 * options.rank)
+
+    def layers_of(self, row: Row) -> tuple[Layers, dict[str, Any]]:
+        """Trained layers of a row with LoRA merged, and what the training says of itself; each training runs once."""
+        if row.train is None:
+            return self.model.layers, {}
+        options = self.options_of(row)
+        if options not in self.trained:
+            # Which rates are drawn is no part of the program: such rows share it.
+            program = dataclasses.replace(options, rates="uniform")
+            model, start = self.model, time.perf_counter()
+            if program not in self.trainers:
+                steps = options.total_steps(len(self.learnt))
+                first = next(iter(self.trainers.values()), None)
+                self.trainers[program] = (
+                    first.variant(program, steps)
+                    if first is not None
+                    else Trainer(model.config, model.layers, model.embeddings, program, steps)
+                )
+            result = recover.train(
+                model.config, model.layers, model.embeddings, model.plan, self.learnt, self.judged, options,
+                self.work / f"row-{len(self.trained)}", lambda steps: cli.progress(steps, row.name),
+                self.trainers[program],
+            )  # fmt: skip
+            factors = jax.device_get(result.factors)
+            layers = [lora.merge_layer(i, layer, factors, options.alpha) for i, layer in enumerate(model.layers)]
+            told = {
+                "options": dataclasses.asdict(options),
+                "trained_numbers": lora.count(factors),
+                "steps": result.steps,
+                "best_step": result.best_step,
+                "validation_before": {f"{rate:g}": loss for rate, loss in result.before.items()},
+                "validation_after": {f"{rate:g}": loss for rate, loss in result.after.items()},
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+            self.trained[options] = layers, told
+        return self.trained[options]
+
+    def finished(self, layers: Layers, bits: int, refit: float | None) -> Any:
+        """Layers as the pass would store them at these bits, for `judge`."""
+        if bits >= 16 and refit is None:
+            stored = [_rounded(layer) for layer in layers]
+            top = _rounded({"top": self.model.embeddings})["top"]
+        else:
+            on_gpu = jax.default_backend() != "cpu"
+            options = Options(bits=bits, refit=refit, batch_tokens=16384 if on_gpu else 4096)
+            source = dataclasses.replace(self.model, layers=layers)
+            with tempfile.TemporaryDirectory() as folder, jax.default_matmul_precision("highest"):
+                # The pass from its second half on: what its first half leaves behind is put in its place.
+                run = _Run(source, Path(folder), self.calibration, options, _quiet, self.memo)
+                run.plan = self.model.plan
+                for i, layer in enumerate(layers):
+                    run.sorted.save(f"layer_{i:05d}", flatten(layer))
+                run._forward()
+                run.finish()
+                stored = [run._stored_layer(i) for i in range(len(layers))]
+                top = run._stored_top()
+        return stacked(self.model.config, stored, top)
+
+    def judge(self, params: Any, judged: Sequence[float] = RATES) -> list[dict[str, Any]]:
+        """Perplexity of every text at every rate, and over the original's."""
+        found = []
+        with jax.default_matmul_precision("highest"):
+            for text, windows in self.texts.items():
+                size = next(n for n in (8, 4, 2, 1) if len(windows) % n == 0)
+                parts = [jnp.asarray(windows[i : i + size]) for i in range(0, len(windows), size)]
+                for rate in judged:
+                    keep = rates.keep_arrays(self.model.plan, rate)
+                    losses = [window_loss(self.model.config, params, part, keep) for part in parts]
+                    value = math.exp(float(np.mean(jax.device_get(losses))))
+                    base = self.original.get(text, value)
+                    found.append(dict(text=text, prune_rate=rate, perplexity=value, ratio=value / base))
+        return found
+
+
+def _rounded(layer: lora.Layer) -> dict[str, dict[str, Any]]:
+    """Matrices at the precision of bfloat16, as a checkpoint of 16 bits keeps them."""
+    table = {"top": elastic.TOP, **elastic.BLOCKS}
+    return {
+        kind: {n: v.astype(ml_dtypes.bfloat16) if table[kind][n].contract else v for n, v in block.items()}
+        for kind, block in layer.items()
+    }
+
+
+def _quiet(items: Iterable[Any], _: str) -> Iterable[Any]:
+    return items
+
+
+def _setting(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def custom_row(words: Sequence[str]) -> Row:
+    """NAME KEY=VALUE ...: keys are the settings of `train.loop.Options`, and `bits` (such as 16,4) and `refit`."""
+    settings = {key: value for key, _, value in (word.partition("=") for word in words[1:])}
+    bits = tuple(int(part) for part in settings.pop("bits", "16").split(","))
+    refit = float(settings.pop("refit")) if "refit" in settings else None
+    rate = settings.pop("rates", None)  # a word, also where it looks like a number
+    train = {key: _setting(value) for key, value in settings.items()} | ({"rates": rate} if rate else {})
+    return Row(words[0], train or None, refit, bits)
+
+
+def prepare(args: argparse.Namespace, work: Path) -> tuple[Bench, dict[str, Any]]:
+    """The bench, and what the record says of model and texts; sorts and plans where that was not done before."""
+    ckpt = Path(args.ckpt)
+    source = None if (ckpt / "config.json").is_file() and "uniql" in (ckpt / "config.json").read_text() else args.ckpt
+    tokenizer = data.load_tokenizer(args.tokenizer) if args.tokenizer else None
+    opened = open_source(source) if source else None
+    if opened is not None and tokenizer is None:
+        opened.write_side_files(work)
+        tokenizer = data.load_tokenizer(work)
+    vocab = (opened or open_checkpoint(ckpt)).config.vocab_size
+    calibration = data.token_windows(args.calib, tokenizer, args.length, args.windows, 0, vocab_size=vocab)
+    start = time.perf_counter()
+    if opened is not None:
+        ckpt = work / "sorted"
+        compress(opened, ckpt, calibration.tokens, Options(bits=32), progress=cli.progress)
+    sorting = time.perf_counter() - start
+    trained = [data.token_windows([spec], tokenizer, args.train_length, None, vocab_size=vocab) for spec in args.train]
+    texts = {}
+    for item in args.text:
+        name, spec = item.split("=", 1)
+        texts[name] = data.evaluation_windows([spec], tokenizer, args.eval_window, args.eval_tokens, vocab_size=vocab)
+    known = from_windows(np.concatenate([part.tokens for part in trained]), "; ".join(p.description for p in trained))
+    options = TrainOptions(
+        lr=args.lr, steps=args.steps, batch=args.batch, dropout=args.dropout, compute=args.compute,
+        evaluations=args.evaluations, patience=args.evaluations, remat=args.remat, accumulate=args.accumulate,
+    )  # fmt: skip
+    learnt, judged = split(known, options.held_share, options.held_most, options.seed)
+    windows = {name: found.tokens for name, found in texts.items()}
+    bench = Bench(open_sorted(ckpt), calibration.tokens, learnt, judged, windows, options, work)
+    told = {
+        "calibration": calibration.description,
+        "training": known.description,
+        "texts": {name: found.description for name, found in texts.items()},
+        "sort_seconds": round(sorting, 1),
+    }
+    return bench, told
+
+
+def parser() -> argparse.ArgumentParser:
+    """The driver's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", default="demo", help="a model, or a sorted checkpoint of 16 or 32 bits")
+    add("--tokenizer", help="folder of tokenizer files; texts may also be .npy of token ids")
+    add("--calib", nargs="+", default=data.default_calibration()[0])
+    add("--windows", type=int, default=128, help="calibration windows")
+    add("--length", type=int, default=512, help="tokens per calibration window")
+    add("--train", nargs="+", default=data.default_calibration()[0], help="texts to train on, all of each")
+    add("--train-length", type=int, default=256, help="tokens per example")
+    add("--text", nargs="+", required=True, help="NAME=SPEC, judged on")
+    add("--eval-tokens", type=int, default=16384)
+    add("--eval-window", type=int, default=1024)
+    add("--steps", type=int, default=600, help="of every training")
+    add("--lr", type=float, default=1e-3)
+    add("--batch", type=int, default=32)
+    add("--accumulate", type=int, default=1)
+    add("--remat", action="store_true")
+    add("--dropout", type=float, default=0.0)
+    add("--evaluations", type=int, default=6, help="validations of a training")
+    add("--compute", default="float32" if jax.default_backend() == "cpu" else "bfloat16")
+    add("--only", nargs="+", help="rows of these names alone")
+    add("--row", nargs="+", action="append", default=[], help="one more row: NAME KEY=VALUE ...")
+    add("--minutes", type=float, default=600.0, help="begin no row that would not end by then")
+    add("--cache", help="folder of compiled programs, kept from run to run")
+    add("--json", type=Path)
+    return parser
+
+
+def main() -> None:
+    """Parse, run row after row, print as we go, record."""
+    begun = time.perf_counter()
+    args = parser().parse_args()
+    if args.cache:
+        jax.config.update("jax_compilation_cache_dir", args.cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    with tempfile.TemporaryDirectory() as work:
+        bench, told = prepare(args, Path(work))
+        for name, text in told.items():
+            print(f"{name}: {text}", flush=True)
+        record: dict[str, Any] = {"environment": environment(), **told, "training_rows": {}, "rows": []}
+        # Sorting is exact, so the sorted model at rate 0 is the original (in float32, before anything is rounded).
+        whole = stacked(bench.model.config, bench.model.layers, bench.model.embeddings)
+        bench.original = {one["text"]: one["perplexity"] for one in bench.judge(whole, (0.0,))}
+        del whole
+        record["original"] = bench.original
+        print("original", {k: round(v, 3) for k, v in bench.original.items()}, flush=True)
+        longest = 0.0
+        for row in [*table(), *map(custom_row, args.row)]:
+            if args.only is not None and row.name not in (*args.only, *(words[0] for words in args.row)):
+                continue
+            start = time.perf_counter()
+            if start - begun + longest > 60 * args.minutes:
+                print(f"{row.name}: left out, for lack of time", flush=True)
+                continue
+            layers, training = bench.layers_of(row)
+            if training:
+                record["training_rows"][row.name] = training
+                print(f"{row.name}: {training['steps']} steps in {training['seconds']} s", flush=True)
+            for bits in row.bits:
+                middle = time.perf_counter()
+                params = bench.finished(layers, 32 if bits == 16 and row.refit is not None else bits, row.refit)
+                finishing = time.perf_counter() - middle
+                found = bench.judge(params)
+                del params
+                for one in found:
+                    record["rows"].append(dict(row=row.name, bits=bits, **one, finish_seconds=round(finishing, 1)))
+                for text in bench.texts:
+                    ratios = "  ".join(f"{one['ratio']:7.4f}" for one in found if one["text"] == text)
+                    print(f"{row.name:24s} {bits:2d} bits  {text:12s} {ratios}", flush=True)
+                record["seconds"] = round(time.perf_counter() - begun, 1)
+                if args.json:
+                    cli.write_whole(args.json, json.dumps(record, indent=1) + "\n")
+            longest = max(longest, time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()

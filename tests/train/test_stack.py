@@ -1,0 +1,64 @@
+"""Stacked layers compute what single ones do, in every family, with the same factors and the same dropout."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import reference
+from tests.train import cases
+from train import lora, rates, stack
+from train.loop import Options, Trainer
+from uniql_jax.lora import LoraArray
+from uniql_jax.model import CausalLM, hidden_states, logits
+
+
+@pytest.mark.parametrize("family", cases.FAMILIES)
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_trainers_forward_is_the_models(family: str, remat: bool, rng: np.random.Generator) -> None:
+    model = cases.model(family, rng)
+    assert model.plan is not None
+    factors, tokens = cases.factors(model.config, rng), jnp.asarray(cases.tokens(rng))
+    top = {name: value for name, value in model.params.items() if name != "layers"}
+    trainer = Trainer(model.config, model.params["layers"], top, Options(batch=2, rank=4, remat=remat), 1)
+    keep = rates.keep_arrays(model.plan, 0.25)
+    together = stack.stack_factors(model.config, factors)
+    assert len(together) <= len(factors)
+    found = jax.jit(trainer.forward)(together, trainer.frozen, tokens, jnp.ones(tokens.shape, bool), keep)
+    attached = lora.attach(model.params["layers"], factors, trainer.options.alpha)
+    plain = CausalLM(model.config, dict(model.params) | {"layers": attached}, model.plan)
+    assert jax.tree.structure(stack.unstack_factors(model.config, together)) == jax.tree.structure(factors)
+    jax.tree.map(np.testing.assert_array_equal, stack.unstack_factors(model.config, together), factors)
+    expected = jax.jit(lambda m, t, k: logits(m, hidden_states(m, t, keep=k)))(plain, tokens, keep)
+    assert reference.relative_error(np.asarray(found), np.asarray(expected)) < 1e-5
+
+
+def test_runs_are_neighbours_of_one_kind(rng: np.random.Generator) -> None:
+    pattern = cases.model("llama", rng, num_hidden_layers=3).config
+    assert [(run.first, run.count) for run in stack.runs(pattern)] == [(0, 3)]
+    for family in cases.FAMILIES:
+        config = cases.model(family, rng).config
+        found = [kinds for run in stack.runs(config) for kinds in [run.kinds] * run.count]
+        assert tuple(found) == tuple(config.pattern)
+        assert all(a.kinds != b.kinds for a, b in zip(stack.runs(config), stack.runs(config)[1:], strict=False))
+
+
+def test_every_layer_has_its_own_dropout(rng: np.random.Generator) -> None:
+    model = cases.model("llama", rng, num_hidden_layers=3)
+    factors, key = cases.factors(model.config, rng), jax.random.key(3)
+    single = lora.attach(model.params["layers"], factors, 16.0, 0.2, key)
+    (run,) = stack.runs(model.config)
+    stacked = stack.stack_factors(model.config, factors)
+    together = stack.attach(stack.stack(model.params["layers"], run), run, stacked, 16.0, 0.2, key)
+    for name, expected in ((name, [layer["mlp"][name] for layer in single]) for name in ("up", "norm")):
+        found = together["mlp"][name]
+        for i, one in enumerate(expected):
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(one), strict=True):
+                data = jax.random.key_data if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else np.asarray
+                np.testing.assert_array_equal(data(a[i]), data(b))
+    assert isinstance(together["mlp"]["up"], LoraArray)
+    assert together["mlp"]["up"].scale == single[0]["mlp"]["up"].scale == 4.0
+    keys = jax.random.key_data(together["mlp"]["up"].key)
+    assert len(np.unique(np.asarray(keys), axis=0)) == 3

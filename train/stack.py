@@ -1,0 +1,133 @@
+"""Layers of one shape, stacked and run by one `lax.scan`: a deep model compiles in the time of one layer.
+
+Masks keep every layer at its full size while training, so neighbours of one kind have leaves of the same shapes; at a
+real prune rate they differ, which is why only training runs this way.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from train.lora import Factors, Layer
+from uniql_jax import elastic
+from uniql_jax.config import ModelConfig
+from uniql_jax.layers.context import Context
+from uniql_jax.lora import LoraArray
+from uniql_jax.model import apply_layer
+
+
+class Run(NamedTuple):
+    """Neighbouring layers of the same blocks: `count` of them from layer `first` on."""
+
+    kinds: tuple[str, ...]
+    first: int
+    count: int
+
+
+def runs(config: ModelConfig) -> list[Run]:
+    """The layers of a model, in order, as few runs."""
+    found, first = [], 0
+    for kinds, group in itertools.groupby(config.pattern):
+        count = len(list(group))
+        found.append(Run(kinds, first, count))
+        first += count
+    return found
+
+
+def stack(layers: Sequence[Layer], run: Run) -> dict[str, dict[str, Any]]:
+    """The leaves of a run's layers, each [count, ...]; a numpy array where they are, else on their device."""
+    chosen = [dict(layer) for layer in layers[run.first : run.first + run.count]]
+
+    def together(*values: Any) -> Any:
+        return np.stack(values) if all(isinstance(v, np.ndarray) for v in values) else jnp.stack(values)
+
+    return jax.tree.map(together, *chosen)
+
+
+def attach(
+    stacked: Layer,
+    run: Run,
+    factors: Factors,
+    alpha: float,
+    dropout: float = 0.0,
+    key: Key[Array, ""] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """`lora.attach` for a run: a stacked LoraArray for every leaf that has factors (those of `stack_factors`)."""
+
+    def beside(kind: str, leaf: str, value: Any) -> Any:
+        name = f"{run.first}.{kind}.{leaf}"
+        if name not in factors:
+            return value
+        names = [f"{i}.{kind}.{leaf}" for i in range(run.first, run.first + run.count)]
+        keys = None if key is None else jnp.stack([jax.random.fold_in(key, zlib.crc32(n.encode())) for n in names])
+        left, right = factors[name]["left"], factors[name]["right"]
+        return LoraArray(value, left, right, keys, scale=alpha / right.shape[1], dropout=dropout)
+
+    return {kind: {leaf: beside(kind, leaf, value) for leaf, value in block.items()} for kind, block in stacked.items()}
+
+
+def stack_factors(config: ModelConfig, factors: Factors) -> Factors:
+    """Factors of single layers as those of runs, each [count, ...], named like those of a run's first layer.
+
+    An optimizer then has a few dozen arrays to work on, whatever the depth.
+    """
+    found: Factors = {}
+    for run in runs(config):
+        for name in factors:
+            first, rest = name.split(".", 1)
+            if int(first) == run.first:
+                pairs = [factors[f"{i}.{rest}"] for i in range(run.first, run.first + run.count)]
+                found[name] = {side: jnp.stack([jnp.asarray(p[side]) for p in pairs]) for side in ("left", "right")}
+    return found
+
+
+def unstack_factors(config: ModelConfig, factors: Factors) -> Factors:
+    """Inverse of `stack_factors`."""
+    found: Factors = {}
+    for run in runs(config):
+        for name, pair in factors.items():
+            first, rest = name.split(".", 1)
+            if int(first) == run.first:
+                for i in range(run.count):
+                    found[f"{run.first + i}.{rest}"] = {side: value[i] for side, value in pair.items()}
+    return found
+
+
+def apply_runs(
+    config: ModelConfig,
+    stacks: Sequence[Mapping[str, Mapping[str, Any]]],
+    x: Float[Array, "b t h"],
+    context: Context,
+    keep: Sequence[elastic.Keep] | None = None,
+    remat: bool = False,
+) -> Float[Array, "b t h"]:
+    """The residual stream after all layers, given the stacked leaves of every run; `keep`, one mapping a layer, masks.
+
+    `remat`: a gradient keeps only what passes between layers and computes the rest again, for less memory.
+    """
+    for run, leaves in zip(runs(config), stacks, strict=True):
+        kept = None
+        if keep is not None:
+            kept = jax.tree.map(lambda *counts: jnp.stack(counts), *map(dict, keep[run.first : run.first + run.count]))
+
+        step = functools.partial(_step, config, run.kinds, context)
+        # Inside a scan nothing can be merged across the checkpoint, so what hinders that may be left out.
+        step = jax.checkpoint(step, prevent_cse=False) if remat else step
+        x, _ = jax.lax.scan(step, x, (leaves, kept))
+    return x
+
+
+def _step(
+    config: ModelConfig, kinds: tuple[str, ...], context: Context, x: Array, one: tuple[Layer, elastic.Keep | None]
+) -> tuple[Array, None]:
+    leaves, keep = one
+    return apply_layer(config, kinds, leaves, x, context._replace(keep=keep)), None
