@@ -288,6 +288,7 @@ def prepare(args: argparse.Namespace, work: Path) -> tuple[Bench, dict[str, Any]
     options = TrainOptions(
         lr=args.lr, steps=args.steps, batch=args.batch, dropout=args.dropout, compute=args.compute,
         evaluations=args.evaluations, patience=args.evaluations, remat=args.remat, accumulate=args.accumulate,
+        held_most=args.held,
     )  # fmt: skip
     learnt, judged = split(known, options.held_share, options.held_most, options.seed)
     windows = {name: found.tokens for name, found in texts.items()}
@@ -319,9 +320,10 @@ def parser() -> argparse.ArgumentParser:
     add("--lr", type=float, default=1e-3)
     add("--batch", type=int, default=32)
     add("--accumulate", type=int, default=1)
-    add("--remat", action="store_true")
+    add("--remat", choices=stack.REMAT, default="none")
     add("--dropout", type=float, default=0.0)
     add("--evaluations", type=int, default=6, help="validations of a training")
+    add("--held", type=int, default=128, help="examples that a validation sees, at every judged rate")
     add("--compute", default="float32" if jax.default_backend() == "cpu" else "bfloat16")
     add("--only", nargs="+", help="rows of these names alone")
     add("--row", nargs="+", action="append", default=[], help="one more row: NAME KEY=VALUE ...")

@@ -35,8 +35,8 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.plan import make_plan
 from uniql_jax.random_model import random_model, read_config
 
-VARIANTS = ("8", "4", "2", "1 remat")
-"""Parts of a batch, and whether activations are computed again."""
+VARIANTS = ("1 products", "2 products", "4 none", "1 all")
+"""Parts of a batch, and what is computed again backward."""
 
 
 def needed_flops(config: ModelConfig, options: Options, rows: int, length: int) -> dict[str, float]:
@@ -127,7 +127,7 @@ def main() -> None:
     add("--rank", type=int, default=8)
     add("--dropout", type=float, default=0.0)
     add("--distill", type=float, default=0.0)
-    add("--variants", nargs="+", default=VARIANTS, help="PARTS, or 'PARTS remat'")
+    add("--variants", nargs="+", default=VARIANTS, help="PARTS REMAT")
     add("--repeats", type=int, default=10)
     add("--product", type=int, default=8192, help="size of the product that the peak is measured on")
     add("--json", type=Path)
@@ -152,7 +152,7 @@ def main() -> None:
     del model, top
     for words in args.variants:
         parts, _, remat = words.partition(" ")
-        options = dataclasses.replace(base, accumulate=int(parts), remat=remat == "remat")
+        options = dataclasses.replace(base, accumulate=int(parts), remat=remat or "none")
         try:
             found = measure(trainer.variant(options, 1000), plan, args.length, args.repeats)
         except jax.errors.JaxRuntimeError as error:

@@ -22,6 +22,7 @@ import uniql_jax
 from train import examples, lora, rates, recover
 from train.examples import Examples
 from train.loop import Options, data_mesh
+from train.stack import REMAT
 from uniql_jax import cli, data, elastic
 from uniql_jax.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, reachable_bias, stored
 from uniql_jax.errors import UserError
@@ -197,11 +198,11 @@ def parser() -> cli.Parser:
     add("--length", type=cli.positive_int, default=LENGTH, metavar="N", help="tokens of an example")
     add("--batch", type=cli.positive_int, default=DEFAULTS.batch, metavar="N", help="examples of a step")
     add("--accumulate", type=cli.positive_int, default=1, metavar="N", help="parts of a step, for less memory")
-    add("--remat", action="store_true", help="compute activations again in the backward pass, for less memory")
+    add("--remat", choices=REMAT, default=DEFAULTS.remat, help="what to compute again backward, for less memory")
     add("--compute", choices=("float32", "bfloat16"), help="activations and frozen weights (default: bfloat16 on GPUs)")
     add("--lr", type=cli.bounded_float(0), default=DEFAULTS.lr, metavar="X", help="highest learning rate")
     add("--rank", type=cli.positive_int, default=DEFAULTS.rank, metavar="N", help="of LoRA")
-    add("--alpha", type=cli.bounded_float(0), default=DEFAULTS.alpha, metavar="X", help="of LoRA")
+    add("--alpha", type=cli.bounded_float(0), metavar="X", help="of LoRA (default: twice the rank)")
     add("--dropout", type=cli.bounded_float(0, 0.9), default=DEFAULTS.dropout, metavar="X", help="of LoRA's input")
     add("--rates", choices=rates.DISTRIBUTIONS, default=DEFAULTS.rates, help="how prune rates are drawn")
     add("--distill", type=cli.bounded_float(0, 1), default=DEFAULTS.distill, metavar="X", help="weight of the teacher")
@@ -214,6 +215,8 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if args.compute is None:
         args.compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if args.alpha is None:  # an update as large at every rank as the paper's 16 at rank 8
+        args.alpha = 2.0 * args.rank
     chosen = {f.name: getattr(args, f.name) for f in dataclasses.fields(Options) if hasattr(args, f.name)}
     options = dataclasses.replace(DEFAULTS, **chosen)
     if options.batch % options.accumulate:

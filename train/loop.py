@@ -39,7 +39,7 @@ class Options:
     steps: None for `epochs` passes over the examples. A step's `batch` rows are worked on in `accumulate` parts, which
     changes memory and nothing else. rates: one of `rates.DISTRIBUTIONS`, or a number, the rate of every step. distill:
     weight of the divergence from the unpruned model without LoRA, 1 - distill that of the text. compute: dtype of
-    activations and frozen weights; LoRA and optimizer stay float32.
+    activations and frozen weights; LoRA and optimizer stay float32. remat: one of `stack.REMAT`.
     """
 
     rank: int = 8
@@ -57,7 +57,7 @@ class Options:
     judged: tuple[float, ...] = JUDGED
     distill: float = 0.0
     compute: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     seed: int = 0
     evaluations: int = 20  # spread over the run
     patience: int = 5  # evaluations without a better one that end it

@@ -21,8 +21,13 @@ from train.lora import Factors, Layer
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 from uniql_jax.layers.context import Context
-from uniql_jax.lora import LoraArray
+from uniql_jax.lora import PRODUCT, LoraArray
 from uniql_jax.model import apply_layer
+
+REMAT = ("none", "products", "all")
+"""What is computed again in the backward pass: nothing; all but the results of products with weights, which is cheap;
+all but what passes between layers, which needs the least memory and a third more arithmetic."""
+POLICIES = {"products": jax.checkpoint_policies.save_only_these_names(PRODUCT), "all": None}
 
 
 class Run(NamedTuple):
@@ -108,12 +113,15 @@ def apply_runs(
     x: Float[Array, "b t h"],
     context: Context,
     keep: Sequence[elastic.Keep] | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> Float[Array, "b t h"]:
     """The residual stream after all layers, given the stacked leaves of every run; `keep`, one mapping a layer, masks.
 
-    `remat`: a gradient keeps only what passes between layers and computes the rest again, for less memory.
+    `remat`: what a gradient keeps of each layer, one of REMAT, and computes the rest again. Raises ValueError for any
+    other.
     """
+    if remat not in REMAT:
+        raise ValueError(f"remat is one of {', '.join(REMAT)}, not {remat!r}")
     for run, leaves in zip(runs(config), stacks, strict=True):
         kept = None
         if keep is not None:
@@ -121,7 +129,7 @@ def apply_runs(
 
         step = functools.partial(_step, config, run.kinds, context)
         # Inside a scan nothing can be merged across the checkpoint, so what hinders that may be left out.
-        step = jax.checkpoint(step, prevent_cse=False) if remat else step
+        step = jax.checkpoint(step, prevent_cse=False, policy=POLICIES[remat]) if remat in POLICIES else step
         x, _ = jax.lax.scan(step, x, (leaves, kept))
     return x
 

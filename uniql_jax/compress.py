@@ -342,6 +342,7 @@ def main(argv: list[str]) -> None:
         steps=args.recover_steps,
         lr=args.recover_lr,
         rank=args.recover_rank,
+        alpha=2.0 * args.recover_rank,  # an update as large at every rank
         distill=args.recover_distill,
         compute="float32" if jax.default_backend() == "cpu" else "bfloat16",
         seed=args.seed,

@@ -12,7 +12,11 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+PRODUCT = "product"
+"""The name by which a rematerialization policy knows results of these products."""
 
 
 @flax.struct.dataclass
@@ -55,12 +59,14 @@ class LoraArray:
     def rows(self, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
         """weight @ x over the last dimension, the weight's leading ones flattened; in x's dtype."""
         left = self.left.reshape(-1, self.left.shape[-1])
-        return _product(x, self._flat().T) + _product(self._scaled(_product(self.dropped(x), self.right.T)), left.T)
+        inner = self._scaled(_product(self.dropped(x), self.right.T))
+        return checkpoint_name(_product(x, self._flat().T) + _product(inner, left.T), PRODUCT)
 
     def columns(self, flat: Float[Array, "*b k"]) -> Float[Array, "*b h"]:
         """x @ weight, x flattened like the weight's leading dimensions; in x's dtype."""
         left = self.left.reshape(-1, self.left.shape[-1])
-        return _product(flat, self._flat()) + _product(self._scaled(_product(self.dropped(flat), left)), self.right)
+        inner = self._scaled(_product(self.dropped(flat), left))
+        return checkpoint_name(_product(flat, self._flat()) + _product(inner, self.right), PRODUCT)
 
     def _flat(self) -> Array:
         return self.base.reshape(-1, self.base.shape[-1])

@@ -11,13 +11,14 @@ from tests import reference
 from tests.train import cases
 from train import lora, rates, stack
 from train.loop import Options, Trainer
+from uniql_jax.layers.context import full_context
 from uniql_jax.lora import LoraArray
 from uniql_jax.model import CausalLM, hidden_states, logits
 
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
-@pytest.mark.parametrize("remat", [False, True])
-def test_the_trainers_forward_is_the_models(family: str, remat: bool, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("remat", ["none", "products"])
+def test_the_trainers_forward_is_the_models(family: str, remat: str, rng: np.random.Generator) -> None:
     model = cases.model(family, rng)
     assert model.plan is not None
     factors, tokens = cases.factors(model.config, rng), jnp.asarray(cases.tokens(rng))
@@ -62,3 +63,30 @@ def test_every_layer_has_its_own_dropout(rng: np.random.Generator) -> None:
     assert together["mlp"]["up"].scale == single[0]["mlp"]["up"].scale == 4.0
     keys = jax.random.key_data(together["mlp"]["up"].key)
     assert len(np.unique(np.asarray(keys), axis=0)) == 3
+
+
+def test_what_a_gradient_keeps(rng: np.random.Generator) -> None:
+    """Per layer: everything, the results of products with weights, or only the stream."""
+    model = cases.model("llama", rng, num_hidden_layers=3)
+    top = {name: value for name, value in model.params.items() if name != "layers"}
+    keep = rates.keep_arrays(model.plan, 0.25)
+    tokens = jnp.asarray(cases.tokens(rng))
+    kept = {}
+    for remat in stack.REMAT:
+        options = Options(batch=2, rank=4, remat=remat)
+        trainer = Trainer(model.config, model.params["layers"], top, options, 1)
+        factors, _ = trainer.init()
+
+        def hidden(factors: lora.Factors, trainer: Trainer = trainer) -> jax.Array:
+            return trainer.hidden(factors, trainer.frozen, tokens, jnp.ones(tokens.shape, bool), keep)
+
+        _, pull = jax.vjp(hidden, factors)
+        of_layers = [x for x in jax.tree.leaves(pull) if x.shape[:1] == (3,) and x.shape[1:3] == tokens.shape]
+        kept[remat] = sum(x.size for x in of_layers)
+    config, places = model.config, 3 * tokens.size
+    assert kept["all"] == places * config.hidden_size
+    widths = (config.heads + 2 * config.kv_heads) * config.head_dim + config.hidden_size + 2 * config.intermediate_size
+    assert kept["products"] == places * (config.hidden_size + widths)
+    assert kept["none"] > 1.5 * kept["products"]
+    with pytest.raises(ValueError, match="products"):
+        stack.apply_runs(config, [], jnp.zeros((1, 1, 1)), full_context(jnp.ones((1, 1), bool)), remat="some")
