@@ -32,6 +32,7 @@ __all__ = [
     "barrier",
     "call",
     "capability",
+    "count",
     "interpreted",
     "load",
     "mosaic_gpu",
@@ -118,3 +119,12 @@ def barrier() -> None:
     """
     if not interpreted():
         triton().debug_barrier()
+
+
+def count(ref: Any, index: tuple[Any, ...]) -> Array:
+    """Add one to ref[index], an int32, and return what it was, once all that this program stored is seen by others.
+
+    Who then finds the number it waits for sees what those that counted before it stored.
+    """
+    barrier()  # all threads have stored before one of them counts
+    return triton().atomic_add(ref, index, jnp.int32(1))

@@ -17,10 +17,16 @@ NAMES = ("reference", "blocked", "pallas", "cudnn")
 DEFAULTS = {"cpu": "blocked", "gpu": "reference"}
 """What runs on each backend when nobody says otherwise; elsewhere the reference."""
 
-MEASURED: dict[tuple[str, str], str] = {("causal_attention", "gpu"): "cudnn"}
-"""Kernel and backend -> what beats the backend's default there. cuDNN's attention needs no measurement: it alone
-holds no scores in memory. ("dequant_matmul", "gpu"): "pallas" comes in once whole models, and not the kernel alone
-(benchmarks/results/kernels-*.json), have been measured with it."""
+MEASURED: dict[tuple[str, str], str] = {
+    ("causal_attention", "gpu"): "cudnn",
+    ("decode", "gpu"): "pallas",
+    ("dequant_matmul", "gpu"): "pallas",
+    ("rope", "gpu"): "pallas",
+    ("rope_qk", "gpu"): "pallas",
+}
+"""Kernel and backend -> what beats the backend's default there (benchmarks/results). "decode" is a whole step of a model
+by fused kernels (uniql_jax/layers/fused.py). cuDNN's attention needs no measurement: it alone holds no scores in memory.
+"""
 
 
 def named() -> str | None:

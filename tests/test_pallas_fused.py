@@ -60,13 +60,14 @@ def test_blocks_invert(count: int, rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("count", [1, 5, 12])
 @pytest.mark.parametrize("biased", [False, True])
-def test_read_takes_several_weights(count: int, biased: bool, rng: np.random.Generator) -> None:
-    drawn = [draw(rng, "rows", features, 3) for features in (40, 16, 23)]
+@pytest.mark.parametrize("order", ["rows", "last"])
+def test_read_takes_several_weights(count: int, biased: bool, order: str, rng: np.random.Generator) -> None:
+    drawn = [draw(rng, order, features, 3) for features in (40, 16, 23)]
     x, norm = normal(rng, count, 384), rng.uniform(0.5, 1.5, 384).astype(np.float32)
     biases = [jnp.asarray(rng.standard_normal(w.features), jnp.float32) for w, _, _ in drawn]
     jobs = [Job((weight,), biased) for weight, _, _ in drawn]
     operands = [[(*held, bias) if biased else held] for (_, held, _), bias in zip(drawn, biases, strict=True)]
-    outs = jax.jit(lambda x: fused.read(fused.prepare(x, jnp.asarray(norm)), jobs, operands, eps=EPS))(x)
+    outs = jax.jit(lambda x: fused.read(fused.prepare(x, jnp.asarray(norm)), jobs, operands, eps=EPS)[0])(x)
     for out, (_, _, dense), bias in zip(outs, drawn, biases, strict=True):
         close(out, normed(x, norm) @ dense.T + (np.asarray(bias) if biased else 0))
 
@@ -81,7 +82,7 @@ def test_gate_and_up(count: int, activation: str, settings: Settings | None, rng
     x, norm = normal(rng, count, 256), np.ones(256, np.float32)
     job = Job((weight, weight), activation=activation, blocked=True)
     stream = fused.prepare(x, jnp.asarray(norm))
-    [out] = jax.jit(lambda s: fused.read(s, [job], [[gate, up]], eps=EPS, settings=settings))(stream)
+    [out] = jax.jit(lambda s: fused.read(s, [job], [[gate, up]], eps=EPS, settings=settings)[0])(stream)
     assert out.ndim == (2 if count == 1 else 4)
     y = normed(x, norm) @ dense.T
     act = y / (1 + np.exp(-y)) if activation == "silu" else np.maximum(y, 0) ** 2
@@ -119,3 +120,28 @@ def test_more_rows_are_refused(rng: np.random.Generator) -> None:
     weight, held, _ = draw(rng, "rows", 16, 1)
     with pytest.raises(NotImplementedError, match="16 rows"):
         fused.read(Stream(normal(rng, 17, 128)), [Job((weight,))], [[held]], eps=EPS)
+
+
+@pytest.mark.parametrize("count", [1, 5, 16])
+@pytest.mark.parametrize("split", [2, 3])
+def test_programs_share_a_contraction(count: int, split: int, rng: np.random.Generator) -> None:
+    cut = Settings(along_k=2, split=split, tiles=2 if split == 2 else 1)
+    (first, held, dense), (second, its, its_dense) = draw(rng, "rows", 128, 8), draw(rng, "rows", 48, 8)
+    (weight, down, down_dense), x = draw(rng, "groups", 64, 7), normal(rng, count, 1024)
+    jobs, norm = [Job((first,), blocked=True), Job((second,))], jnp.ones(64)
+    hidden = normal(rng, count, 7 * 128)
+
+    @jax.jit
+    def run(x: jax.Array, hidden: jax.Array) -> tuple:
+        outs, stream = fused.read(fused.prepare(x, jnp.ones(1024)), jobs, [[held], [its]], eps=EPS, settings=cut)
+        counts = stream.counts
+        stream = Stream(x[:, :64], counts=counts)
+        return outs, counts, fused.write(hidden, weight, down, stream, norm, settings=cut)
+
+    outs, counts, out = run(x, hidden)
+    close(plain(outs[0], count), normed(x, np.ones(1024)) @ dense.T)
+    close(outs[1], normed(x, np.ones(1024)) @ its_dense.T)
+    close(out.x, np.asarray(x[:, :64], np.float32) + np.asarray(hidden, np.float32) @ down_dense.T)
+    np.testing.assert_allclose(out.squares.sum(-1), np.square(np.asarray(out.x, np.float32)).sum(-1), rtol=1e-5)
+    assert not counts.any(), "zero again"
+    assert not out.counts.any()

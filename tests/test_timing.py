@@ -75,10 +75,10 @@ def test_the_programs_are_those_of_generation(model: CausalLM, monkeypatch: pyte
     np.testing.assert_array_equal(np.asarray(bench.answer()), answer)
     np.testing.assert_array_equal(np.concatenate(streamed), answer[0])
     token, cache = bench._start()
-    chained = [token]
+    chained = [np.asarray(token)]  # the next step takes the token itself
     for step in range(1, 6):
         token, cache = bench._run_step(token, cache, step)
-        chained.append(token)
+        chained.append(np.asarray(token))
     np.testing.assert_array_equal(np.stack(chained, 1), answer)
 
 

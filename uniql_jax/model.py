@@ -17,7 +17,7 @@ from uniql_jax.cache import Cache
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.int4 import QuantizedArray
-from uniql_jax.layers import KINDS
+from uniql_jax.layers import KINDS, fused
 from uniql_jax.layers.context import Causal, Context, full_context
 from uniql_jax.layers.linear import apply_rows
 from uniql_jax.layers.norm import rms_norm
@@ -198,8 +198,44 @@ def prefill(
 
 def decode(model: CausalLM, token: Int[Array, " b"], cache: Cache) -> tuple[Float[Array, "b vocab"], Cache]:
     """One more token for every sequence; returns the logits that follow it."""
+    if fused.wanted():
+        return _decode_fused(model, token, cache)
     x, cache = _extend(model, token[:, None], jnp.ones((token.shape[0], 1), bool), cache)
     return logits(model, x[:, 0]), cache
+
+
+def _decode_fused(model: CausalLM, token: Int[Array, " b"], cache: Cache) -> tuple[Float[Array, "b vocab"], Cache]:
+    """`decode`, block after block by the kernels of `layers.fused` where these can, by the block's own functions where
+    not.
+    """
+    config, params, positions = model.config, model.params, cache.position
+    valid = jnp.ones((token.shape[0], 1), bool)
+    filled = jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.slot))
+    context = Context(positions[:, None], filled[:, None, :], valid, cache.slot)
+    step = fused.first_step(positions, filled, cache.slot, config)
+    places = [(i, kind) for i, kinds in enumerate(config.pattern) for kind in kinds]
+    norms = [params["layers"][i][kind]["norm"] for i, kind in places] + [params["norm"]]
+    stream = fused.Stream(embed(params, token[:, None], model.dtype)[:, 0])
+    after: list[dict[str, Any]] = [{} for _ in config.pattern]
+    for (i, kind), norm in zip(places, norms[1:], strict=True):
+        leaves, state = params["layers"][i][kind], cache.layers[i][kind]
+        try:
+            stream, after[i][kind], step = fused.KINDS[kind](config, leaves, stream, norm, step, state)
+        except NotImplementedError:
+            block, x = KINDS[kind], stream.x[:, None]
+            normed = block.read(config, leaves, x)
+            hidden, after[i][kind] = block.cached_inner(config, leaves, normed, context, state)
+            stream = fused.Stream((x + block.write(leaves, hidden))[:, 0])
+    cache = cache.replace(layers=tuple(after), valid=filled, position=positions + 1, slot=cache.slot + 1)
+    try:
+        if "head_in" in params:
+            turned = fused.Stream(head_input(params, rms_norm(stream.x, params["norm"], config.norm_eps)))
+            out = fused.head(config, params["embed"], None, turned)
+        else:
+            out = fused.head(config, params.get("head", params["embed"]), params["norm"], stream)
+    except NotImplementedError:
+        return logits(model, stream.x), cache
+    return out.astype(jnp.float32), cache
 
 
 def require_plan(plan: Plan | None) -> Plan:

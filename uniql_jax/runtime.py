@@ -79,7 +79,17 @@ def _check_sampling(temperature: float | int, top_p: float | int, top_k: int, ma
 
 # ---------------------------------------------------------------------------------------------- compiled steps
 
-Settings = tuple[Any, Any, Any]  # temperature, top_p, top_k: traced, so that changing them compiles nothing
+# Temperature, top_p, top_k: traced, so that changing them compiles nothing. None takes the likeliest token: known when
+# code is traced, or every step would make a device ask the host which branch to run.
+Settings = tuple[Any, Any, Any] | None
+
+
+def _pick(
+    logits: Float[Array, "b vocab"], key: PRNGKeyArray, step: Int[Array, ""] | int, settings: Settings
+) -> Int[Array, " b"]:
+    if settings is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return sample(logits, jax.random.fold_in(key, step), *settings)
 
 
 @functools.partial(jax.jit, static_argnames="slots")
@@ -92,15 +102,23 @@ def _first(
     slots: int,
 ) -> tuple[Int[Array, " b"], Cache]:
     logits, cache = prefill(model, tokens, mask, init_cache(model, tokens.shape[0], slots))
-    return sample(logits, jax.random.fold_in(key, 0), *settings), cache
+    return _pick(logits, key, 0, settings), cache
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
+# The token is donated as well: a GPU repeats a recorded step at once if all its arrays are where they were, and records
+# it anew if not, which takes the host as long as the step itself.
+@functools.partial(jax.jit, donate_argnames=("token", "cache"))
 def _next(
     model: CausalLM, token: Int[Array, " b"], cache: Cache, key: PRNGKeyArray, step: Any, settings: Settings
 ) -> tuple[Int[Array, " b"], Cache]:
     logits, cache = decode(model, token, cache)
-    return sample(logits, jax.random.fold_in(key, step), *settings), cache
+    return _pick(logits, key, step, settings), cache
+
+
+@jax.jit
+def _shown(token: Int[Array, " b"]) -> Int[Array, " b"]:
+    """A copy for the host to read, since the next step takes the token itself."""
+    return token.copy()
 
 
 @functools.partial(jax.jit, static_argnames="count", donate_argnames="cache")
@@ -239,12 +257,14 @@ def _stream(
     mask = np.ones((1, ids.size), np.int32)
     token, cache = _first(model, *_padded(ids[None], mask), key, settings, bucket(ids.size) + count)
     for step in range(1, count + 1):
-        value = int(token[0])
+        # The next step is on its way before the host looks at this one, so that the device never waits for it.
+        shown = _shown(token)
+        ahead = _next(model, token, cache, key, np.int32(step), settings) if step < count else (token, cache)
+        value = int(shown[0])
         if value in stops:
             return
         yield value
-        if step < count:
-            token, cache = _next(model, token, cache, key, np.int32(step), settings)
+        token, cache = ahead
 
 
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool = False) -> Int[np.ndarray, " t"]:
@@ -289,6 +309,8 @@ def _folder_tokenizer(folder: str | None) -> Any | None:
 
 
 def _settings(temperature: float | int, top_p: float | int, top_k: int) -> Settings:
+    if temperature == 0:
+        return None
     return np.float32(temperature), np.float32(top_p), np.int32(top_k)
 
 

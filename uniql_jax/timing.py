@@ -163,10 +163,10 @@ class Bench:
 
         def chain(token: Array, cache: Cache) -> Array:
             for step in range(1, steps + 1):
-                before = token
+                shown = runtime._shown(token) if read else None
                 token, cache = self._run_step(token, cache, step)
                 if read:
-                    np.asarray(before)
+                    np.asarray(shown)
             return token
 
         return measure(chain, self.repeats, self._start).scaled(1 / steps)

@@ -104,7 +104,8 @@ def _x(x_ref: Any, weight: Weight, at: Threads, group: Array, column: int) -> li
     if x_ref.ndim == 4:  # as `in_blocks` lays it out
         loaded = []
         for i in range(4):
-            pieces = [x_ref[4 * group + i, column, at.row, 8 * at.lane + start + at.element] for start in (0, 4)]
+            block, word = (at.lane, i) if weight.order == "last" else (i, at.lane)
+            pieces = [x_ref[4 * group + block, column, at.row, 8 * word + start + at.element] for start in (0, 4)]
             loaded.append([(piece, 0) for piece in pieces])
         return loaded
     m = jnp.minimum(at.row + 8 * column, x_ref.shape[0] - 1)

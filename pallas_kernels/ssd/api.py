@@ -54,7 +54,9 @@ def check(z: Array, x: Array, b: Array, c: Array, dt: Array, kernels: Kernels, w
     if x.ndim != 3 or z.shape != x.shape or dt.shape != x.shape[::2]:
         raise ValueError(f"z {z.shape} and x {x.shape} are [batch, hd, nh], dt {dt.shape} is [batch, nh]")
     if b.ndim != 3 or c.shape != b.shape or b.shape[0] != x.shape[0] or x.shape[2] % b.shape[2]:
-        raise ValueError(f"b {b.shape} and c {c.shape} do not fit x {x.shape}: [batch, ds, g], g a divisor of the heads")
+        raise ValueError(
+            f"b {b.shape} and c {c.shape} do not fit x {x.shape}: [batch, ds, g], g a divisor of the heads"
+        )
     width = kernels.x.shape[-1]
     for name, value in (("x", x), ("b", b), ("c", c)):
         kernel, bias, window = getattr(kernels, name), getattr(kernels, f"{name}_bias"), getattr(windows, name)
@@ -65,7 +67,9 @@ def check(z: Array, x: Array, b: Array, c: Array, dt: Array, kernels: Kernels, w
         if window.shape != (x.shape[0], width - 1, *value.shape[1:]):
             raise ValueError(f"the window {window.shape} does not fit {name} {value.shape} and width {width}")
     if windows.state.shape != (x.shape[0], x.shape[2], x.shape[1], b.shape[1]):
-        raise ValueError(f"the state {windows.state.shape} does not fit x {x.shape} and b {b.shape}: [batch, nh, hd, ds]")
+        raise ValueError(
+            f"the state {windows.state.shape} does not fit x {x.shape} and b {b.shape}: [batch, nh, hd, ds]"
+        )
 
 
 def mixer_step(

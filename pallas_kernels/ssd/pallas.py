@@ -1,4 +1,5 @@
-"""One token through the inside of a Mamba2 block in one kernel, which reads and writes every state once, in place.
+"""One token through the inside of a Mamba2 block in two kernels, the first of which reads and writes every state once,
+in place; the second takes the norm, which needs the squares that all programs of the first have found.
 
 The states are nearly all of the traffic; everything else a program needs it computes again, however many others do.
 """
@@ -15,11 +16,14 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import compat
 from pallas_kernels.compat import pl
-from pallas_kernels.ssd import reference
 from pallas_kernels.ssd.reference import Kernels, Window
 
 ELEMENTS = 4096
 """About how many elements of the states a program holds in registers."""
+NORMED = 1024
+"""About how many elements a program of the norm takes."""
+BLOCK = 32
+"""Numbers of a row of a blocked output (see dequant_matmul/fused.py)."""
 HEADS = 4
 """Most heads of a program by rule: they lie side by side in x, so that more of each sector it loads is used."""
 
@@ -51,9 +55,15 @@ def _softplus(x: Array) -> Array:
 
 
 def _kernel(
-    *refs: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], tile: Settings, dt_min: float, dt_max: float
+    *refs: Any,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    tile: Settings,
+    dt_min: float,
+    dt_max: float,
+    norm_width: int,
 ) -> None:
-    """refs: the arrays that `inputs` and `outputs` name; one program takes a tile of channels of a few heads of a group.
+    """refs: the arrays that `inputs` and `outputs` name; a program takes a tile of channels of a few heads of a group.
 
     Letters of the shapes: h head, p channel, s state.
     """
@@ -107,7 +117,8 @@ def _kernel(
     compat.barrier()
     compat.store(ref["state_after"], at, state, at_in)
     compat.store(ref["gated"], (row, *of_x), gated, of_x_in)
-    compat.store(ref["square"], (row, of_channels, h), jnp.sum(gated * gated, axis=1), h_in)
+    mean = jnp.sum(gated * gated, axis=1) / norm_width
+    compat.store(ref["square"], (row, of_channels, group, of_group), mean, h_in)
     # Every program of a group reads the windows of B and C, so the new ones lie elsewhere; the first writes them.
     first = s_in & (of_heads == 0) & (of_channels == 0)
     for k in range(width - 1):
@@ -123,6 +134,109 @@ def _supported(arrays: dict[str, Array]) -> None:
         raise NotImplementedError("the Pallas kernel keeps states in float32")
     if any(value.size == 0 for value in arrays.values()):
         raise NotImplementedError("nothing to step")
+
+
+def _norm_kernel(gated_ref: Any, square_ref: Any, weight_ref: Any, out_ref: Any, *, tile: int, eps: float) -> None:
+    """One program norms a tile of channels of all heads, [p, group, head of the group]."""
+    _, channels, heads = gated_ref.shape
+    of_channels, groups = square_ref.shape[1], square_ref.shape[2]
+    share = heads // groups
+    row = pl.program_id(0)
+    p = (pl.program_id(1) * tile + jnp.arange(tile))[:, None, None]
+    g = jnp.arange(pl.next_power_of_2(groups))[None, :, None]
+    of_group = jnp.arange(pl.next_power_of_2(share))[None, None, :]
+    part = jnp.arange(pl.next_power_of_2(of_channels))[:, None, None]
+    here = (g < groups) & (of_group < share)
+    square = compat.load(square_ref, (row, part, g, of_group), here & (part < of_channels))
+    scale = jax.lax.rsqrt(square.sum(axis=2).sum(axis=0) + eps)[None, :, None]
+    head, inside = g * share + of_group, here & (p < channels)
+    dtype = out_ref.dtype
+    value = (compat.load(gated_ref, (row, p, head), inside) * scale).astype(dtype)
+    value = value * compat.load(weight_ref, (p, head), inside).astype(dtype)
+    at = jnp.where(inside, p * heads + head, channels * heads)  # what is masked lies outside
+    index = (row, at) if out_ref.ndim == 2 else (at // BLOCK, row // 8, row % 8, at % BLOCK)
+    compat.store(out_ref, index, value, inside)
+
+
+def _normed(
+    gated: Float[Array, "batch hd nh"],
+    square: Float[Array, "batch parts g share"],
+    weight: Float[Array, "hd nh"],
+    *,
+    eps: float,
+    dtype: Any,
+    blocked: bool,
+) -> Float[Array, "..."]:
+    """`reference.normed` in one kernel, as a product reads it: [batch, hd * nh], or blocked; `square` is in parts, each
+    divided by the width of the norm.
+    """
+    batch, channels, heads = gated.shape
+    tile = min(pl.next_power_of_2(channels), max(1, NORMED // pl.next_power_of_2(heads)))
+    width = channels * heads
+    shape = (width // BLOCK, -(-batch // 8), 8, BLOCK) if blocked else (batch, width)
+    return compat.call(
+        functools.partial(_norm_kernel, tile=tile, eps=eps),
+        name="gated_norm",
+        grid=(batch, pl.cdiv(channels, tile)),
+        out_shape=jax.ShapeDtypeStruct(shape, dtype),
+    )(gated, square, weight)
+
+
+# Compiled once for all layers of equal sizes.
+@functools.partial(jax.jit, static_argnames=("dt_min", "dt_max", "eps", "norm_width", "blocked", "tile"))
+def mix(
+    z: Float[Array, "batch hd nh"],
+    x: Float[Array, "batch hd nh"],
+    b: Float[Array, "batch ds g"],
+    c: Float[Array, "batch ds g"],
+    dt: Float[Array, "batch nh"],
+    kernels: Kernels,
+    dt_bias: Float[Array, " nh"],
+    a_log: Float[Array, " nh"],
+    d: Float[Array, " nh"],
+    windows: Window,
+    gate_norm: Float[Array, "hd nh"],
+    *,
+    dt_min: float,
+    dt_max: float,
+    eps: float,
+    norm_width: int,
+    blocked: bool = False,
+    tile: Settings | None = None,
+) -> tuple[Float[Array, "..."], Window]:
+    """`mixer_step` with its output as a product reads it, [batch, hd * nh] or `blocked` as dequant_matmul/fused.py lays
+    it out. `tile` replaces the rule's. Raises NotImplementedError as `mixer_step` does.
+    """
+    arrays = dict(z=z, x=x, b=b, c=c, dt=dt, dt_bias=dt_bias, a_log=a_log, d=d, state=windows.state)
+    for name in ("x", "b", "c"):
+        arrays |= {f"{name}_window": getattr(windows, name), f"{name}_kernel": getattr(kernels, name)}
+        bias = getattr(kernels, f"{name}_bias")
+        arrays |= {} if bias is None else {f"{name}_bias": bias}
+    _supported(arrays | {"gate_norm": gate_norm})
+    batch, channels, heads = x.shape
+    groups = b.shape[2]
+    tile = tile or settings(heads // groups, channels, b.shape[1])
+    of_heads, of_channels = pl.cdiv(heads // groups, tile.heads), pl.cdiv(channels, tile.channels)
+    after = {
+        "gated": jax.ShapeDtypeStruct(x.shape, jnp.float32),
+        "square": jax.ShapeDtypeStruct((batch, of_channels, groups, heads // groups), jnp.float32),
+        "x_after": jax.ShapeDtypeStruct(windows.x.shape, windows.x.dtype),
+        "b_after": jax.ShapeDtypeStruct(windows.b.shape, windows.b.dtype),
+        "c_after": jax.ShapeDtypeStruct(windows.c.shape, windows.c.dtype),
+        "state_after": jax.ShapeDtypeStruct(windows.state.shape, jnp.float32),
+    }
+    inputs, outputs = tuple(arrays), tuple(after)
+    options = dict(dt_min=dt_min, dt_max=dt_max, norm_width=norm_width)
+    in_place = {"x_window": "x_after", "state": "state_after"}
+    gated, square, *rest = compat.call(
+        functools.partial(_kernel, inputs=inputs, outputs=outputs, tile=tile, **options),
+        name="mixer_step",
+        grid=(batch, groups, of_heads, of_channels),
+        out_shape=tuple(after.values()),
+        warps=tile.warps,
+        aliases={inputs.index(old): outputs.index(new) for old, new in in_place.items()},
+    )(*arrays.values())
+    return _normed(gated, square, gate_norm, eps=eps, dtype=x.dtype, blocked=blocked), Window(*rest)
 
 
 def mixer_step(
@@ -147,34 +261,6 @@ def mixer_step(
     """See api.mixer_step; `tile` replaces the rule's. Raises NotImplementedError for float64, empty input (a window of
     width 1, say) and states that are not float32.
     """
-    arrays = dict(z=z, x=x, b=b, c=c, dt=dt, dt_bias=dt_bias, a_log=a_log, d=d, state=windows.state)
-    for name in ("x", "b", "c"):
-        arrays |= {f"{name}_window": getattr(windows, name), f"{name}_kernel": getattr(kernels, name)}
-        bias = getattr(kernels, f"{name}_bias")
-        arrays |= {} if bias is None else {f"{name}_bias": bias}
-    _supported(arrays | {"gate_norm": gate_norm})
-    batch, channels, heads = x.shape
-    groups = b.shape[2]
-    tile = tile or settings(heads // groups, channels, b.shape[1])
-    of_heads, of_channels = pl.cdiv(heads // groups, tile.heads), pl.cdiv(channels, tile.channels)
-    after = {
-        "gated": jax.ShapeDtypeStruct(x.shape, jnp.float32),
-        "square": jax.ShapeDtypeStruct((batch, of_channels, heads), jnp.float32),
-        "x_after": jax.ShapeDtypeStruct(windows.x.shape, windows.x.dtype),
-        "b_after": jax.ShapeDtypeStruct(windows.b.shape, windows.b.dtype),
-        "c_after": jax.ShapeDtypeStruct(windows.c.shape, windows.c.dtype),
-        "state_after": jax.ShapeDtypeStruct(windows.state.shape, jnp.float32),
-    }
-    inputs, outputs = tuple(arrays), tuple(after)
-    in_place = {"x_window": "x_after", "state": "state_after"}
-    gated, square, *rest = compat.call(
-        functools.partial(_kernel, inputs=inputs, outputs=outputs, tile=tile, dt_min=dt_min, dt_max=dt_max),
-        name="mixer_step",
-        grid=(batch, groups, of_heads, of_channels),
-        out_shape=tuple(after.values()),
-        warps=tile.warps,
-        aliases={inputs.index(old): outputs.index(new) for old, new in in_place.items()},
-    )(*arrays.values())
-    square = square.reshape(batch, of_channels, groups, -1).sum((1, 3))
-    hidden = reference.normed(gated, square, gate_norm, eps=eps, norm_width=norm_width, dtype=x.dtype)
-    return hidden, Window(*rest)
+    options = dict(dt_min=dt_min, dt_max=dt_max, eps=eps, norm_width=norm_width, tile=tile)
+    hidden, windows = mix(z, x, b, c, dt, kernels, dt_bias, a_log, d, windows, gate_norm, **options)
+    return hidden.reshape(x.shape), windows

@@ -1,0 +1,224 @@
+"""Times the launches of a fused decode step, cut in many ways, on the shapes of Llama-3.1-8B; prints a table.
+
+    python benchmarks/decode_kernels.py --count 1 16 --context 1024 --json RESULT.json
+
+A time is that of one link of a chain over 32 distinct layers in one jit, as a model runs them; a link is a pair of
+launches where one needs the other: gate and up with down ("mlp"), q, k and v with o ("projections"); or one launch,
+attention over a cache ("attention"). One launch of a pair is cut as the model does by default while the other varies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.record import environment
+from pallas_kernels.attention import decode_pallas
+from pallas_kernels.attention.decode import Caches, Token
+from pallas_kernels.dequant_matmul import fused
+from pallas_kernels.dequant_matmul.fused import Job, Stream
+from pallas_kernels.dequant_matmul.mma import Settings
+from pallas_kernels.dequant_matmul.tiling import Weight
+
+LAYERS, HIDDEN, FFN, HEADS, KV_HEADS = 32, 4096, 14336, 32, 8
+NORM = 1e-5
+Variant = tuple[str, str, Any]
+"""Link, which launch is cut otherwise, and its settings."""
+
+
+def weight(features: int, width: int, order: str, seed: int) -> tuple[Weight, list[tuple[jax.Array, jax.Array]]]:
+    """A weight's static half and random operands for every layer."""
+    groups, tiles = width // 128, features // 16
+    shape = (tiles, groups, 2, 32, 4) if order == "rows" else (groups, tiles, 2, 32, 4)
+    scales = (features, groups) if order == "rows" else (groups, features)
+    held = []
+    for layer in range(LAYERS):
+        keys = jax.random.split(jax.random.key(1000 * seed + layer, impl="unsafe_rbg"))
+        data = jax.lax.bitcast_convert_type(jax.random.bits(keys[0], shape, jnp.uint32), jnp.int32)
+        held.append((data, jax.random.uniform(keys[1], scales, jnp.bfloat16, 0.001, 0.004)))
+    return Weight(order, features, groups, 128), held
+
+
+def start(count: int) -> Stream:
+    """A random stream."""
+    x = jax.random.normal(jax.random.key(3), (count, HIDDEN), jnp.bfloat16)
+    return fused.prepare(x, jnp.ones(HIDDEN))
+
+
+def mlp(count: int, args: Any, read: Settings | None, write: Settings | None) -> Any:
+    """The chain of gate and up with down."""
+    (gate, gates), (_, ups), (down, downs) = args
+    stream, norm = start(count), jnp.ones(HIDDEN)
+    job = Job((gate, gate), activation="silu", blocked=count > 1)
+    for layer in range(LAYERS):
+        [hidden], stream = fused.read(stream, [job], [[gates[layer], ups[layer]]], eps=NORM, settings=read)
+        stream = fused.write(hidden, down, downs[layer], stream, norm, settings=write)
+    return stream.x
+
+
+def projections(count: int, args: Any, read: Settings | None, write: Settings | None) -> Any:
+    """The chain of q, k and v with o; what attention would make of them is q itself."""
+    parts, (o, os) = args[:3], args[3]
+    stream, norm = start(count), jnp.ones(HIDDEN)
+    jobs = [Job((part,), blocked=count > 1 and i == 0) for i, (part, _) in enumerate(parts)]
+    for layer in range(LAYERS):
+        operands = [[held[layer]] for _, held in parts]
+        (hidden, *_), stream = fused.read(stream, jobs, operands, eps=NORM, settings=read)
+        stream = fused.write(hidden, o, os[layer], stream, norm, settings=write)
+    return stream.x
+
+
+def attention(count: int, context: int, args: Any, cut: decode_pallas.Settings | None) -> Any:
+    """The chain of attention over caches; each layer's output is the next one's query."""
+    caches = args
+    q = jax.random.normal(jax.random.key(4), (count, 64, 2, HEADS), jnp.bfloat16)
+    k, v = jnp.ones((count, 64, 2, KV_HEADS), jnp.bfloat16), jnp.ones((count, 128, KV_HEADS), jnp.bfloat16)
+    slots = caches[0].k.shape[1]
+    visible = jnp.broadcast_to(jnp.arange(slots) <= context, (count, slots)).astype(jnp.int8)
+    positions, slot = jnp.full((count,), context, jnp.int32), jnp.int32(context)
+    inv_freq, done = jnp.ones((64, KV_HEADS)) * 0.01, decode_pallas.counters(count, KV_HEADS)
+    after = []
+    for cache in caches:
+        token = Token(q, k, v)
+        out, cache, done = decode_pallas.attend(
+            token, cache, inv_freq, positions, visible, slot, done, scale=0.09, cut=cut
+        )
+        q = out.reshape(q.shape)
+        after.append(cache)
+    return q, after
+
+
+def variants(count: int) -> Iterator[Variant]:
+    """The defaults, and one launch cut otherwise."""
+    for link in ("mlp", "projections", "attention"):
+        yield link, "default", None
+    make = functools.partial(Settings, gate=True)
+    zero = {} if count <= 8 else {"zero": "mma"}
+    few, several = ((2, 4), (4, 8, 16)) if count <= 8 else ((1, 2, 4), (2, 4, 8))
+    for along_k in few:
+        for along_n in (1, 2, 4):
+            if along_k * along_n > 8:
+                continue
+            for stream in (False, True):
+                yield "mlp", "read", make(along_k=along_k, along_n=along_n, stream=stream, **zero)
+        yield "mlp", "read", make(along_k=along_k, batch=2, stream=True, **zero)
+    for link in ("mlp", "projections"):
+        for along_k in several:
+            yield link, "write", make(along_k=along_k, **zero)
+            yield link, "write", make(along_k=along_k, batch=2, stream=True, **zero)
+            if count > 8:
+                yield link, "write", make(along_k=along_k, tiles=2, stream=True, **zero)
+    for along_k in several:
+        yield "projections", "read", make(along_k=along_k, **zero)
+        yield "projections", "read", make(along_k=along_k, batch=2, **zero)
+        if count > 8:
+            yield "projections", "read", make(along_k=along_k, tiles=2, stream=True, **zero)
+    cuts = decode_pallas.Settings
+    for tile, split, warps in (
+        ((64, 8, 4), (64, 16, 4), (64, 18, 8), (32, 32, 4), (128, 8, 4), (128, 8, 8), (32, 16, 4), (64, 12, 4))
+        if count == 1
+        else ((64, 1, 4), (64, 2, 4), (64, 4, 4), (128, 1, 4), (128, 2, 8), (32, 2, 4))
+    ):
+        yield "attention", "cut", cuts(tile, split, warps)
+
+
+def clock(call: Callable[[], Any], repeats: int = 7) -> float:
+    """Median microseconds of a link."""
+    jax.block_until_ready(call())
+    taken = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        for _ in range(5):
+            out = call()
+        jax.block_until_ready(out)
+        taken.append((time.perf_counter() - begin) / 5 / LAYERS * 1e6)
+    return statistics.median(taken)
+
+
+def main() -> None:
+    """Compile all variants of a count on many threads, time them one by one, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, nargs="+", default=[1, 16], help="sequences")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    shapes = dict(gate=(FFN, HIDDEN, "rows"), up=(FFN, HIDDEN, "rows"), down=(HIDDEN, FFN, "groups"))
+    shapes |= dict(q=(HIDDEN, HIDDEN, "rows"), k=(128 * KV_HEADS, HIDDEN, "rows"), v=(128 * KV_HEADS, HIDDEN, "rows"))
+    held = {
+        name: weight(*each, seed)
+        for seed, (name, each) in enumerate((shapes | {"o": (HIDDEN, HIDDEN, "groups")}).items())
+    }
+    static = {name: each[0] for name, each in held.items()}
+    names = {"mlp": ("gate", "up", "down"), "projections": ("q", "k", "v", "o")}
+    rows: list[dict[str, Any]] = []
+    for count in args.count:
+        shape = (count, args.context + 128, KV_HEADS, 128)
+        caches = [Caches(jnp.ones(shape, jnp.bfloat16) * 0.1, jnp.ones(shape, jnp.bfloat16)) for _ in range(LAYERS)]
+
+        def prepared(variant: Variant, count: int = count, caches: Any = caches) -> tuple[Any, Any]:
+            link, launch, cut = variant
+            if link == "attention":
+                run = functools.partial(attention, count, args.context, cut=cut)
+                return jax.jit(run, donate_argnums=0).lower(caches).compile(), None
+            read, write = (cut if launch == name else None for name in ("read", "write"))
+            arrays = [held[name][1] for name in names[link]]
+
+            def run(arrays: Any) -> Any:
+                pairs = [(static[name], each) for name, each in zip(names[link], arrays, strict=True)]
+                return (mlp if link == "mlp" else projections)(count, pairs, read, write)
+
+            return jax.jit(run).lower(arrays).compile(), arrays
+
+        def compiled(variant: Variant) -> Any:
+            try:
+                return prepared(variant)
+            except Exception as error:
+                return error
+
+        every = list(variants(count))
+        with concurrent.futures.ThreadPoolExecutor(12) as executor:
+            programs = list(executor.map(compiled, every))
+        for (link, launch, cut), program in zip(every, programs, strict=True):
+            row = dict(count=count, link=link, launch=launch, settings=dataclasses.asdict(cut) if cut else {})
+            if isinstance(program, Exception):
+                rows.append(row | {"failed": str(program)[:300]})
+                continue
+            run, arrays = program
+            if link == "attention":
+
+                def call(run: Any = run) -> Any:
+                    nonlocal caches
+                    out, caches = run(caches)
+                    return out
+            else:
+
+                def call(run: Any = run, arrays: Any = arrays) -> Any:
+                    return run(arrays)
+
+            rows.append(row | {"us": clock(call)})
+        del caches, programs
+    default = Settings()
+    for row in sorted(rows, key=lambda row: (row["count"], row["link"], row["launch"], row.get("us", 1e9))):
+        changed = {k: v for k, v in row["settings"].items() if v != getattr(default, k, None)}
+        said = f"{row['us']:7.2f} us" if "us" in row else row["failed"][:90]
+        print(f"{row['count']:3d} {row['link']:12s} {row['launch']:8s} {said}  {changed}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

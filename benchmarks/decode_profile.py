@@ -1,0 +1,78 @@
+"""Where the time of a decode step goes: kernels by name, their number and microseconds a step, from a device trace.
+
+    python benchmarks/decode_profile.py --config llama-3.1-8b --rate 0.25 --context 1024
+
+A trace launches kernels one by one, so that gaps between them are not those of a real run; durations are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import glob
+import gzip
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from uniql_jax.random_model import random_model, read_config
+from uniql_jax.timing import Bench
+
+STEPS = 5
+
+
+def durations(folder: str) -> dict[str, list[float]]:
+    """Kernel -> microseconds of each run, from the trace in a folder; instances of a name count as one kernel."""
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    for path in glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True):
+        with gzip.open(path) as file:
+            trace = json.load(file)["traceEvents"]
+        threads = {
+            (event["pid"], event.get("tid")): event["args"]["name"]
+            for event in trace
+            if event.get("name") == "thread_name"
+        }
+        for event in trace:
+            if event.get("ph") == "X" and "Stream" in threads.get((event["pid"], event.get("tid")), ""):
+                found[re.sub(r"[._]\d+$", "", event["name"])].append(float(event["dur"]))
+    return found
+
+
+def main() -> None:
+    """Parse, run, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="llama-3.1-8b")
+    parser.add_argument("--rate", type=float, default=0.0)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--context", type=int, default=1024)
+    args = parser.parse_args()
+    model = random_model(read_config(args.config), args.bits, args.rate)
+    bench = Bench(model, args.batch, args.context, 2 * STEPS)
+    token, cache = bench._start()
+    for step in range(1, STEPS):
+        token, cache = bench._run_step(token, cache, step)
+    jax.block_until_ready(token)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for step in range(STEPS, 2 * STEPS):
+                token, cache = bench._run_step(token, cache, step)
+            jax.block_until_ready(token)
+        found = durations(folder)
+    total = sum(map(sum, found.values())) / STEPS
+    print(
+        f"{args.config} at rate {args.rate:g}, {args.bits} bits, batch {args.batch}: {total:.0f} us of kernels a step"
+    )
+    for name, times in sorted(found.items(), key=lambda item: -sum(item[1]))[:24]:
+        print(f"{sum(times) / STEPS:9.1f} us  {len(times) / STEPS:6.1f} x {np.median(times):7.2f} us  {name[:70]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""One token per sequence against a pruned cache in one launch: rotation, cache update, attention over shares of the
+slots, and the sum of the shares.
+
+Programs that share a key/value head leave their part in memory; whichever is done last adds the parts up. A count of
+those that are done, zero before and after, says which that is, so that no program ever waits for another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import compat
+from pallas_kernels.attention.decode_reference import Caches, Token
+from pallas_kernels.compat import pl
+from pallas_kernels.rope.pallas import fast_sine_and_cosine
+
+HEADS = 16
+"""Rows of a tensor core's tile: query heads of one key/value head, padded."""
+PROGRAMS = 264
+"""Programs that fill a large GPU twice."""
+LOWEST = -1e30
+"""Score of what is not seen: finite, so that differences are."""
+TOGETHER = 8
+"""Parts that are added at a time: they are held in registers."""
+BLOCK = 32
+"""Numbers of a row of a blocked output (see dequant_matmul/fused.py)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Slots of a tile, programs that share the slots of one key/value head, and warps of each."""
+
+    tile: int = 64
+    split: int = 8
+    warps: int = 4
+
+
+def settings(batch: int, groups: int, slots: int) -> Settings:
+    """By rule: enough programs to fill a GPU, none without a tile."""
+    tile = 64
+    return Settings(tile, max(1, min(PROGRAMS // (batch * groups), pl.cdiv(slots, tile), 32)))
+
+
+def _dot(a: Array, b: Array) -> Float[Array, "m n"]:
+    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _sine_and_cosine(angle: Array) -> tuple[Array, Array]:
+    if compat.interpreted():
+        return jnp.sin(angle), jnp.cos(angle)
+    return fast_sine_and_cosine(angle)
+
+
+def _kernel(*refs: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], cut: Settings, scale: float) -> None:
+    """refs: the arrays that `inputs` and `outputs` name; a program takes a share of the slots of one kv head.
+
+    Letters of the shapes: m query head of the kv head, d dimension of keys, r of values, t slot.
+    """
+    ref = dict(zip(inputs + outputs, refs, strict=True))
+    groups, width = ref["k_cache"].shape[2:]
+    ranks, pair, share = ref["v_cache"].shape[3], ref["q"].shape[2], ref["q"].shape[3] // groups
+    turning = pair * ref["q"].shape[1]
+    row, group, part = (pl.program_id(axis) for axis in range(3))
+    slot = ref["slot"][0]
+    m, d = jnp.arange(HEADS), jnp.arange(max(16, pl.next_power_of_2(width)))
+    r = jnp.arange(max(16, pl.next_power_of_2(ranks)))
+    m_in, d_in, r_in = m < share, d < width, r < ranks
+    dtype = ref["q"].dtype
+
+    def vectors(name: str, head: Array, inside: Array) -> Array:
+        """Rotated vectors of some heads of "q" or "k": [heads, d], in the projections' dtype."""
+        lanes, index = d[None, :], head[:, None]
+        turns, at = inside[:, None] & (lanes < turning), (row, lanes // pair, lanes % pair, index)
+        x = compat.load(ref[name], at, turns).astype(jnp.float32)
+        if "inv_freq" in ref:
+            other = (row, lanes // pair, 1 - lanes % pair, index)
+            other = compat.load(ref[name], other, turns).astype(jnp.float32)
+            frequency = compat.load(ref["inv_freq"], (d // pair, group), d < turning)
+            sine, cosine = _sine_and_cosine(ref["positions"][row].astype(jnp.float32) * frequency)
+            x = x * cosine[None, :] + other * jnp.where(d % pair == 0, -sine, sine)[None, :]
+        if f"{name}_pass" in ref:
+            passed = inside[:, None] & (lanes >= turning) & (lanes < width)
+            x = x + compat.load(ref[f"{name}_pass"], (row, lanes - turning, index), passed).astype(jnp.float32)
+        return x.astype(dtype)
+
+    tiles = slot // cut.tile + 1
+    per_part = pl.cdiv(tiles, cut.split)
+    first = part * per_part
+    last = jnp.minimum(first + per_part, tiles)
+
+    def load(index: Array) -> tuple[Array, Array, Array]:
+        """Keys, values and who is seen, of a tile before `last`; nothing of any other."""
+        t = index * cut.tile + jnp.arange(cut.tile)
+        t_in = (t <= slot) & (index < last)
+        k = compat.load(ref["k_cache"], (row, t[None, :], group, d[:, None]), t_in[None, :] & d_in[:, None])
+        v = compat.load(ref["v_cache"], (row, t[:, None], group, r[None, :]), t_in[:, None] & r_in[None, :])
+        return k, v, compat.load(ref["visible"], (row, t), t_in)
+
+    held = load(first)  # first of all, so that it is on its way while the new token is turned
+    q = vectors("q", group * share + m, m_in)
+    one = jnp.zeros((1,), jnp.int32) + group
+    new_k = vectors("k", one, one >= 0).astype(ref["k_cache"].dtype).sum(axis=0)
+    new_v = compat.load(ref["v"], (row, r, group), r_in).astype(ref["v_cache"].dtype)
+
+    def one_tile(index: Array, carry: tuple[Any, Array, Array, Array]) -> tuple[Any, Array, Array, Array]:
+        (k, v, seen), top, total, found = carry
+        ahead = load(index + 1)
+        t = index * cut.tile + jnp.arange(cut.tile)
+        k = jnp.where((t == slot)[None, :], new_k[:, None], k).astype(dtype)
+        scores = jnp.where((seen != 0)[None, :], _dot(q, k) * scale, LOWEST)
+        higher = jnp.maximum(top, jnp.max(scores, axis=1))
+        weights = jnp.where((seen != 0)[None, :], jnp.exp(scores - higher[:, None]), 0.0)
+        fade = jnp.exp(top - higher)
+        v = jnp.where((t == slot)[:, None], new_v[None, :], v).astype(dtype)
+        found = found * fade[:, None] + _dot(weights.astype(dtype), v)
+        return ahead, higher, total * fade + jnp.sum(weights, axis=1), found
+
+    zeros = jnp.zeros((HEADS, r.shape[0]), jnp.float32)
+    start = (held, jnp.full((HEADS,), LOWEST, jnp.float32), jnp.zeros((HEADS,), jnp.float32), zeros)
+    _, top, total, found = jax.lax.fori_loop(first, last, one_tile, start)
+
+    @pl.when((slot >= first * cut.tile) & (slot < last * cut.tile))
+    def _() -> None:
+        compat.store(ref["k_after"], (row, slot, group, d), new_k, d_in)
+        compat.store(ref["v_after"], (row, slot, group, r), new_v, r_in)
+
+    def put(head: Array, total: Array, found: Array) -> None:
+        out = found / jnp.where(total > 0, total, 1.0)[:, None]
+        heads, inside = groups * share, (head < share)[:, None] & r_in[None, :]
+        # What is masked lies outside: the interpreter writes masked places back, and they must be nobody's.
+        at = jnp.where(inside, r[None, :] * heads + group * share + head[:, None], ranks * heads)
+        index = (row, at) if ref["out"].ndim == 2 else (at // BLOCK, row // 8, row % 8, at % BLOCK)
+        compat.store(ref["out"], index, out, inside)
+
+    if cut.split == 1:
+        put(m, total, found)
+        return
+    compat.store(ref["parts"], (row, group, part, m[:, None], r[None, :]), found, m_in[:, None] & r_in[None, :])
+    compat.store(ref["tops"], (row, group, part, m), top, m_in)
+    compat.store(ref["totals"], (row, group, part, m), total, m_in)
+    done = compat.count(ref["done_after"], (row, group))
+
+    @pl.when(done == cut.split - 1)
+    def _() -> None:
+        few = jnp.arange(pl.next_power_of_2(share))
+        few_in = few < share
+
+        def load_per_head(name: str, part: Array) -> tuple[Array, Array]:
+            inside = (part < cut.split)[:, None] & few_in[None, :]
+            return compat.load(ref[name], (row, group, part[:, None], few[None, :]), inside), inside
+
+        every = jnp.arange(pl.next_power_of_2(cut.split))
+        tops, inside = load_per_head("tops", every)
+        top = jnp.max(jnp.where(inside, tops, LOWEST), axis=0)
+        totals, _ = load_per_head("totals", every)
+        total = jnp.sum(totals * jnp.where(inside, jnp.exp(tops - top[None, :]), 0.0), axis=0)
+        found: Any = jnp.zeros((few.shape[0], r.shape[0]), jnp.float32)
+        for start in range(0, cut.split, TOGETHER):  # unrolled, so that no load waits for another
+            part = start + jnp.arange(min(TOGETHER, every.shape[0]))
+            tops, inside = load_per_head("tops", part)
+            gain = jnp.where(inside, jnp.exp(tops - top[None, :]), 0.0)
+            index = (row, group, part[:, None, None], few[None, :, None], r[None, None, :])
+            its = compat.load(ref["parts"], index, inside[:, :, None] & r_in[None, None, :])
+            found = found + jnp.sum(its * gain[:, :, None], axis=0)
+        put(few, total, found)
+        ref["done_after"][row, group] = jnp.int32(0)
+
+
+def _supported(token: Token, caches: Caches) -> None:
+    arrays = [*(x for x in token if x is not None), *caches]
+    if any(x.size == 0 for x in arrays):
+        raise NotImplementedError("nothing to attend to")
+    if token.q.shape[-1] // caches.k.shape[2] > HEADS:
+        raise NotImplementedError(f"more than {HEADS} query heads share a key/value head")
+    if max(caches.k.shape[3], caches.v.shape[3]) > 256:
+        raise NotImplementedError("heads wider than 256 do not fit in registers")
+    kinds = (jnp.bfloat16, jnp.float16) if not compat.interpreted() else (jnp.bfloat16, jnp.float16, jnp.float32)
+    if any(x.dtype not in kinds for x in arrays):
+        raise NotImplementedError("the kernel attends in 16-bit floats")
+    if not compat.interpreted() and not compat.ampere():
+        raise NotImplementedError("the kernel wants an NVIDIA GPU of compute capability 8.0 or newer")
+
+
+def counters(batch: int, groups: int) -> Int[Array, "b g"]:
+    """The counts that `decode` wants, zero: made once a step, and handed from layer to layer."""
+    return jnp.zeros((batch, groups), jnp.int32)
+
+
+def decode(
+    token: Token,
+    caches: Caches,
+    inv_freq: Float[Array, "qk g"] | None,
+    positions: Int[Array, " b"],
+    visible: Bool[Array, "b slots"] | Int[Array, "b slots"],
+    slot: Int[Array, ""],
+    *,
+    scale: float,
+    cut: Settings | None = None,
+) -> tuple[Float[Array, "b vo n"], Caches]:
+    """See decode.decode; `cut` replaces the rule's. Raises NotImplementedError for what the kernel cannot do."""
+    batch, _, groups, _ = caches.k.shape
+    out, caches, _ = attend(
+        token, caches, inv_freq, positions, visible, slot, counters(batch, groups), scale=scale, cut=cut
+    )
+    return out.reshape(batch, caches.v.shape[3], -1), caches
+
+
+# Compiled once for all layers of equal sizes.
+@functools.partial(jax.jit, static_argnames=("scale", "blocked", "cut"))
+def attend(
+    token: Token,
+    caches: Caches,
+    inv_freq: Float[Array, "qk g"] | None,
+    positions: Int[Array, " b"],
+    visible: Bool[Array, "b slots"] | Int[Array, "b slots"],
+    slot: Int[Array, ""],
+    done: Int[Array, "b g"],
+    *,
+    scale: float,
+    blocked: bool = False,
+    cut: Settings | None = None,
+) -> tuple[Float[Array, "..."], Caches, Int[Array, "b g"]]:
+    """`decode` with its output as a product reads it, [b, vo * n] or `blocked` as dequant_matmul/fused.py lays it out,
+    and the counts to hand on. Raises NotImplementedError for what the kernel cannot do.
+    """
+    compat.triton()
+    _supported(token, caches)
+    batch, slots, groups, _ = caches.k.shape
+    ranks, heads = caches.v.shape[3], token.q.shape[3]
+    cut = cut or settings(batch, groups, slots)
+    arrays: dict[str, Array] = dict(q=token.q, k=token.k, v=token.v, k_cache=caches.k, v_cache=caches.v, done=done)
+    arrays |= dict(positions=positions, visible=visible, slot=slot.reshape(1))
+    optional = dict(q_pass=token.q_pass, k_pass=token.k_pass, inv_freq=inv_freq)
+    arrays |= {name: value for name, value in optional.items() if value is not None}
+    if visible.dtype == jnp.bool_:
+        arrays["visible"] = visible.astype(jnp.int8)
+    width = ranks * heads
+    flat = (width // BLOCK, -(-batch // 8), 8, BLOCK) if blocked else (batch, width)
+    after = {
+        "out": jax.ShapeDtypeStruct(flat, token.q.dtype),
+        "k_after": jax.ShapeDtypeStruct(caches.k.shape, caches.k.dtype),
+        "v_after": jax.ShapeDtypeStruct(caches.v.shape, caches.v.dtype),
+        "done_after": jax.ShapeDtypeStruct(done.shape, jnp.int32),
+    }
+    if cut.split > 1:
+        parts, share = (batch, groups, cut.split), heads // groups
+        after |= {
+            "parts": jax.ShapeDtypeStruct((*parts, share, ranks), jnp.float32),
+            "tops": jax.ShapeDtypeStruct((*parts, share), jnp.float32),
+            "totals": jax.ShapeDtypeStruct((*parts, share), jnp.float32),
+        }
+    inputs, outputs = tuple(arrays), tuple(after)
+    in_place = {"k_cache": "k_after", "v_cache": "v_after", "done": "done_after"}
+    out, k, v, done, *_ = compat.call(
+        functools.partial(_kernel, inputs=inputs, outputs=outputs, cut=cut, scale=scale),
+        name="decode_attention",
+        grid=(batch, groups, cut.split),
+        out_shape=tuple(after.values()),
+        warps=cut.warps,
+        aliases={inputs.index(old): outputs.index(new) for old, new in in_place.items()},
+    )(*arrays.values())
+    return out, Caches(k, v), done
