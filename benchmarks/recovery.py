@@ -299,6 +299,11 @@ def prepare(args: argparse.Namespace, work: Path) -> tuple[Bench, dict[str, Any]
         "texts": {name: found.description for name, found in texts.items()},
         "sort_seconds": round(sorting, 1),
     }
+    # Where files lay on the machine that measured is nobody's business: their names are enough.
+    specs = [*args.calib, *args.train, *(item.split("=", 1)[1] for item in args.text)]
+    places = sorted({f"{Path(spec).parent}/" for spec in specs if Path(spec).exists()}, key=len, reverse=True)
+    short = lambda text: functools.reduce(lambda so_far, place: so_far.replace(place, ""), places, text)  # noqa: E731
+    told = jax.tree.map(lambda value: short(value) if isinstance(value, str) else value, told)
     return bench, told
 
 
