@@ -226,7 +226,7 @@ def _decode_fused(model: CausalLM, token: Int[Array, " b"], cache: Cache) -> tup
             normed = block.read(config, leaves, x)
             hidden, after[i][kind] = block.cached_inner(config, leaves, normed, context, state)
             stream = fused.Stream((x + block.write(leaves, hidden))[:, 0])
-    cache = cache.replace(layers=tuple(after), valid=filled, position=positions + 1, slot=cache.slot + 1)
+    cache = Cache(layers=tuple(after), valid=filled, position=positions + 1, slot=cache.slot + 1)
     try:
         if "head_in" in params:
             turned = fused.Stream(head_input(params, rms_norm(stream.x, params["norm"], config.norm_eps)))
