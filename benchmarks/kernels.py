@@ -138,8 +138,16 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
                 (64, 128, 4, 3, False),
                 (128, 64, 8, 3, False),
                 (64, 64, 4, 4, False),
+                # all rows of x at once: each weight is unpacked once
+                (64, 256, 4, 3, False),
+                (128, 256, 8, 2, False),
+                (128, 256, 8, 2, True),
             ):
                 cut = dict(tile_n=tile_n, tile_m=tile_m, warps=warps, stages=stages, split=split, join=8)
+                rows.append(make("dot", **cut, fold=fold, rows_inner=True))
+        else:
+            for tile_n, tile_m, warps, fold in ((128, 256, 8, False), (128, 256, 8, True), (64, 256, 4, False)):
+                cut = dict(tile_n=tile_n, tile_m=tile_m, warps=warps, stages=2, join=8)
                 rows.append(make("dot", **cut, fold=fold, rows_inner=True))
         for groups, warps in ((4, 4), (8, 4), (2, 2), (8, 8)):
             rows.append(make("dequantize", groups=groups, warps=warps))

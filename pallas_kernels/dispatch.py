@@ -22,8 +22,8 @@ MEASURED: dict[tuple[str, str], str] = {
     ("decode", "gpu"): "pallas",
     ("dequant_matmul", "gpu"): "pallas",
 }
-"""Kernel and backend -> what beats the backend's default there (benchmarks/results). "decode" is a step of a whole model
-by fused kernels (uniql_jax/layers/fused.py). cuDNN's attention needs no measurement: it alone holds no scores in memory.
+"""Kernel and backend -> what beats the backend's default there (benchmarks/results). "decode" is a step of a model by
+fused kernels (uniql_jax/layers/fused.py). cuDNN's attention needs no measurement: it alone holds no scores in memory.
 """
 
 
