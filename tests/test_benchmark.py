@@ -83,7 +83,6 @@ def test_everything_of_a_config(
         for key in benchmark_report.TIMES:
             assert 0 < row[key]["low"] <= row[key]["median"] <= row[key]["high"]
             assert row[key]["repeats"] == 2
-        assert row["ttlt"]["high"] > row["ttft"]["low"]
         assert set(row["programs"]) == {"prefill", "step", "loop"}
         assert row["compile_seconds"] == sum(p["compile_seconds"] for p in row["programs"].values()) > 0
         assert row["memory_bytes"] >= row["weight_bytes"] + row["cache_bytes"]

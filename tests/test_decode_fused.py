@@ -93,8 +93,11 @@ def distance(got: Any, want: Any) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
+MORE = [pytest.param(0.0, 1, True, marks=pytest.mark.slow), pytest.param(0.25, 1, False, marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize("family", SIZES)
-@pytest.mark.parametrize(("rate", "batch", "tiles"), [(0.0, 1, True), (0.25, 3, True), (0.25, 1, False)])
+@pytest.mark.parametrize(("rate", "batch", "tiles"), [(0.25, 3, True), *MORE])
 def test_fused_decode_is_decode(
     family: str, rate: float, batch: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +128,7 @@ def test_fused_decode_is_decode(
 
 
 def test_other_weights_go_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense leaves in one block of two; the other is fused, from weights in plain order."""
     model = model_of("llama", 0.0, False)
     for layer in model.params["layers"]:
         layer["mlp"] = {

@@ -310,8 +310,6 @@ def test_the_gpus_default_is_what_was_measured(rng: np.random.Generator, monkeyp
         dequant_matmul(jnp.zeros((1, 128), dtype), case.data, case.scale, **case.options)
         return ran[-1]
 
-    assert run("bfloat16") == "reference"  # until whole models have been measured
-    monkeypatch.setitem(dispatch.MEASURED, ("dequant_matmul", "gpu"), "pallas")
     assert run("bfloat16") == "pallas"
     assert run("float32") == run("bfloat16", bits=8) == run("bfloat16", group=32) == "reference"
     monkeypatch.setenv(dispatch.VARIABLE, "pallas")

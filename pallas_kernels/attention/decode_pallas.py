@@ -26,8 +26,6 @@ PROGRAMS = 264
 """Programs that fill a large GPU twice."""
 LOWEST = -1e30
 """Score of what is not seen: finite, so that differences are."""
-TOGETHER = 8
-"""Parts that are added at a time: they are held in registers."""
 BLOCK = 32
 """Numbers of a row of a blocked output (see dequant_matmul/fused.py)."""
 
@@ -38,7 +36,7 @@ class Settings:
 
     tile: int = 64
     split: int = 8
-    warps: int = 4
+    warps: int = 8
 
 
 def settings(batch: int, groups: int, slots: int) -> Settings:
@@ -49,6 +47,13 @@ def settings(batch: int, groups: int, slots: int) -> Settings:
 
 def _dot(a: Array, b: Array) -> Float[Array, "m n"]:
     return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _rows(ref: Any, index: tuple[Any, ...], inside: Array, width: int) -> Array:
+    """Rows of a cache; without a mask where all of a power of two is there, since a mask costs as much as the load."""
+    if inside.size == width:
+        return ref[index]
+    return compat.load(ref, index, jnp.broadcast_to(inside, jnp.broadcast_shapes(*(jnp.shape(i) for i in index))))
 
 
 def _sine_and_cosine(angle: Array) -> tuple[Array, Array]:
@@ -89,45 +94,47 @@ def _kernel(*refs: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], cut: 
             x = x + compat.load(ref[f"{name}_pass"], (row, lanes - turning, index), passed).astype(jnp.float32)
         return x.astype(dtype)
 
-    tiles = slot // cut.tile + 1
+    tiles = pl.cdiv(slot, cut.tile)
     per_part = pl.cdiv(tiles, cut.split)
     first = part * per_part
     last = jnp.minimum(first + per_part, tiles)
 
     def load(index: Array) -> tuple[Array, Array, Array]:
-        """Keys, values and who is seen, of a tile before `last`; nothing of any other."""
+        """Keys, values and who is seen, of a tile; tokens from the new one on repeat the last before it, unseen."""
         t = index * cut.tile + jnp.arange(cut.tile)
-        t_in = (t <= slot) & (index < last)
-        k = compat.load(ref["k_cache"], (row, t[None, :], group, d[:, None]), t_in[None, :] & d_in[:, None])
-        v = compat.load(ref["v_cache"], (row, t[:, None], group, r[None, :]), t_in[:, None] & r_in[None, :])
-        return k, v, compat.load(ref["visible"], (row, t), t_in)
+        earlier = jnp.minimum(t, jnp.maximum(slot - 1, 0))
+        k = _rows(ref["k_cache"], (row, earlier[None, :], group, d[:, None]), d_in[:, None], width)
+        v = _rows(ref["v_cache"], (row, earlier[:, None], group, r[None, :]), r_in[None, :], ranks)
+        return k, v, (ref["visible"][row, earlier] != 0) & (t < slot) & (index < last)
 
     held = load(first)  # first of all, so that it is on its way while the new token is turned
     q = vectors("q", group * share + m, m_in)
     one = jnp.zeros((1,), jnp.int32) + group
-    new_k = vectors("k", one, one >= 0).astype(ref["k_cache"].dtype).sum(axis=0)
+    new_k = vectors("k", one, one >= 0).astype(ref["k_cache"].dtype)
     new_v = compat.load(ref["v"], (row, r, group), r_in).astype(ref["v_cache"].dtype)
 
-    def one_tile(index: Array, carry: tuple[Any, Array, Array, Array]) -> tuple[Any, Array, Array, Array]:
-        (k, v, seen), top, total, found = carry
-        ahead = load(index + 1)
-        t = index * cut.tile + jnp.arange(cut.tile)
-        k = jnp.where((t == slot)[None, :], new_k[:, None], k).astype(dtype)
-        scores = jnp.where((seen != 0)[None, :], _dot(q, k) * scale, LOWEST)
+    def add(carry: tuple[Array, Array, Array], tile: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, found = carry
+        k, v, seen = tile
+        scores = jnp.where(seen[None, :], _dot(q, k.astype(dtype)) * scale, LOWEST)
         higher = jnp.maximum(top, jnp.max(scores, axis=1))
-        weights = jnp.where((seen != 0)[None, :], jnp.exp(scores - higher[:, None]), 0.0)
+        weights = jnp.where(seen[None, :], jnp.exp(scores - higher[:, None]), 0.0)
         fade = jnp.exp(top - higher)
-        v = jnp.where((t == slot)[:, None], new_v[None, :], v).astype(dtype)
-        found = found * fade[:, None] + _dot(weights.astype(dtype), v)
-        return ahead, higher, total * fade + jnp.sum(weights, axis=1), found
+        found = found * fade[:, None] + _dot(weights.astype(dtype), v.astype(dtype))
+        return higher, total * fade + jnp.sum(weights, axis=1), found
 
-    zeros = jnp.zeros((HEADS, r.shape[0]), jnp.float32)
-    start = (held, jnp.full((HEADS,), LOWEST, jnp.float32), jnp.zeros((HEADS,), jnp.float32), zeros)
-    _, top, total, found = jax.lax.fori_loop(first, last, one_tile, start)
+    # The first part begins with the new token, the others with nothing.
+    score = jnp.sum(q.astype(jnp.float32) * new_k.astype(dtype).astype(jnp.float32), axis=1) * scale
+    mine = (part == 0).astype(jnp.float32)
+    start = score * mine + LOWEST * (1 - mine), jnp.zeros((HEADS,), jnp.float32) + mine
+    found = jnp.zeros((HEADS, 1), jnp.float32) + (mine * new_v.astype(dtype).astype(jnp.float32))[None, :]
+    # The first tile is apart from the loop: what passes from turn to turn takes a register for each 16-bit number.
+    carry = add((*start, found), held)
+    top, total, found = jax.lax.fori_loop(first + 1, last, lambda i, carry: add(carry, load(i)), carry)
 
-    @pl.when((slot >= first * cut.tile) & (slot < last * cut.tile))
+    @pl.when(part == 0)
     def _() -> None:
-        compat.store(ref["k_after"], (row, slot, group, d), new_k, d_in)
+        compat.store(ref["k_after"], (row, slot, group, d), new_k.sum(axis=0), d_in)
         compat.store(ref["v_after"], (row, slot, group, r), new_v, r_in)
 
     def put(head: Array, total: Array, found: Array) -> None:
@@ -150,24 +157,18 @@ def _kernel(*refs: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], cut: 
     def _() -> None:
         few = jnp.arange(pl.next_power_of_2(share))
         few_in = few < share
-
-        def load_per_head(name: str, part: Array) -> tuple[Array, Array]:
-            inside = (part < cut.split)[:, None] & few_in[None, :]
-            return compat.load(ref[name], (row, group, part[:, None], few[None, :]), inside), inside
-
-        every = jnp.arange(pl.next_power_of_2(cut.split))
-        tops, inside = load_per_head("tops", every)
-        top = jnp.max(jnp.where(inside, tops, LOWEST), axis=0)
-        totals, _ = load_per_head("totals", every)
-        total = jnp.sum(totals * jnp.where(inside, jnp.exp(tops - top[None, :]), 0.0), axis=0)
-        found: Any = jnp.zeros((few.shape[0], r.shape[0]), jnp.float32)
-        for start in range(0, cut.split, TOGETHER):  # unrolled, so that no load waits for another
-            part = start + jnp.arange(min(TOGETHER, every.shape[0]))
-            tops, inside = load_per_head("tops", part)
-            gain = jnp.where(inside, jnp.exp(tops - top[None, :]), 0.0)
-            index = (row, group, part[:, None, None], few[None, :, None], r[None, None, :])
-            its = compat.load(ref["parts"], index, inside[:, :, None] & r_in[None, None, :])
-            found = found + jnp.sum(its * gain[:, :, None], axis=0)
+        inside = few_in[:, None] & r_in[None, :]
+        # Unrolled, and loaded before anything is computed, so that no load waits for another.
+        held = []
+        for i in range(cut.split):
+            its_top, its_total = (compat.load(ref[n], (row, group, i, few), few_in) for n in ("tops", "totals"))
+            its = compat.load(ref["parts"], (row, group, i, few[:, None], r[None, :]), inside)
+            held.append((its_top, its_total, its))
+        top = functools.reduce(jnp.maximum, (its_top for its_top, _, _ in held))
+        total, found = jnp.zeros(few.shape, jnp.float32), jnp.zeros((few.shape[0], r.shape[0]), jnp.float32)
+        for its_top, its_total, its in held:
+            gain = jnp.exp(its_top - top)
+            total, found = total + its_total * gain, found + its * gain[:, None]
         put(few, total, found)
         ref["done_after"][row, group] = jnp.int32(0)
 
