@@ -4,8 +4,9 @@ against the specification.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +37,16 @@ SHAPES = [
 
 
 class Case(NamedTuple):
-    """Arguments of mixer_step, in their order, and its options."""
+    """Arguments of mixer_step, in their order."""
 
-    arguments: tuple
-    options: dict[str, Any]
+    token: ssd.Token
+    weights: ssd.Weights
+    windows: ssd.Window
+    limits: ssd.Limits
 
-    def __call__(self, implementation: str, windows: ssd.Window | None = None) -> tuple[jax.Array, ssd.Window]:
-        call = jax.jit(functools.partial(ssd.mixer_step, implementation=implementation, **self.options))
-        return call(*self.arguments[:9], windows or self.arguments[9], self.arguments[10])
+    def __call__(self, implementation: str) -> tuple[jax.Array, ssd.Window]:
+        call = jax.jit(functools.partial(ssd.mixer_step, limits=self.limits, implementation=implementation))
+        return call(*self[:3])
 
 
 def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, biases: bool = True, width: int = 4) -> Case:
@@ -58,10 +61,11 @@ def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, biases: b
     before = [normal(batch, width - 1, *size) for size in (x, b, b)]
     windows = ssd.Window(*before, state=normal(batch, heads, channels, states, kind="float32"))
     # Steps below, between and above the limits.
-    token = (normal(batch, *x), normal(batch, *x), normal(batch, *b), normal(batch, *b), 2 * normal(batch, heads))
-    arguments = (*token, kernels, normal(heads), normal(heads), normal(heads), windows, normal(*x))
+    sides = (normal(batch, *size) for size in (x, x, b, b))
+    token = ssd.Token(*sides, 2 * normal(batch, heads))
+    weights = ssd.Weights(kernels, normal(heads), normal(heads), normal(heads), normal(*x))
     original = (channels + 3) * heads // groups
-    return Case(arguments, dict(dt_min=0.3, dt_max=2.5, eps=1e-5, norm_width=original))
+    return Case(token, weights, windows, ssd.Limits(dt_min=0.3, dt_max=2.5, eps=1e-5, norm_width=original))
 
 
 def agree(got: tuple[jax.Array, ssd.Window], want: tuple[jax.Array, ssd.Window], dtype: str) -> None:
@@ -86,7 +90,7 @@ def test_the_kernel_is_the_specification(rng: np.random.Generator, shape, biases
 def test_any_tile_gives_the_same(rng: np.random.Generator, tile: pallas.Settings) -> None:
     """Also tiles that hang over the three heads of a group and over the channels."""
     case = draw(rng, (2, 13, 6, 7, 2), "float32")
-    agree(pallas.mixer_step(*case.arguments, **case.options, tile=tile), case("reference"), "float32")
+    agree(pallas.mixer_step(*case, tile=tile), case("reference"), "float32")
 
 
 def test_tiles_by_rule() -> None:
@@ -102,9 +106,10 @@ def test_tiles_by_rule() -> None:
 def test_windows_of_any_dtype_and_width(rng: np.random.Generator, width: int) -> None:
     """Windows of 16 bits between 32-bit tokens, and a step limit that is no limit."""
     case = draw(rng, (2, 5, 4, 7, 2), "float32", width=width)
-    windows = ssd.Window(*(v.astype(jnp.bfloat16) for v in case.arguments[9][:3]), state=case.arguments[9].state)
-    case.options.update(dt_min=0.0, dt_max=float("inf"))
-    got, want = case("pallas", windows), case("reference", windows)
+    windows = ssd.Window(*(v.astype(jnp.bfloat16) for v in case.windows[:3]), state=case.windows.state)
+    limits = dataclasses.replace(case.limits, dt_min=0.0, dt_max=float("inf"))
+    case = case._replace(windows=windows, limits=limits)
+    got, want = case("pallas"), case("reference")
     assert got[1].x.dtype == jnp.bfloat16
     agree(got, want, "float32")
 
@@ -128,12 +133,12 @@ def test_it_is_the_block_token_by_token(rng: np.random.Generator, name: str, dty
 
     @jax.jit
     def fused(leaves, normed, windows):
-        z, x, b, c, dt = (mamba2._project(leaves, part, normed)[:, 0] for part in ("z", "x", "b", "c", "dt"))
-        own = leaves["dt_bias"], leaves["a_log"], leaves["d"]
-        limits = dict(dt_min=ssm.dt_min, dt_max=ssm.dt_max, eps=config.norm_eps)
+        token = ssd.Token(*(mamba2._project(leaves, part, normed)[:, 0] for part in ("z", "x", "b", "c", "dt")))
+        own = (leaves[name] for name in ("dt_bias", "a_log", "d", "gate_norm"))
+        weights = ssd.Weights(ssd.Kernels(*convolutions), *own)
         width = ssm.head_dim * ssm.heads // ssm.groups
-        token = (z, x, b, c, dt, ssd.Kernels(*convolutions), *own, windows, leaves["gate_norm"])
-        return ssd.mixer_step(*token, **limits, norm_width=width, implementation=implementation)
+        limits = ssd.Limits(ssm.dt_min, ssm.dt_max, config.norm_eps, width)
+        return ssd.mixer_step(token, weights, windows, limits, implementation=implementation)
 
     windows = ssd.Window(state.x, state.b, state.c, state.state)
     for _ in range(3):
@@ -147,8 +152,7 @@ def test_it_is_the_block_token_by_token(rng: np.random.Generator, name: str, dty
 
 def test_shapes_that_do_not_fit_are_refused(rng: np.random.Generator) -> None:
     case = draw(rng, (2, 5, 4, 7, 2), "float32")
-    z, x, b, c, dt, kernels, *own, windows, weight = case.arguments
-    rest = (kernels, *own, windows, weight)
+    (z, x, b, c, dt), kernels, windows = case.token, case.weights.kernels, case.windows
     for token, match in (
         ((z[:, :3], x, b, c, dt), r"dt \(2, 4\) is \[batch, nh\]"),
         ((z[..., :3], x[..., :3], b, c, dt[:, :3]), "a divisor of the heads"),
@@ -156,29 +160,29 @@ def test_shapes_that_do_not_fit_are_refused(rng: np.random.Generator) -> None:
         ((z, x, b[:, :6], c[:, :6], dt), "does not fit b"),
     ):
         with pytest.raises(ValueError, match=match):
-            api.check(*token, kernels, windows)
+            api.check(ssd.Token(*token), kernels, windows)
     with pytest.raises(ValueError, match="the window"):
-        api.check(z, x, b, c, dt, kernels, windows._replace(c=windows.c[:, 1:]))
+        api.check(case.token, kernels, windows._replace(c=windows.c[:, 1:]))
     with pytest.raises(ValueError, match="the state"):
-        api.check(z, x, b, c, dt, kernels, windows._replace(state=windows.state[..., 1:]))
+        api.check(case.token, kernels, windows._replace(state=windows.state[..., 1:]))
+    off = case.weights._replace(kernels=kernels._replace(b_bias=case.weights.gate_norm))
     with pytest.raises(ValueError, match="bias"):
-        ssd.mixer_step(z, x, b, c, dt, kernels._replace(b_bias=weight), *rest[1:], **case.options)
+        ssd.mixer_step(case.token, off, windows, case.limits)
 
 
 def test_what_the_kernel_cannot_do(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says so, and the default then runs the specification."""
     case = draw(rng, (2, 5, 4, 7, 2), "float32")
-    windows = case.arguments[9]
-    half = windows._replace(state=windows.state.astype(jnp.bfloat16))
+    half = case.windows._replace(state=case.windows.state.astype(jnp.bfloat16))
     with pytest.raises(NotImplementedError, match="states in float32"):
-        case("pallas", half)
+        case._replace(windows=half)("pallas")
     alone = draw(rng, (2, 5, 4, 7, 2), "float32", width=1)
     with pytest.raises(NotImplementedError, match="nothing to step"):
         alone("pallas")
     with jax.enable_x64(True), pytest.raises(NotImplementedError, match="16-bit and 32-bit"):
         draw(rng, (2, 5, 4, 7, 2), "float64")("pallas")
     monkeypatch.setenv(dispatch.VARIABLE, "pallas")
-    hidden, after = ssd.mixer_step(*alone.arguments, **alone.options)
+    hidden, after = ssd.mixer_step(*alone)
     agree((hidden, after), alone("reference"), "float32")
 
 
@@ -195,8 +199,8 @@ def test_kernel_lowers_for_nvidia_gpus(rng: np.random.Generator, monkeypatch: py
     pytest.importorskip("jax.experimental.pallas.triton")
     monkeypatch.setattr(compat, "interpreted", lambda: False)
     case = draw(rng, shape, dtype)
-    call = jax.jit(functools.partial(ssd.mixer_step, implementation="pallas", **case.options))
+    call = jax.jit(functools.partial(ssd.mixer_step, limits=case.limits, implementation="pallas"))
     with nvidia():
-        text = call.trace(*case.arguments).lower(lowering_platforms=("cuda",)).as_text()
+        text = call.trace(*case[:3]).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("xla.gpu.triton") == 2, "the step and its norm"
     assert text.count("output_operand_alias<") == 2, "the states and x's window stay where they are"

@@ -7,6 +7,9 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch
 from pallas_kernels.ssd import pallas, reference
 from pallas_kernels.ssd.reference import Kernels as Kernels
+from pallas_kernels.ssd.reference import Limits as Limits
+from pallas_kernels.ssd.reference import Token as Token
+from pallas_kernels.ssd.reference import Weights as Weights
 from pallas_kernels.ssd.reference import Window as Window
 
 SCANS = {"reference": reference.scan}
@@ -49,8 +52,9 @@ def step(
     return dispatch.pick("ssd.step", STEPS, implementation)(x, dt, a, b, c, state)
 
 
-def check(z: Array, x: Array, b: Array, c: Array, dt: Array, kernels: Kernels, windows: Window) -> None:
+def check(token: Token, kernels: Kernels, windows: Window) -> None:
     """Raise ValueError, naming the shapes, when a token, its convolutions and its windows do not fit each other."""
+    z, x, b, c, dt = token
     if x.ndim != 3 or z.shape != x.shape or dt.shape != x.shape[::2]:
         raise ValueError(f"z {z.shape} and x {x.shape} are [batch, hd, nh], dt {dt.shape} is [batch, nh]")
     if b.ndim != 3 or c.shape != b.shape or b.shape[0] != x.shape[0] or x.shape[2] % b.shape[2]:
@@ -73,35 +77,17 @@ def check(z: Array, x: Array, b: Array, c: Array, dt: Array, kernels: Kernels, w
 
 
 def mixer_step(
-    z: Float[Array, "batch hd nh"],
-    x: Float[Array, "batch hd nh"],
-    b: Float[Array, "batch ds g"],
-    c: Float[Array, "batch ds g"],
-    dt: Float[Array, "batch nh"],
-    kernels: Kernels,
-    dt_bias: Float[Array, " nh"],
-    a_log: Float[Array, " nh"],
-    d: Float[Array, " nh"],
-    windows: Window,
-    gate_norm: Float[Array, "hd nh"],
-    *,
-    dt_min: float,
-    dt_max: float,
-    eps: float,
-    norm_width: int,
-    implementation: str | None = None,
+    token: Token, weights: Weights, windows: Window, limits: Limits, *, implementation: str | None = None
 ) -> tuple[Float[Array, "batch hd nh"], Window]:
     """All of a Mamba2 block between its projections, for one real token of every sequence.
 
     Causal convolutions with SiLU, `step`, the skip D x, the gate SiLU(z), and the RMS norm over the heads of each
-    group, whose mean counts `norm_width` channels (those before pruning).
+    group, whose mean counts the channels before pruning.
 
-    z, x, b, c, dt: the projections, any float dtype; dt before its bias, softplus and clip to [dt_min, dt_max].
-    Returns what the output projection receives, in x's dtype, and the windows and float32 states after the token.
-    Values are rounded to their projection's dtype where the block's own layers do: after the convolutions, y, y + D x
-    and the norm. Not differentiable under "pallas". Raises ValueError when shapes do not fit.
+    The projections are of any float dtype. Returns what the output projection receives, in x's dtype, and the windows
+    and float32 states after the token. Values are rounded to their projection's dtype where the block's own layers do:
+    after the convolutions, y, y + D x and the norm. Not differentiable under "pallas". Raises ValueError when shapes do
+    not fit.
     """
-    check(z, x, b, c, dt, kernels, windows)
-    arguments = (z, x, b, c, dt, kernels, dt_bias, a_log, d, windows, gate_norm)
-    options = dict(dt_min=dt_min, dt_max=dt_max, eps=eps, norm_width=norm_width)
-    return dispatch.pick("ssd.mixer_step", MIXERS, implementation)(*arguments, **options)
+    check(token, weights.kernels, windows)
+    return dispatch.pick("ssd.mixer_step", MIXERS, implementation)(token, weights, windows, limits)

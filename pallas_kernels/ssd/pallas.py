@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import compat
 from pallas_kernels.compat import pl
-from pallas_kernels.ssd.reference import Kernels, Window
+from pallas_kernels.ssd.reference import Limits, Token, Weights, Window
 
 ELEMENTS = 4096
 """About how many elements of the states a program holds in registers."""
@@ -59,9 +59,7 @@ def _kernel(
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
     tile: Settings,
-    dt_min: float,
-    dt_max: float,
-    norm_width: int,
+    limits: Limits,
 ) -> None:
     """refs: the arrays that `inputs` and `outputs` name; a program takes a tile of channels of a few heads of a group.
 
@@ -105,7 +103,7 @@ def _kernel(
         return compat.load(ref[name], (h,), h_in).astype(jnp.float32)
 
     dt = compat.load(ref["dt"], (row, h), h_in).astype(jnp.float32) + per_head("dt_bias")
-    dt = jnp.minimum(jnp.maximum(_softplus(dt), dt_min), dt_max)
+    dt = jnp.minimum(jnp.maximum(_softplus(dt), limits.dt_min), limits.dt_max)
     keep = jnp.exp(dt * -jnp.exp(per_head("a_log")))
     state = state * keep[:, None, None] + (x * dt[:, None])[:, :, None] * b[None, None, :]
     dtype = ref["x"].dtype
@@ -117,7 +115,7 @@ def _kernel(
     compat.barrier()
     compat.store(ref["state_after"], at, state, at_in)
     compat.store(ref["gated"], (row, *of_x), gated, of_x_in)
-    mean = jnp.sum(gated * gated, axis=1) / norm_width
+    mean = jnp.sum(gated * gated, axis=1) / limits.norm_width
     compat.store(ref["square"], (row, of_channels, group, of_group), mean, h_in)
     # Every program of a group reads the windows of B and C, so the new ones lie elsewhere; the first writes them.
     first = s_in & (of_heads == 0) & (of_channels == 0)
@@ -167,7 +165,7 @@ def _normed(
     dtype: Any,
     blocked: bool,
 ) -> Float[Array, "..."]:
-    """`reference.normed` in one kernel, as a product reads it: [batch, hd * nh], or blocked; `square` is in parts, each
+    """The gated norm in one kernel, as a product reads it: [batch, hd * nh], or blocked; `square` is in parts, each
     divided by the width of the norm.
     """
     batch, channels, heads = gated.shape
@@ -183,39 +181,28 @@ def _normed(
 
 
 # Compiled once for all layers of equal sizes.
-@functools.partial(jax.jit, static_argnames=("dt_min", "dt_max", "eps", "norm_width", "blocked", "tile"))
+@functools.partial(jax.jit, static_argnames=("limits", "blocked", "tile"))
 def mix(
-    z: Float[Array, "batch hd nh"],
-    x: Float[Array, "batch hd nh"],
-    b: Float[Array, "batch ds g"],
-    c: Float[Array, "batch ds g"],
-    dt: Float[Array, "batch nh"],
-    kernels: Kernels,
-    dt_bias: Float[Array, " nh"],
-    a_log: Float[Array, " nh"],
-    d: Float[Array, " nh"],
+    token: Token,
+    weights: Weights,
     windows: Window,
-    gate_norm: Float[Array, "hd nh"],
+    limits: Limits,
     *,
-    dt_min: float,
-    dt_max: float,
-    eps: float,
-    norm_width: int,
     blocked: bool = False,
     tile: Settings | None = None,
 ) -> tuple[Float[Array, "..."], Window]:
     """`mixer_step` with its output as a product reads it, [batch, hd * nh] or `blocked` as dequant_matmul/fused.py lays
     it out. `tile` replaces the rule's. Raises NotImplementedError as `mixer_step` does.
     """
-    arrays = dict(z=z, x=x, b=b, c=c, dt=dt, dt_bias=dt_bias, a_log=a_log, d=d, state=windows.state)
+    arrays = token._asdict() | dict(dt_bias=weights.dt_bias, a_log=weights.a_log, d=weights.d, state=windows.state)
     for name in ("x", "b", "c"):
-        arrays |= {f"{name}_window": getattr(windows, name), f"{name}_kernel": getattr(kernels, name)}
-        bias = getattr(kernels, f"{name}_bias")
+        arrays |= {f"{name}_window": getattr(windows, name), f"{name}_kernel": getattr(weights.kernels, name)}
+        bias = getattr(weights.kernels, f"{name}_bias")
         arrays |= {} if bias is None else {f"{name}_bias": bias}
-    _supported(arrays | {"gate_norm": gate_norm})
+    _supported(arrays | {"gate_norm": weights.gate_norm})
+    x, (_, states, groups) = token.x, token.b.shape
     batch, channels, heads = x.shape
-    groups = b.shape[2]
-    tile = tile or settings(heads // groups, channels, b.shape[1])
+    tile = tile or settings(heads // groups, channels, states)
     of_heads, of_channels = pl.cdiv(heads // groups, tile.heads), pl.cdiv(channels, tile.channels)
     after = {
         "gated": jax.ShapeDtypeStruct(x.shape, jnp.float32),
@@ -226,41 +213,23 @@ def mix(
         "state_after": jax.ShapeDtypeStruct(windows.state.shape, jnp.float32),
     }
     inputs, outputs = tuple(arrays), tuple(after)
-    options = dict(dt_min=dt_min, dt_max=dt_max, norm_width=norm_width)
     in_place = {"x_window": "x_after", "state": "state_after"}
     gated, square, *rest = compat.call(
-        functools.partial(_kernel, inputs=inputs, outputs=outputs, tile=tile, **options),
+        functools.partial(_kernel, inputs=inputs, outputs=outputs, tile=tile, limits=limits),
         name="mixer_step",
         grid=(batch, groups, of_heads, of_channels),
         out_shape=tuple(after.values()),
         warps=tile.warps,
         aliases={inputs.index(old): outputs.index(new) for old, new in in_place.items()},
     )(*arrays.values())
-    return _normed(gated, square, gate_norm, eps=eps, dtype=x.dtype, blocked=blocked), Window(*rest)
+    return _normed(gated, square, weights.gate_norm, eps=limits.eps, dtype=x.dtype, blocked=blocked), Window(*rest)
 
 
 def mixer_step(
-    z: Float[Array, "batch hd nh"],
-    x: Float[Array, "batch hd nh"],
-    b: Float[Array, "batch ds g"],
-    c: Float[Array, "batch ds g"],
-    dt: Float[Array, "batch nh"],
-    kernels: Kernels,
-    dt_bias: Float[Array, " nh"],
-    a_log: Float[Array, " nh"],
-    d: Float[Array, " nh"],
-    windows: Window,
-    gate_norm: Float[Array, "hd nh"],
-    *,
-    dt_min: float,
-    dt_max: float,
-    eps: float,
-    norm_width: int,
-    tile: Settings | None = None,
+    token: Token, weights: Weights, windows: Window, limits: Limits, *, tile: Settings | None = None
 ) -> tuple[Float[Array, "batch hd nh"], Window]:
     """See api.mixer_step; `tile` replaces the rule's. Raises NotImplementedError for float64, empty input (a window of
     width 1, say) and states that are not float32.
     """
-    options = dict(dt_min=dt_min, dt_max=dt_max, eps=eps, norm_width=norm_width, tile=tile)
-    hidden, windows = mix(z, x, b, c, dt, kernels, dt_bias, a_log, d, windows, gate_norm, **options)
-    return hidden.reshape(x.shape), windows
+    hidden, windows = mix(token, weights, windows, limits, tile=tile)
+    return hidden.reshape(token.x.shape), windows

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 LONGEST_CHUNK = 128
@@ -35,6 +35,36 @@ class Kernels(NamedTuple):
     x_bias: Float[Array, "hd nh"] | None = None
     b_bias: Float[Array, "ds g"] | None = None
     c_bias: Float[Array, "ds g"] | None = None
+
+
+class Token(NamedTuple):
+    """The projections of one token of every sequence; dt before its bias, softplus and limits."""
+
+    z: Float[Array, "batch hd nh"]
+    x: Float[Array, "batch hd nh"]
+    b: Float[Array, "batch ds g"]
+    c: Float[Array, "batch ds g"]
+    dt: Float[Array, "batch nh"]
+
+
+class Weights(NamedTuple):
+    """What a block has between its projections: convolutions, steps, decays, skips, and the norm behind the gate."""
+
+    kernels: Kernels
+    dt_bias: Float[Array, " nh"]
+    a_log: Float[Array, " nh"]
+    d: Float[Array, " nh"]
+    gate_norm: Float[Array, "hd nh"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Least and largest step, the norm's epsilon, and the channels that its mean counts: those before pruning."""
+
+    dt_min: float
+    dt_max: float
+    eps: float
+    norm_width: int
 
 
 class Window(NamedTuple):
@@ -155,49 +185,21 @@ def _convolved(
     return jax.nn.silu(total).astype(value.dtype)
 
 
-def normed(
-    gated: Float[Array, "batch hd nh"],
-    square: Float[Array, "batch g"],
-    weight: Float[Array, "hd nh"],
-    *,
-    eps: float,
-    norm_width: int,
-    dtype: DTypeLike,
-) -> Float[Array, "batch hd nh"]:
-    """The gated RMS norm, given the sum of squares of every group; in `dtype`."""
-    split = _by_group(gated, square.shape[-1])
-    scale = jax.lax.rsqrt(square / norm_width + eps)
-    return (split * scale[:, None, :, None]).reshape(gated.shape).astype(dtype) * weight.astype(dtype)
-
-
 def mixer_step(
-    z: Float[Array, "batch hd nh"],
-    x: Float[Array, "batch hd nh"],
-    b: Float[Array, "batch ds g"],
-    c: Float[Array, "batch ds g"],
-    dt: Float[Array, "batch nh"],
-    kernels: Kernels,
-    dt_bias: Float[Array, " nh"],
-    a_log: Float[Array, " nh"],
-    d: Float[Array, " nh"],
-    windows: Window,
-    gate_norm: Float[Array, "hd nh"],
-    *,
-    dt_min: float,
-    dt_max: float,
-    eps: float,
-    norm_width: int,
+    token: Token, weights: Weights, windows: Window, limits: Limits
 ) -> tuple[Float[Array, "batch hd nh"], Window]:
     """See `api.mixer_step`."""
-    after = {name: _shifted(getattr(windows, name), value) for name, value in (("x", x), ("b", b), ("c", c))}
-    dtype, groups = x.dtype, b.shape[-1]
-    x = _convolved(x, windows.x, kernels.x, kernels.x_bias)
-    b = _convolved(b, windows.b, kernels.b, kernels.b_bias)
-    c = _convolved(c, windows.c, kernels.c, kernels.c_bias)
-    steps = jnp.clip(jax.nn.softplus(dt.astype(jnp.float32) + dt_bias.astype(jnp.float32)), dt_min, dt_max)
-    y, state = step(x, steps, -jnp.exp(a_log.astype(jnp.float32)), b, c, windows.state)
-    y = y + (d.astype(jnp.float32) * x).astype(dtype)
-    gated = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
-    square = jnp.sum(_by_group(gated * gated, groups), axis=(1, 3))
-    hidden = normed(gated, square, gate_norm, eps=eps, norm_width=norm_width, dtype=dtype)
-    return hidden, Window(**after, state=state)
+    kernels, dtype, groups = weights.kernels, token.x.dtype, token.b.shape[-1]
+    after = {name: _shifted(getattr(windows, name), getattr(token, name)) for name in ("x", "b", "c")}
+    x = _convolved(token.x, windows.x, kernels.x, kernels.x_bias)
+    b = _convolved(token.b, windows.b, kernels.b, kernels.b_bias)
+    c = _convolved(token.c, windows.c, kernels.c, kernels.c_bias)
+    dt = jax.nn.softplus(token.dt.astype(jnp.float32) + weights.dt_bias.astype(jnp.float32))
+    decay = -jnp.exp(weights.a_log.astype(jnp.float32))
+    y, state = step(x, jnp.clip(dt, limits.dt_min, limits.dt_max), decay, b, c, windows.state)
+    y = y + (weights.d.astype(jnp.float32) * x).astype(dtype)
+    gated = y.astype(jnp.float32) * jax.nn.silu(token.z.astype(jnp.float32))
+    split = _by_group(gated, groups)
+    mean = jnp.sum(split * split, axis=(1, 3), keepdims=True) / limits.norm_width
+    normed = (split * jax.lax.rsqrt(mean + limits.eps)).reshape(gated.shape)
+    return normed.astype(dtype) * weights.gate_norm.astype(dtype), Window(**after, state=state)

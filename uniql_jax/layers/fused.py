@@ -21,7 +21,8 @@ from pallas_kernels.dequant_matmul import fused, tiling
 from pallas_kernels.dequant_matmul.fused import Job, Stream
 from pallas_kernels.dequant_matmul.tiling import Weight
 from pallas_kernels.ssd import pallas as ssd
-from pallas_kernels.ssd.api import Kernels, Window
+from pallas_kernels.ssd.api import Kernels, Limits, Weights, Window
+from pallas_kernels.ssd.api import Token as SsmToken
 from uniql_jax.cache import LayerCache, SsmCache
 from uniql_jax.config import ModelConfig
 from uniql_jax.int4 import QuantizedArray
@@ -143,18 +144,13 @@ def mamba2(
     found, stream = _read(config, leaves, stream, dict(names))
     found = {name: value.reshape(batch, *leaves[name].shape[:-1]) for name, value in found.items()}
     kernels = Kernels(*(leaves[f"conv_{name}"] for name in "xbc"), *(leaves.get(f"conv_{name}_bias") for name in "xbc"))
+    weights = Weights(kernels, *(leaves[name] for name in ("dt_bias", "a_log", "d", "gate_norm")))
+    width = ssm.head_dim * ssm.heads // ssm.groups
     hidden, window = ssd.mix(
-        **found,
-        kernels=kernels,
-        dt_bias=leaves["dt_bias"],
-        a_log=leaves["a_log"],
-        d=leaves["d"],
-        windows=Window(state.x, state.b, state.c, state.state),
-        gate_norm=leaves["gate_norm"],
-        dt_min=ssm.dt_min,
-        dt_max=ssm.dt_max,
-        eps=config.norm_eps,
-        norm_width=ssm.head_dim * ssm.heads // ssm.groups,
+        SsmToken(**found),
+        weights,
+        Window(state.x, state.b, state.c, state.state),
+        Limits(ssm.dt_min, ssm.dt_max, config.norm_eps, width),
         blocked=_blocked(leaves["out"], batch),
     )
     return _write(leaves, "out", hidden, stream, norm), SsmCache(**window._asdict()), step
