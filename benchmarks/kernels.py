@@ -128,26 +128,19 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
         rows.append(task(k, n, count, "dot", tile_n=128, tile_m=tile_m, warps=8, stages=3, split=split, join=8))
         rows.append(make("dequantize"))
     else:
-        if count <= 512:
-            split = 2 if narrow else 1
-            for tile_n, tile_m, warps, stages, fold in (
-                (128, 128, 8, 3, False),
-                (128, 128, 8, 3, True),
-                (128, 128, 8, 2, False),
-                (128, 128, 8, 4, False),
-                (64, 128, 4, 3, False),
-                (128, 64, 8, 3, False),
-                (64, 64, 4, 4, False),
-                # all rows of x at once: each weight is unpacked once
-                (64, 256, 4, 3, False),
-                (128, 256, 8, 2, False),
-                (128, 256, 8, 2, True),
-            ):
-                cut = dict(tile_n=tile_n, tile_m=tile_m, warps=warps, stages=stages, split=split, join=8)
-                rows.append(make("dot", **cut, fold=fold, rows_inner=True))
-        else:
-            for tile_n, tile_m, warps, fold in ((128, 256, 8, False), (128, 256, 8, True), (64, 256, 4, False)):
-                cut = dict(tile_n=tile_n, tile_m=tile_m, warps=warps, stages=2, join=8)
+        # Up to 256 rows of x at once, so that each weight is unpacked once; of these, in registers, only folded sums fit.
+        splits = ((4, 8) if k > 8192 else (2, 4) if narrow else (1,)) if count <= 512 else (1,)
+        for tile_n, tile_m, warps, stages, join, fold in (
+            (128, 256, 8, 3, 8, True),
+            (128, 256, 8, 2, 8, True),
+            (128, 256, 8, 3, 4, True),
+            (64, 256, 4, 2, 8, True),
+            (64, 128, 4, 3, 8, False),
+            (64, 128, 4, 3, 8, True),
+            (128, 128, 8, 3, 8, True),
+        ):
+            for split in splits:
+                cut = dict(tile_n=tile_n, tile_m=tile_m, warps=warps, stages=stages, join=join, split=split)
                 rows.append(make("dot", **cut, fold=fold, rows_inner=True))
         for groups, warps in ((4, 4), (8, 4), (2, 2), (8, 8)):
             rows.append(make("dequantize", groups=groups, warps=warps))
