@@ -128,7 +128,7 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
         rows.append(task(k, n, count, "dot", tile_n=128, tile_m=tile_m, warps=8, stages=3, split=split, join=8))
         rows.append(make("dequantize"))
     else:
-        # Up to 256 rows of x at once, so that each weight is unpacked once; of these, in registers, only folded sums fit.
+        # Up to 256 rows of x at once, so that a weight is unpacked once; registers then hold folded sums alone.
         splits = ((4, 8) if k > 8192 else (2, 4) if narrow else (1,)) if count <= 512 else (1,)
         for tile_n, tile_m, warps, stages, join, fold in (
             (128, 256, 8, 3, 8, True),
