@@ -49,7 +49,7 @@ def _put(ref: Any, m: Array, n: Array, value: Array, mask: Array) -> None:
 
 
 def _squares_of(squares_ref: Any, columns: int) -> Float[Array, "m parts"]:
-    """The parts of the square sum of each row of x. Loaded first and added up last, so that no weight waits for it."""
+    """The parts of the square sum of each row of x."""
     count, parts = squares_ref.shape
     m, part = jnp.arange(1 if count == 1 else 8 * columns), jnp.arange(pl.next_power_of_2(parts))
     return compat.load(squares_ref, (m[:, None], part[None, :]), (m < count)[:, None] & (part < parts)[None, :])
@@ -80,7 +80,9 @@ def read_kernel(
     biases = [[rest.pop(0) for _ in job.weights] if job.biased else [] for job in jobs]
     outs = rest[-len(jobs) :]
     columns = 1 if count <= 8 else 2
-    squares = None if squares_ref is None else _squares_of(squares_ref, columns)
+    # Of one row they are loaded first and added up last, so that no weight waits for them; of several, they would hold
+    # too many registers all the while.
+    early = None if squares_ref is None or count > 1 else _squares_of(squares_ref, columns)
     program, share = pl.program_id(0), pl.program_id(1)
 
     def run(job: Job, held: list[tuple[Any, Any]], biases: list[Any], out_ref: Any, block: Array) -> None:
@@ -94,7 +96,10 @@ def read_kernel(
         at = Threads.make(1, settings.along_n)
 
         def finish(total: Array) -> None:
-            scale = None if squares is None else jax.lax.rsqrt(squares.sum(axis=1) / width + eps)  # 1 / rms
+            scale = None
+            if squares_ref is not None:
+                squares = _squares_of(squares_ref, columns) if early is None else early
+                scale = jax.lax.rsqrt(squares.sum(axis=1) / width + eps)  # 1 / rms
             for r in range(settings.tiles):
                 tile = (block * settings.along_n + at.warp_n) * settings.tiles + r
                 for column in range(columns):
