@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.record import environment
 from pallas_kernels.attention import decode_pallas
-from pallas_kernels.attention.decode import Caches, Token
+from pallas_kernels.attention.decode import Caches, Place, Token
 from pallas_kernels.dequant_matmul import fused
 from pallas_kernels.dequant_matmul.fused import Job, Stream
 from pallas_kernels.dequant_matmul.mma import Settings
@@ -102,7 +102,7 @@ def attention(count: int, context: int, args: Any, cut: decode_pallas.Settings |
     k, v = jnp.ones((count, 64, 2, KV_HEADS), jnp.bfloat16), jnp.ones((count, 128, KV_HEADS), jnp.bfloat16)
     slots = args[0].k.shape[1]
     visible = jnp.broadcast_to(jnp.arange(slots) <= context, (count, slots)).astype(jnp.int8)
-    positions, slot = jnp.full((count,), context, jnp.int32), jnp.int32(context)
+    place = Place(jnp.full((count,), context, jnp.int32), visible, jnp.int32(context))
     inv_freq = jnp.ones((64, KV_HEADS)) * 0.01
 
     def turn(_: Any, carry: Any) -> Any:
@@ -110,9 +110,7 @@ def attention(count: int, context: int, args: Any, cut: decode_pallas.Settings |
         after = []
         for cache in caches:
             token = Token(q, k, v)
-            out, cache, done = decode_pallas.attend(
-                token, cache, inv_freq, positions, visible, slot, done, scale=0.09, cut=cut
-            )
+            out, cache, done = decode_pallas.attend(token, cache, inv_freq, place, done, scale=0.09, cut=cut)
             q = out.reshape(q.shape)
             after.append(cache)
         return q, after, done

@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import compat
 from pallas_kernels.attention import decode, decode_pallas
-from pallas_kernels.attention.decode import Caches, Token
+from pallas_kernels.attention.decode import Caches, Place, Token
 from pallas_kernels.attention.decode_pallas import Settings
 from pallas_kernels.dequant_matmul import fused
 from tests.pallas_cases import nvidia
@@ -45,7 +45,7 @@ def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> tuple:
     positions = rng.integers(0, slot + 1, batch)
     visible = (np.arange(slots) <= slot) & (np.arange(slots) >= slot - positions[:, None])
     inv_freq = jnp.asarray(rng.uniform(0.01, 1, (pairs, groups)), jnp.float32) if pair == 2 else None
-    return token, caches, inv_freq, jnp.asarray(positions, jnp.int32), jnp.asarray(visible), jnp.int32(slot)
+    return token, caches, inv_freq, Place(jnp.asarray(positions, jnp.int32), jnp.asarray(visible), jnp.int32(slot))
 
 
 def relative(got: jax.Array, want: jax.Array) -> float:
@@ -54,7 +54,7 @@ def relative(got: jax.Array, want: jax.Array) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def brute_force(token: Token, caches: Caches, inv_freq, positions, visible, slot, scale: float) -> np.ndarray:
+def brute_force(token: Token, caches: Caches, inv_freq, place: Place, scale: float) -> np.ndarray:
     """Float64, one head after another, with complex numbers for the rotation."""
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (token, caches))
     token, caches = wide
@@ -66,7 +66,7 @@ def brute_force(token: Token, caches: Caches, inv_freq, positions, visible, slot
         x = getattr(token, name)[b, :, :, head]
         if inv_freq is not None:
             column = head if name == "k" else head // (heads // groups)
-            angle = float(positions[b]) * np.asarray(inv_freq, np.float64)[:, column]
+            angle = float(place.positions[b]) * np.asarray(inv_freq, np.float64)[:, column]
             turned = (x[:, 0] + 1j * x[:, 1]) * np.exp(1j * angle)
             x = np.stack([turned.real, turned.imag], axis=1)
         passed = getattr(token, f"{name}_pass")
@@ -76,8 +76,8 @@ def brute_force(token: Token, caches: Caches, inv_freq, positions, visible, slot
         for head in range(heads):
             group = head // (heads // groups)
             keys, values = caches.k[b, :, group].copy(), caches.v[b, :, group].copy()
-            keys[int(slot)], values[int(slot)] = vector("k", b, group), token.v[b, :, group]
-            seen = np.asarray(visible[b]) != 0
+            keys[int(place.slot)], values[int(place.slot)] = vector("k", b, group), token.v[b, :, group]
+            seen = np.asarray(place.visible[b]) != 0
             scores = keys[seen] @ vector("q", b, head) * scale
             weights = np.exp(scores - scores.max())
             out[b, :, head] = weights / weights.sum() @ values[seen]
@@ -89,7 +89,7 @@ def test_the_specification_is_attention(shape: tuple[int, ...], rng: np.random.G
     arguments = draw(rng, shape, "float32")
     out, caches = decode.decode(*arguments, scale=0.3, implementation="reference")
     assert relative(out, brute_force(*arguments, scale=0.3)) < 1e-5
-    slot = int(arguments[-1])
+    slot = int(arguments[-1].slot)
     np.testing.assert_array_equal(caches.v[:, slot], arguments[0].v.swapaxes(1, 2))
     others = np.arange(shape[1]) != slot
     for after, before in zip(caches, arguments[1], strict=True):
@@ -144,7 +144,7 @@ def test_refusals(rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match="do not fit q"):
         decode.decode(token, caches._replace(k=caches.k[..., :-1]), *rest, scale=1.0)
     with pytest.raises(ValueError, match="inv_freq"):
-        decode.decode(token, caches, rest[0][:-1], *rest[1:], scale=1.0)
+        decode.decode(token, caches, rest[0][:-1], rest[1], scale=1.0)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), token)
     many = wide._replace(q=jnp.zeros((1, 8, 2, 34)))
     with pytest.raises(NotImplementedError, match="query heads"):

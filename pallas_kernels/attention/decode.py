@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import decode_pallas, decode_reference
 from pallas_kernels.attention.decode_reference import Caches as Caches
+from pallas_kernels.attention.decode_reference import Place as Place
 from pallas_kernels.attention.decode_reference import Token as Token
 
 IMPLEMENTATIONS = {"reference": decode_reference.decode, "pallas": decode_pallas.decode}
 
 
-def check(token: Token, caches: Caches, inv_freq: Array | None, positions: Array, visible: Array) -> None:
+def check(token: Token, caches: Caches, inv_freq: Array | None, place: Place) -> None:
     """Raise ValueError, naming the shapes, when a token, its caches and its rotation do not fit each other."""
     q, k, v = token.q, token.k, token.v
     if q.ndim != 4 or k.shape[:3] != q.shape[:3] or q.shape[3] % k.shape[3]:
@@ -33,29 +34,27 @@ def check(token: Token, caches: Caches, inv_freq: Array | None, positions: Array
         raise ValueError(f"caches {caches.k.shape} and {caches.v.shape} do not fit q {q.shape} and v {v.shape}")
     if inv_freq is not None and (inv_freq.shape != (q.shape[1], groups) or q.shape[2] != 2):
         raise ValueError(f"inv_freq {inv_freq.shape} does not fit q {q.shape}: it is [pairs, kv heads]")
-    if positions.shape != q.shape[:1] or visible.shape != (q.shape[0], slots):
-        raise ValueError(f"positions {positions.shape} and visible {visible.shape} do not fit q and {slots} slots")
+    positions, visible = place.positions.shape, place.visible.shape
+    if positions != q.shape[:1] or visible != (q.shape[0], slots):
+        raise ValueError(f"positions {positions} and visible {visible} do not fit q {q.shape} and {slots} slots")
 
 
 def decode(
     token: Token,
     caches: Caches,
     inv_freq: Float[Array, "qk g"] | None,
-    positions: Int[Array, " b"],
-    visible: Bool[Array, "b slots"] | Int[Array, "b slots"],
-    slot: Int[Array, ""],
+    place: Place,
     *,
     scale: float,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b vo n"], Caches]:
     """Attend from one new token of every sequence to what its cache holds and to itself.
 
-    The token is rotated by positions * inv_freq (not at all when that is None) and written to `slot` of the caches;
-    `visible` is 1 on the slots that are seen, the new one with them, and 0 on padding and on all later ones. `scale`
-    multiplies the scores: that of the ORIGINAL head size. Returns what the output matrix receives, in q's dtype, and
-    the caches after the token. Scores and softmax are float32. Not differentiable under "pallas".
-    Raises ValueError when shapes do not fit.
+    The token is rotated by positions * inv_freq (not at all when that is None) and written to its slot of the caches.
+    `scale` multiplies the scores: that of the ORIGINAL head size. Returns what the output matrix receives, in q's
+    dtype, and the caches after the token. Scores and softmax are float32. Not differentiable under "pallas". Raises
+    ValueError when shapes do not fit.
     """
-    check(token, caches, inv_freq, positions, visible)
+    check(token, caches, inv_freq, place)
     run = dispatch.pick("attention.decode", IMPLEMENTATIONS, implementation)
-    return run(token, caches, inv_freq, positions, visible, slot, scale=scale)
+    return run(token, caches, inv_freq, place, scale=scale)

@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
-from pallas_kernels.attention.decode_reference import Caches, Token
+from pallas_kernels.attention.decode_reference import Caches, Place, Token
 from pallas_kernels.compat import pl
 from pallas_kernels.rope.pallas import fast_sine_and_cosine
 
@@ -197,18 +197,15 @@ def decode(
     token: Token,
     caches: Caches,
     inv_freq: Float[Array, "qk g"] | None,
-    positions: Int[Array, " b"],
-    visible: Bool[Array, "b slots"] | Int[Array, "b slots"],
-    slot: Int[Array, ""],
+    place: Place,
     *,
     scale: float,
     cut: Settings | None = None,
 ) -> tuple[Float[Array, "b vo n"], Caches]:
     """See decode.decode; `cut` replaces the rule's. Raises NotImplementedError for what the kernel cannot do."""
     batch, _, groups, _ = caches.k.shape
-    out, caches, _ = attend(
-        token, caches, inv_freq, positions, visible, slot, counters(batch, groups), scale=scale, cut=cut
-    )
+    done = counters(batch, groups)
+    out, caches, _ = attend(token, caches, inv_freq, place, done, scale=scale, cut=cut)
     return out.reshape(batch, caches.v.shape[3], -1), caches
 
 
@@ -218,9 +215,7 @@ def attend(
     token: Token,
     caches: Caches,
     inv_freq: Float[Array, "qk g"] | None,
-    positions: Int[Array, " b"],
-    visible: Bool[Array, "b slots"] | Int[Array, "b slots"],
-    slot: Int[Array, ""],
+    place: Place,
     done: Int[Array, "b g"],
     *,
     scale: float,
@@ -236,11 +231,11 @@ def attend(
     ranks, heads = caches.v.shape[3], token.q.shape[3]
     cut = cut or settings(batch, groups, slots)
     arrays: dict[str, Array] = dict(q=token.q, k=token.k, v=token.v, k_cache=caches.k, v_cache=caches.v, done=done)
-    arrays |= dict(positions=positions, visible=visible, slot=slot.reshape(1))
+    arrays |= dict(positions=place.positions, visible=place.visible, slot=place.slot.reshape(1))
     optional = dict(q_pass=token.q_pass, k_pass=token.k_pass, inv_freq=inv_freq)
     arrays |= {name: value for name, value in optional.items() if value is not None}
-    if visible.dtype == jnp.bool_:
-        arrays["visible"] = visible.astype(jnp.int8)
+    if place.visible.dtype == jnp.bool_:
+        arrays["visible"] = place.visible.astype(jnp.int8)
     width = ranks * heads
     flat = (width // BLOCK, -(-batch // 8), 8, BLOCK) if blocked else (batch, width)
     after = {

@@ -33,6 +33,16 @@ class Caches(NamedTuple):
     v: Float[Array, "b slots g dv"]
 
 
+class Place(NamedTuple):
+    """Where the new tokens stand: each sequence's own position, the slots that it sees (1; the new one with them, none
+    after it), and the slot where the token goes, the same for all.
+    """
+
+    positions: Int[Array, " b"]
+    visible: Bool[Array, "b slots"] | Int[Array, "b slots"]
+    slot: Int[Array, ""]
+
+
 def keys(turned: Float[Array, "b qk pair n"], passed: Float[Array, "b dp n"] | None) -> Float[Array, "b n dk"]:
     """Rotated pairs and passed dimensions as the vectors that the cache holds."""
     flat = turned.reshape(turned.shape[0], -1, turned.shape[-1])
@@ -43,19 +53,17 @@ def decode(
     token: Token,
     caches: Caches,
     inv_freq: Float[Array, "qk g"] | None,
-    positions: Int[Array, " b"],
-    visible: Bool[Array, "b slots"] | Int[Array, "b slots"],
-    slot: Int[Array, ""],
+    place: Place,
     *,
     scale: float,
 ) -> tuple[Float[Array, "b vo n"], Caches]:
     """See decode.decode."""
     q, k = token.q, token.k
     if inv_freq is not None:
-        turned = rope.rope_qk(q[:, None], k[:, None], positions[:, None], inv_freq)
+        turned = rope.rope_qk(q[:, None], k[:, None], place.positions[:, None], inv_freq)
         q, k = turned[0][:, 0], turned[1][:, 0]
     q, k, v = keys(q, token.q_pass), keys(k, token.k_pass), token.v.swapaxes(1, 2)
-    start = (0, slot, 0, 0)
+    start = (0, place.slot, 0, 0)
     caches = Caches(
         jax.lax.dynamic_update_slice(caches.k, k[:, None].astype(caches.k.dtype), start),
         jax.lax.dynamic_update_slice(caches.v, v[:, None].astype(caches.v.dtype), start),
@@ -63,7 +71,7 @@ def decode(
     groups = caches.k.shape[2]
     split = q.reshape(q.shape[0], groups, q.shape[1] // groups, -1)
     scores = jnp.einsum("bgmd,bsgd->bgms", split, caches.k.astype(q.dtype), preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None, :] != 0, scores * scale, -jnp.inf)
+    scores = jnp.where(place.visible[:, None, None, :] != 0, scores * scale, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
     total = jnp.sum(weights, axis=-1, keepdims=True)

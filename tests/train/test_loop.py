@@ -133,8 +133,8 @@ def test_parts_and_remat_change_nothing(changes: dict[str, Any], rng: np.random.
     other = _trainer(model, dataclasses.replace(PLAIN, **changes))
     parts, parts_loss = _gradients(other, factors, examples, 0.25, model.plan)
     assert parts_loss == pytest.approx(loss, rel=1e-6)
-    # Sums in another order leave float32 rounding of terms that nearly cancel (found up to 2e-5), a hundredth at most of
-    # what forgetting a single token does.
+    # Sums in another order leave float32 rounding of terms that nearly cancel (found up to 2e-5): a hundredth at most
+    # of what forgetting a single token does.
     learn = examples.learn.copy()
     learn[tuple(np.argwhere(learn)[0])] = False
     forgotten, _ = _gradients(_trainer(model), factors, dataclasses.replace(examples, learn=learn), 0.25, model.plan)

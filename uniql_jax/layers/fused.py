@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import decode_pallas
-from pallas_kernels.attention.decode import Caches, Token
+from pallas_kernels.attention.decode import Caches, Place, Token
 from pallas_kernels.dequant_matmul import fused, tiling
 from pallas_kernels.dequant_matmul.fused import Job, Stream
 from pallas_kernels.dequant_matmul.tiling import Weight
@@ -32,15 +32,11 @@ Operands = tuple[Array, ...]
 
 
 class Step(NamedTuple):
-    """What blocks must know about the new tokens.
-
-    positions [batch]; visible [batch, slots], 1 on slots that are seen, the new one with them; slot: where the token
-    goes; done: counts that the attention kernels hand on, zero in between.
+    """What blocks must know about the new tokens: where they stand, and counts that the attention kernels hand on, zero
+    in between.
     """
 
-    positions: Int[Array, " b"]
-    visible: Int[Array, "b slots"]
-    slot: Int[Array, ""]
+    place: Place
     done: Int[Array, "b g"]
 
 
@@ -123,9 +119,7 @@ def attention(
         Token(**found),
         Caches(state.k, state.v),
         leaves.get("inv_freq"),
-        step.positions,
-        step.visible,
-        step.slot,
+        step.place,
         step.done,
         scale=config.head_dim**-0.5,
         blocked=_blocked(leaves["o"], batch),
@@ -170,4 +164,5 @@ def head(config: ModelConfig, table: Any, norm: Float[Array, " h"] | None, strea
 def first_step(positions: Int[Array, " b"], visible: Array, slot: Int[Array, ""], config: ModelConfig) -> Step:
     """What the blocks need, made once a token."""
     batch = positions.shape[0]
-    return Step(positions, visible.astype(jnp.int8), slot, decode_pallas.counters(batch, max(1, config.kv_heads)))
+    place = Place(positions, visible.astype(jnp.int8), slot)
+    return Step(place, decode_pallas.counters(batch, max(1, config.kv_heads)))
