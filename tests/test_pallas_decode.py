@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat
+from pallas_kernels import blocks, compat
 from pallas_kernels.attention import decode, decode_pallas
 from pallas_kernels.attention.decode import Caches, Place, Token
 from pallas_kernels.attention.decode_pallas import Settings
-from pallas_kernels.dequant_matmul import fused
 from tests.pallas_cases import nvidia
 
 BOUND = {"float32": 1e-5, "bfloat16": 1.5e-2}
@@ -136,7 +135,7 @@ def test_blocked_output(batch: int, rng: np.random.Generator) -> None:
     done = decode_pallas.counters(batch, 2)
     plain, _, _ = decode_pallas.attend(*arguments, done, scale=0.3)
     blocked, _, _ = decode_pallas.attend(*arguments, done, scale=0.3, blocked=True)
-    np.testing.assert_array_equal(fused.from_blocks(blocked, batch), plain)
+    np.testing.assert_array_equal(blocks.from_blocks(blocked, batch), plain)
 
 
 def test_refusals(rng: np.random.Generator) -> None:

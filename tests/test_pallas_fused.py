@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import packing
+from pallas_kernels import blocks, packing
 from pallas_kernels.dequant_matmul import fused, tiling
 from pallas_kernels.dequant_matmul.fused import Job, Stream
 from pallas_kernels.dequant_matmul.mma import Settings
@@ -49,13 +49,13 @@ def close(got: jax.Array, want: np.ndarray, bound: float = 8e-3) -> None:
 
 def plain(x: jax.Array, count: int) -> jax.Array:
     """An output that may be in blocks, as a matrix."""
-    return x if x.ndim == 2 else fused.from_blocks(x, count)
+    return x if x.ndim == 2 else blocks.from_blocks(x, count)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 11, 16])
 def test_blocks_invert(count: int, rng: np.random.Generator) -> None:
     x = normal(rng, count, 256)
-    assert (fused.from_blocks(fused.in_blocks(x), count) == x).all()
+    assert (blocks.from_blocks(blocks.in_blocks(x), count) == x).all()
 
 
 @pytest.mark.parametrize("count", [1, 5, 12])
@@ -106,7 +106,7 @@ def test_write_adds_and_prepares(count: int, order: str, biased: bool, rng: np.r
         x, norm, bias = normal(rng, count, width), jnp.ones(width) * 0.7, jnp.zeros(width) + 0.3
     operands = (*held, bias) if biased else held
     run = jax.jit(lambda hidden, x: fused.write(hidden, weight, operands, Stream(x), norm))
-    given = fused.in_blocks(hidden) if count > 1 else hidden
+    given = blocks.in_blocks(hidden) if count > 1 else hidden
     out = run(given, x)
     want = np.asarray(x, np.float32) + np.asarray(hidden, np.float32) @ dense.T + (np.asarray(bias) if biased else 0)
     close(out.x, want)

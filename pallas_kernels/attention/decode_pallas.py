@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat
+from pallas_kernels import blocks, compat
 from pallas_kernels.attention.decode_reference import Caches, Place, Token
 from pallas_kernels.compat import pl
 from pallas_kernels.rope.pallas import fast_sine_and_cosine
@@ -26,8 +26,6 @@ PROGRAMS = 264
 """Programs that fill a large GPU twice."""
 LOWEST = -1e30
 """Score of what is not seen: finite, so that differences are."""
-BLOCK = 32
-"""Numbers of a row of a blocked output (see dequant_matmul/fused.py)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +140,7 @@ def _kernel(*refs: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], cut: 
         heads, inside = groups * share, (head < share)[:, None] & r_in[None, :]
         # What is masked lies outside: the interpreter writes masked places back, and they must be nobody's.
         at = jnp.where(inside, r[None, :] * heads + group * share + head[:, None], ranks * heads)
-        index = (row, at) if ref["out"].ndim == 2 else (at // BLOCK, row // 8, row % 8, at % BLOCK)
-        compat.store(ref["out"], index, out, inside)
+        compat.store(ref["out"], blocks.index(ref["out"], row, at), out, inside)
 
     if cut.split == 1:
         put(m, total, found)
@@ -222,7 +219,7 @@ def attend(
     blocked: bool = False,
     cut: Settings | None = None,
 ) -> tuple[Float[Array, "..."], Caches, Int[Array, "b g"]]:
-    """`decode` with its output as a product reads it, [b, vo * n] or `blocked` as dequant_matmul/fused.py lays it out,
+    """`decode` with its output as a product reads it, [b, vo * n] or `blocked` as blocks.py lays it out,
     and the counts to hand on. Raises NotImplementedError for what the kernel cannot do.
     """
     compat.triton()
@@ -236,8 +233,7 @@ def attend(
     arrays |= {name: value for name, value in optional.items() if value is not None}
     if place.visible.dtype == jnp.bool_:
         arrays["visible"] = place.visible.astype(jnp.int8)
-    width = ranks * heads
-    flat = (width // BLOCK, -(-batch // 8), 8, BLOCK) if blocked else (batch, width)
+    flat = blocks.shape(batch, ranks * heads, blocked)
     after = {
         "out": jax.ShapeDtypeStruct(flat, token.q.dtype),
         "k_after": jax.ShapeDtypeStruct(caches.k.shape, caches.k.dtype),

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat
+from pallas_kernels import blocks, compat
 from pallas_kernels.dequant_matmul import mma, pallas, selfcheck, shares, tiling
-from pallas_kernels.dequant_matmul.fused_kernels import BLOCK, programs_of, read_kernel, write_kernel
 from pallas_kernels.dequant_matmul.fused_kernels import Job as Job
+from pallas_kernels.dequant_matmul.fused_kernels import programs_of, read_kernel, write_kernel
 from pallas_kernels.dequant_matmul.mma import Settings, parts_of, row_tiles
 from pallas_kernels.dequant_matmul.tiling import Weight
 
@@ -38,27 +38,11 @@ class Stream(NamedTuple):
     counts: Int[Array, " blocks"] | None = None
 
 
-def in_blocks(x: Float[Array, "count k"]) -> Float[Array, "blocks columns 8 32"]:
-    """Rows of x as a warp reads them in whole lines: [k / 32, count / 8, 8, 32]. k is a multiple of 32."""
-    count, k = x.shape
-    x = jnp.pad(x, ((0, -count % 8), (0, 0)))
-    return x.reshape(-1, 8, k // BLOCK, BLOCK).transpose(2, 0, 1, 3)
-
-
-def from_blocks(x: Float[Array, "blocks columns 8 32"], count: int) -> Float[Array, "count k"]:
-    """Inverse of `in_blocks` for `count` rows."""
-    return x.transpose(1, 2, 0, 3).reshape(-1, x.shape[0] * BLOCK)[:count]
-
-
 def prepare(x: Float[Array, "count h"], norm: Float[Array, " h"]) -> Stream:
     """A stream that comes from no kernel of this file, ready for the norm of weight `norm`."""
     squares = jnp.square(x.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     scaled = x * norm.astype(x.dtype)
-    return Stream(x, scaled if x.shape[0] == 1 else in_blocks(scaled), squares, shares.counts())
-
-
-def _shape(count: int, k: int, blocked: bool) -> tuple[int, ...]:
-    return (k // BLOCK, -(-count // 8), 8, BLOCK) if blocked and count > 1 else (count, k)
+    return Stream(x, scaled if x.shape[0] == 1 else blocks.in_blocks(scaled), squares, shares.counts())
 
 
 def read_settings(jobs: Sequence[Job], count: int) -> Settings:
@@ -156,7 +140,7 @@ def _read(
     refs: list[Any] = [stream.scaled, stream.squares] if normed else [stream.x]
     refs += [part for job in operands for weight in job for part in weight[:2]]
     refs += [weight[2] for job in operands for weight in job if len(weight) > 2]
-    shapes = [_shape(count, job.weights[0].features, job.blocked) for job in jobs]
+    shapes = [blocks.shape(count, job.weights[0].features, job.blocked) for job in jobs]
     if any(job.blocked and job.weights[0].features % tiling.GROUP for job in jobs):
         raise NotImplementedError("only whole groups are laid out in blocks")
     programs = sum(programs_of(job.weights[0], cut) for job in jobs)
@@ -224,8 +208,8 @@ def _write(
         raise NotImplementedError("write takes a weight that contracts its first dimension")
     if hidden.ndim == 4 and weight.group != tiling.GROUP:
         raise NotImplementedError(f"blocks hold whole groups of {tiling.GROUP}, not of {weight.group}")
-    if count > 1 and width % BLOCK:
-        raise NotImplementedError(f"a stream of width {width} is no whole number of blocks of {BLOCK}")
+    if count > 1 and width % blocks.BLOCK:
+        raise NotImplementedError(f"a stream of width {width} is no whole number of blocks of {blocks.BLOCK}")
     cut = settings or write_settings(weight, count)
     programs = programs_of(weight, cut)
     cut, counting = _counting(cut, stream, programs, [weight], count)
@@ -236,7 +220,7 @@ def _write(
         grid=(programs, cut.split),
         out_shape=[
             jax.ShapeDtypeStruct((count, width), jnp.bfloat16),
-            jax.ShapeDtypeStruct(_shape(count, width, True), jnp.bfloat16),
+            jax.ShapeDtypeStruct(blocks.shape(count, width, True), jnp.bfloat16),
             jax.ShapeDtypeStruct((count, programs), jnp.float32),
             *counting[1:],
         ],

@@ -11,15 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import compat
+from pallas_kernels import blocks, compat
 from pallas_kernels.compat import pl
 from pallas_kernels.dequant_matmul import shares
 from pallas_kernels.dequant_matmul.mma import Settings, Source, accumulate, add_up, parts_of, places, row_tiles
 from pallas_kernels.dequant_matmul.tiling import Weight
 from pallas_kernels.dequant_matmul.warp import Threads
-
-BLOCK = 32
-"""Contracted weights that a row of a block of x holds (see fused.in_blocks)."""
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": lambda x: x / (1.0 + jnp.exp(-x)),
@@ -40,12 +37,6 @@ class Job:
 
 def programs_of(weight: Weight, settings: Settings) -> int:
     return pl.cdiv(row_tiles(weight), settings.tiles * settings.along_n)
-
-
-def _put(ref: Any, m: Array, n: Array, value: Array, mask: Array) -> None:
-    """Store elements (m, n) of an array that is plain or in blocks."""
-    index = (m, n) if ref.ndim == 2 else (n // BLOCK, m // 8, m % 8, n % BLOCK)
-    compat.store(ref, index, value, mask)
 
 
 def _squares_of(squares_ref: Any, columns: int) -> Float[Array, "m parts"]:
@@ -118,7 +109,8 @@ def read_kernel(
                             value = value + compat.load(biases[i], (n,), inside).astype(jnp.float32)
                         values.append(value)
                     value = values[0] if job.activation is None else ACTIVATIONS[job.activation](values[0])
-                    _put(out_ref, m, n, value if wide == 1 else value * values[1], inside)
+                    value = value if wide == 1 else value * values[1]
+                    compat.store(out_ref, blocks.index(out_ref, m, n), value, inside)
 
         inside = _rows_inside(weight, at, slot, columns, count)
         shares.add_up_shares(total, inside, shared, (share, program), settings.split, finish)
@@ -178,7 +170,8 @@ def write_kernel(*refs: Any, weight: Weight, settings: Settings, count: int, bia
                     value = value.astype(stream.dtype).astype(jnp.float32) + stream.astype(jnp.float32)
                     value = jnp.where(inside, value.astype(stream.dtype).astype(jnp.float32), 0.0)
                     compat.store(out_ref, (m, n), value, inside)
-                    _put(scaled_ref, m, n, value * norm.astype(stream.dtype).astype(jnp.float32), inside)
+                    scaled = value * norm.astype(stream.dtype).astype(jnp.float32)
+                    compat.store(scaled_ref, blocks.index(scaled_ref, m, n), scaled, inside)
                     found = found + value * value
             # [warps along n, row, lane, late, odd]: what is left after the sum is a row of x, 2 lane + odd.
             found = found.reshape(settings.along_n, 8, 4, 2, 2).sum(axis=3).sum(axis=1).sum(axis=0)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import compat
+from pallas_kernels import blocks, compat
 from pallas_kernels.compat import pl
 from pallas_kernels.ssd.reference import Limits, Token, Weights, Window
 
@@ -22,8 +22,6 @@ ELEMENTS = 4096
 """About how many elements of the states a program holds in registers."""
 NORMED = 1024
 """About how many elements a program of the norm takes."""
-BLOCK = 32
-"""Numbers of a row of a blocked output (see dequant_matmul/fused.py)."""
 HEADS = 4
 """Most heads of a program by rule: they lie side by side in x, so that more of each sector it loads is used."""
 
@@ -152,8 +150,7 @@ def _norm_kernel(gated_ref: Any, square_ref: Any, weight_ref: Any, out_ref: Any,
     value = (compat.load(gated_ref, (row, p, head), inside) * scale).astype(dtype)
     value = value * compat.load(weight_ref, (p, head), inside).astype(dtype)
     at = jnp.where(inside, p * heads + head, channels * heads)  # what is masked lies outside
-    index = (row, at) if out_ref.ndim == 2 else (at // BLOCK, row // 8, row % 8, at % BLOCK)
-    compat.store(out_ref, index, value, inside)
+    compat.store(out_ref, blocks.index(out_ref, row, at), value, inside)
 
 
 def _normed(
@@ -170,8 +167,7 @@ def _normed(
     """
     batch, channels, heads = gated.shape
     tile = min(pl.next_power_of_2(channels), max(1, NORMED // pl.next_power_of_2(heads)))
-    width = channels * heads
-    shape = (width // BLOCK, -(-batch // 8), 8, BLOCK) if blocked else (batch, width)
+    shape = blocks.shape(batch, channels * heads, blocked)
     return compat.call(
         functools.partial(_norm_kernel, tile=tile, eps=eps),
         name="gated_norm",
@@ -191,8 +187,8 @@ def mix(
     blocked: bool = False,
     tile: Settings | None = None,
 ) -> tuple[Float[Array, "..."], Window]:
-    """`mixer_step` with its output as a product reads it, [batch, hd * nh] or `blocked` as dequant_matmul/fused.py lays
-    it out. `tile` replaces the rule's. Raises NotImplementedError as `mixer_step` does.
+    """`mixer_step` with its output as a product reads it, [batch, hd * nh] or `blocked` as blocks.py lays it
+    out. `tile` replaces the rule's. Raises NotImplementedError as `mixer_step` does.
     """
     arrays = token._asdict() | dict(dt_bias=weights.dt_bias, a_log=weights.a_log, d=weights.d, state=windows.state)
     for name in ("x", "b", "c"):
