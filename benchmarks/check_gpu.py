@@ -93,7 +93,8 @@ def files(only: list[str]) -> list[Path]:
 
 def pytest(arguments: list[str], report: Path, seed: int) -> list[str]:
     """The command of one run of pytest that leaves its results in a file."""
-    fixed = ["-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "--seed", str(seed)]
+    without = ["-p", "no:cacheprovider", "-p", "no:benchmark"]  # pytest-benchmark warns of parallel runs
+    fixed = ["-m", "gpu", "-q", *without, f"--junitxml={report}", "--seed", str(seed)]
     return [sys.executable, "-m", "pytest", *fixed, *arguments]
 
 

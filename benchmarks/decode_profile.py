@@ -22,10 +22,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.record import shortened
+from uniql_jax import runtime
 from uniql_jax.random_model import random_model, read_config
 from uniql_jax.timing import Bench
 
-STEPS = 5
+CALLS = 2
 
 
 def durations(folder: str) -> dict[str, list[float]]:
@@ -53,25 +55,30 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--layers", type=int, help="so many layers only, and a small vocabulary")
     args = parser.parse_args()
-    model = random_model(read_config(args.config), args.bits, args.rate)
-    bench = Bench(model, args.batch, args.context, 2 * STEPS)
+    config = read_config(args.config)
+    config = shortened(config, args.layers) if args.layers else config
+    model = random_model(config, args.bits, args.rate)
+    many = runtime.chunk()
+    bench = Bench(model, args.batch, args.context, 1 + 2 * CALLS * many)
     token, cache = bench._start()
-    for step in range(1, STEPS):
-        token, cache = bench._run_step(token, cache, step)
+    for call in range(CALLS):
+        _, token, cache = bench._run_step(token, cache, 1 + call * many)
     jax.block_until_ready(token)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for step in range(STEPS, 2 * STEPS):
-                token, cache = bench._run_step(token, cache, step)
+            for call in range(CALLS, 2 * CALLS):
+                _, token, cache = bench._run_step(token, cache, 1 + call * many)
             jax.block_until_ready(token)
         found = durations(folder)
-    total = sum(map(sum, found.values())) / STEPS
+    steps = CALLS * many
+    total = sum(map(sum, found.values())) / steps
     print(
         f"{args.config} at rate {args.rate:g}, {args.bits} bits, batch {args.batch}: {total:.0f} us of kernels a step"
     )
     for name, times in sorted(found.items(), key=lambda item: -sum(item[1]))[:24]:
-        print(f"{sum(times) / STEPS:9.1f} us  {len(times) / STEPS:6.1f} x {np.median(times):7.2f} us  {name[:70]}")
+        print(f"{sum(times) / steps:9.1f} us  {len(times) / steps:6.1f} x {np.median(times):7.2f} us  {name[:70]}")
 
 
 if __name__ == "__main__":

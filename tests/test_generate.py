@@ -422,3 +422,25 @@ def test_door_as_a_program(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("new", [1, 2, 4, 5, 9])
+def test_several_tokens_a_call_are_the_same_tokens(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, new: int
+) -> None:
+    """As on a GPU, where a call makes a chunk: streamed and in one loop, whatever part of the last chunk is wanted."""
+    model, prompts = the_model(), np.stack([prompt_of(rng, 5) for _ in range(3)])
+    want = uniql_jax.generate_tokens(model, prompts, max_new_tokens=new, eos_ids=())
+    stop = int(want[1, new // 2])
+    ended = uniql_jax.generate_tokens(model, prompts, max_new_tokens=new, eos_ids=(stop,))
+    streamed = [int(token[0]) for token in uniql_jax.generate(model, prompts[1], max_new_tokens=new)]
+    drawn = [int(t[0]) for t in uniql_jax.generate(model, prompts[1], max_new_tokens=new, temperature=1.0, seed=3)]
+    monkeypatch.setattr(runtime, "chunk", lambda: 4)
+    jax.clear_caches()
+    np.testing.assert_array_equal(uniql_jax.generate_tokens(model, prompts, max_new_tokens=new, eos_ids=()), want)
+    again = uniql_jax.generate_tokens(model, prompts, max_new_tokens=new, eos_ids=(stop,))
+    np.testing.assert_array_equal(again, ended)
+    assert [int(token[0]) for token in uniql_jax.generate(model, prompts[1], max_new_tokens=new)] == streamed
+    settings = dict(max_new_tokens=new, temperature=1.0, seed=3)
+    assert [int(token[0]) for token in uniql_jax.generate(model, prompts[1], **settings)] == drawn
+    jax.clear_caches()

@@ -217,7 +217,9 @@ def _decode_fused(model: CausalLM, token: Int[Array, " b"], cache: Cache) -> tup
     norms = [params["layers"][i][kind]["norm"] for i, kind in places] + [params["norm"]]
     stream = fused.Stream(embed(params, token[:, None], model.dtype)[:, 0])
     after: list[dict[str, Any]] = [{} for _ in config.pattern]
+    coming = fused.coming(params, places, params.get("head", params["embed"]))
     for (i, kind), norm in zip(places, norms[1:], strict=True):
+        step = step._replace(coming=coming[i, kind])
         leaves, state = params["layers"][i][kind], cache.layers[i][kind]
         try:
             stream, after[i][kind], step = fused.KINDS[kind](config, leaves, stream, norm, step, state)

@@ -105,20 +105,44 @@ def _first(
     return _pick(logits, key, 0, settings), cache
 
 
-# The token is donated as well: a GPU repeats a recorded step at once if all its arrays are where they were, and records
-# it anew if not, which takes the host as long as the step itself.
-@functools.partial(jax.jit, donate_argnames=("token", "cache"))
+def chunk() -> int:
+    """Tokens that one call of a compiled step makes.
+
+    Before each call a GPU's driver records anew what it will launch, which takes the host nearly as long as a step of a
+    large model takes the GPU; several steps are recorded once. A CPU has nothing to record, so that each token is shown
+    at once.
+    """
+    return 1 if jax.default_backend() == "cpu" else 8
+
+
+def room(new: int) -> int:
+    """Slots of a cache for `new` tokens: the last call makes a whole chunk, wanted or not."""
+    return 1 + -(-(new - 1) // chunk()) * chunk()
+
+
+# The token is donated as well, so that it stays where it is.
+@functools.partial(jax.jit, static_argnames="count", donate_argnames=("token", "cache"))
 def _next(
-    model: CausalLM, token: Int[Array, " b"], cache: Cache, key: PRNGKeyArray, step: Any, settings: Settings
-) -> tuple[Int[Array, " b"], Cache]:
-    logits, cache = decode(model, token, cache)
-    return _pick(logits, key, step, settings), cache
+    model: CausalLM,
+    token: Int[Array, " b"],
+    cache: Cache,
+    key: PRNGKeyArray,
+    step: Int[Array, ""] | Any,
+    settings: Settings,
+    count: int,
+) -> tuple[Int[Array, "b count"], Int[Array, " b"], Cache]:
+    """The next `count` tokens, the first of which has the number `step`; the last of them once more, and the cache."""
 
+    def body(i: Int[Array, ""], state: tuple) -> tuple:
+        rows, token, cache = state
+        logits, cache = decode(model, token, cache)
+        token = _pick(logits, key, step + i, settings)
+        return rows.at[:, i].set(token), token, cache
 
-@jax.jit
-def _shown(token: Int[Array, " b"]) -> Int[Array, " b"]:
-    """A copy for the host to read, since the next step takes the token itself."""
-    return token.copy()
+    rows = jnp.zeros((token.shape[0], count), jnp.int32)
+    if count == 1:
+        return body(jnp.int32(0), (rows, token, cache))
+    return jax.lax.fori_loop(0, count, body, (rows, token, cache))
 
 
 @functools.partial(jax.jit, static_argnames="count", donate_argnames="cache")
@@ -131,11 +155,15 @@ def _rest(
     stops: Int[Array, " s"],
     count: int,
 ) -> tuple[Int[Array, "b count"], Cache]:
-    """The whole decode as one while_loop that ends early once every row has met a stop id."""
-    rows = jnp.zeros((token.shape[0], count), jnp.int32).at[:, 0].set(token)
+    """The whole decode as one while_loop over chunks that ends early once every row has met a stop id.
 
-    def stopped(token: Int[Array, " b"]) -> Any:
-        return (token[:, None] == stops).any(-1)
+    A device asks the host whether to go on after each chunk only.
+    """
+    many = chunk()
+    rows = jnp.zeros((token.shape[0], room(count)), jnp.int32).at[:, 0].set(token)
+
+    def stopped(token: Int[Array, "b n"]) -> Any:
+        return (token[..., None] == stops).any(-1)
 
     def go_on(state: tuple) -> Any:
         step, _, _, _, done = state
@@ -143,13 +171,18 @@ def _rest(
 
     def body(state: tuple) -> tuple:
         step, token, cache, rows, done = state
-        new, cache = _next(model, token, cache, key, step, settings)
-        new = jnp.where(done, token, new)  # a finished row repeats its stop id
-        return step + 1, new, cache, rows.at[:, step].set(new), done | stopped(new)
+        new, token, cache = _next(model, token, cache, key, step, settings, many)
+        rows = jax.lax.dynamic_update_slice(rows, new, (0, step))
+        return step + many, token, cache, rows, done | stopped(new).any(-1)
 
-    step, token, cache, rows, _ = jax.lax.while_loop(go_on, body, (jnp.int32(1), token, cache, rows, stopped(token)))
-    # returned so that the donated cache has somewhere to go
-    return jnp.where(jnp.arange(count) < step, rows, token[:, None]), cache
+    done = stopped(token[:, None]).any(-1)
+    _, _, cache, rows, _ = jax.lax.while_loop(go_on, body, (jnp.int32(1), token, cache, rows, done))
+    # A finished row repeats its stop id. The cache is returned so that the donated one has somewhere to go.
+    ended = stopped(rows)
+    first = jnp.argmax(ended, axis=-1)
+    last = jnp.take_along_axis(rows, first[:, None], axis=-1)
+    past = ended.any(-1)[:, None] & (jnp.arange(rows.shape[1]) > first[:, None])
+    return jnp.where(past, last, rows)[:, :count], cache
 
 
 def bucket(length: int) -> int:
@@ -204,7 +237,7 @@ def generate_tokens(
     _check_prompt(model, tokens, mask, max_new_tokens)
     stops = tuple(stop_ids(model) if eos_ids is None else eos_ids)
     stops = np.asarray(stops + (-1,) * (-len(stops) % 4), np.int32)  # in fours, so that their number rarely compiles
-    length = bucket(tokens.shape[1]) + max_new_tokens
+    length = bucket(tokens.shape[1]) + room(max_new_tokens)
     key, settings = jax.random.key(seed), _settings(temperature, top_p, top_k)
     token, cache = _first(model, *_padded(tokens.astype(np.int32), mask), key, settings, length)
     rows, _ = _rest(model, token, cache, key, settings, stops, max_new_tokens)
@@ -254,17 +287,19 @@ def generate(
 def _stream(
     model: CausalLM, ids: Int[np.ndarray, " t"], count: int, settings: Settings, key: PRNGKeyArray, stops: set[int]
 ) -> Iterator[int]:
-    mask = np.ones((1, ids.size), np.int32)
-    token, cache = _first(model, *_padded(ids[None], mask), key, settings, bucket(ids.size) + count)
-    for step in range(1, count + 1):
-        # The next step is on its way before the host looks at this one, so that the device never waits for it.
-        shown = _shown(token)
-        ahead = _next(model, token, cache, key, np.int32(step), settings) if step < count else (token, cache)
-        value = int(shown[0])
-        if value in stops:
-            return
-        yield value
-        token, cache = ahead
+    mask, many = np.ones((1, ids.size), np.int32), chunk()
+    token, cache = _first(model, *_padded(ids[None], mask), key, settings, bucket(ids.size) + room(count))
+    shown, ready = token[None] + 0, 1  # a copy for the host to read, since the next step takes the token itself
+    for step in range(1, count + many, many):
+        # The next tokens are on their way before the host looks at these, so that the device never waits for it.
+        rows = shown
+        if step < count:
+            shown, token, cache = _next(model, token, cache, key, np.int32(step), settings, many)
+        for value in np.asarray(rows)[0, : count - ready + 1].tolist():
+            if value in stops:
+                return
+            yield value
+            ready += 1
 
 
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool = False) -> Int[np.ndarray, " t"]:

@@ -115,7 +115,7 @@ class Bench:
     @property
     def slots(self) -> int:
         """Tokens that the cache has room for."""
-        return self._inputs[0].shape[1] + self.gen_len
+        return self._inputs[0].shape[1] + runtime.room(self.gen_len)
 
     @property
     def _prompt(self) -> tuple:
@@ -128,9 +128,9 @@ class Bench:
 
     @functools.cached_property
     def step(self) -> Program:
-        """One token more; the cache is donated."""
+        """A chunk of tokens more; the cache is donated."""
         last = (self._key, np.int32(1), self._settings)
-        return compile_program(runtime._next, self.model, *self._start(), *last)
+        return compile_program(runtime._next, self.model, *self._start(), *last, count=runtime.chunk())
 
     @functools.cached_property
     def loop(self) -> Program:
@@ -141,7 +141,7 @@ class Bench:
     def _start(self) -> tuple[Array, Cache]:
         return self.prefill.run(*self._prompt)
 
-    def _run_step(self, token: Array, cache: Cache, step: int) -> tuple[Array, Cache]:
+    def _run_step(self, token: Array, cache: Cache, step: int) -> tuple[Array, Array, Cache]:
         return self.step.run(self.model, token, cache, self._key, np.int32(step), self._settings)
 
     def _run_loop(self, token: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -154,27 +154,28 @@ class Bench:
         return measure(self._start, self.repeats)
 
     def tpot_step(self, read: bool = True) -> Timing:
-        """Seconds per token when each step is a call. `read`: the host reads each token once it has asked for the
-        next, as `generate` does; else steps are only handed to the device.
+        """Seconds per token when each chunk is a call. `read`: the host reads its tokens once it has asked for the
+        next, as `generate` does; else calls are only handed to the device.
 
         Raises ValueError when the answer is a single token, which takes no step.
         """
-        steps = self._steps()
+        steps, many = self._steps(), runtime.chunk()
 
         def chain(token: Array, cache: Cache) -> Array:
-            for step in range(1, steps + 1):
-                shown = runtime._shown(token) if read else None
-                token, cache = self._run_step(token, cache, step)
-                if read:
-                    np.asarray(shown)
-            return token
+            before = None
+            for step in range(1, steps + 1, many):
+                rows, token, cache = self._run_step(token, cache, step)
+                if read and before is not None:
+                    np.asarray(before)
+                before = rows
+            return before
 
-        return measure(chain, self.repeats, self._start).scaled(1 / steps)
+        return measure(chain, self.repeats, self._start).scaled(1 / (runtime.room(self.gen_len) - 1))
 
     def tpot_loop(self) -> Timing:
         """Seconds per token when all steps are one compiled loop. Raises ValueError as `tpot_step`."""
-        steps = self._steps()
-        return measure(self._run_loop, self.repeats, self._start).scaled(1 / steps)
+        self._steps()
+        return measure(self._run_loop, self.repeats, self._start).scaled(1 / (runtime.room(self.gen_len) - 1))
 
     def ttlt(self) -> Timing:
         """Seconds from prompts to the last token of their answers, prefill and compiled loop."""

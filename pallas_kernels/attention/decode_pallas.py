@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import blocks, compat
+from pallas_kernels import ahead, blocks, compat
+from pallas_kernels.ahead import Ahead, Pull
 from pallas_kernels.attention.decode_reference import Caches, Place, Token
 from pallas_kernels.compat import pl
 from pallas_kernels.rope.pallas import fast_sine_and_cosine
@@ -60,12 +61,15 @@ def _sine_and_cosine(angle: Array) -> tuple[Array, Array]:
     return fast_sine_and_cosine(angle)
 
 
-def _kernel(*refs: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], cut: Settings, scale: float) -> None:
+def _kernel(
+    *refs: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], cut: Settings, scale: float, pull: Pull
+) -> None:
     """refs: the arrays that `inputs` and `outputs` name; a program takes a share of the slots of one kv head.
 
     Letters of the shapes: m query head of the kv head, d dimension of keys, r of values, t slot.
     """
     ref = dict(zip(inputs + outputs, refs, strict=True))
+    pulled = [ref[name] for name in inputs if name.startswith("coming")]
     groups, width = ref["k_cache"].shape[2:]
     ranks, pair, share = ref["v_cache"].shape[3], ref["q"].shape[2], ref["q"].shape[3] // groups
     turning = pair * ref["q"].shape[1]
@@ -110,6 +114,9 @@ def _kernel(*refs: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], cut: 
     one = jnp.zeros((1,), jnp.int32) + group
     new_k = vectors("k", one, one >= 0).astype(ref["k_cache"].dtype)
     new_v = compat.load(ref["v"], (row, r, group), r_in).astype(ref["v_cache"].dtype)
+    # What this program needs itself is on its way by now.
+    program, programs = (row * groups + group) * cut.split + part, ref["k_cache"].shape[0] * groups * cut.split
+    pull(pulled, program, programs, early=True)
 
     def add(carry: tuple[Array, Array, Array], tile: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, found = carry
@@ -134,6 +141,8 @@ def _kernel(*refs: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], cut: 
     def _() -> None:
         compat.store(ref["k_after"], (row, slot, group, d), new_k.sum(axis=0), d_in)
         compat.store(ref["v_after"], (row, slot, group, r), new_v, r_in)
+
+    pull(pulled, program, programs, early=False)
 
     def put(head: Array, total: Array, found: Array) -> None:
         out = found / jnp.where(total > 0, total, 1.0)[:, None]
@@ -218,9 +227,11 @@ def attend(
     scale: float,
     blocked: bool = False,
     cut: Settings | None = None,
+    coming: Ahead = ahead.NOTHING,
 ) -> tuple[Float[Array, "..."], Caches, Int[Array, "b g"]]:
     """`decode` with its output as a product reads it, [b, vo * n] or `blocked` as blocks.py lays it out,
-    and the counts to hand on. Raises NotImplementedError for what the kernel cannot do.
+    and the counts to hand on. `coming` is pulled into the cache meanwhile. Raises NotImplementedError for what the
+    kernel cannot do.
     """
     compat.triton()
     _supported(token, caches)
@@ -233,6 +244,7 @@ def attend(
     arrays |= {name: value for name, value in optional.items() if value is not None}
     if place.visible.dtype == jnp.bool_:
         arrays["visible"] = place.visible.astype(jnp.int8)
+    arrays |= {f"coming {i}": array for i, array in enumerate(coming.arrays)}
     flat = blocks.shape(batch, ranks * heads, blocked)
     after = {
         "out": jax.ShapeDtypeStruct(flat, token.q.dtype),
@@ -250,7 +262,7 @@ def attend(
     inputs, outputs = tuple(arrays), tuple(after)
     in_place = {"k_cache": "k_after", "v_cache": "v_after", "done": "done_after"}
     out, k, v, done, *_ = compat.call(
-        functools.partial(_kernel, inputs=inputs, outputs=outputs, cut=cut, scale=scale),
+        functools.partial(_kernel, inputs=inputs, outputs=outputs, cut=cut, scale=scale, pull=coming.pull),
         name="decode_attention",
         grid=(batch, groups, cut.split),
         out_shape=tuple(after.values()),

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import blocks, compat
+from pallas_kernels import ahead, blocks, compat
+from pallas_kernels.ahead import Ahead
 from pallas_kernels.dequant_matmul import mma, pallas, selfcheck, shares, tiling
 from pallas_kernels.dequant_matmul.fused_kernels import Job as Job
 from pallas_kernels.dequant_matmul.fused_kernels import programs_of, read_kernel, write_kernel
@@ -111,14 +112,16 @@ def read(
     *,
     eps: float,
     settings: Settings | None = None,
+    coming: Ahead = ahead.NOTHING,
 ) -> tuple[list[Array], Stream]:
     """Outputs of the jobs on the normed stream: [count, features] bf16, or `in_blocks` where a job wants it; and the
     stream to go on with.
 
     operands: for every weight of every job (data in tiles, scale) or (data, scale, bias). Without `stream.squares` the
-    stream's x counts as normed. Raises NotImplementedError for what the kernel cannot do.
+    stream's x counts as normed. `coming` is pulled into the cache meanwhile. Raises NotImplementedError for what the
+    kernel cannot do.
     """
-    return _read(stream, operands, jobs=tuple(jobs), eps=eps, settings=settings)
+    return _read(stream, operands, coming, jobs=tuple(jobs), eps=eps, settings=settings)
 
 
 # Compiled once for all layers of equal sizes: a kernel's trace takes longer than all the rest of a layer's.
@@ -126,6 +129,7 @@ def read(
 def _read(
     stream: Stream,
     operands: Sequence[Sequence[tuple[Array, ...]]],
+    coming: Ahead,
     *,
     jobs: tuple[Job, ...],
     eps: float,
@@ -140,6 +144,7 @@ def _read(
     refs: list[Any] = [stream.scaled, stream.squares] if normed else [stream.x]
     refs += [part for job in operands for weight in job for part in weight[:2]]
     refs += [weight[2] for job in operands for weight in job if len(weight) > 2]
+    refs += coming.arrays
     shapes = [blocks.shape(count, job.weights[0].features, job.blocked) for job in jobs]
     if any(job.blocked and job.weights[0].features % tiling.GROUP for job in jobs):
         raise NotImplementedError("only whole groups are laid out in blocks")
@@ -148,8 +153,9 @@ def _read(
     cut, counting = _counting(cut, stream, programs, jobs[0].weights, count, max(wide))
     if counting and len(wide) > 1:
         raise NotImplementedError("jobs of one and of two weights do not share their programs' work alike")
+    static = dict(jobs=jobs, settings=cut, count=count, width=width, eps=eps, normed=normed, pull=coming.pull)
     outs: Any = compat.call(
-        functools.partial(read_kernel, jobs=jobs, settings=cut, count=count, width=width, eps=eps, normed=normed),
+        functools.partial(read_kernel, **static),
         name="read_" + "_".join(str(job.weights[0].features) for job in jobs),
         grid=(programs, cut.split),
         out_shape=[*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes), *counting[1:]],
@@ -183,13 +189,15 @@ def write(
     norm: Float[Array, " h"],
     *,
     settings: Settings | None = None,
+    coming: Ahead = ahead.NOTHING,
 ) -> Stream:
     """The stream plus the product of `hidden` ([count, K] or `in_blocks`) and the weight, ready for the next norm.
 
     operands: (data, scale) or (data, scale, bias) of a weight that contracts its first dimension; norm: weight of the
-    norm that reads the stream next. Raises NotImplementedError for what the kernel cannot do.
+    norm that reads the stream next. `coming` is pulled into the cache meanwhile. Raises NotImplementedError for what
+    the kernel cannot do.
     """
-    return _write(hidden, operands, stream, norm, weight=weight, settings=settings)
+    return _write(hidden, operands, stream, norm, coming, weight=weight, settings=settings)
 
 
 @functools.partial(jax.jit, static_argnames=("weight", "settings"))
@@ -198,6 +206,7 @@ def _write(
     operands: tuple[Array, ...],
     stream: Stream,
     norm: Array,
+    coming: Ahead,
     *,
     weight: Weight,
     settings: Settings | None,
@@ -213,9 +222,10 @@ def _write(
     cut = settings or write_settings(weight, count)
     programs = programs_of(weight, cut)
     cut, counting = _counting(cut, stream, programs, [weight], count)
-    refs = (hidden, *operands, stream.x, norm)
+    refs = (hidden, *operands, stream.x, norm, *coming.arrays)
+    static = dict(weight=weight, settings=cut, count=count, biased=len(operands) > 2, pull=coming.pull)
     x, scaled, squares, *counts = compat.call(
-        functools.partial(write_kernel, weight=weight, settings=cut, count=count, biased=len(operands) > 2),
+        functools.partial(write_kernel, **static),
         name=f"write_{weight.groups * weight.group}",
         grid=(programs, cut.split),
         out_shape=[

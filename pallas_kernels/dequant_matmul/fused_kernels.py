@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import blocks, compat
+from pallas_kernels.ahead import Pull
 from pallas_kernels.compat import pl
 from pallas_kernels.dequant_matmul import shares
 from pallas_kernels.dequant_matmul.mma import Settings, Source, accumulate, add_up, parts_of, places, row_tiles
@@ -61,20 +62,32 @@ def _rows_inside(weight: Weight, at: Threads, slot: Array, columns: int, count: 
 
 
 def read_kernel(
-    *refs: Any, jobs: tuple[Job, ...], settings: Settings, count: int, width: int, eps: float, normed: bool
+    *refs: Any,
+    jobs: tuple[Job, ...],
+    settings: Settings,
+    count: int,
+    width: int,
+    eps: float,
+    normed: bool,
+    pull: Pull,
 ) -> None:
-    """refs: x, (squares,) data and scale of every weight, every bias, (counts,) every output, (counts, parts)."""
+    """refs: x, (squares,) data and scale of every weight, every bias, what to pull, (counts,) every output,
+    (counts, parts).
+    """
     x_ref, rest = refs[0], list(refs[1:])
     shared = (rest.pop(), rest.pop()) if settings.split > 1 else None
     squares_ref = rest.pop(0) if normed else None
     held = [[(rest.pop(0), rest.pop(0)) for _ in job.weights] for job in jobs]
     biases = [[rest.pop(0) for _ in job.weights] if job.biased else [] for job in jobs]
+    pulled = [rest.pop(0) for _ in pull.spans]
     outs = rest[-len(jobs) :]
     columns = 1 if count <= 8 else 2
     # Of one row they are loaded first and added up last, so that no weight waits for them; of several, they would hold
     # too many registers all the while.
     early = None if squares_ref is None or count > 1 else _squares_of(squares_ref, columns)
     program, share = pl.program_id(0), pl.program_id(1)
+    programs = sum(programs_of(job.weights[0], settings) for job in jobs)
+    pull(pulled, program, programs, early=True)
 
     def run(job: Job, held: list[tuple[Any, Any]], biases: list[Any], out_ref: Any, block: Array) -> None:
         weight, wide = job.weights[0], len(job.weights)
@@ -124,17 +137,21 @@ def read_kernel(
         else:
             pl.when((program >= start) & (program < end))(here)
         start = end
+    pull(pulled, program, programs, early=False)
 
 
-def write_kernel(*refs: Any, weight: Weight, settings: Settings, count: int, biased: bool) -> None:
-    """refs: hidden, data, scale, (bias,) stream, next norm, (counts,) stream, scaled, squares, (counts, parts)."""
+def write_kernel(*refs: Any, weight: Weight, settings: Settings, count: int, biased: bool, pull: Pull) -> None:
+    """refs: hidden, data, scale, (bias,) stream, next norm, what to pull, (counts,) stream, scaled, squares,
+    (counts, parts).
+    """
     x_ref, data_ref, scale_ref, *rest = refs
     shared = (rest.pop(), rest.pop()) if settings.split > 1 else None
     bias_ref = rest.pop(0) if biased else None
-    stream_ref, norm_ref = rest[:2]
+    stream_ref, norm_ref, *pulled = rest[: 2 + len(pull.spans)]
     out_ref, scaled_ref, squares_ref = rest[-3:]
     columns, parts = 1 if count <= 8 else 2, parts_of(weight)
     block, ends = pl.program_id(0), Threads.make(1, settings.along_n)
+    pull(pulled, block, programs_of(weight, settings), early=True)
     at = Threads.make(settings.along_k, settings.along_n)
 
     def place(column: int, r: int, part: int) -> tuple[Array, Array, Array]:
@@ -180,3 +197,4 @@ def write_kernel(*refs: Any, weight: Weight, settings: Settings, count: int, bia
 
     inside = _rows_inside(weight, ends, slot, columns, count)
     shares.add_up_shares(total, inside, shared, (share, block), settings.split, finish)
+    pull(pulled, block, programs_of(weight, settings), early=False)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import blocks, compat
+from pallas_kernels import ahead, blocks, compat
+from pallas_kernels.ahead import Ahead, Pull
 from pallas_kernels.compat import pl
 from pallas_kernels.ssd.reference import Limits, Token, Weights, Window
 
@@ -58,6 +60,7 @@ def _kernel(
     outputs: tuple[str, ...],
     tile: Settings,
     limits: Limits,
+    pull: Pull,
 ) -> None:
     """refs: the arrays that `inputs` and `outputs` name; a program takes a tile of channels of a few heads of a group.
 
@@ -76,6 +79,10 @@ def _kernel(
     at = (row, h[:, None, None], p[None, :, None], s[None, None, :])
     at_in = h_in[:, None, None] & p_in[None, :, None] & s_in[None, None, :]
     state = compat.load(ref["state"], at, at_in)
+    grid = (ref["state"].shape[0], ref["b"].shape[2], pl.cdiv(share, tile.heads), pl.cdiv(channels, tile.channels))
+    program = ((row * grid[1] + group) * grid[2] + of_heads) * grid[3] + of_channels
+    pulled = [ref[name] for name in inputs if name.startswith("coming")]
+    pull(pulled, program, math.prod(grid), early=True)
 
     def convolved(name: str, index: tuple[Any, Any], inside: Array) -> tuple[Array, list[Array]]:
         """SiLU of the convolution in the value's dtype, then float32, and its inputs, oldest first."""
@@ -121,6 +128,7 @@ def _kernel(
         compat.store(ref["x_after"], (row, k, *of_x), x_kept[k + 1], of_x_in)
         compat.store(ref["b_after"], (row, k, s, group), b_kept[k + 1], first)
         compat.store(ref["c_after"], (row, k, s, group), c_kept[k + 1], first)
+    pull(pulled, program, math.prod(grid), early=False)
 
 
 def _supported(arrays: dict[str, Array]) -> None:
@@ -186,9 +194,11 @@ def mix(
     *,
     blocked: bool = False,
     tile: Settings | None = None,
+    coming: Ahead = ahead.NOTHING,
 ) -> tuple[Float[Array, "..."], Window]:
     """`mixer_step` with its output as a product reads it, [batch, hd * nh] or `blocked` as blocks.py lays it
-    out. `tile` replaces the rule's. Raises NotImplementedError as `mixer_step` does.
+    out. `tile` replaces the rule's; `coming` is pulled into the cache meanwhile. Raises NotImplementedError as
+    `mixer_step` does.
     """
     arrays = token._asdict() | dict(dt_bias=weights.dt_bias, a_log=weights.a_log, d=weights.d, state=windows.state)
     for name in ("x", "b", "c"):
@@ -196,6 +206,7 @@ def mix(
         bias = getattr(weights.kernels, f"{name}_bias")
         arrays |= {} if bias is None else {f"{name}_bias": bias}
     _supported(arrays | {"gate_norm": weights.gate_norm})
+    arrays |= {f"coming {i}": array for i, array in enumerate(coming.arrays)}
     x, (_, states, groups) = token.x, token.b.shape
     batch, channels, heads = x.shape
     tile = tile or settings(heads // groups, channels, states)
@@ -211,7 +222,7 @@ def mix(
     inputs, outputs = tuple(arrays), tuple(after)
     in_place = {"x_window": "x_after", "state": "state_after"}
     gated, square, *rest = compat.call(
-        functools.partial(_kernel, inputs=inputs, outputs=outputs, tile=tile, limits=limits),
+        functools.partial(_kernel, inputs=inputs, outputs=outputs, tile=tile, limits=limits, pull=coming.pull),
         name="mixer_step",
         grid=(batch, groups, of_heads, of_channels),
         out_shape=tuple(after.values()),

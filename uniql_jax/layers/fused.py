@@ -8,13 +8,14 @@ it is traced, and the caller goes the long way for that block.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch
+from pallas_kernels import ahead, dispatch
+from pallas_kernels.ahead import Ahead, Budget
 from pallas_kernels.attention import decode_pallas
 from pallas_kernels.attention.decode import Caches, Place, Token
 from pallas_kernels.dequant_matmul import fused, tiling
@@ -38,6 +39,8 @@ class Step(NamedTuple):
 
     place: Place
     done: Int[Array, "b g"]
+    coming: Sequence[Ahead]
+    """What each launch of the block pulls into the cache; see `coming`."""
 
 
 def wanted() -> bool:
@@ -67,12 +70,13 @@ def operands_of(leaf: QuantizedArray, bias: Array | None = None) -> Operands:
 
 
 def _read(
-    config: ModelConfig, leaves: Leaves, stream: Stream, names: dict[str, str | None]
+    config: ModelConfig, leaves: Leaves, stream: Stream, names: dict[str, str | None], coming: Ahead
 ) -> tuple[dict[str, Float[Array, "b rows"]], Stream]:
     """Products of the normed stream with several leaves, in one launch; names: leaf -> its bias, if it has one."""
     jobs = [Job((weight_of(leaves[name]),), bias in leaves) for name, bias in names.items()]
     operands = [[operands_of(leaves[name], leaves.get(bias) if bias else None)] for name, bias in names.items()]
-    found, stream = fused.read(prepared(stream, leaves["norm"]), jobs, operands, eps=config.norm_eps)
+    stream = prepared(stream, leaves["norm"])
+    found, stream = fused.read(stream, jobs, operands, eps=config.norm_eps, coming=coming)
     return dict(zip(names, found, strict=True)), stream
 
 
@@ -81,10 +85,11 @@ def prepared(stream: Stream, norm: Float[Array, " h"]) -> Stream:
     return fused.prepare(stream.x, norm) if stream.squares is None else stream
 
 
-def _write(leaves: Leaves, name: str, hidden: Array, stream: Stream, norm: Float[Array, " h"]) -> Stream:
+def _write(leaves: Leaves, name: str, hidden: Array, stream: Stream, norm: Float[Array, " h"], coming: Ahead) -> Stream:
     """Back to the stream."""
     leaf = leaves[name]
-    return fused.write(hidden, weight_of(leaf), operands_of(leaf, leaves.get(f"{name}_bias")), stream, norm)
+    operands = operands_of(leaf, leaves.get(f"{name}_bias"))
+    return fused.write(hidden, weight_of(leaf), operands, stream, norm, coming=coming)
 
 
 def _blocked(leaf: Any, batch: int) -> bool:
@@ -101,8 +106,9 @@ def mlp(
     biased = f"{names[0]}_bias" in leaves
     job = Job(weights, biased, config.activation, _blocked(leaves["down"], stream.x.shape[0]))
     operands = [operands_of(leaves[name], leaves.get(f"{name}_bias")) for name in names]
-    [hidden], stream = fused.read(prepared(stream, leaves["norm"]), [job], [operands], eps=config.norm_eps)
-    return _write(leaves, "down", hidden, stream, norm), None, step
+    stream, coming = prepared(stream, leaves["norm"]), step.coming
+    [hidden], stream = fused.read(stream, [job], [operands], eps=config.norm_eps, coming=coming[0])
+    return _write(leaves, "down", hidden, stream, norm, coming[1]), None, step
 
 
 def attention(
@@ -113,7 +119,7 @@ def attention(
     if "q_pass" in leaves:
         names |= {"q_pass": "q_pass_bias", "k_pass": "k_pass_bias"}
     batch = stream.x.shape[0]
-    found, stream = _read(config, leaves, stream, names)
+    found, stream = _read(config, leaves, stream, names, step.coming[0])
     found = {name: value.reshape(batch, *leaves[name].shape[:-1]) for name, value in found.items()}
     hidden, caches, done = decode_pallas.attend(
         Token(**found),
@@ -123,8 +129,9 @@ def attention(
         step.done,
         scale=config.head_dim**-0.5,
         blocked=_blocked(leaves["o"], batch),
+        coming=step.coming[1],
     )
-    stream = _write(leaves, "o", hidden, stream, norm)
+    stream = _write(leaves, "o", hidden, stream, norm, step.coming[2])
     return stream, LayerCache(k=caches.k, v=caches.v), step._replace(done=done)
 
 
@@ -135,7 +142,7 @@ def mamba2(
     ssm, batch = config.ssm, stream.x.shape[0]
     assert ssm is not None
     names = {name: "dt_proj_bias" if name == "dt" else f"{name}_bias" for name in ("z", "x", "b", "c", "dt")}
-    found, stream = _read(config, leaves, stream, dict(names))
+    found, stream = _read(config, leaves, stream, dict(names), step.coming[0])
     found = {name: value.reshape(batch, *leaves[name].shape[:-1]) for name, value in found.items()}
     kernels = Kernels(*(leaves[f"conv_{name}"] for name in "xbc"), *(leaves.get(f"conv_{name}_bias") for name in "xbc"))
     weights = Weights(kernels, *(leaves[name] for name in ("dt_bias", "a_log", "d", "gate_norm")))
@@ -146,8 +153,9 @@ def mamba2(
         Window(state.x, state.b, state.c, state.state),
         Limits(ssm.dt_min, ssm.dt_max, config.norm_eps, width),
         blocked=_blocked(leaves["out"], batch),
+        coming=step.coming[1],
     )
-    return _write(leaves, "out", hidden, stream, norm), SsmCache(**window._asdict()), step
+    return _write(leaves, "out", hidden, stream, norm, step.coming[2]), SsmCache(**window._asdict()), step
 
 
 KINDS: dict[str, Callable[..., tuple[Stream, Any, Step]]] = {"attention": attention, "mlp": mlp, "mamba2": mamba2}
@@ -165,4 +173,38 @@ def first_step(positions: Int[Array, " b"], visible: Array, slot: Int[Array, ""]
     """What the blocks need, made once a token."""
     batch = positions.shape[0]
     place = Place(positions, visible.astype(jnp.int8), slot)
-    return Step(place, decode_pallas.counters(batch, max(1, config.kv_heads)))
+    return Step(place, decode_pallas.counters(batch, max(1, config.kv_heads)), ())
+
+
+LAUNCHES: dict[str, list[tuple[str, ...]]] = {
+    "attention": [("q", "k", "v", "q_pass", "k_pass"), (), ("o",)],
+    "mlp": [("gate", "up"), ("down",)],
+    "mamba2": [("z", "x", "b", "c", "dt"), (), ("out",)],
+}
+"""Block kind -> the leaves that each of its launches reads."""
+READ = Budget(4 << 20)
+INNER = Budget(8 << 20, early=True)
+WRITE = Budget(4 << 20)
+
+
+def coming(
+    params: Mapping[str, Any], places: Sequence[tuple[int, str]], head: Any
+) -> dict[tuple[int, str], list[Ahead]]:
+    """For every block, (layer, kind), what each of its launches pulls into the cache: nothing where launches cannot."""
+    if not ahead.available():
+        return {(i, kind): [ahead.NOTHING] * len(LAUNCHES[kind]) for i, kind in places}
+    launches: list[list[Array]] = []
+    budgets: list[Budget] = []
+    for i, kind in places:
+        leaves = params["layers"][i][kind]
+        for number, names in enumerate(LAUNCHES[kind]):
+            launches.append([_stored(leaves[name]) for name in names if name in leaves])
+            last = number == len(LAUNCHES[kind]) - 1
+            budgets.append(WRITE if last else READ if number == 0 else INNER)
+    plans = iter(ahead.plan([*launches, [_stored(head)]], budgets))
+    return {(i, kind): [next(plans) for _ in LAUNCHES[kind]] for i, kind in places}
+
+
+def _stored(leaf: Any) -> Array:
+    """The bytes of a leaf that count."""
+    return leaf.data if isinstance(leaf, QuantizedArray) else leaf
