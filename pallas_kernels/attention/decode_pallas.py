@@ -96,20 +96,19 @@ def _kernel(
             x = x + compat.load(ref[f"{name}_pass"], (row, lanes - turning, index), passed).astype(jnp.float32)
         return x.astype(dtype)
 
+    # A part takes every split-th tile, so that its first is known, and on its way, before the slot is.
     tiles = pl.cdiv(slot, cut.tile)
-    per_part = pl.cdiv(tiles, cut.split)
-    first = part * per_part
-    last = jnp.minimum(first + per_part, tiles)
+    slots = ref["k_cache"].shape[1]
 
     def load(index: Array) -> tuple[Array, Array, Array]:
-        """Keys, values and who is seen, of a tile; tokens from the new one on repeat the last before it, unseen."""
+        """Keys, values and who is seen, of a tile."""
         t = index * cut.tile + jnp.arange(cut.tile)
-        earlier = jnp.minimum(t, jnp.maximum(slot - 1, 0))
-        k = _rows(ref["k_cache"], (row, earlier[None, :], group, d[:, None]), d_in[:, None], width)
-        v = _rows(ref["v_cache"], (row, earlier[:, None], group, r[None, :]), r_in[None, :], ranks)
-        return k, v, (ref["visible"][row, earlier] != 0) & (t < slot) & (index < last)
+        held = jnp.minimum(t, slots - 1)
+        k = _rows(ref["k_cache"], (row, held[None, :], group, d[:, None]), d_in[:, None], width)
+        v = _rows(ref["v_cache"], (row, held[:, None], group, r[None, :]), r_in[None, :], ranks)
+        return k, v, (ref["visible"][row, held] != 0) & (t < slot)
 
-    held = load(first)  # first of all, so that it is on its way while the new token is turned
+    held = load(part)  # first of all, so that it is on its way while the new token is turned
     q = vectors("q", group * share + m, m_in)
     one = jnp.zeros((1,), jnp.int32) + group
     new_k = vectors("k", one, one >= 0).astype(ref["k_cache"].dtype)
@@ -125,6 +124,7 @@ def _kernel(
         higher = jnp.maximum(top, jnp.max(scores, axis=1))
         weights = jnp.where(seen[None, :], jnp.exp(scores - higher[:, None]), 0.0)
         fade = jnp.exp(top - higher)
+        v = jnp.where(seen[:, None], v, jnp.zeros((), v.dtype))  # nobody knows what lies where no token is
         found = found * fade[:, None] + _dot(weights.astype(dtype), v.astype(dtype))
         return higher, total * fade + jnp.sum(weights, axis=1), found
 
@@ -135,7 +135,10 @@ def _kernel(
     found = jnp.zeros((HEADS, 1), jnp.float32) + (mine * new_v.astype(dtype).astype(jnp.float32))[None, :]
     # The first tile is apart from the loop: what passes from turn to turn takes a register for each 16-bit number.
     carry = add((*start, found), held)
-    top, total, found = jax.lax.fori_loop(first + 1, last, lambda i, carry: add(carry, load(i)), carry)
+    rounds = pl.cdiv(tiles - part, cut.split)
+    top, total, found = jax.lax.fori_loop(
+        1, rounds, lambda i, carry: add(carry, load(part + i * cut.split)), carry
+    )
 
     @pl.when(part == 0)
     def _() -> None:
