@@ -2,9 +2,6 @@
 
 Between two launches of a decode step, and while attention waits for its own numbers, memory would do nothing. A
 program names a stretch of a coming weight and goes on; nobody waits for it.
-
-Pallas has no such operation, so that this file brings one, on the Triton backend's own terms. These are not a public
-interface of JAX: where they are missing or fail, `available` says no and nothing is pulled.
 """
 
 from __future__ import annotations
@@ -20,18 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels import compat
-
-try:
-    from jax._src.lib.mlir import ir
-    from jax._src.lib.triton import dialect
-    from jax._src.pallas.triton import lowering
-    from jax._src.pallas.triton.primitives import barrier_effect
-    from jax.extend.core import Primitive
-
-    PRESENT = True
-except ImportError:
-    PRESENT = False
+from pallas_kernels import compat, pointer
 
 LINE = 128
 """Stretches begin and end on whole cache lines."""
@@ -39,36 +25,19 @@ PULLERS = 264
 """Most programs of a launch that pull: two for each multiprocessor of a large GPU, the last ones of the grid."""
 
 
+PULL = """
+.reg .pred p; .reg .b32 t; .reg .b64 a;
+mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.ge.and.s32 p, $2, 0, p;
+cvt.s64.s32 a, $2; add.s64 a, a, $3; @p cp.async.bulk.prefetch.L2.global [a], {size};
+"""
+"""One thread asks for so many bytes from an offset on, unless that is negative."""
+
+
 class Span(NamedTuple):
     """Bytes [start, start + size) of an array."""
 
     start: int
     size: int
-
-
-if PRESENT:
-    pull_p = Primitive("pull_into_cache")
-
-    @pull_p.def_effectful_abstract_eval
-    def _abstract(lanes: Any, offset: Any, ref: Any, *, size: int) -> Any:
-        # An effect, as a barrier has: so that no one leaves out what has no result that is used.
-        return jax.core.ShapedArray(lanes.shape, lanes.dtype), {barrier_effect}
-
-    @lowering.register_lowering(pull_p)
-    def _lower(ctx: Any, lanes: Any, offset: Any, ref: Any, *, size: int) -> Any:
-        kind = ir.RankedTensorType(lanes.type)
-        alike = functools.partial(ir.RankedTensorType.get, kind.shape, encoding=kind.encoding)
-        lines = [
-            "{ .reg .pred p; .reg .b32 t; .reg .b64 a;",
-            "mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.ge.and.s32 p, $2, 0, p;",
-            f"cvt.s64.s32 a, $2; add.s64 a, a, $3; @p cp.async.bulk.prefetch.L2.global [a], {size};",
-            "mov.b32 $0, $1; }",
-        ]
-        operands = [lanes, dialect.splat(alike(offset.type), offset), dialect.splat(alike(ref.type), ref)]
-        # Not pure, so that it stays among the loads and stores where it is.
-        return dialect.elementwise_inline_asm(
-            [lanes.type], "\n".join(lines), constraints="=r,r,r,l", pure=False, packed_element=1, args=operands
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +56,13 @@ class Pull:
             return
         pullers = min(programs, PULLERS)
         part = program - (programs - pullers)
-        lanes = jnp.arange(32)
         for ref, span in zip(refs, self.spans, strict=True):
             whole = ref.size * ref.dtype.itemsize
             piece = min(-(-span.size // (pullers * LINE)) * LINE, whole)
             offset = part * piece
             mine = (offset >= 0) & (offset < span.size)
-            pull_p.bind(lanes, jnp.where(mine, jnp.minimum(span.start + offset, whole - piece), -1), ref, size=piece)
+            offset = jnp.where(mine, jnp.minimum(span.start + offset, whole - piece), -1)
+            pointer.instruct(PULL.format(size=piece), ref, offset)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["pull"])
@@ -121,16 +90,15 @@ def _probe(x_ref: Any, weight_ref: Any, out_ref: Any) -> None:
 @functools.cache
 def available() -> bool:
     """Whether launches can pull here: on Hopper and newer, if a tiny kernel that does it runs and is right."""
-    if not PRESENT or compat.interpreted() or compat.capability() < 9.0:
+    if not pointer.PRESENT or compat.interpreted() or compat.capability() < 9.0:
         return False
     # The caller may be inside a trace, in which nothing can be computed; a thread of its own is outside of all of them.
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         try:
             return executor.submit(_probed).result()
         except Exception as failure:  # whatever a newer JAX has against it
-            what = str(failure).splitlines()[0][:200] if str(failure) else type(failure).__name__
-            complaint = f"weights are not pulled ahead here ({what}); decoding is slower"
-            warnings.warn(complaint, RuntimeWarning, stacklevel=2)
+            what = (str(failure) or type(failure).__name__).splitlines()[0][:200]
+            warnings.warn(f"weights are not pulled ahead here ({what}); decoding is slower", RuntimeWarning, 2)
             return False
 
 

@@ -1,0 +1,1 @@
+"""Whole blocks of a decode step in one launch each."""
