@@ -1,7 +1,7 @@
 """Instructions that Pallas has no name for and that need an array's address: a kernel gives them as PTX.
 
 Built on the Triton backend's own terms, which are not a public interface of JAX: where these are missing or new,
-`PRESENT` is false or a first kernel fails, and who wants such an instruction must do without; see `flow.available`.
+`PRESENT` is false or a first kernel fails, and who wants such an instruction must do without; see `ahead.available`.
 """
 
 from __future__ import annotations

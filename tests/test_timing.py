@@ -77,7 +77,7 @@ def test_the_programs_are_those_of_generation(model: CausalLM, monkeypatch: pyte
     token, cache = bench._start()
     chained = [np.asarray(token)]  # the next step takes the token itself
     for step in range(1, 6):
-        token, cache = bench._run_step(token, cache, step)
+        _, token, cache = bench._run_step(token, cache, step)
         chained.append(np.asarray(token))
     np.testing.assert_array_equal(np.stack(chained, 1), answer)
 

@@ -160,6 +160,8 @@ def _rest(
     A device asks the host whether to go on after each chunk only.
     """
     many = chunk()
+    if count == 1:
+        return token[:, None], cache
     rows = jnp.zeros((token.shape[0], room(count)), jnp.int32).at[:, 0].set(token)
 
     def stopped(token: Int[Array, "b n"]) -> Any:

@@ -161,7 +161,7 @@ class Bench:
         """
         steps, many = self._steps(), runtime.chunk()
 
-        def chain(token: Array, cache: Cache) -> Array:
+        def chain(token: Array, cache: Cache) -> Array | None:
             before = None
             for step in range(1, steps + 1, many):
                 rows, token, cache = self._run_step(token, cache, step)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -62,76 +61,39 @@ def _sine_and_cosine(angle: Array) -> tuple[Array, Array]:
     return fast_sine_and_cosine(angle)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Of a token's vectors: turning dimensions, how many turn together (1 or 2), and query heads."""
-
-    turning: int
-    pair: int
-    heads: int
-
-
 def _kernel(
-    *refs: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], cut: Settings, scale: float, sizes: Sizes, pull: Pull
+    *refs: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], cut: Settings, scale: float, pull: Pull
 ) -> None:
-    """refs: the arrays that `inputs` and `outputs` name."""
-    ref = dict(zip(inputs + outputs, refs, strict=True))
-    pulled = [ref[name] for name in inputs if name.startswith("coming")]
-    place = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    batch, _, groups, _ = ref["k_cache"].shape
-    of = (place[0] * groups + place[1]) * cut.split + place[2], batch * groups * cut.split
-
-    def ready() -> None:
-        pull(pulled, *of, early=True)  # what this program needs of its own is on its way by now
-
-    attend_phase(ref, cut, scale, sizes, place, ready)
-    pull(pulled, *of, early=False)
-
-
-def attend_phase(
-    ref: Mapping[str, Any],
-    cut: Settings,
-    scale: float,
-    sizes: Sizes,
-    place: tuple[Any, Any, Any],
-    ready: Callable[[], None],
-    last: Callable[[], Any] = lambda: None,
-) -> None:
-    """A share of the slots of one kv head of one sequence: `place` is (sequence, kv head, share).
-
-    ref: "q", "k", "v" (and "q_pass", "k_pass") of the token, each [batch, numbers], caches, place, and outputs. `ready`
-    waits for the token, once all else is on its way; `last` is called by whoever has written a head's output.
+    """refs: the arrays that `inputs` and `outputs` name; a program takes a share of the slots of one kv head.
 
     Letters of the shapes: m query head of the kv head, d dimension of keys, r of values, t slot.
     """
+    ref = dict(zip(inputs + outputs, refs, strict=True))
+    pulled = [ref[name] for name in inputs if name.startswith("coming")]
     groups, width = ref["k_cache"].shape[2:]
-    ranks, pair, turning, share = ref["v_cache"].shape[3], sizes.pair, sizes.turning, sizes.heads // groups
-    row, group, part = place
+    ranks, pair, share = ref["v_cache"].shape[3], ref["q"].shape[2], ref["q"].shape[3] // groups
+    turning = pair * ref["q"].shape[1]
+    row, group, part = (pl.program_id(axis) for axis in range(3))
     slot = ref["slot"][0]
     m, d = jnp.arange(HEADS), jnp.arange(max(16, pl.next_power_of_2(width)))
     r = jnp.arange(max(16, pl.next_power_of_2(ranks)))
     m_in, d_in, r_in = m < share, d < width, r < ranks
     dtype = ref["q"].dtype
 
-    turn = None
-    if "inv_freq" in ref:
-        frequency = compat.load(ref["inv_freq"], (d // pair, group), d < turning)
-        turn = _sine_and_cosine(ref["positions"][row].astype(jnp.float32) * frequency)
-
-    def vectors(name: str, head: Array, inside: Array, heads: int) -> Array:
+    def vectors(name: str, head: Array, inside: Array) -> Array:
         """Rotated vectors of some heads of "q" or "k": [heads, d], in the projections' dtype."""
         lanes, index = d[None, :], head[:, None]
-        turns = inside[:, None] & (lanes < turning)
-        x = compat.load(ref[name], (row, lanes * heads + index), turns).astype(jnp.float32)
-        if turn is not None:
-            sine, cosine = turn
-            other = lanes + 1 - 2 * (lanes % pair)
-            other = compat.load(ref[name], (row, other * heads + index), turns).astype(jnp.float32)
+        turns, at = inside[:, None] & (lanes < turning), (row, lanes // pair, lanes % pair, index)
+        x = compat.load(ref[name], at, turns).astype(jnp.float32)
+        if "inv_freq" in ref:
+            other = (row, lanes // pair, 1 - lanes % pair, index)
+            other = compat.load(ref[name], other, turns).astype(jnp.float32)
+            frequency = compat.load(ref["inv_freq"], (d // pair, group), d < turning)
+            sine, cosine = _sine_and_cosine(ref["positions"][row].astype(jnp.float32) * frequency)
             x = x * cosine[None, :] + other * jnp.where(d % pair == 0, -sine, sine)[None, :]
         if f"{name}_pass" in ref:
             passed = inside[:, None] & (lanes >= turning) & (lanes < width)
-            at = (row, (lanes - turning) * heads + index)
-            x = x + compat.load(ref[f"{name}_pass"], at, passed).astype(jnp.float32)
+            x = x + compat.load(ref[f"{name}_pass"], (row, lanes - turning, index), passed).astype(jnp.float32)
         return x.astype(dtype)
 
     # A part takes every split-th tile, so that its first is known, and on its way, before the slot is.
@@ -147,11 +109,13 @@ def attend_phase(
         return k, v, (ref["visible"][row, held] != 0) & (t < slot)
 
     held = load(part)  # first of all, so that it is on its way while the new token is turned
-    ready()
-    q = vectors("q", group * share + m, m_in, sizes.heads)
+    q = vectors("q", group * share + m, m_in)
     one = jnp.zeros((1,), jnp.int32) + group
-    new_k = vectors("k", one, one >= 0, groups).astype(ref["k_cache"].dtype)
-    new_v = compat.load(ref["v"], (row, r * groups + group), r_in).astype(ref["v_cache"].dtype)
+    new_k = vectors("k", one, one >= 0).astype(ref["k_cache"].dtype)
+    new_v = compat.load(ref["v"], (row, r, group), r_in).astype(ref["v_cache"].dtype)
+    # What this program needs itself is on its way by now.
+    program, programs = (row * groups + group) * cut.split + part, ref["k_cache"].shape[0] * groups * cut.split
+    pull(pulled, program, programs, early=True)
 
     def add(carry: tuple[Array, Array, Array], tile: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, found = carry
@@ -179,13 +143,14 @@ def attend_phase(
         compat.store(ref["k_after"], (row, slot, group, d), new_k.sum(axis=0), d_in)
         compat.store(ref["v_after"], (row, slot, group, r), new_v, r_in)
 
+    pull(pulled, program, programs, early=False)
+
     def put(head: Array, total: Array, found: Array) -> None:
         out = found / jnp.where(total > 0, total, 1.0)[:, None]
         heads, inside = groups * share, (head < share)[:, None] & r_in[None, :]
         # What is masked lies outside: the interpreter writes masked places back, and they must be nobody's.
         at = jnp.where(inside, r[None, :] * heads + group * share + head[:, None], ranks * heads)
         compat.store(ref["out"], blocks.index(ref["out"], row, at), out, inside)
-        last()
 
     if cut.split == 1:
         put(m, total, found)
@@ -215,16 +180,16 @@ def attend_phase(
         ref["done_after"][row, group] = jnp.int32(0)
 
 
-def supported(heads: int, caches: Caches, dtype: Any) -> None:
-    """Raise NotImplementedError for what the kernel cannot do: query heads, caches, dtype of the token's vectors."""
-    if caches.k.size == 0 or caches.v.size == 0 or heads == 0:
+def _supported(token: Token, caches: Caches) -> None:
+    arrays = [*(x for x in token if x is not None), *caches]
+    if any(x.size == 0 for x in arrays):
         raise NotImplementedError("nothing to attend to")
-    if heads // caches.k.shape[2] > HEADS:
+    if token.q.shape[-1] // caches.k.shape[2] > HEADS:
         raise NotImplementedError(f"more than {HEADS} query heads share a key/value head")
     if max(caches.k.shape[3], caches.v.shape[3]) > 256:
         raise NotImplementedError("heads wider than 256 do not fit in registers")
     kinds = (jnp.bfloat16, jnp.float16) if not compat.interpreted() else (jnp.bfloat16, jnp.float16, jnp.float32)
-    if any(kind not in kinds for kind in (dtype, caches.k.dtype, caches.v.dtype)):
+    if any(x.dtype not in kinds for x in arrays):
         raise NotImplementedError("the kernel attends in 16-bit floats")
     if not compat.interpreted() and not compat.ampere():
         raise NotImplementedError("the kernel wants an NVIDIA GPU of compute capability 8.0 or newer")
@@ -251,26 +216,6 @@ def decode(
     return out.reshape(batch, caches.v.shape[3], -1), caches
 
 
-IN_PLACE = {"k_cache": "k_after", "v_cache": "v_after", "done": "done_after"}
-"""Inputs and the outputs that take their places."""
-
-
-def outputs_of(caches: Caches, done: Any, heads: int, cut: Settings) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `attend_phase` writes besides "out"."""
-    (batch, _, groups, _), ranks = caches.k.shape, caches.v.shape[3]
-    after = {
-        "k_after": jax.ShapeDtypeStruct(caches.k.shape, caches.k.dtype),
-        "v_after": jax.ShapeDtypeStruct(caches.v.shape, caches.v.dtype),
-        "done_after": jax.ShapeDtypeStruct(done.shape, jnp.int32),
-    }
-    parts, share = (batch, groups, cut.split), heads // groups
-    return after | {
-        "parts": jax.ShapeDtypeStruct((*parts, share, ranks), jnp.float32),
-        "tops": jax.ShapeDtypeStruct((*parts, share), jnp.float32),
-        "totals": jax.ShapeDtypeStruct((*parts, share), jnp.float32),
-    }
-
-
 # Compiled once for all layers of equal sizes.
 @functools.partial(jax.jit, static_argnames=("scale", "blocked", "cut"))
 def attend(
@@ -290,29 +235,39 @@ def attend(
     kernel cannot do.
     """
     compat.triton()
-    if any(x is not None and x.size == 0 for x in token):
-        raise NotImplementedError("nothing to attend to")
-    supported(token.q.shape[-1], caches, token.q.dtype)
+    _supported(token, caches)
     batch, slots, groups, _ = caches.k.shape
     ranks, heads = caches.v.shape[3], token.q.shape[3]
     cut = cut or settings(batch, groups, slots)
-    arrays = {name: x.reshape(batch, -1) for name, x in token._asdict().items() if x is not None}
-    arrays |= dict(k_cache=caches.k, v_cache=caches.v, done=done)
+    arrays: dict[str, Array] = dict(q=token.q, k=token.k, v=token.v, k_cache=caches.k, v_cache=caches.v, done=done)
     arrays |= dict(positions=place.positions, visible=place.visible, slot=place.slot.reshape(1))
-    arrays |= {} if inv_freq is None else dict(inv_freq=inv_freq)
+    optional = dict(q_pass=token.q_pass, k_pass=token.k_pass, inv_freq=inv_freq)
+    arrays |= {name: value for name, value in optional.items() if value is not None}
     if place.visible.dtype == jnp.bool_:
         arrays["visible"] = place.visible.astype(jnp.int8)
     arrays |= {f"coming {i}": array for i, array in enumerate(coming.arrays)}
-    sizes = Sizes(token.q.shape[1] * token.q.shape[2], token.q.shape[2], heads)
     flat = blocks.shape(batch, ranks * heads, blocked)
-    after = {"out": jax.ShapeDtypeStruct(flat, token.q.dtype)} | outputs_of(caches, done, heads, cut)
+    after = {
+        "out": jax.ShapeDtypeStruct(flat, token.q.dtype),
+        "k_after": jax.ShapeDtypeStruct(caches.k.shape, caches.k.dtype),
+        "v_after": jax.ShapeDtypeStruct(caches.v.shape, caches.v.dtype),
+        "done_after": jax.ShapeDtypeStruct(done.shape, jnp.int32),
+    }
+    if cut.split > 1:
+        parts, share = (batch, groups, cut.split), heads // groups
+        after |= {
+            "parts": jax.ShapeDtypeStruct((*parts, share, ranks), jnp.float32),
+            "tops": jax.ShapeDtypeStruct((*parts, share), jnp.float32),
+            "totals": jax.ShapeDtypeStruct((*parts, share), jnp.float32),
+        }
     inputs, outputs = tuple(arrays), tuple(after)
+    in_place = {"k_cache": "k_after", "v_cache": "v_after", "done": "done_after"}
     out, k, v, done, *_ = compat.call(
-        functools.partial(_kernel, inputs=inputs, outputs=outputs, cut=cut, scale=scale, sizes=sizes, pull=coming.pull),
+        functools.partial(_kernel, inputs=inputs, outputs=outputs, cut=cut, scale=scale, pull=coming.pull),
         name="decode_attention",
         grid=(batch, groups, cut.split),
         out_shape=tuple(after.values()),
         warps=cut.warps,
-        aliases={inputs.index(old): outputs.index(new) for old, new in IN_PLACE.items()},
+        aliases={inputs.index(old): outputs.index(new) for old, new in in_place.items()},
     )(*arrays.values())
     return out, Caches(k, v), done

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,10 +61,6 @@ def _rows_inside(weight: Weight, at: Threads, slot: Array, columns: int, count: 
     return m < count
 
 
-Operands = Sequence[Any]
-"""Data, scale and, if there is one, bias of a weight."""
-
-
 def read_kernel(
     *refs: Any,
     jobs: tuple[Job, ...],
@@ -81,60 +77,33 @@ def read_kernel(
     x_ref, rest = refs[0], list(refs[1:])
     shared = (rest.pop(), rest.pop()) if settings.split > 1 else None
     squares_ref = rest.pop(0) if normed else None
-    operands = [[[rest.pop(0), rest.pop(0)] for _ in job.weights] for job in jobs]
-    for job, weights in zip(jobs, operands, strict=True):
-        for held in weights if job.biased else []:
-            held.append(rest.pop(0))
+    held = [[(rest.pop(0), rest.pop(0)) for _ in job.weights] for job in jobs]
+    biases = [[rest.pop(0) for _ in job.weights] if job.biased else [] for job in jobs]
     pulled = [rest.pop(0) for _ in pull.spans]
-    place, programs = (pl.program_id(0), pl.program_id(1)), sum(programs_of(job.weights[0], settings) for job in jobs)
-    pull(pulled, place[0], programs, early=True)
-    norm = None if squares_ref is None else Norm(squares_ref, width, eps)
-    read_phase(x_ref, norm, jobs, operands, rest[-len(jobs) :], settings, count, place, shared)
-    pull(pulled, place[0], programs, early=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Norm:
-    """What a norm needs of the stream: parts of its squares, its width, and epsilon."""
-
-    squares: Any
-    width: int
-    eps: float
-
-
-def read_phase(
-    x_ref: Any,
-    norm: Norm | None,
-    jobs: Sequence[Job],
-    operands: Sequence[Sequence[Operands]],
-    outs: Sequence[Any],
-    settings: Settings,
-    count: int,
-    place: tuple[Any, Any],
-    shared: tuple[Any, Any] | None = None,
-) -> None:
-    """Outputs of the jobs on x; place: the program's number and its share of the contraction."""
+    outs = rest[-len(jobs) :]
     columns = 1 if count <= 8 else 2
     # Of one row they are loaded first and added up last, so that no weight waits for them; of several, they would hold
     # too many registers all the while.
-    early = None if norm is None or count > 1 else _squares_of(norm.squares, columns)
-    program, share = place
+    early = None if squares_ref is None or count > 1 else _squares_of(squares_ref, columns)
+    program, share = pl.program_id(0), pl.program_id(1)
+    programs = sum(programs_of(job.weights[0], settings) for job in jobs)
+    pull(pulled, program, programs, early=True)
 
-    def run(job: Job, operands: Sequence[Operands], out_ref: Any, block: Array) -> None:
+    def run(job: Job, held: list[tuple[Any, Any]], biases: list[Any], out_ref: Any, block: Array) -> None:
         weight, wide = job.weights[0], len(job.weights)
         at = Threads.make(settings.along_k, settings.along_n)
         first = (block * settings.along_n + at.warp_n) * settings.tiles
         tiles = [jnp.minimum(first + r, row_tiles(weight) - 1) for r in range(settings.tiles)]
-        sources = [Source(*held[:2], tile) for tile in tiles for held in operands]
+        sources = [Source(*pair, tile) for tile in tiles for pair in held]
         totals = accumulate(x_ref, sources, weight, settings, at, columns, share)
         total, slot = add_up(totals, settings.along_k)
         at = Threads.make(1, settings.along_n)
 
         def finish(total: Array) -> None:
             scale = None
-            if norm is not None:
-                squares = _squares_of(norm.squares, columns) if early is None else early
-                scale = jax.lax.rsqrt(squares.sum(axis=1) / norm.width + norm.eps)  # 1 / rms
+            if squares_ref is not None:
+                squares = _squares_of(squares_ref, columns) if early is None else early
+                scale = jax.lax.rsqrt(squares.sum(axis=1) / width + eps)  # 1 / rms
             for r in range(settings.tiles):
                 tile = (block * settings.along_n + at.warp_n) * settings.tiles + r
                 for column in range(columns):
@@ -142,15 +111,15 @@ def read_phase(
                     n, m = jnp.broadcast_to(n, (at.row.shape[0], 4)), jnp.broadcast_to(m, (at.row.shape[0], 4))
                     inside = (m < count) & (n < weight.features)
                     values = []
-                    for i, held in enumerate(operands):
+                    for i in range(wide):
                         value = _pick(total, slot, (r * wide + i) * columns + column)
                         if scale is not None and count == 1:
                             value = value * scale.sum()
                         elif scale is not None:
                             of_row = jnp.arange(scale.shape[0])[None, None, :] == m[:, :, None]
                             value = value * jnp.where(of_row, scale[None, None, :], 0.0).sum(axis=-1)
-                        if len(held) > 2:
-                            value = value + compat.load(held[2], (n,), inside).astype(jnp.float32)
+                        if biases:
+                            value = value + compat.load(biases[i], (n,), inside).astype(jnp.float32)
                         values.append(value)
                     value = values[0] if job.activation is None else ACTIVATIONS[job.activation](values[0])
                     value = value if wide == 1 else value * values[1]
@@ -160,53 +129,32 @@ def read_phase(
         shares.add_up_shares(total, inside, shared, (share, program), settings.split, finish)
 
     start = 0
-    for job, held, out in zip(jobs, operands, outs, strict=True):
+    for job, weights, bias, out in zip(jobs, held, biases, outs, strict=True):
         end = start + programs_of(job.weights[0], settings)
-        here = functools.partial(run, job, held, out, program - start)
+        here = functools.partial(run, job, weights, bias, out, program - start)
         if len(jobs) == 1:
             here()
         else:
             pl.when((program >= start) & (program < end))(here)
         start = end
+    pull(pulled, program, programs, early=False)
 
 
 def write_kernel(*refs: Any, weight: Weight, settings: Settings, count: int, biased: bool, pull: Pull) -> None:
     """refs: hidden, data, scale, (bias,) stream, next norm, what to pull, (counts,) stream, scaled, squares,
     (counts, parts).
     """
-    x_ref, *rest = refs
+    x_ref, data_ref, scale_ref, *rest = refs
     shared = (rest.pop(), rest.pop()) if settings.split > 1 else None
-    operands = [rest.pop(0) for _ in range(3 if biased else 2)]
+    bias_ref = rest.pop(0) if biased else None
     stream_ref, norm_ref, *pulled = rest[: 2 + len(pull.spans)]
-    place, programs = (pl.program_id(0), pl.program_id(1)), programs_of(weight, settings)
-    pull(pulled, place[0], programs, early=True)
-    write_phase(x_ref, weight, operands, (stream_ref, norm_ref), rest[-3:], settings, count, place, shared)
-    pull(pulled, place[0], programs, early=False)
-
-
-def write_phase(
-    x_ref: Any,
-    weight: Weight,
-    operands: Operands,
-    before: tuple[Any, Any],
-    outs: Sequence[Any],
-    settings: Settings,
-    count: int,
-    place: tuple[Any, Any],
-    shared: tuple[Any, Any] | None = None,
-    ready: Callable[[], None] | None = None,
-) -> None:
-    """The product of x added to a stream; before: the stream and the next norm; outs: stream, scaled, squares.
-
-    place: the program's number and its share of the contraction. `ready` waits for x, once all else is on its way.
-    """
-    data_ref, scale_ref, *biases = operands
-    (stream_ref, norm_ref), (out_ref, scaled_ref, squares_ref) = before, outs
+    out_ref, scaled_ref, squares_ref = rest[-3:]
     columns, parts = 1 if count <= 8 else 2, parts_of(weight)
-    (block, share), ends = place, Threads.make(1, settings.along_n)
+    block, ends = pl.program_id(0), Threads.make(1, settings.along_n)
+    pull(pulled, block, programs_of(weight, settings), early=True)
     at = Threads.make(settings.along_k, settings.along_n)
 
-    def where(column: int, r: int, part: int) -> tuple[Array, Array, Array]:
+    def place(column: int, r: int, part: int) -> tuple[Array, Array, Array]:
         """Where an accumulator's elements belong, and whether they exist."""
         tile = (block * settings.along_n + ends.warp_n) * settings.tiles + r
         n, m = places(weight, ends, tile, part, column)
@@ -215,24 +163,24 @@ def write_phase(
 
     # Loaded first and used last, so that nothing waits for them.
     slots = [(column, r, part) for column in range(columns) for r in range(settings.tiles) for part in range(parts)]
-    held = {}
+    before = {}
     for each in slots:
-        n, m, inside = where(*each)
-        bias = compat.load(biases[0], (n,), inside) if biases else None
-        held[each] = compat.load(stream_ref, (m, n), inside), compat.load(norm_ref, (n,), inside), bias
+        n, m, inside = place(*each)
+        bias = None if bias_ref is None else compat.load(bias_ref, (n,), inside)
+        before[each] = compat.load(stream_ref, (m, n), inside), compat.load(norm_ref, (n,), inside), bias
     first = (block * settings.along_n + at.warp_n) * settings.tiles
     tiles = [jnp.minimum(first + r, row_tiles(weight) - 1) for r in range(settings.tiles)]
     sources = [Source(data_ref, scale_ref, tile) for tile in tiles]
-    totals = accumulate(x_ref, sources, weight, settings, at, columns, share, ready)
-    total, slot = add_up(totals, settings.along_k)
+    share = pl.program_id(1)
+    total, slot = add_up(accumulate(x_ref, sources, weight, settings, at, columns, share), settings.along_k)
 
     def finish(total: Array) -> None:
         for column in range(columns):
             found: Any = jnp.zeros((ends.row.shape[0], 4), jnp.float32)
             for r in range(settings.tiles):
                 for part in range(parts):
-                    n, m, inside = where(column, r, part)
-                    stream, norm, bias = held[column, r, part]
+                    n, m, inside = place(column, r, part)
+                    stream, norm, bias = before[column, r, part]
                     value = _pick(total, slot, (r * parts + part) * columns + column)
                     value = value if bias is None else value + bias.astype(jnp.float32)
                     # Rounded as the product of its own would be, and the sum again, as a stream in bf16 is.
@@ -249,3 +197,4 @@ def write_phase(
 
     inside = _rows_inside(weight, ends, slot, columns, count)
     shares.add_up_shares(total, inside, shared, (share, block), settings.split, finish)
+    pull(pulled, block, programs_of(weight, settings), early=False)

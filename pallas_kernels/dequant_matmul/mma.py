@@ -156,19 +156,12 @@ def _scales(source: Source, weight: Weight, at: Threads, group: Array) -> list[A
 
 
 def accumulate(
-    x_ref: Any,
-    sources: Sequence[Source],
-    weight: Weight,
-    settings: Settings,
-    at: Threads,
-    columns: int,
-    share: Any = 0,
-    ready: Callable[[], None] | None = None,
+    x_ref: Any, sources: Sequence[Source], weight: Weight, settings: Settings, at: Threads, columns: int, share: Any = 0
 ) -> list[Float[Array, "threads 4"]]:
     """What each warp finds of every source's product with x: accumulators [source][part][column tile], in one list.
 
     All sources have the order and the groups of `weight`; `columns` tiles of 8 rows of x. A warp's share of the
-    contraction is not yet added to that of the others. `ready` waits for x, once the first words are on their way.
+    contraction is not yet added to that of the others.
     """
     threads, parts = at.row.shape[0], parts_of(weight)
     stride = settings.along_k * settings.batch
@@ -212,11 +205,6 @@ def accumulate(
         return words_of(index + 1), compute(index, words, sums)
 
     rounds = pl.cdiv(weight.groups, stride * settings.split)
-    if ready is not None:  # the first batch is apart: what passes from turn to turn costs registers
-        held = words_of(jnp.int32(0))
-        ready()
-        sums = compute(jnp.int32(0), held, [zeros] * (len(sources) * parts * columns))
-        return jax.lax.fori_loop(1, rounds, lambda index, sums: compute(index, words_of(index), sums), sums)
     first = words_of(jnp.int32(0)) if settings.ahead else ()
     _, totals = jax.lax.fori_loop(0, rounds, step, (first, [zeros] * (len(sources) * parts * columns)))
     return totals

@@ -34,7 +34,7 @@ def add_up_shares(
     total: Float[Array, "..."],
     inside: Bool[Array, "..."],
     refs: tuple[Any, Any] | None,
-    place: tuple[Any, Any],
+    place: tuple[Array, Array],
     split: int,
     finish: Callable[[Array], None],
 ) -> None:

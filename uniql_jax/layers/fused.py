@@ -21,7 +21,6 @@ from pallas_kernels.attention.decode import Caches, Place, Token
 from pallas_kernels.dequant_matmul import fused, tiling
 from pallas_kernels.dequant_matmul.fused import Job, Stream
 from pallas_kernels.dequant_matmul.tiling import Weight
-from pallas_kernels.flow import launch, order
 from pallas_kernels.ssd import pallas as ssd
 from pallas_kernels.ssd.api import Kernels, Limits, Weights, Window
 from pallas_kernels.ssd.api import Token as SsmToken
@@ -34,25 +33,19 @@ Operands = tuple[Array, ...]
 
 
 class Step(NamedTuple):
-    """What blocks must know about the new tokens: where they stand, and counts that kernels hand on, zero in between,
-    of attention's parts and of phases.
+    """What blocks must know about the new tokens: where they stand, and counts that the attention kernels hand on, zero
+    in between.
     """
 
     place: Place
     done: Int[Array, "b g"]
-    counts: Int[Array, " phases"]
     coming: Sequence[Ahead]
-    """What each phase of the block pulls into the cache; see `coming`."""
+    """What each launch of the block pulls into the cache; see `coming`."""
 
 
 def wanted() -> bool:
     """Whether decoding should try these kernels here: where "pallas" is the default for it."""
     return dispatch.default("decode") == "pallas"
-
-
-def one_launch(stream: Stream) -> bool:
-    """Whether a block of one sequence should be one launch of several phases."""
-    return stream.x.shape[0] == 1 and order.available()
 
 
 def weight_of(leaf: Any) -> Weight:
@@ -114,10 +107,6 @@ def mlp(
     job = Job(weights, biased, config.activation, _blocked(leaves["down"], stream.x.shape[0]))
     operands = [operands_of(leaves[name], leaves.get(f"{name}_bias")) for name in names]
     stream, coming = prepared(stream, leaves["norm"]), step.coming
-    if one_launch(stream):
-        held = weight_of(leaves["down"]), operands_of(leaves["down"], leaves.get("down_bias"))
-        stream, counts = launch.mlp(stream, job, operands, *held, norm, step.counts, eps=config.norm_eps, coming=coming)
-        return stream, None, step._replace(counts=counts)
     [hidden], stream = fused.read(stream, [job], [operands], eps=config.norm_eps, coming=coming[0])
     return _write(leaves, "down", hidden, stream, norm, coming[1]), None, step
 
@@ -129,38 +118,16 @@ def attention(
     names: dict[str, str | None] = {"q": "q_bias", "k": "k_bias", "v": None}
     if "q_pass" in leaves:
         names |= {"q_pass": "q_pass_bias", "k_pass": "k_pass_bias"}
-    batch, scale = stream.x.shape[0], config.head_dim**-0.5
-    caches, inv_freq = Caches(state.k, state.v), leaves.get("inv_freq")
-    if one_launch(stream):
-        jobs = {name: Job((weight_of(leaves[name]),)) for name in names}
-        operands = {name: operands_of(leaves[name], leaves.get(bias) if bias else None) for name, bias in names.items()}
-        o = weight_of(leaves["o"]), operands_of(leaves["o"], leaves.get("o_bias"))
-        stream, caches, done, counts = launch.attention(
-            prepared(stream, leaves["norm"]),
-            jobs,
-            operands,
-            *o,
-            norm,
-            caches,
-            inv_freq,
-            step.place,
-            step.done,
-            step.counts,
-            leaves["q"].shape[:3],
-            scale=scale,
-            eps=config.norm_eps,
-            coming=step.coming,
-        )
-        return stream, LayerCache(k=caches.k, v=caches.v), step._replace(done=done, counts=counts)
+    batch = stream.x.shape[0]
     found, stream = _read(config, leaves, stream, names, step.coming[0])
     found = {name: value.reshape(batch, *leaves[name].shape[:-1]) for name, value in found.items()}
     hidden, caches, done = decode_pallas.attend(
         Token(**found),
-        caches,
-        inv_freq,
+        Caches(state.k, state.v),
+        leaves.get("inv_freq"),
         step.place,
         step.done,
-        scale=scale,
+        scale=config.head_dim**-0.5,
         blocked=_blocked(leaves["o"], batch),
         coming=step.coming[1],
     )
@@ -206,7 +173,7 @@ def first_step(positions: Int[Array, " b"], visible: Array, slot: Int[Array, ""]
     """What the blocks need, made once a token."""
     batch = positions.shape[0]
     place = Place(positions, visible.astype(jnp.int8), slot)
-    return Step(place, decode_pallas.counters(batch, max(1, config.kv_heads)), order.counts(), ())
+    return Step(place, decode_pallas.counters(batch, max(1, config.kv_heads)), ())
 
 
 LAUNCHES: dict[str, list[tuple[str, ...]]] = {

@@ -1,9 +1,8 @@
-"""What pulling weights ahead, and launches of several phases, bring to a decode step of some layers of a config.
+"""What pulling weights ahead brings to a decode step of some layers of a published config, under several budgets.
 
-    python benchmarks/decode_flow.py --config llama-3.1-8b --rate 0.35 --layers 8
+    python benchmarks/decode_ahead.py --config llama-3.1-8b --rate 0.35 --layers 8
 
-A budget is what a phase pulls for the next ones, in MiB, "e" where before its own work: READ,INNER,WRITE. Behind it may
-stand how launches of several phases are cut (KEY=VALUE of `flow.launch.Cut`), or "apart": a launch for each phase.
+A budget is what a launch pulls for the next ones, in MiB, "e" where before its own work: READ,INNER,WRITE.
 """
 
 from __future__ import annotations
@@ -22,24 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.record import environment, shortened
 from pallas_kernels import ahead
 from pallas_kernels.ahead import Budget
-from pallas_kernels.flow import launch, order
 from uniql_jax import timing
 from uniql_jax.layers import fused
 from uniql_jax.random_model import random_model, read_config
 
-VARIANTS = (
-    "4,8e,4 apart",
-    "0,0,0",
-    "0,8e,4",
-    "0,12e,6",
-    "0,12e,6 wide=8",
-    "0,12e,6 batch=2",
-    "0,12e,6 attending=64",
-    "0,12e,6 writing=4",
-    "2,12e,8",
-    "0,8e,8",
-    "0,16e,4",
-)
+BUDGETS = ("0,0,0", "1,4e,1", "2,8e,2", "4,4e,4", "4,8e,0", "0,8e,4", "4,8e,4", "4,12e,4", "8,16e,8", "4,8,4")
 
 
 def budget(text: str) -> Budget:
@@ -55,23 +41,20 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
     parser.add_argument("--minutes", type=float, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     config = shortened(read_config(args.config), args.layers)
-    started, rows, one_launch = time.monotonic(), [], fused.one_launch
-    print(f"{timing.device_name()}; pulled ahead: {ahead.available()}; several phases: {order.available()}", flush=True)
+    started, rows = time.monotonic(), []
+    print(f"{timing.device_name()}; weights are pulled ahead: {ahead.available()}", flush=True)
     for rate in args.rate:
         first = None
         bench = timing.Bench(random_model(config, 4, rate), args.batch, args.context, 64, 7)
-        for text in args.variants:
+        for text in args.budgets:
             if time.monotonic() - started > 60 * args.minutes:
                 break
-            budgets, *cut = text.split()
-            fused.READ, fused.INNER, fused.WRITE = map(budget, budgets.split(","))
-            fused.one_launch = one_launch if cut != ["apart"] else lambda _: False
-            launch.CUT = launch.Cut(**{k: int(v) for k, v in (word.split("=") for word in cut if word != "apart")})
+            fused.READ, fused.INNER, fused.WRITE = map(budget, text.split(","))
             vars(bench).pop("loop", None)  # the prefill stays compiled
             jax.clear_caches()
             begun = time.monotonic()
@@ -81,13 +64,11 @@ def main() -> None:
             same = float((answer == first).mean())
             per_layer = 1e6 * seconds.median / args.layers
             rows.append(
-                dict(rate=rate, variant=text, step_us=1e6 * seconds.median, per_layer_us=per_layer, same_tokens=same)
+                dict(rate=rate, budgets=text, step_us=1e6 * seconds.median, per_layer_us=per_layer, same_tokens=same)
             )
-            print(
-                f"rate {rate:<5g} {text:24s} {1e6 * seconds.median:8.1f} us a step, {per_layer:6.2f} a layer, {same:.0%} same tokens"
-                f"  ({1e6 * seconds.low:.1f}-{1e6 * seconds.high:.1f}; {time.monotonic() - begun:.0f} s)",
-                flush=True,
-            )
+            spread = f"{1e6 * seconds.low:.1f}-{1e6 * seconds.high:.1f}; {time.monotonic() - begun:.0f} s"
+            said = f"{1e6 * seconds.median:8.1f} us a step, {per_layer:6.2f} a layer, {same:.0%} same tokens"
+            print(f"rate {rate:<5g} {text:12s} {said}  ({spread})", flush=True)
     if args.json:
         record = environment() | dict(config=args.config, layers=args.layers, batch=args.batch, rows=rows)
         args.json.write_text(json.dumps(record, indent=1) + "\n")

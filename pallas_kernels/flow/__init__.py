@@ -1,1 +1,0 @@
-"""Whole blocks of a decode step in one launch each."""
