@@ -21,6 +21,8 @@ MEASURED: dict[tuple[str, str], str] = {
     ("causal_attention", "gpu"): "cudnn",
     ("decode", "gpu"): "pallas",
     ("dequant_matmul", "gpu"): "pallas",
+    ("rope", "gpu"): "pallas",
+    ("rope_qk", "gpu"): "pallas",
 }
 """Kernel and backend -> what beats the backend's default there (benchmarks/results). "decode" is a step of a model by
 fused kernels (uniql_jax/layers/fused.py). cuDNN's attention needs no measurement: it alone holds no scores in memory.

@@ -116,9 +116,9 @@ def test_times_are_of_a_token(model: CausalLM, monkeypatch: pytest.MonkeyPatch) 
     assert bench.ttft() == bench.ttlt() == seconds
     steps: list[int] = []
 
-    def step(token: Any, cache: Any, number: int) -> tuple[Any, Any]:
+    def step(token: Any, cache: Any, number: int) -> tuple[Any, Any, Any]:
         steps.append(number)
-        return token, cache
+        return token[:, None], token, cache
 
     monkeypatch.setattr(bench, "_run_step", step)
     runs[0](*bench._start())
