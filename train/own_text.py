@@ -31,10 +31,10 @@ EXAMPLES = """\
 examples:
   recovery without any text:
     python -m train.own_text --ckpt path/to/model --out own.npy
-    python -m uniql_jax.compress --ckpt path/to/model --out elastic --calib own.npy --recover own.npy --recover-distill 1
+    python -m uniql_jax.compress --ckpt path/to/model --out small --calib own.npy --recover own.npy --recover-distill 1
 
   beside text of the kind that the model will meet:
-    python -m uniql_jax.compress --ckpt path/to/model --out elastic --calib notes/ own.npy --recover notes/ own.npy
+    python -m uniql_jax.compress --ckpt path/to/model --out small --calib notes/ own.npy --recover notes/ own.npy
 
 FILE is int32 token ids [windows, length]. Every window begins with a token drawn from the whole vocabulary, all others
 are drawn as the model wants them at --temperature; the same --seed and --batch write the same windows again.
