@@ -18,7 +18,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.record import environment, shortened
+from benchmarks.decode_profile import shortened
+from benchmarks.record import environment
 from pallas_kernels import ahead
 from pallas_kernels.ahead import Budget
 from uniql_jax import timing

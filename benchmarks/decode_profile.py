@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import glob
 import gzip
 import json
@@ -22,8 +23,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.record import shortened
 from uniql_jax import runtime
+from uniql_jax.config import ModelConfig
 from uniql_jax.random_model import random_model, read_config
 from uniql_jax.timing import Bench
 
@@ -45,6 +46,11 @@ def durations(folder: str) -> dict[str, list[float]]:
             if event.get("ph") == "X" and "Stream" in threads.get((event["pid"], event.get("tid")), ""):
                 found[re.sub(r"[._]\d+$", "", event["name"])].append(float(event["dur"]))
     return found
+
+
+def shortened(config: ModelConfig, layers: int) -> ModelConfig:
+    """The config with its first layers only, and a small vocabulary, so that the layers are what is timed."""
+    return dataclasses.replace(config, pattern=config.pattern[:layers], vocab_size=4096)
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import importlib.metadata
 import platform
@@ -32,9 +31,3 @@ def _without_folders(word: str) -> str:
     name, equals, value = word.rpartition("=")
     path = Path(value)
     return f"{name}{equals}{path.name}" if path.is_absolute() or path.exists() else word
-
-
-def shortened(config: Any, layers: int) -> Any:
-    """The config with its first layers only, and a small vocabulary, so that the layers are what is timed."""
-    changed = dict(pattern=config.pattern[:layers], vocab_size=4096)
-    return dataclasses.replace(config, **{name: value for name, value in changed.items() if hasattr(config, name)})

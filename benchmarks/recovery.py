@@ -40,7 +40,7 @@ from train.loop import Options as TrainOptions
 from train.loop import Trainer
 from train.losses import head_losses
 from uniql_jax import cli, data, elastic
-from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.checkpoint import is_elastic, open_checkpoint
 from uniql_jax.config import ModelConfig
 from uniql_jax.int4 import dense
 from uniql_jax.layers.context import full_context
@@ -267,7 +267,7 @@ def custom_row(words: Sequence[str]) -> Row:
 def prepare(args: argparse.Namespace, work: Path) -> tuple[Bench, dict[str, Any]]:
     """The bench, and what the record says of model and texts; sorts and plans where that was not done before."""
     ckpt = Path(args.ckpt)
-    source = None if (ckpt / "config.json").is_file() and "uniql" in (ckpt / "config.json").read_text() else args.ckpt
+    source = None if is_elastic(ckpt) else args.ckpt
     tokenizer = data.load_tokenizer(args.tokenizer) if args.tokenizer else None
     opened = open_source(source) if source else None
     if opened is not None and tokenizer is None:

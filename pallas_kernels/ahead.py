@@ -6,7 +6,6 @@ program names a stretch of a coming weight and goes on; nobody waits for it.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import warnings
@@ -92,20 +91,25 @@ def available() -> bool:
     """Whether launches can pull here: on Hopper and newer, if a tiny kernel that does it runs and is right."""
     if not pointer.PRESENT or compat.interpreted() or compat.capability() < 9.0:
         return False
-    # The caller may be inside a trace, in which nothing can be computed; a thread of its own is outside of all of them.
-    with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        try:
-            return executor.submit(_probed).result()
-        except Exception as failure:  # whatever a newer JAX has against it
-            what = (str(failure) or type(failure).__name__).splitlines()[0][:200]
-            warnings.warn(f"weights are not pulled ahead here ({what}); decoding is slower", RuntimeWarning, 2)
-            return False
+    try:
+        if compat.outside_traces(_probed):
+            return True
+        what = "a first kernel is wrong"
+    except Exception as failure:  # whatever a newer JAX has against it
+        what = (str(failure) or type(failure).__name__).splitlines()[0][:200]
+    warnings.warn(f"weights are not pulled ahead here ({what}); decoding is slower", RuntimeWarning, stacklevel=2)
+    return False
 
 
 def _probed() -> bool:
     x = jnp.arange(32.0)
-    call = compat.call(_probe, name="pull_probe", grid=(1,), out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))
-    return bool((jax.jit(call)(x, jnp.zeros((256,), jnp.int32)) == x + 1.0).all())
+    return bool((jax.jit(_first)(x, jnp.zeros((256,), jnp.int32)) == x + 1.0).all())
+
+
+def _first(x: Array, weight: Array) -> Array:
+    """A first launch that pulls: x + 1."""
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return compat.call(_probe, name="pull_probe", grid=(1,), out_shape=shape)(x, weight)
 
 
 # --- what to pull ---------------------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ The Triton backend is deprecated since 0.11 and will go; a CPU-only build may la
 
 from __future__ import annotations
 
+import concurrent.futures
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,8 @@ try:
 except ImportError:
     mosaic_gpu = None
 
+T = TypeVar("T")
+
 __all__ = [
     "ampere",
     "barrier",
@@ -36,6 +40,7 @@ __all__ = [
     "interpreted",
     "load",
     "mosaic_gpu",
+    "outside_traces",
     "pl",
     "plgpu",
     "roomy",
@@ -110,6 +115,14 @@ def stream(ref: Any, index: tuple[Any, ...]) -> Array:
 def store(ref: Any, index: tuple[Any, ...], value: Array, mask: Array) -> None:
     """Scatter `value` to ref[index] where `mask` holds."""
     triton().store(ref.at[index], value.astype(ref.dtype), mask=mask)
+
+
+def outside_traces(function: Callable[..., T], *args: Any) -> T:
+    """Call a function that computes on the device although the caller may be inside a trace, in which nothing can be
+    computed: a thread of its own is outside of all of them.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        return executor.submit(function, *args).result()
 
 
 def barrier() -> None:

@@ -14,7 +14,7 @@ import uniql_jax
 from tests import tiny
 from uniql_jax import config as model_config
 from uniql_jax import elastic
-from uniql_jax.checkpoint import CheckpointWriter, open_checkpoint, packed, stored
+from uniql_jax.checkpoint import CheckpointWriter, is_elastic, open_checkpoint, packed, stored
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader
 from uniql_jax.int4 import QuantizedArray, from_codes
@@ -137,9 +137,11 @@ def test_what_is_no_checkpoint(tmp_path: Path, rng: np.random.Generator) -> None
     _write(tmp_path / "ck", 4, rng)
     config = tmp_path / "ck" / "config.json"
     whole = json.loads(config.read_text())
+    assert is_elastic(tmp_path / "ck")
     config.write_text(json.dumps(HF))
     with pytest.raises(UserError, match="compress"):
         open_checkpoint(tmp_path / "ck")
+    assert not any(is_elastic(tmp_path / name) for name in ("ck", "empty", "nothing"))
     config.write_text(json.dumps(whole | {"uniql": whole["uniql"] | {"format": 99}}))
     with pytest.raises(UserError, match="99"):
         open_checkpoint(tmp_path / "ck")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels import ahead, pointer
+from pallas_kernels import ahead, compat, pointer
 from pallas_kernels.ahead import Ahead, Budget, Pull, Span
+from tests.test_decode_fused import model_of
+from uniql_jax.layers import fused
 
 
 def arrays(*sizes: int) -> list[Any]:
@@ -86,6 +89,41 @@ def test_every_byte_of_a_span_is_named_and_none_beyond_the_array(
             Pull((Span(start, size),))([ref], program, programs, early=False)
             Pull((Span(start, size),))([ref], program, programs, early=True)  # not its place
     assert seen[start : start + size].all()
+
+
+def test_the_instruction_is_in_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lowered for a GPU, where none is: the Triton backend takes what `pointer` gives it, and leaves nothing out."""
+    if compat.plgpu is None or not pointer.PRESENT:
+        pytest.skip("this JAX has no Triton backend that `pointer` knows")
+    monkeypatch.setattr(compat, "interpreted", lambda: False)
+    arguments = jnp.zeros(32), jnp.zeros(256, jnp.int32)
+    lowered = jax.jit(ahead._first).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "cp.async.bulk.prefetch.L2.global [a], 128" in lowered.as_text()
+
+
+@pytest.mark.parametrize("family", ["llama", "nemotron_h"])
+def test_every_launch_of_a_model_has_its_share(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pulls what later launches read, never its own weights or earlier ones, and all of so small a model is."""
+    model = model_of(family, 0.0, tiles=True)
+    params, places = model.params, [(i, kind) for i, kinds in enumerate(model.config.pattern) for kind in kinds]
+    head = params.get("head", params["embed"])
+    assert all(each == ahead.NOTHING for plan in fused.coming(params, places, head).values() for each in plan)
+    monkeypatch.setattr(ahead, "available", lambda: True)
+    found = fused.coming(params, places, head)
+    assert list(found) == places
+    number, when = 0, {}
+    for i, kind in places:
+        assert len(found[i, kind]) == len(fused.LAUNCHES[kind])
+        for names in fused.LAUNCHES[kind]:
+            leaves = params["layers"][i][kind]
+            when |= {id(fused._stored(leaves[name])): number for name in names if name in leaves}
+            number += 1
+    when[id(fused._stored(head))] = number
+    pulled = [each for place in places for each in found[place]]
+    for launch, each in enumerate(pulled):
+        assert all(when[id(array)] > launch for array in each.arrays)
+    named = {id(array) for each in pulled for array in each.arrays}
+    assert named == {key for key, launch in when.items() if launch > 0}
 
 
 @pytest.mark.gpu

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from uniql_jax import cli, data, loading
+from uniql_jax.checkpoint import is_elastic
 from uniql_jax.errors import UserError
 from uniql_jax.model import CausalLM, cache_bytes, decode, init_cache, prefill
 
@@ -100,10 +101,7 @@ def own_text(
 def open_model(ckpt: str) -> CausalLM:
     """An elastic checkpoint, unpruned, or what `compress` takes as a source."""
     folder = Path(ckpt).expanduser()
-    config = folder / "config.json"
-    if config.is_file() and '"uniql"' in config.read_text(encoding="utf-8", errors="replace"):
-        return loading.load(folder)
-    return loading.load_source(ckpt)
+    return loading.load(folder) if is_elastic(folder) else loading.load_source(ckpt)
 
 
 def tokenizer_of(ckpt: str, model: CausalLM) -> Any | None:

@@ -28,7 +28,7 @@ from uniql_jax.model import CausalLM, cache_bytes
 from uniql_jax.passes.estimate import parameter_count
 from uniql_jax.plan import Plan, make_plan
 from uniql_jax.random_model import published, random_model, read_config, tree_bytes, weight_shapes
-from uniql_jax.runtime import bucket
+from uniql_jax.runtime import bucket, room
 from uniql_jax.timing import Bench, copy_bandwidth, device_bytes, environment, memory_limit, peak_bytes
 
 PARTS = ("size", "ttft", "tpot", "ttlt")
@@ -48,10 +48,10 @@ examples:
     python -m uniql_jax.benchmark --config mamba2-8b --tpot --batch-size 16 --repeats 20 --no-dense
 
 --config knows {", ".join(published())}; it also takes any config.json of a supported family.
-TTFT is the time from prompts to their first tokens. TPOT is the time per token after that: once with a call for each
-token that the host reads, as when text is streamed (generate), once with all of them in one compiled loop
-(generate_tokens). TTLT is from prompts to the last token, with the loop. Each is the median of --repeats runs, with the
-least and the most in brackets; compilation and a first run are not in it.
+TTFT is the time from prompts to their first tokens. TPOT is the time per token after that: once with calls whose tokens
+the host reads, as when text is streamed (generate: one a call on CPUs, eight on GPUs), once with all of them in one
+compiled loop (generate_tokens). TTLT is from prompts to the last token, with the loop. Each is the median of --repeats
+runs, with the least and the most in brackets; compilation and a first run are not in it.
 "Of the floor" is the least time in which the device's memory can move what a step must read (weights, keys and values,
 states), at the speed of a plain copy measured in the same run, over the loop's time per token: 1 cannot be beaten.
 """
@@ -198,7 +198,7 @@ def benchmark(
             f"{prompt_len} prompt tokens and {gen_len} new ones exceed the model's {config.max_position}; "
             "lower --prompt-len or --gen-len"
         )
-    found = variants(subject, rates, dense, batch_size, bucket(prompt_len) + gen_len, seed)
+    found = variants(subject, rates, dense, batch_size, bucket(prompt_len) + room(gen_len), seed)
     limit = memory_limit()
     if timed:
         refuse_too_large(found, limit)

@@ -167,6 +167,14 @@ class Checkpoint:
         return total
 
 
+def is_elastic(folder: str | Path) -> bool:
+    """Whether a folder claims to be an elastic checkpoint, and not an original model or nothing."""
+    try:
+        return SECTION in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def open_checkpoint(folder: str | Path) -> Checkpoint:
     """Open an elastic checkpoint folder; UserError says what is wrong with it."""
     if not Path(folder).is_dir():

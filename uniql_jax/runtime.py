@@ -291,17 +291,17 @@ def _stream(
 ) -> Iterator[int]:
     mask, many = np.ones((1, ids.size), np.int32), chunk()
     token, cache = _first(model, *_padded(ids[None], mask), key, settings, bucket(ids.size) + room(count))
-    shown, ready = token[None] + 0, 1  # a copy for the host to read, since the next step takes the token itself
+    shown, left = token[None] + 0, count  # a copy for the host to read, since the next step takes the token itself
     for step in range(1, count + many, many):
         # The next tokens are on their way before the host looks at these, so that the device never waits for it.
         rows = shown
         if step < count:
             shown, token, cache = _next(model, token, cache, key, np.int32(step), settings, many)
-        for value in np.asarray(rows)[0, : count - ready + 1].tolist():
+        for value in np.asarray(rows)[0, :left].tolist():
             if value in stops:
                 return
             yield value
-            ready += 1
+        left -= rows.shape[1]
 
 
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool = False) -> Int[np.ndarray, " t"]:

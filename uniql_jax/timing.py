@@ -159,23 +159,23 @@ class Bench:
 
         Raises ValueError when the answer is a single token, which takes no step.
         """
-        steps, many = self._steps(), runtime.chunk()
+        steps = self._steps()
 
         def chain(token: Array, cache: Cache) -> Array | None:
             before = None
-            for step in range(1, steps + 1, many):
+            for step in range(1, steps + 1, runtime.chunk()):
                 rows, token, cache = self._run_step(token, cache, step)
                 if read and before is not None:
                     np.asarray(before)
                 before = rows
             return before
 
-        return measure(chain, self.repeats, self._start).scaled(1 / (runtime.room(self.gen_len) - 1))
+        return measure(chain, self.repeats, self._start).scaled(1 / steps)
 
     def tpot_loop(self) -> Timing:
         """Seconds per token when all steps are one compiled loop. Raises ValueError as `tpot_step`."""
-        self._steps()
-        return measure(self._run_loop, self.repeats, self._start).scaled(1 / (runtime.room(self.gen_len) - 1))
+        steps = self._steps()
+        return measure(self._run_loop, self.repeats, self._start).scaled(1 / steps)
 
     def ttlt(self) -> Timing:
         """Seconds from prompts to the last token of their answers, prefill and compiled loop."""
@@ -186,9 +186,10 @@ class Bench:
         return self._run_loop(*self._start())[0]
 
     def _steps(self) -> int:
+        """Decode steps that an answer takes, in whole chunks."""
         if self.gen_len < 2:
             raise ValueError("an answer of a single token takes no decode step")
-        return self.gen_len - 1
+        return runtime.room(self.gen_len) - 1
 
     @property
     def cache_bytes(self) -> int:

@@ -6,7 +6,6 @@ kernels are checked with the same few lines, so that a compiler that gets one wr
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import warnings
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels import packing
+from pallas_kernels import compat, packing
 from pallas_kernels.dequant_matmul import dequantize, dot, mma, tiling
 from pallas_kernels.dequant_matmul.tiling import Weight
 
@@ -34,17 +33,15 @@ def verify(kernel: str, order: str) -> None:
 
 @functools.cache
 def _complaint(kernel: str, order: str) -> str | None:
-    # The caller may be inside a trace, in which nothing can be computed; a thread of its own is outside of all of them.
-    with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        try:
-            error = executor.submit(_error, kernel, order).result()
-            if error < BOUND:
-                return None
-            what = f"is off by {error:.2g}"
-        except NotImplementedError as refusal:
-            return str(refusal)
-        except jax.errors.JaxRuntimeError as failure:
-            what = f"does not compile or run ({str(failure).splitlines()[0][:200]})"
+    try:
+        error = compat.outside_traces(_error, kernel, order)
+        if error < BOUND:
+            return None
+        what = f"is off by {error:.2g}"
+    except NotImplementedError as refusal:
+        return str(refusal)
+    except jax.errors.JaxRuntimeError as failure:
+        what = f"does not compile or run ({str(failure).splitlines()[0][:200]})"
     complaint = f"the {kernel} kernel {what} for data ordered {order!r} on this device"
     warnings.warn(f"{complaint}; slower ones are used", RuntimeWarning, stacklevel=3)
     return complaint
