@@ -45,6 +45,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.int4 import dense
 from uniql_jax.layers.context import full_context
 from uniql_jax.model import embed
+from uniql_jax.passes.contract import Recovery
 from uniql_jax.passes.options import Options
 from uniql_jax.passes.run import _Run, compress
 from uniql_jax.passes.work import flatten
@@ -56,13 +57,15 @@ Layers = Sequence[lora.Layer]
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A way to recover: settings of the training that differ from the run's own (None: no training), the share of the
-    nested refit (None: no refit), and the bits at which it is judged.
+    nested refit (None: no refit), the bits at which it is judged, and for 4 bits the settings of a training that goes
+    on after quantizing (None: none).
     """
 
     name: str
     train: dict[str, Any] | None = None
     refit: float | None = None
     bits: tuple[int, ...] = (16,)
+    tune: dict[str, Any] | None = None
 
 
 def table() -> list[Row]:
@@ -156,16 +159,16 @@ class Bench:
         self.memo: dict[Any, Any] = {}
         self.original: dict[str, float] = {}
 
-    def options_of(self, row: Row) -> TrainOptions:
-        """The settings of a row's training; the update is as large at every rank."""
-        options = dataclasses.replace(self.options, **(row.train or {}))
+    def options_of(self, settings: dict[str, Any]) -> TrainOptions:
+        """The settings of a training; the update is as large at every rank."""
+        options = dataclasses.replace(self.options, **settings)
         return dataclasses.replace(options, alpha=2.0 * options.rank)
 
     def layers_of(self, row: Row) -> tuple[Layers, dict[str, Any]]:
         """Trained layers of a row with LoRA merged, and what the training says of itself; each training runs once."""
         if row.train is None:
             return self.model.layers, {}
-        options = self.options_of(row)
+        options = self.options_of(row.train)
         if options not in self.trained:
             # Which rates are drawn and judged is no part of the program: such rows share it.
             program = dataclasses.replace(options, rates="uniform", judged=self.options.judged)
@@ -185,20 +188,14 @@ class Bench:
             )  # fmt: skip
             factors = jax.device_get(result.factors)
             layers = [lora.merge_layer(i, layer, factors, options.alpha) for i, layer in enumerate(model.layers)]
-            told = {
-                "options": dataclasses.asdict(options),
-                "trained_numbers": lora.count(factors),
-                "steps": result.steps,
-                "best_step": result.best_step,
-                "validation_before": {f"{rate:g}": loss for rate, loss in result.before.items()},
-                "validation_after": {f"{rate:g}": loss for rate, loss in result.after.items()},
-                "seconds": round(time.perf_counter() - start, 1),
-            }
-            self.trained[options] = layers, told
+            self.trained[options] = layers, _told(options, result, start)
         return self.trained[options]
 
-    def finished(self, layers: Layers, bits: int, refit: float | None) -> Any:
-        """Layers as the pass would store them at these bits, for `judge`."""
+    def finished(
+        self, layers: Layers, bits: int, refit: float | None, tune: dict[str, Any] | None = None, name: str = ""
+    ) -> tuple[Any, dict[str, Any]]:
+        """Layers as the pass would store them at these bits, for `judge`, and what tuning says of itself."""
+        told: dict[str, Any] = {}
         if bits >= 16 and refit is None:
             stored = [_rounded(layer) for layer in layers]
             top = _rounded({"top": self.model.embeddings})["top"]
@@ -210,13 +207,20 @@ class Bench:
                 # The pass from its second half on: what its first half leaves behind is put in its place.
                 run = _Run(source, Path(folder), self.calibration, options, _quiet, self.memo)
                 run.plan = self.model.plan
-                for i, layer in enumerate(layers):
-                    run.sorted.save(f"layer_{i:05d}", flatten(layer))
+                for i, (layer, original) in enumerate(zip(layers, self.model.layers, strict=True)):
+                    run.sorted.save(f"layer_{i:05d}", flatten(original))  # the teacher of tuning
+                    run.recovered.save(f"layer_{i:05d}", flatten(layer))
                 run._forward()
-                run.finish()
+                run.finish(positions=tune is not None)
+                if tune is not None:
+                    start, settings = time.perf_counter(), self.options_of(tune)
+                    run.progress = lambda items, _: cli.progress(items, f"{name}, tuned")
+                    with jax.default_matmul_precision("default"):
+                        result = run.tune(Recovery(self.learnt, self.judged, settings, settings))
+                    told = _told(settings, result, start)
                 stored = [run._stored_layer(i) for i in range(len(layers))]
                 top = run._stored_top()
-        return stacked(self.model.config, stored, top)
+        return stacked(self.model.config, stored, top), told
 
     def judge(self, params: Any, judged: Sequence[float] = RATES) -> list[dict[str, Any]]:
         """Perplexity of every text at every rate, and over the original's."""
@@ -234,6 +238,18 @@ class Bench:
         return found
 
 
+def _told(options: TrainOptions, result: recover.Result, start: float) -> dict[str, Any]:
+    return {
+        "options": dataclasses.asdict(options),
+        "trained_numbers": lora.count(result.factors),
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "validation_before": {f"{rate:g}": loss for rate, loss in result.before.items()},
+        "validation_after": {f"{rate:g}": loss for rate, loss in result.after.items()},
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
 def _rounded(layer: lora.Layer) -> dict[str, dict[str, Any]]:
     """Matrices at the precision of bfloat16, as a checkpoint of 16 bits keeps them."""
     table = {"top": elastic.TOP, **elastic.BLOCKS}
@@ -249,19 +265,23 @@ def _quiet(items: Iterable[Any], _: str) -> Iterable[Any]:
 
 def _setting(text: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError:
         return text
+    return tuple(value) if isinstance(value, list) else value  # settings are keys, which a list cannot be
 
 
 def custom_row(words: Sequence[str]) -> Row:
-    """NAME KEY=VALUE ...: keys are the settings of `train.loop.Options`, and `bits` (such as 16,4) and `refit`."""
+    """NAME KEY=VALUE ...: keys are the settings of `train.loop.Options`, `bits` (such as 16,4), `refit`, and with
+    `tune.` before them the settings of a training that goes on after quantizing to 4 bits (such as tune.steps=500).
+    """
     settings = {key: value for key, _, value in (word.partition("=") for word in words[1:])}
     bits = tuple(int(part) for part in settings.pop("bits", "16").split(","))
     refit = float(settings.pop("refit")) if "refit" in settings else None
-    rate = settings.pop("rates", None)  # a word, also where it looks like a number
-    train = {key: _setting(value) for key, value in settings.items()} | ({"rates": rate} if rate else {})
-    return Row(words[0], train or None, refit, bits)
+    read = lambda key, value: value if key == "rates" else _setting(value)  # noqa: E731  also a rate is a word
+    tune = {key[5:]: read(key[5:], value) for key, value in settings.items() if key.startswith("tune.")}
+    train = {key: read(key, value) for key, value in settings.items() if not key.startswith("tune.")}
+    return Row(words[0], train or None, refit, bits, tune or None)
 
 
 def prepare(args: argparse.Namespace, work: Path) -> tuple[Bench, dict[str, Any]]:
@@ -358,9 +378,8 @@ def main() -> None:
         record["original"] = bench.original
         print("original", {k: round(v, 3) for k, v in bench.original.items()}, flush=True)
         longest = 0.0
-        for row in [*table(), *map(custom_row, args.row)]:
-            if args.only is not None and row.name not in (*args.only, *(words[0] for words in args.row)):
-                continue
+        ready = [row for row in table() if args.only is None or row.name in args.only]
+        for row in [*ready, *map(custom_row, args.row)]:
             start = time.perf_counter()
             if start - begun + longest > 60 * args.minutes:
                 print(f"{row.name}: left out, for lack of time", flush=True)
@@ -371,7 +390,12 @@ def main() -> None:
                 print(f"{row.name}: {training['steps']} steps in {training['seconds']} s", flush=True)
             for bits in row.bits:
                 middle = time.perf_counter()
-                params = bench.finished(layers, 32 if bits == 16 and row.refit is not None else bits, row.refit)
+                tune = row.tune if bits < 16 else None
+                wide = 32 if bits == 16 and row.refit is not None else bits
+                params, tuning = bench.finished(layers, wide, row.refit, tune, row.name)
+                if tuning:
+                    record["training_rows"][f"{row.name}, tuned"] = tuning
+                    print(f"{row.name}, tuned: {tuning['steps']} steps in {tuning['seconds']} s", flush=True)
                 finishing = time.perf_counter() - middle
                 found = bench.judge(params)
                 del params

@@ -346,6 +346,39 @@ def test_recovery_in_the_pass(source: Source, folder: Path, windows: np.ndarray,
     assert _contents(again) == _contents(out)
 
 
+def _loss(at: Path, rate: float, windows: np.ndarray) -> float:
+    scores = jax.nn.log_softmax(jnp.asarray(_logits(uniql_jax.load(at, rate, dtype=jnp.float32), windows)))[:, :-1]
+    return float(-np.take_along_axis(np.asarray(scores), windows[:, 1:, None], axis=2).mean())
+
+
+def test_tuning_in_the_pass(source: Source, windows: np.ndarray, tmp_path: Path) -> None:
+    """After quantizing, training goes on with every weight rounded as it is stored: what is judged is what is stored,
+    pruned or not, before and after; a kill on the way changes nothing.
+    """
+    learnt, judged = from_windows(windows), from_windows(windows[:4])
+    first = recovery.Options(steps=1, batch=4, lr=1e-9, dropout=0.0, evaluations=1)
+    then = dataclasses.replace(first, steps=40, lr=5e-3, evaluations=4, distill=0.3)
+    wanted = Recovery(learnt, judged, first, then)
+    options = Options(bits=4, plan="uniform")
+    plain, out, again = tmp_path / "plain", tmp_path / "out", tmp_path / "again"
+    compress(source, plain, windows, options, recover=dataclasses.replace(wanted, tuning=None))
+    report = compress(source, out, windows, options, recover=wanted)
+    assert report.tuned is not None
+    for rate in (0.0, 0.35):
+        assert _loss(plain, rate, windows[:4]) == pytest.approx(report.tuned.before[rate], rel=1e-4)
+        assert _loss(out, rate, windows[:4]) == pytest.approx(report.tuned.after[rate], rel=1e-4)
+    assert np.mean(list(report.tuned.after.values())) < np.mean(list(report.tuned.before.values())) - 0.01
+    assert open_checkpoint(out).meta["provenance"]["tuning"]["steps"] == 40
+    assert open_checkpoint(out).weight_bytes(0.0) == open_checkpoint(plain).weight_bytes(0.0)
+    for stage, step in (("quantize", 1), ("tune", 25)):
+        with pytest.raises(Killed):
+            compress(
+                source, again, windows, options, recover=wanted, resume=stage == "tune", progress=_stop_at(stage, step)
+            )
+    compress(source, again, windows, options, recover=wanted, resume=True)
+    assert _contents(again) == _contents(out)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9])
 def test_refit_rates_keep_the_asked_share_at_zero(share: float) -> None:
     rates = finishing.refit_rates(200, share)

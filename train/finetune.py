@@ -174,6 +174,14 @@ def finetune(
     return result
 
 
+def _distribution(text: str) -> str:
+    try:
+        rates.probabilities(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def parser() -> cli.Parser:
     """The door's arguments."""
     parser = cli.Parser(
@@ -204,7 +212,10 @@ def parser() -> cli.Parser:
     add("--rank", type=cli.positive_int, default=DEFAULTS.rank, metavar="N", help="of LoRA")
     add("--alpha", type=cli.bounded_float(0), metavar="X", help="of LoRA (default: twice the rank)")
     add("--dropout", type=cli.bounded_float(0, 0.9), default=DEFAULTS.dropout, metavar="X", help="of LoRA's input")
-    add("--rates", choices=rates.DISTRIBUTIONS, default=DEFAULTS.rates, help="how prune rates are drawn")
+    add("--rates", type=_distribution, default=DEFAULTS.rates, metavar="HOW", help=(
+        "how prune rates are drawn: uniform, sandwich (the ends oftener), low-kept-first, or low-kept-first:FALL; the "
+        f"higher the fall (default: {rates.FALL:g}), the oftener the most pruned are trained"
+    ))  # fmt: skip
     add("--distill", type=cli.bounded_float(0, 1), default=DEFAULTS.distill, metavar="X", help="weight of the teacher")
     add("--patience", type=cli.positive_int, default=DEFAULTS.patience, metavar="N", help="evaluations without gain")
     return parser

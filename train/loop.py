@@ -27,6 +27,7 @@ from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 from uniql_jax.layers.context import full_context
 from uniql_jax.model import CausalLM, embed, logits
+from uniql_jax.rounded import RoundedArray
 
 Batch = Mapping[str, Array]
 """tokens int32, valid and learn bool, each [microbatches, rows, length]."""
@@ -37,7 +38,8 @@ class Options:
     """Settings of a recovery. The defaults are the paper's (UniQL, arXiv 2512.03383, appendix on fine-tuning).
 
     steps: None for `epochs` passes over the examples. A step's `batch` rows are worked on in `accumulate` parts, which
-    changes memory and nothing else. rates: one of `rates.DISTRIBUTIONS`, or a number, the rate of every step. distill:
+    changes memory and nothing else. rates: a distribution that `rates.probabilities` knows, or a number, the rate of
+    every step. distill:
     weight of the divergence from the unpruned model without LoRA, 1 - distill that of the text. compute: dtype of
     activations and frozen weights; LoRA and optimizer stay float32. remat: one of `stack.REMAT`.
     """
@@ -96,7 +98,9 @@ class Trainer:
     """The frozen model, placed once, and the compiled functions that work on LoRA factors.
 
     `layers` and `top` are dense leaves; matrices are held in `options.compute`, vectors in float32, a copy on every
-    device of the mesh, layers of one kind stacked; batches are split over the mesh along their rows.
+    device of the mesh, layers of one kind stacked; batches are split over the mesh along their rows. Matrices may be
+    RoundedArrays instead, which train as they will be stored. `teacher`: layers and top to distill from, where that is
+    not the unpruned model itself.
     """
 
     def __init__(
@@ -107,17 +111,23 @@ class Trainer:
         options: Options,
         steps: int,
         mesh: Mesh | None = None,
+        teacher: tuple[Sequence[lora.Layer], Mapping[str, Any]] | None = None,
     ):
         self.config = config
         self.mesh = data_mesh(options.batch // options.accumulate) if mesh is None else mesh
         self.dtype = jnp.dtype(options.compute)
-        self.frozen = self.everywhere(
+        self.frozen = self._place_model(layers, top)
+        if teacher is not None:
+            self.frozen["teacher"] = self._place_model(*teacher)
+        self._settle(options, steps)
+
+    def _place_model(self, layers: Sequence[lora.Layer], top: Mapping[str, Any]) -> dict[str, Any]:
+        return self.everywhere(
             {
                 "top": {name: self._cast(elastic.TOP[name], value) for name, value in top.items()},
-                "runs": [self._cast_run(stack.stack(layers, run)) for run in stack.runs(config)],
+                "runs": [self._cast_run(stack.stack(layers, run)) for run in stack.runs(self.config)],
             }
         )
-        self._settle(options, steps)
 
     def _settle(self, options: Options, steps: int) -> None:
         self.options, self.rows = options, options.batch // options.accumulate
@@ -134,7 +144,9 @@ class Trainer:
         other._settle(options, steps)
         return other
 
-    def _cast(self, leaf: elastic.Leaf, value: Any) -> np.ndarray | Array:
+    def _cast(self, leaf: elastic.Leaf, value: Any) -> np.ndarray | Array | RoundedArray:
+        if isinstance(value, RoundedArray):
+            return value
         dtype = self.dtype if leaf.contract else np.float32
         # what a device holds already need not pass through the host
         return value.astype(dtype) if isinstance(value, jax.Array) else np.asarray(value).astype(dtype)
@@ -215,9 +227,11 @@ class Trainer:
         tokens, valid = batch["tokens"], batch["valid"]
         x = self.hidden(factors, frozen, tokens, valid, keep, key)
         share = self.options.distill
-        teacher = jax.lax.stop_gradient(self.hidden(None, frozen, tokens, valid, None)) if share else None
+        model = frozen.get("teacher", frozen)
+        teacher = jax.lax.stop_gradient(self.hidden(None, model, tokens, valid, None)) if share else None
+        learn = batch["learn"].astype(jnp.float32)
         return head_losses(
-            frozen["top"], self.config.norm_eps, x, tokens, batch["learn"].astype(jnp.float32), teacher, share
+            frozen["top"], self.config.norm_eps, x, tokens, learn, teacher, share, teacher_top=model["top"]
         )
 
     def gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from uniql_jax import elastic
+from uniql_jax.checkpoint import reachable_bias
 from uniql_jax.config import ModelConfig
 from uniql_jax.elastic import Leaf
 from uniql_jax.lora import LoraArray
+from uniql_jax.rounded import RoundedArray
 
 Layer = Mapping[str, Mapping[str, Any]]
 Factors = dict[str, dict[str, Array | np.ndarray]]
@@ -32,21 +35,19 @@ def targets(config: ModelConfig) -> Iterator[tuple[str, Leaf]]:
 
 
 def initialize(config: ModelConfig, rank: int, seed: int) -> Factors:
-    """Factors whose product is zero: the one that reads is uniform in +-1/sqrt(inputs), the one that writes is zero.
+    """Factors whose product is zero: `right` is uniform in +-1/sqrt(inputs), `left` is zero.
 
-    The same on every machine and JAX version.
+    It is always the factor with the elastic axis that starts at zero, whether it reads or writes: what few steps see,
+    such as the entries that only rate 0 keeps, is then changed by those steps alone, however far the shared factor
+    moves at the other rates. The same on every machine and JAX version.
     """
     rng = np.random.default_rng(seed)
     factors: Factors = {}
     for name, leaf in targets(config):
         *lead, width = elastic.shape(config, leaf)
-        reads_last = leaf.contract == "last"
-        inputs = width if reads_last else math.prod(lead)
-        shape = (rank, width) if reads_last else (*lead, rank)
-        reader = jnp.asarray(rng.uniform(-1, 1, shape) / math.sqrt(inputs), jnp.float32)
-        writer = jnp.zeros((*lead, rank) if reads_last else (rank, width), jnp.float32)
-        left, right = (writer, reader) if reads_last else (reader, writer)
-        factors[name] = {"left": left, "right": right}
+        inputs = width if leaf.contract == "last" else math.prod(lead)
+        right = jnp.asarray(rng.uniform(-1, 1, (rank, width)) / math.sqrt(inputs), jnp.float32)
+        factors[name] = {"left": jnp.zeros((*lead, rank), jnp.float32), "right": right}
     return factors
 
 
@@ -97,3 +98,21 @@ def merge_layer(i: int, layer: Layer, factors: Factors, alpha: float) -> dict[st
         kind: {name: merged(f"{i}.{kind}.{name}", value) for name, value in block.items()}
         for kind, block in layer.items()
     }
+
+
+def packed_layer(
+    config: ModelConfig, i: int, layer: Layer, factors: Factors, alpha: float
+) -> dict[str, dict[str, Any]]:
+    """Layer i of RoundedArrays as what is stored of them once their factors have moved them."""
+
+    def settled(name: str, value: Any) -> Any:
+        if not isinstance(value, RoundedArray):
+            return value
+        left, right = factors[name]["left"], factors[name]["right"]
+        return dataclasses.replace(value, left=left, right=right, scale=alpha / right.shape[0]).quantized()
+
+    done = {
+        kind: {name: settled(f"{i}.{kind}.{name}", value) for name, value in block.items()}
+        for kind, block in layer.items()
+    }
+    return {kind: reachable_bias(config, kind, block) for kind, block in done.items()}

@@ -83,16 +83,18 @@ def head_losses(
     teacher: Float[Array, "b t h"] | None = None,
     share: float = 0.0,
     size: int = LOGITS,
+    teacher_top: Mapping[str, Any] | None = None,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""]]]:
     """(what is minimised, (cross entropy, tokens that count)), all summed, from streams before the final norm.
 
     top: embed, norm and, if untied, head, of x's dtype; weights as for `next_token_loss`. With a teacher's stream,
-    `share` of what is minimised is the divergence from it. About `size` logits are held at a time, and computed again
-    in the backward pass: positions go in pieces, all rows of a batch at once, so that rows may lie on many devices.
+    `share` of what is minimised is the divergence from it; its own norm and head are in `teacher_top` (default: top).
+    About `size` logits are held at a time, and computed again in the backward pass: positions go in pieces, all rows of
+    a batch at once, so that rows may lie on many devices.
     """
     rows, length = tokens.shape
-    head = top.get("head", top["embed"]).astype(x.dtype)
-    count = min(length, -(-rows * length * head.shape[0] // size))
+    vocabulary = top["embed"].shape[0]
+    count = min(length, -(-rows * length * vocabulary // size))
     width = -(-length // count)
     shifted = {
         "tokens": jnp.roll(tokens, -1, axis=1),
@@ -106,17 +108,19 @@ def head_losses(
         room = [(0, 0), (0, count * width - length)] + [(0, 0)] * (value.ndim - 2)
         return jnp.pad(value, room).reshape(rows, count, width, *value.shape[2:]).swapaxes(0, 1)
 
-    def scores(stream: Array) -> Array:
+    def scores(stream: Array, top: Mapping[str, Any]) -> Array:
+        head = top.get("head", top["embed"]).astype(x.dtype)
         return head_product(head_input(top, rms_norm(stream, top["norm"], eps)), head)
 
     @jax.checkpoint
     def piece(one: Mapping[str, Any]) -> tuple[Array, Array]:
         counts = one["weights"] > 0
-        found = scores(one["x"])
+        found = scores(one["x"], top)
         entropy = jnp.sum(jnp.where(counts, token_losses(found, one["tokens"]), 0.0) * one["weights"])
         if one["teacher"] is None:
             return entropy, entropy
-        apart = jnp.sum(jnp.where(counts, divergence(found, scores(one["teacher"])), 0.0) * one["weights"])
+        taught = scores(one["teacher"], teacher_top or top)
+        apart = jnp.sum(jnp.where(counts, divergence(found, taught), 0.0) * one["weights"])
         return (1 - share) * entropy + share * apart, entropy
 
     def add(carry: tuple[Array, Array], one: Mapping[str, Any]) -> tuple[tuple[Array, Array], None]:

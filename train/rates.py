@@ -11,25 +11,33 @@ from jaxtyping import Float
 from uniql_jax import elastic
 from uniql_jax.plan import MAX_PRUNE_RATE, Plan
 
-DISTRIBUTIONS = ("low-kept-first", "uniform")
+DISTRIBUTIONS = ("low-kept-first", "uniform", "sandwich")
 RATES = tuple(round(0.05 * i, 2) for i in range(round(MAX_PRUNE_RATE / 0.05) + 1))
 """0 to 0.35 by 0.05."""
 JUDGED = (0.0, 0.15, 0.25, 0.35)
 """The fixed rates of validation."""
 FALL = 0.1
+NUMBER = r"\d*\.?\d+"
 
 
 def probabilities(distribution: str) -> Float[np.ndarray, " rates"]:
-    """Probability of each of RATES: all alike, or proportional to exp(-0.1 rank), the most pruned first (UniQL).
+    """Probability of each of RATES: all alike; or proportional to exp(-FALL rank), the most pruned first (UniQL; its
+    fall is 0.1, "low-kept-first:0.3" makes it 0.3); or "sandwich", a third of the steps at the highest rate and a sixth
+    at rate 0, since what lies between gains from both (Yu & Huang, arXiv 1903.05134).
 
     Raises ValueError for an unknown distribution.
     """
-    if distribution == "uniform":
-        weight = np.ones(len(RATES))
-    elif distribution == "low-kept-first":
-        weight = np.exp(-FALL * np.arange(len(RATES)))[::-1]
-    else:
-        raise ValueError(f"the distribution of rates is one of {', '.join(DISTRIBUTIONS)}, not {distribution!r}")
+    name, colon, fall = distribution.partition(":")
+    if name not in DISTRIBUTIONS or (colon and (name != "low-kept-first" or not re.fullmatch(NUMBER, fall))):
+        raise ValueError(
+            f"the distribution of rates is one of {', '.join(DISTRIBUTIONS)} and low-kept-first:FALL, "
+            f"not {distribution!r}"
+        )
+    weight = np.ones(len(RATES))
+    if name == "sandwich":
+        weight[0], weight[-1] = 2.0, 4.0
+    elif name == "low-kept-first":
+        weight = np.exp(-float(fall or FALL) * np.arange(len(RATES)))[::-1]
     return weight / weight.sum()
 
 
@@ -38,7 +46,7 @@ def draw(distribution: str, seed: int, step: int) -> float:
 
     Raises ValueError for an unknown distribution.
     """
-    if re.fullmatch(r"\d*\.?\d+", distribution):
+    if re.fullmatch(NUMBER, distribution):
         return float(distribution)
     rng = np.random.default_rng([seed, step])
     return float(rng.choice(RATES, p=probabilities(distribution)))

@@ -54,7 +54,7 @@ def fingerprint(
     digest = hashlib.sha256(repr((config, plan.digest, dataclasses.asdict(options))).encode())
     for layer in layers:
         for block in layer.values():
-            for value in block.values():
+            for value in jax.tree.leaves(block):
                 digest.update(np.ascontiguousarray(value[:1]).tobytes())  # enough to tell models apart
     for part in (examples, judged):
         for array in (part.tokens, part.valid, part.learn):
@@ -136,16 +136,17 @@ def train(
     folder: Path,
     progress: Progress = lambda steps: steps,
     trainer: Trainer | None = None,
+    teacher: tuple[Sequence[lora.Layer], Mapping[str, Any]] | None = None,
 ) -> Result:
     """Train LoRA factors at rates drawn from `options.rates`; the best at the judged rates, on average, are returned.
 
-    layers, top: dense leaves, sorted, unpruned. The work folder is made, or gone on with. Raises UserError when it
-    belongs to another run, and when the loss is no longer finite.
+    layers, top, teacher: as for Trainer, sorted, unpruned. The work folder is made, or gone on with. Raises UserError
+    when it belongs to another run, and when the loss is no longer finite.
     """
     steps = options.total_steps(len(examples))
     saved = Saved(folder, fingerprint(config, layers, plan, examples, judged, options))
     try:
-        trainer = trainer or Trainer(config, layers, top, options, steps)
+        trainer = trainer or Trainer(config, layers, top, options, steps, teacher=teacher)
         return _run(trainer, plan, examples, judged, options, steps, saved, folder, progress)
     finally:
         saved.close()

@@ -6,6 +6,7 @@ real prune rate they differ, which is why only training runs this way.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import zlib
@@ -23,6 +24,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.layers.context import Context
 from uniql_jax.lora import PRODUCT, LoraArray
 from uniql_jax.model import apply_layer
+from uniql_jax.rounded import RoundedArray
 
 REMAT = ("none", "products", "all")
 """What is computed again in the backward pass: nothing; all but the results of products with weights, which is cheap;
@@ -75,6 +77,10 @@ def attach(
         names = [f"{i}.{kind}.{leaf}" for i in range(run.first, run.first + run.count)]
         keys = None if key is None else jnp.stack([jax.random.fold_in(key, zlib.crc32(n.encode())) for n in names])
         left, right = factors[name]["left"], factors[name]["right"]
+        if isinstance(value, RoundedArray):
+            if keys is not None:
+                raise ValueError("a weight that trains as it will be stored has no low-rank path to drop inputs of")
+            return dataclasses.replace(value, left=left, right=right, scale=alpha / right.shape[1])
         return LoraArray(value, left, right, keys, scale=alpha / right.shape[1], dropout=dropout)
 
     return {kind: {leaf: beside(kind, leaf, value) for leaf, value in block.items()} for kind, block in stacked.items()}

@@ -56,6 +56,9 @@ examples:
   better at all rates, by fine-tuning (a GPU is wanted):
     python -m uniql_jax.compress --ckpt path/to/model --out elastic --recover notes/ alpaca.json
 
+  the same, and then what 4 bits cost as well:
+    python -m uniql_jax.compress --ckpt path/to/model --out elastic --recover notes/ alpaca.json --recover-tune 1000
+
   go on after a kill (the same options again; the bytes will be those of a run that was never killed):
     python -m uniql_jax.compress --ckpt path/to/model --out elastic --resume
 
@@ -68,8 +71,13 @@ The checkpoint holds every prune rate from 0 to {MAX_PRUNE_RATE}: the rate is ch
 """
 
 
-def load_recovery(source: Source, specs: Sequence[str], options: RecoveryOptions, length: int) -> Recovery:
-    """What `--recover` trains on and is judged by, read with the source's tokenizer; UserError for bad text."""
+def load_recovery(
+    source: Source, specs: Sequence[str], options: RecoveryOptions, length: int, tune: int | None = None
+) -> Recovery:
+    """What `--recover` trains on and is judged by, read with the source's tokenizer; UserError for bad text.
+
+    tune: steps of training after quantizing, with the same settings but dropout; None: none.
+    """
     with tempfile.TemporaryDirectory() as folder:
         source.write_side_files(Path(folder))
         tokenizer = data.load_tokenizer(folder)
@@ -79,7 +87,8 @@ def load_recovery(source: Source, specs: Sequence[str], options: RecoveryOptions
         list(specs), tokenizer, length, None, vocab_size=config.vocab_size, end=end, seed=options.seed
     )
     learnt, judged = examples.split(found, options.held_share, options.held_most, options.seed)
-    return Recovery(learnt, judged, options)
+    tuning = dataclasses.replace(options, steps=tune, dropout=0.0) if tune is not None else None
+    return Recovery(learnt, judged, options, tuning)
 
 
 def refuse_early(out: str | Path, resume: bool, overwrite: bool) -> None:
@@ -95,7 +104,7 @@ def refuse_early(out: str | Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"cannot write {out}: {place} is no folder that you may write to")
 
 
-def is_done(out: str | Path, name: str, options: Options, recovered: bool = False) -> bool:
+def is_done(out: str | Path, name: str, options: Options, recovered: bool = False, tuned: bool = False) -> bool:
     """Whether `out` is what this very run would make: its last act was the rename, and --resume has nothing to do."""
     if work_folder(out).exists() or not Path(out).expanduser().is_dir():
         return False
@@ -104,7 +113,7 @@ def is_done(out: str | Path, name: str, options: Options, recovered: bool = Fals
     except UserError:
         return False
     told = meta.get("provenance", {})
-    same = told.get("source") == Path(name).name and ("recovery" in told) == recovered
+    same = told.get("source") == Path(name).name and ("recovery" in told, "tuning" in told) == (recovered, tuned)
     return same and meta.get("options") == dataclasses.asdict(options)
 
 
@@ -144,6 +153,7 @@ def compress(
     recover: Sequence[str] = (),
     recover_options: RecoveryOptions = RECOVERY,
     recover_length: int = RECOVER_LENGTH,
+    recover_tune: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda items, _: items,
@@ -153,7 +163,8 @@ def compress(
 
     calib: specs of text or token ids (see uniql_jax.data), windows shared out evenly; none: a mixed default.
     recover: specs of instruction sets or text to train masked LoRA on before quantizing, in examples of
-    `recover_length` tokens, as `recover_options` say.
+    `recover_length` tokens, as `recover_options` say; recover_tune: further steps after quantizing, with every weight
+    rounded as it is stored.
     `say` gets the plan before the work. Work that is done stays in OUT.partial until the checkpoint is whole, and
     resume=True goes on from there. Raises UserError for bad input; nothing is left behind by a run that cannot start.
     """
@@ -161,21 +172,24 @@ def compress(
         raise UserError(f"--refit is a share of the windows, at least 0 and less than 1, not {options.refit}")
     if calib_length < 2:
         raise UserError("--calib-length must be at least 2 tokens")
+    if recover_tune is not None and not (recover and options.packed):
+        raise UserError("--recover-tune goes on with --recover after quantizing: it wants --recover and 4 or 8 bits")
     source = None
     if resume and Path(out).expanduser().exists() and not overwrite:
         source = open_source(ckpt)
-        if is_done(out, source.name, options, bool(recover)):
+        if is_done(out, source.name, options, bool(recover), recover_tune is not None):
             say(f"{out} is whole already: nothing to resume")
             return None
     refuse_early(out, resume, overwrite)
     source = source or open_source(ckpt)
     started = work_folder(out).exists()
     if not started:  # what a started run still needs is less, and unknown
-        check_space(work_folder(out), disk_bytes(source.config, options, 0))
+        check_space(work_folder(out), disk_bytes(source.config, options, 0, recover_tune is not None))
     calibration = calibration_windows(source, calib, calib_windows, calib_length, options.seed)
     if not started:
-        check_space(work_folder(out), disk_bytes(source.config, options, calibration.tokens.size))
-    wanted = load_recovery(source, recover, recover_options, recover_length) if recover else None
+        tuned = recover_tune is not None
+        check_space(work_folder(out), disk_bytes(source.config, options, calibration.tokens.size, tuned))
+    wanted = load_recovery(source, recover, recover_options, recover_length, recover_tune) if recover else None
     say(describe(source, out, options, calibration, wanted))
     if not started:
         check_weights(source, progress)
@@ -224,13 +238,18 @@ def summary(out: str | Path) -> str:
     )
 
 
-def gains(recovered: recovery.Result) -> str:
-    """Held-out perplexity of the sorted model at the judged rates, before and after recovery (unquantized)."""
+def gains(recovered: recovery.Result, tuned: recovery.Result | None = None) -> str:
+    """Held-out perplexity of the sorted model at the judged rates, before and after recovery (unquantized), and of the
+    quantized one before and after tuning.
+    """
+    stages = [recovered, *([tuned] if tuned is not None else [])]
     rows = [
-        [f"{rate:g}", math.exp(recovered.before[rate]), math.exp(recovered.after[rate])]
+        [f"{rate:g}", *(math.exp(losses[rate]) for stage in stages for losses in (stage.before, stage.after))]
         for rate in sorted(recovered.before)
     ]
-    return cli.table(rows, ["prune rate", "held-out perplexity", "recovered"])
+    return cli.table(
+        rows, ["prune rate", "held-out perplexity", "recovered", "quantized", "tuned"][: 1 + 2 * len(stages)]
+    )
 
 
 def parser() -> cli.Parser:
@@ -284,6 +303,13 @@ def parser() -> cli.Parser:
         default=RECOVERY.distill,
         metavar="X",
         help="weight of the unpruned model's own predictions as the target",
+    )
+    training.add_argument(
+        "--recover-tune",
+        type=cli.positive_int,
+        metavar="N",
+        help="so many more steps after quantizing, with every weight rounded as it is stored (the model is in memory "
+        "twice with --recover-distill)",
     )
     method = parser.add_argument_group("method (the defaults did best in benchmarks/)")
     method.add_argument(
@@ -358,6 +384,7 @@ def main(argv: list[str]) -> None:
         recover=args.recover,
         recover_options=recover_options,
         recover_length=args.recover_length,
+        recover_tune=args.recover_tune,
         resume=args.resume,
         overwrite=args.overwrite,
         progress=cli.progress,
@@ -366,7 +393,7 @@ def main(argv: list[str]) -> None:
     if report is not None:
         print(f"\n{args.out}: {cli.format_bytes(report.bytes)} in {format_seconds(time.perf_counter() - start)}\n")
         if report.recovered is not None:
-            print(gains(report.recovered) + "\n")
+            print(gains(report.recovered, report.tuned) + "\n")
     print(summary(args.out))
 
 

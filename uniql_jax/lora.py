@@ -59,14 +59,14 @@ class LoraArray:
     def rows(self, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
         """weight @ x over the last dimension, the weight's leading ones flattened; in x's dtype."""
         left = self.left.reshape(-1, self.left.shape[-1])
-        inner = self._scaled(_product(self.dropped(x), self.right.T))
-        return checkpoint_name(_product(x, self._flat().T) + _product(inner, left.T), PRODUCT)
+        inner = self._scaled(product(self.dropped(x), self.right.T))
+        return checkpoint_name(product(x, self._flat().T) + product(inner, left.T), PRODUCT)
 
     def columns(self, flat: Float[Array, "*b k"]) -> Float[Array, "*b h"]:
         """x @ weight, x flattened like the weight's leading dimensions; in x's dtype."""
         left = self.left.reshape(-1, self.left.shape[-1])
-        inner = self._scaled(_product(self.dropped(flat), left))
-        return checkpoint_name(_product(flat, self._flat()) + _product(inner, self.right), PRODUCT)
+        inner = self._scaled(product(self.dropped(flat), left))
+        return checkpoint_name(product(flat, self._flat()) + product(inner, self.right), PRODUCT)
 
     def _flat(self) -> Array:
         return self.base.reshape(-1, self.base.shape[-1])
@@ -76,7 +76,7 @@ class LoraArray:
         return inner * jnp.asarray(self.scale, inner.dtype)
 
 
-def _product(x: Array, factor: Array) -> Array:
+def product(x: Array, factor: Array) -> Array:
     # No wider result is asked for: sums are float32 on the device anyway, and the backward of a float32 result would
     # multiply in float32, at half the speed of 16-bit products or less.
     return jnp.matmul(x, factor.astype(x.dtype))

@@ -11,7 +11,7 @@ from tests.train import cases
 from train import rates
 
 
-@pytest.mark.parametrize("distribution", rates.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", [*rates.DISTRIBUTIONS, "low-kept-first:0.3"])
 def test_drawn_as_announced(distribution: str) -> None:
     expected = rates.probabilities(distribution)
     assert expected.sum() == pytest.approx(1)
@@ -27,8 +27,17 @@ def test_the_most_pruned_come_first() -> None:
     falling = rates.probabilities("low-kept-first")
     np.testing.assert_allclose(falling[1:] / falling[:-1], math.exp(0.1))
     assert tuple(sorted(rates.RATES)) == rates.RATES
-    with pytest.raises(ValueError, match="uniform"):
-        rates.probabilities("sometimes")
+    sandwich = rates.probabilities("sandwich")
+    np.testing.assert_allclose(sandwich / sandwich[1], [2, 1, 1, 1, 1, 1, 1, 4])
+    steeper = rates.probabilities("low-kept-first:0.3")
+    np.testing.assert_allclose(steeper[1:] / steeper[:-1], math.exp(0.3))
+    np.testing.assert_allclose(rates.probabilities("low-kept-first:0"), rates.probabilities("uniform"))
+
+
+@pytest.mark.parametrize("wrong", ["sometimes", "uniform:0.1", "low-kept-first:", "low-kept-first:-1", "often:0.2"])
+def test_unknown_distributions_are_named(wrong: str) -> None:
+    with pytest.raises(ValueError, match="low-kept-first:FALL"):
+        rates.probabilities(wrong)
 
 
 def test_one_rate_alone() -> None:

@@ -52,15 +52,19 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Recovery:
-    """What to train masked LoRA on between sorting and quantizing, what to judge it by, and how."""
+    """What to train masked LoRA on between sorting and quantizing, what to judge it by, and how; `tuning` (None: not
+    at all): how to go on after quantizing, with every weight rounded as it is stored.
+    """
 
     learnt: Examples
     judged: Examples
     options: recovery.Options
+    tuning: recovery.Options | None = None
 
     def digest(self) -> str:
         """Names the content."""
-        digest = hashlib.sha256(repr(dataclasses.asdict(self.options)).encode())
+        settings = [dataclasses.asdict(one) if one else None for one in (self.options, self.tuning)]
+        digest = hashlib.sha256(repr(settings).encode())
         for part in (self.learnt, self.judged):
             for array in (part.tokens, part.valid, part.learn):
                 digest.update(np.ascontiguousarray(array).tobytes())
@@ -69,9 +73,12 @@ class Recovery:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a run did: the plan, block influence per layer, bytes of the checkpoint's tensors, what was recovered."""
+    """What a run did: the plan, block influence per layer, bytes of the checkpoint's tensors, what was recovered before
+    quantizing and what after.
+    """
 
     plan: Plan
     influence: tuple[float, ...]
     bytes: int
     recovered: recovery.Result | None = None
+    tuned: recovery.Result | None = None

@@ -59,7 +59,7 @@ def describe(
     units = {axis: axis_group_and_unit(config, axis)[1] for axis in axes}
     sizes = elastic.sizes(config)
     memory = memory_parts(config, options, count, length)
-    disk = disk_bytes(config, options, count * length)
+    disk = disk_bytes(config, options, count * length, recover is not None and recover.tuning is not None)
     bits = f"{options.bits} bits"
     if options.packed:
         how = [options.rounding, "rotated" if options.rotate else "not rotated"]
@@ -105,4 +105,5 @@ def _training(recover: Recovery) -> str:
     return (
         f"{options.total_steps(len(recover.learnt))} steps of {options.batch} x {length} tokens at drawn rates, LoRA "
         f"rank {options.rank}, on {recover.learnt.description}; {len(recover.judged)} held-out examples judge"
+        + (f"; {recover.tuning.steps} steps more after quantizing" if recover.tuning else "")
     )

@@ -88,10 +88,13 @@ def stream_bytes(config: ModelConfig, tokens: int) -> int:
     return 4 * tokens * config.hidden_size * (len(config.pattern) + 3)
 
 
-def disk_bytes(config: ModelConfig, options: Options, tokens: int) -> int:
-    """Bytes the work folder may reach: sorted and finished layers, the checkpoint, streams too large for memory."""
+def disk_bytes(config: ModelConfig, options: Options, tokens: int, tuned: bool = False) -> int:
+    """Bytes the work folder may reach: sorted and finished layers, the checkpoint, streams too large for memory, and
+    where layers are tuned what was rounded, and they once more.
+    """
     streams = stream_bytes(config, tokens)
     layers = 4 * parameter_count(config) + 2 * estimated_bytes(config, options)
+    layers += (2 * parameter_count(config) + estimated_bytes(config, options)) * tuned
     return layers + (streams if streams > options.stream_memory else 0)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from uniql_jax.layers import KINDS
 from uniql_jax.layers.context import full_context
 from uniql_jax.passes.options import REFIT_RATES, Options
 from uniql_jax.plan import Plan
-from uniql_jax.quantize.gptq import quantize
+from uniql_jax.quantize.gptq import quantize_and_keep
+from uniql_jax.rounded import position
 from uniql_jax.sort.gram import gram
 
 Block = Mapping[str, Any]
@@ -114,10 +115,17 @@ def refit(
     return weight + jax.scipy.linalg.cho_solve(factor, cross - gram @ weight)
 
 
+class Packed(NamedTuple):
+    """A packed leaf, and what was rounded to its integers, in steps and of its logical shape (uniql_jax/rounded.py)."""
+
+    weight: QuantizedArray
+    position: Float[Array, "..."]
+
+
 def _quantize_rows(
     rows: Float[Array, "rows width"], hessian: Array | None, options: Options, group: int
-) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"]]:
-    return quantize(
+) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"]]:
+    codes, scale, rounded = quantize_and_keep(
         rows,
         hessian,
         bits=options.bits,
@@ -126,30 +134,40 @@ def _quantize_rows(
         propagate=options.rounding == "gptq",
         damping=options.damping,
     )
+    return codes, scale, position(rounded, codes, scale, group)
+
+
+def pack_leaf(
+    leaf: elastic.Leaf, value: Float[Array, "..."], hessian: Array | None, options: Options, group: int
+) -> Packed:
+    """Pack one matrix leaf; `hessian` is the Gram of what it contracts, None rounds to nearest."""
+    width = value.shape[-1] if leaf.contract == "last" else int(np.prod(value.shape[:-1]))
+    rows = value.reshape(-1, width) if leaf.contract == "last" else value.reshape(width, -1).T
+    codes, scale, places = _quantize_rows(rows, hessian, options, group)
+    weight = from_codes(codes, scale, bits=options.bits, group=group, contract=str(leaf.contract), shape=value.shape)
+    return Packed(weight, (places if leaf.contract == "last" else places.T).reshape(value.shape))
 
 
 def quantize_leaf(
     leaf: elastic.Leaf, value: Float[Array, "..."], hessian: Array | None, options: Options, group: int
 ) -> QuantizedArray:
-    """Pack one matrix leaf; `hessian` is the Gram of what it contracts, None rounds to nearest."""
-    width = value.shape[-1] if leaf.contract == "last" else int(np.prod(value.shape[:-1]))
-    rows = value.reshape(-1, width) if leaf.contract == "last" else value.reshape(width, -1).T
-    codes, scale = _quantize_rows(rows, hessian, options, group)
-    return from_codes(codes, scale, bits=options.bits, group=group, contract=str(leaf.contract), shape=value.shape)
+    """The packed half of `pack_leaf`."""
+    return pack_leaf(leaf, value, hessian, options, group).weight
 
 
-def quantize_together(
+def pack_together(
     values: Mapping[str, Float[Array, "..."]], hessian: Array | None, options: Options, group: int
-) -> dict[str, QuantizedArray]:
+) -> dict[str, Packed]:
     """Pack matrices that contract the same input as their last dimension: one Hessian, one factorization for all."""
     flat = {name: value.reshape(-1, value.shape[-1]) for name, value in values.items()}
-    codes, scale = _quantize_rows(jnp.concatenate(list(flat.values())), hessian, options, group)
+    found = _quantize_rows(jnp.concatenate(list(flat.values())), hessian, options, group)
     ends = np.cumsum([len(rows) for rows in flat.values()])[:-1]
-    parts = zip(values.items(), jnp.split(codes, ends), jnp.split(scale, ends), strict=True)
-    return {
-        name: from_codes(code, scales, bits=options.bits, group=group, contract="last", shape=value.shape)
-        for (name, value), code, scales in parts
-    }
+    done = {}
+    for (name, value), codes, scales, places in zip(values.items(), *(jnp.split(x, ends) for x in found), strict=True):
+        shape = value.shape
+        weight = from_codes(codes, scales, bits=options.bits, group=group, contract="last", shape=shape)
+        done[name] = Packed(weight, places.reshape(shape))
+    return done
 
 
 class Finisher:
@@ -168,6 +186,7 @@ class Finisher:
         """x, teacher: batches [b, t, h]; keep: per batch, kept sizes per layer (with `teacher`, for the refit)."""
         self.config, self.options, self.groups, self.dtype = config, options, groups, dtype
         self.x, self.teacher, self.keep = x, teacher, keep
+        self.positions: dict[str, dict[str, Array]] = {}
 
     def _keep(self, batch: int, layer: int) -> Keep | None:
         return self.keep[batch][layer] if self.keep is not None else None
@@ -186,7 +205,11 @@ class Finisher:
             self.teacher = [advance(self.config, kind, original, t, None) for t in self.teacher]
 
     def layer(self, i: int, layer: Mapping[str, Block]) -> dict[str, dict[str, Any]]:
-        """Finish layer i (dense, sorted, rotated, float32) and move the streams past it."""
+        """Finish layer i (dense, sorted, rotated, float32) and move the streams past it.
+
+        `positions` then holds where its packed leaves lay before they were rounded, {kind: {leaf: steps}}.
+        """
+        self.positions = {kind: {} for kind in self.config.pattern[i]}
         return {kind: self._block(i, kind, layer[kind]) for kind in self.config.pattern[i]}
 
     def _block(self, i: int, kind: str, original: Block) -> dict[str, Any]:
@@ -196,13 +219,16 @@ class Finisher:
         done: dict[str, Any] = {}
         working = dict(original)
 
-        def settle(name: str, value: QuantizedArray | np.ndarray) -> None:
-            done[name], working[name] = value, dense(value)
+        def settle(name: str, value: Packed | np.ndarray) -> None:
+            if isinstance(value, Packed):
+                self.positions[kind][name] = value.position
+            kept = value.weight if isinstance(value, Packed) else value
+            done[name], working[name] = kept, dense(kept)
 
         def output(name: str, value: Array, hessian: Array | None) -> None:
             leaf = leaves[name]
             if options.packed:
-                settle(name, quantize_leaf(leaf, value, hessian, options, self.groups[leaf.dims[0]]))
+                settle(name, pack_leaf(leaf, value, hessian, options, self.groups[leaf.dims[0]]))
             else:
                 settle(name, stored(leaf, value, self.dtype))
 
@@ -211,7 +237,7 @@ class Finisher:
             hessian = total(read_gram(config, kind, original, x) for x in self.x) / tokens
         reading = {name: original[name] for name, leaf in leaves.items() if options.packed and leaf.contract == "last"}
         if reading:
-            for name, value in quantize_together(reading, hessian, options, self.groups["embed"]).items():
+            for name, value in pack_together(reading, hessian, options, self.groups["embed"]).items():
                 settle(name, value)
         for name, leaf in leaves.items():
             if leaf.contract != "first" and name not in reading:

@@ -20,12 +20,13 @@ from jaxtyping import Array, Int
 
 import uniql_jax
 from train import recover as recovery
-from train.lora import merge_layer
+from train.lora import merge_layer, packed_layer
 from uniql_jax import elastic
 from uniql_jax.checkpoint import CheckpointWriter, packed, reachable_bias, stored
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.files import check_space
+from uniql_jax.int4 import QuantizedArray, dense
 from uniql_jax.model import embed
 from uniql_jax.passes.contract import Progress, Recovery, Report, Source
 from uniql_jax.passes.estimate import disk_bytes, stream_bytes
@@ -35,6 +36,7 @@ from uniql_jax.passes.sorting import final_gram, layer_forward, layer_statistics
 from uniql_jax.passes.work import LayerStore, StreamStore, flatten, unflatten
 from uniql_jax.plan import make_plan
 from uniql_jax.quantize.rotation import orthogonal, rotate_block, rotate_top
+from uniql_jax.rounded import from_quantized
 
 
 def compress(
@@ -69,16 +71,19 @@ def compress(
     with jax.default_matmul_precision("highest"):
         run = _Run(source, folder, tokens, options, progress, memo)
         run.sort()
+        told = dict(provenance or {})
         gained = run.recover(recover) if recover is not None else None
-        run.finish()
-        size = run.assemble(dict(provenance or {}) | ({"recovery": _told(gained)} if gained else {}))
+        run.finish(positions=recover is not None and recover.tuning is not None)
+        tuned = run.tune(recover) if recover is not None and recover.tuning is not None else None
+        told |= {name: _told(found) for name, found in (("recovery", gained), ("tuning", tuned)) if found}
+        size = run.assemble(told)
     old = target.with_name(f"{target.name}.partial-old")
     if target.exists():
         target.rename(old)
     (folder / "checkpoint").rename(target)
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
-    return Report(run.plan, tuple(run.influence), size, gained)
+    return Report(run.plan, tuple(run.influence), size, gained, tuned)
 
 
 def _told(gained: recovery.Result) -> dict[str, Any]:
@@ -147,6 +152,8 @@ class _Run:
         self.sorted = LayerStore(folder / "sorted")
         self.recovered = LayerStore(folder / "recovered")
         self.done = LayerStore(folder / "done")
+        self.positions = LayerStore(folder / "positions")
+        self.tuned = LayerStore(folder / "tuned")
         needed = stream_bytes(self.config, tokens.size)
         self.streams = StreamStore(folder / "streams", needed, options.stream_memory)
         self.groups = dict(groups(self.config))
@@ -269,6 +276,38 @@ class _Run:
             self.recovered.save(_name(i), flatten(merge_layer(i, layer, factors, wanted.options.alpha)))
         return result
 
+    def tune(self, wanted: Recovery) -> recovery.Result:
+        """Train further with every weight rounded to its stored grid, from the integers that `finish` left; those that
+        come of it take their place. The original, unpruned and dense, is the teacher.
+        """
+        options, count = wanted.tuning, len(self.config.pattern)
+        if options is None or not self.options.packed:
+            raise ValueError("only a packed model is tuned, with settings of its own")
+        layers = [self._trainable(i) for i in range(count)]
+        teacher = None
+        if options.distill:
+            teacher = [jax.device_get(self._layer(i, self.sorted)) for i in range(count)], jax.device_get(self.top)
+        top = {name: np.asarray(dense(value)) for name, value in self._stored_top().items()}
+        result = recovery.train(
+            self.config, layers, top, self.plan, wanted.learnt, wanted.judged, options, self.folder / "tune",
+            lambda steps: self.progress(steps, "tune"), teacher=teacher,
+        )  # fmt: skip
+        factors = jax.device_get(result.factors)
+        for i, layer in enumerate(layers):
+            self.tuned.save(_name(i), flatten(packed_layer(self.config, i, layer, factors, options.alpha)))
+        return result
+
+    def _trainable(self, i: int) -> dict[str, dict[str, Any]]:
+        """A finished layer with its packed leaves as RoundedArrays."""
+        places = self.positions.load(_name(i))
+        return {
+            kind: {
+                name: from_quantized(value, places[f"{kind}.{name}"]) if isinstance(value, QuantizedArray) else value
+                for name, value in block.items()
+            }
+            for kind, block in self._stored_layer(i, self.done).items()
+        }
+
     def _finish_top(self, q: Array | None) -> dict[str, Any]:
         """Embedding, norm and head as they will be stored."""
         options = self.options
@@ -295,8 +334,8 @@ class _Run:
             out["embed"] = quantize_leaf(elastic.TOP["embed"], top["embed"], mixed, options, group)
         return out
 
-    def finish(self) -> None:
-        """Bring every layer into its stored form."""
+    def finish(self, positions: bool = False) -> None:
+        """Bring every layer into its stored form; `positions` keeps what was rounded as well, for `tune`."""
         options = self.options
         refitting = options.refit is not None
         rotating = options.packed and options.rotate
@@ -323,10 +362,13 @@ class _Run:
                 layer = {kind: rotate_block(kind, block, q) for kind, block in layer.items()}
             if self.done.has(name):
                 if streaming:
-                    finisher.replay(i, self._stored_layer(i), layer)
+                    finisher.replay(i, self._stored_layer(i, self.done), layer)
                 continue
             if streaming:
-                self.done.save(name, flatten(finisher.layer(i, layer)))
+                finished = finisher.layer(i, layer)
+                if positions:
+                    self.positions.save(name, flatten(finisher.positions))
+                self.done.save(name, flatten(finished))
             else:
                 dtype = matrix_dtype(options)
                 finished = {
@@ -336,11 +378,11 @@ class _Run:
                 finished = {kind: reachable_bias(self.config, kind, block) for kind, block in finished.items()}
                 self.done.save(name, flatten(finished))
 
-    def _stored_layer(self, i: int) -> dict[str, dict[str, Any]]:
-        """A finished layer in its stored form."""
+    def _stored_layer(self, i: int, store: LayerStore | None = None) -> dict[str, dict[str, Any]]:
+        """A finished layer in its stored form, tuned where that was asked."""
+        store = store or (self.tuned if self.tuned.has(_name(i)) else self.done)
         return {
-            kind: self._restore(block, elastic.BLOCKS[kind])
-            for kind, block in unflatten(self.done.load(_name(i))).items()
+            kind: self._restore(block, elastic.BLOCKS[kind]) for kind, block in unflatten(store.load(_name(i))).items()
         }
 
     def _stored_top(self) -> dict[str, Any]:

@@ -78,7 +78,6 @@ def round_to(
     return jnp.clip(jnp.round(weight * inverse), low, high)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group", "search", "propagate"))
 def quantize(
     weight: Float[Array, "rows width"],
     hessian: Float[Array, "width width"] | None = None,
@@ -94,6 +93,22 @@ def quantize(
     hessian: mean outer product of those inputs, float32; None means plain rounding. search=False takes max-abs
     scales, propagate=False rounds without carrying errors over (both baselines). A last group may be short.
     """
+    options = dict(bits=bits, group=group, search=search, propagate=propagate)
+    return quantize_and_keep(weight, hessian, **options, damping=damping)[:2]
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "group", "search", "propagate"))
+def quantize_and_keep(
+    weight: Float[Array, "rows width"],
+    hessian: Float[Array, "width width"] | None = None,
+    *,
+    bits: int,
+    group: int,
+    search: bool = True,
+    propagate: bool = True,
+    damping: float | Float[Array, ""] = 0.01,
+) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"]]:
+    """`quantize`, and beside it what was rounded, float32: the weight with all errors that were carried to it."""
     low, high = limits(bits)
     rows, width = weight.shape
     groups = -(-width // group)
@@ -109,19 +124,19 @@ def quantize(
         factor = inverse_factor(hessian, damping) if propagate else None
     later = jnp.arange(groups * group)
 
-    def one_group(g: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        columns, codes, scales = state
+    def one_group(g: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        columns, codes, scales, rounded = state
         start = g * group
         block = jax.lax.dynamic_slice(columns, (start, 0), (group, rows))
         scale = search_scale(block, jax.lax.dynamic_slice(importance, (start,), (group,)), bits, search)
         if factor is None:
-            quantized = round_to(block, scale, low, high)
+            quantized, before = round_to(block, scale, low, high), block
         else:
             stripe = jax.lax.dynamic_slice(factor, (start, 0), (group, groups * group))
             square = jax.lax.dynamic_slice(stripe, (0, start), (group, group))
 
-            def one_column(j: Array, inner: tuple[Array, Array]) -> tuple[Array, Array]:
-                block, quantized = inner
+            def one_column(j: Array, inner: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+                block, quantized, before = inner
                 column = jax.lax.dynamic_slice_in_dim(block, j, 1)
                 integer = round_to(column, scale, low, high)
                 row = jax.lax.dynamic_slice_in_dim(square, j, 1)[0]
@@ -129,17 +144,21 @@ def quantize(
                 # What was settled stays; row j itself keeps its error, which the later groups need.
                 settled = jnp.arange(group)[:, None]
                 block = jnp.where(settled > j, block - row[:, None] * error, jnp.where(settled == j, error, block))
-                return block, jax.lax.dynamic_update_slice_in_dim(quantized, integer, j, 0)
+                before = jax.lax.dynamic_update_slice_in_dim(before, column, j, 0)
+                return block, jax.lax.dynamic_update_slice_in_dim(quantized, integer, j, 0), before
 
-            errors, quantized = jax.lax.fori_loop(0, group, one_column, (block, jnp.zeros_like(block)))
+            start_of_loop = (block, jnp.zeros_like(block), jnp.zeros_like(block))
+            errors, quantized, before = jax.lax.fori_loop(0, group, one_column, start_of_loop)
             columns = columns - jnp.where(later >= start + group, stripe, 0.0).T @ errors
         return (
             columns,
             jax.lax.dynamic_update_slice(codes, quantized.astype(jnp.int8), (start, 0)),
             jax.lax.dynamic_update_slice(scales, scale[None], (g, 0)),
+            jax.lax.dynamic_update_slice(rounded, before, (start, 0)),
         )
 
     codes = jnp.zeros((groups * group, rows), jnp.int8)
     scales = jnp.zeros((groups, rows), jnp.float32)
-    _, codes, scales = jax.lax.fori_loop(0, groups, one_group, (columns, codes, scales))
-    return codes[:width].T, scales.T.astype(jnp.bfloat16)
+    begin = (columns, codes, scales, jnp.zeros_like(columns))
+    _, codes, scales, rounded = jax.lax.fori_loop(0, groups, one_group, begin)
+    return codes[:width].T, scales.T.astype(jnp.bfloat16), rounded[:width].T

@@ -1,0 +1,118 @@
+"""Weights that train as they will be stored: they begin with the stored integers, and end as what is stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uniql_jax import elastic
+from uniql_jax.layers.linear import apply_columns, apply_rows
+from uniql_jax.passes.finishing import pack_leaf, pack_together
+from uniql_jax.passes.options import Options
+from uniql_jax.quantize.gptq import limits, quantize_and_keep
+from uniql_jax.rounded import RoundedArray, codes_of, from_quantized, position
+
+LAST = elastic.Leaf(("ffn", "head", "embed"), "last")
+FIRST = elastic.Leaf(("vo", "head", "embed"), "first")
+SHAPES = {"last": (10, 3, 88), "first": (24, 4, 20)}
+CASES = list(itertools.product(("last", "first"), (4, 8)))
+GROUPS = {"last": 32, "first": 48}  # 88 is no multiple of 32: a last group is short
+
+
+def trained(contract: str, bits: int, rng: np.random.Generator, rank: int = 3, size: float = 0.05) -> RoundedArray:
+    """A weight that GPTQ rounded, with factors that move many of its integers."""
+    shape = SHAPES[contract]
+    value = rng.standard_normal(shape).astype(np.float32)
+    width = shape[-1] if contract == "last" else shape[0] * shape[1]
+    x = rng.standard_normal((3 * width, width)).astype(np.float32)
+    leaf = LAST if contract == "last" else FIRST
+    found = pack_leaf(leaf, jnp.asarray(value), jnp.asarray(x.T @ x), Options(bits=bits), GROUPS[contract])
+    weight = from_quantized(found.weight, found.position)
+    left = jnp.asarray(size * rng.standard_normal((*shape[:-1], rank)), jnp.float32)
+    right = jnp.asarray(rng.standard_normal((rank, shape[-1])), jnp.float32)
+    return dataclasses.replace(weight, left=left, right=right, scale=2.0)
+
+
+@pytest.mark.parametrize(("contract", "bits"), CASES)
+def test_it_begins_with_the_integers_of_gptq(contract: str, bits: int, rng: np.random.Generator) -> None:
+    weight = dataclasses.replace(trained(contract, bits, rng), left=None, right=None)
+    stored = weight.quantized()
+    np.testing.assert_array_equal(np.asarray(weight.codes()), np.asarray(codes_of(stored)))
+    np.testing.assert_array_equal(np.asarray(weight.value()), np.asarray(stored.dequantize()))
+    moved = np.asarray(weight.position, np.float32) - np.asarray(weight.codes())
+    assert 0.1 < np.abs(moved).mean() < 0.4  # spread between integers, as what was rounded is
+
+
+@pytest.mark.parametrize(("contract", "bits"), CASES)
+def test_it_ends_as_what_is_stored(contract: str, bits: int, rng: np.random.Generator) -> None:
+    weight = trained(contract, bits, rng)
+    stored = weight.quantized()
+    np.testing.assert_array_equal(np.asarray(weight.value()), np.asarray(stored.dequantize()))
+    still = dataclasses.replace(weight, left=None, right=None)
+    changed = np.asarray(weight.codes() != still.codes()).mean()
+    assert changed > 0.02
+    low, high = limits(bits)
+    assert np.asarray(weight.codes()).min() >= low
+    assert np.asarray(weight.codes()).max() <= high
+    # the products that layers take are those of the stored weight
+    x = jnp.asarray(rng.standard_normal((5, weight.shape[-1])), jnp.float32)
+    if contract == "first":
+        x = jnp.asarray(rng.standard_normal((5, *weight.shape[:-1])), jnp.float32)
+    apply = apply_rows if contract == "last" else apply_columns
+    np.testing.assert_allclose(apply(x, weight), apply(x, stored.dequantize()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("contract", ["last", "first"])
+def test_gradients_pass_through_the_rounding(contract: str, rng: np.random.Generator) -> None:
+    weight = trained(contract, 4, rng)
+    cotangent = jnp.asarray(rng.standard_normal(weight.shape), jnp.float32)
+    _, pull = jax.vjp(lambda left, right: dataclasses.replace(weight, left=left, right=right).value(),
+                      weight.left, weight.right)  # fmt: skip
+    low, high = limits(4)
+    update = np.asarray(weight.scale * (weight.left @ weight.right))
+    steps = np.repeat(np.asarray(weight.step, np.float32), weight.group, axis=-1 if contract == "last" else 0)
+    steps = steps[..., : weight.shape[-1]] if contract == "last" else steps[:96].reshape(weight.shape)
+    places = np.asarray(weight.position, np.float32) + update / steps
+    inside = (places > low - 0.5) & (places < high + 0.5)
+    assert 0.5 < inside.mean() < 1.0
+    through = np.where(inside, np.asarray(cotangent), 0.0) * weight.scale
+    left, right = pull(cotangent)
+    np.testing.assert_allclose(left, through @ np.asarray(weight.right).T, rtol=1e-4, atol=1e-4)
+    flat = through.reshape(-1, through.shape[-1])
+    expected = np.asarray(weight.left).reshape(-1, 3).T @ flat
+    np.testing.assert_allclose(right, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_rounded_rounds_to_the_integers(rng: np.random.Generator) -> None:
+    """GPTQ's integers are the nearest ones of what it rounded, errors of earlier columns included."""
+    value = jnp.asarray(rng.standard_normal((12, 80)), jnp.float32)
+    x = rng.standard_normal((300, 80)) @ rng.standard_normal((80, 80))
+    codes, scale, rounded = quantize_and_keep(value, jnp.asarray(x.T @ x, jnp.float32), bits=4, group=32)
+    wide = jnp.repeat(scale.astype(jnp.float32), 32, axis=1)[:, :80]
+    np.testing.assert_array_equal(codes, np.clip(np.round(np.asarray(rounded) / np.asarray(wide)), *limits(4)))
+    assert not np.allclose(rounded, value, atol=1e-3)
+    places = np.asarray(position(rounded, codes, scale, 32), np.float32)
+    np.testing.assert_array_equal(np.round(places), codes)
+
+
+def test_a_group_of_zeros_stays_zero() -> None:
+    codes, scale, rounded = quantize_and_keep(jnp.zeros((4, 32)), None, bits=4, group=32)
+    weight = RoundedArray(position(rounded, codes, scale, 32), scale, jnp.ones((4, 1)), jnp.ones((1, 32)), group=32)
+    assert not np.asarray(weight.value()).any()
+    gradient = jax.grad(lambda left: dataclasses.replace(weight, left=left).value().sum())(weight.left)
+    assert np.isfinite(gradient).all()
+
+
+def test_matrices_packed_together_are_those_packed_alone(rng: np.random.Generator) -> None:
+    values = {name: jnp.asarray(rng.standard_normal((6, 2, 64)), jnp.float32) for name in ("q", "k")}
+    x = jnp.asarray(rng.standard_normal((200, 64)), jnp.float32)
+    together = pack_together(values, x.T @ x, Options(), 32)
+    for name, value in values.items():
+        alone = pack_leaf(LAST, value, x.T @ x, Options(), 32)
+        np.testing.assert_array_equal(together[name].weight.data, alone.weight.data)
+        np.testing.assert_array_equal(together[name].position, alone.position)
