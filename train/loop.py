@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from train import lora, stack
 from train.examples import Examples
+from train.lazy import scale_by_lazy_adam
 from train.lora import Factors
 from train.losses import head_losses
 from train.rates import JUDGED
@@ -83,9 +84,13 @@ def schedule(options: Options, steps: int) -> optax.Schedule:
 
 
 def optimizer(options: Options, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW."""
-    adam = optax.adamw(schedule(options, steps), weight_decay=options.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(options.clip), adam)
+    """Clipping by the global norm, then AdamW that leaves alone what a step did not see."""
+    return optax.chain(
+        optax.clip_by_global_norm(options.clip),
+        scale_by_lazy_adam(),
+        optax.add_decayed_weights(options.weight_decay),
+        optax.scale_by_learning_rate(schedule(options, steps)),
+    )
 
 
 def data_mesh(rows: int) -> Mesh:

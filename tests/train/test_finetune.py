@@ -104,7 +104,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         ("from 2 to 256", ("--ckpt", ckpt, *tail, "--length", "1000")),
         ("does not divide", ("--ckpt", ckpt, *tail, "--batch", "4", "--accumulate", "3")),
         ("exists", ("--ckpt", ckpt, "--out", ckpt, "--data", text)),
-        ("invalid choice", ("--ckpt", ckpt, *tail, "--rates", "sometimes")),
+        ("distribution of rates", ("--ckpt", ckpt, *tail, "--rates", "sometimes")),
     ]
     for message, argv in cases:
         assert _run(*argv) == 2, message

@@ -1,0 +1,51 @@
+"""Adam for weights of which a step may see only a part: what it did not see neither moves nor ages.
+
+A step at a high prune rate gives no gradient to what it cuts. Plain Adam then lets old momentum go on and divides by a
+variance that faded meanwhile, so that what only rate 0 keeps jumps by several learning rates whenever it is seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+
+class LazyAdamState(NamedTuple):
+    """Per entry: how many steps saw it, int32, and the means of its gradient and of the gradient's square."""
+
+    seen: Any
+    mu: Any
+    nu: Any
+
+
+def scale_by_lazy_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` with a clock of its own for every entry, which stands still where the gradient is zero.
+
+    Where no gradient is zero the two are the same.
+    """
+
+    def init(params: Any) -> LazyAdamState:
+        seen = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.int32), params)
+        # buffers of their own, since a step takes them over
+        return LazyAdamState(seen, jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
+
+    def one(g: Array, seen: Array, mu: Array, nu: Array) -> tuple[Array, Array, Array, Array]:
+        now = g != 0
+        seen = seen + now
+        mu = jnp.where(now, b1 * mu + (1 - b1) * g, mu)
+        nu = jnp.where(now, b2 * nu + (1 - b2) * g * g, nu)
+        clock = jnp.maximum(seen, 1).astype(g.dtype)
+        step = (mu / (1 - b1**clock)) / (jnp.sqrt(nu / (1 - b2**clock)) + eps)
+        return jnp.where(now, step, 0.0), seen, mu, nu
+
+    def update(updates: Any, state: LazyAdamState, params: Any = None) -> tuple[Any, LazyAdamState]:
+        del params
+        found = jax.tree.map(one, updates, state.seen, state.mu, state.nu)
+        parts = [jax.tree.map(lambda _, four, i=i: four[i], updates, found) for i in range(4)]
+        return parts[0], LazyAdamState(*parts[1:])
+
+    return optax.GradientTransformation(init, update)
