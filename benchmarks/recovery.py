@@ -160,9 +160,9 @@ class Bench:
         self.original: dict[str, float] = {}
 
     def options_of(self, settings: dict[str, Any]) -> TrainOptions:
-        """The settings of a training; the update is as large at every rank."""
+        """The settings of a training."""
         options = dataclasses.replace(self.options, **settings)
-        return dataclasses.replace(options, alpha=2.0 * options.rank)
+        return dataclasses.replace(options, alpha=lora.alpha_of(options.rank))
 
     def layers_of(self, row: Row) -> tuple[Layers, dict[str, Any]]:
         """Trained layers of a row with LoRA merged, and what the training says of itself; each training runs once."""

@@ -134,7 +134,7 @@ def main() -> None:
     args = parser.parse_args()
     config = read_config(args.config)
     base = Options(
-        rank=args.rank, alpha=2.0 * args.rank, batch=args.batch, dropout=args.dropout, distill=args.distill,
+        rank=args.rank, alpha=lora.alpha_of(args.rank), batch=args.batch, dropout=args.dropout, distill=args.distill,
         compute="bfloat16", steps=1000,
     )  # fmt: skip
     flops = needed_flops(config, base, args.batch, args.length)

@@ -95,6 +95,8 @@ def test_without_a_tokenizer_text_is_refused(
         (("--mlp-score", "luck"), "luck"),
         (("--plan", "loss", "--uniform"), "not allowed"),
         (("--recover", "alpaca"), "alpaca"),
+        (("--recover-tune", "5"), "wants --recover"),
+        (("--recover", "alpaca", "--recover-tune", "5", "--bits", "16"), "4 or 8 bits"),
         (("--seed", "-1"), "at least 0"),
     ],
 )

@@ -210,7 +210,12 @@ def parser() -> cli.Parser:
     add("--compute", choices=("float32", "bfloat16"), help="activations and frozen weights (default: bfloat16 on GPUs)")
     add("--lr", type=cli.bounded_float(0), default=DEFAULTS.lr, metavar="X", help="highest learning rate")
     add("--rank", type=cli.positive_int, default=DEFAULTS.rank, metavar="N", help="of LoRA")
-    add("--alpha", type=cli.bounded_float(0), metavar="X", help="of LoRA (default: twice the rank)")
+    add(
+        "--alpha",
+        type=cli.bounded_float(0),
+        metavar="X",
+        help="of LoRA (default: 16 at rank 8, else as the rank's root)",
+    )
     add("--dropout", type=cli.bounded_float(0, 0.9), default=DEFAULTS.dropout, metavar="X", help="of LoRA's input")
     add("--rates", type=_distribution, default=DEFAULTS.rates, metavar="HOW", help=(
         "how prune rates are drawn: uniform, sandwich (the ends oftener), low-kept-first, or low-kept-first:FALL; the "
@@ -226,8 +231,8 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if args.compute is None:
         args.compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if args.alpha is None:  # an update as large at every rank as the paper's 16 at rank 8
-        args.alpha = 2.0 * args.rank
+    if args.alpha is None:
+        args.alpha = lora.alpha_of(args.rank)
     chosen = {f.name: getattr(args, f.name) for f in dataclasses.fields(Options) if hasattr(args, f.name)}
     options = dataclasses.replace(DEFAULTS, **chosen)
     if options.batch % options.accumulate:

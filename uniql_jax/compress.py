@@ -21,6 +21,7 @@ from convert.source import Source, open_source
 from train import examples
 from train import recover as recovery
 from train.loop import Options as RecoveryOptions
+from train.lora import alpha_of
 from uniql_jax import cli, data
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.errors import UserError
@@ -368,7 +369,7 @@ def main(argv: list[str]) -> None:
         steps=args.recover_steps,
         lr=args.recover_lr,
         rank=args.recover_rank,
-        alpha=2.0 * args.recover_rank,  # an update as large at every rank
+        alpha=alpha_of(args.recover_rank),
         distill=args.recover_distill,
         compute="float32" if jax.default_backend() == "cpu" else "bfloat16",
         seed=args.seed,

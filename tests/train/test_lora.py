@@ -121,3 +121,21 @@ def test_dropout_spares_the_mean_and_the_frozen_path(rng: np.random.Generator) -
     (layer,) = lora.attach(layers, both, ALPHA, 0.25, jax.random.key(0))
     assert not np.array_equal(layer["mlp"]["up"].dropped(x), layer["mlp"]["gate"].dropped(x))
     assert layer["mlp"]["up"].scale == ALPHA / 2
+
+
+def test_alpha_is_the_papers_at_its_rank() -> None:
+    assert lora.alpha_of(8) == 16.0
+    assert lora.alpha_of(32) / 32 == pytest.approx(lora.alpha_of(8) / 8 / 2)  # four times the rank, half the scale
+
+
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_what_no_step_saw_stays_as_it_was(family: str, rng: np.random.Generator) -> None:
+    """From the first factors on, the shared factor may move as it will: the elastic one says what changes."""
+    model = cases.model(family, rng)
+    moved = {
+        name: pair | {"right": pair["right"] + jnp.asarray(rng.standard_normal(pair["right"].shape), jnp.float32)}
+        for name, pair in lora.initialize(model.config, 4, 0).items()
+    }
+    for i, layer in enumerate(model.params["layers"]):
+        merged = lora.merge_layer(i, layer, moved, 16.0)
+        jax.tree.map(np.testing.assert_array_equal, merged, jax.tree.map(np.asarray, layer))
