@@ -3,12 +3,14 @@ is installed), and RoPE against gathered tables and a copy, in one run; writes a
 
     python benchmarks/kernels.py --json benchmarks/results/kernels-h100.json
     python benchmarks/kernels.py --only 4096x28672 M=1 --quick
+    python benchmarks/kernels.py --kernels bf16 wgmma --only M=256 --json benchmarks/results/kernels-m256-h100.json
     python benchmarks/kernels.py --record RESULT.json --tune pallas_kernels/dequant_matmul/tuned
 
 A time is the median of several runs of one jit that holds a chain of calls over distinct weights (more than the caches
 hold), divided by their number; no profiler, so CUDA graphs are on. Kernels wait for the call before through an operand
-they do not read; what needs XLA beside the kernel, and bf16 itself, waits through a one-element addition, whose own
-chain is timed and taken off. Errors are relative, against float64 of the dequantized weights, on a sample of outputs.
+they do not read; what needs XLA beside the kernel, and bf16 itself, waits through an addition to x, whose own chain,
+over as large an x where that takes longer than a launch, is timed and taken off. Errors are relative, against float64
+of the dequantized weights, on a sample of outputs.
 
 Every variant is compiled and timed in a worker process, so that one that fails or crashes costs its own row.
 """
@@ -100,6 +102,8 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
             rows.append(make("mma", **settings))
             if tiles == "rows" and "t" in options:
                 rows.append(make("mma", **settings, scale_tiles=True))
+        if count >= 8:
+            rows += [make("wgmma", **cut) for cut in wgmma_cuts(k, n, count)]
         if count == 16:
             for join in (4, 8):
                 split = 8 if k > 8192 else 4 if narrow else 1
@@ -126,6 +130,7 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
             cut = dict(tile_n=tile_n, tile_m=tile_m, warps=warps, stages=stages, split=parts, join=join)
             rows.append(make("dot", **cut, **(dict(fold=True) if fold else {})))
         rows.append(task(k, n, count, "dot", tile_n=128, tile_m=tile_m, warps=8, stages=3, split=split, join=8))
+        rows += [make("wgmma", **cut) for cut in wgmma_cuts(k, n, count)]
         rows.append(make("dequantize"))
     else:
         # Up to 256 rows of x at once, so that a weight is unpacked once; registers then hold folded sums alone.
@@ -144,6 +149,7 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
                 rows.append(make("dot", **cut, fold=fold, rows_inner=True))
         for groups, warps in ((4, 4), (8, 4), (2, 2), (8, 8)):
             rows.append(make("dequantize", groups=groups, warps=warps))
+        rows += [make("wgmma", **cut) for cut in wgmma_cuts(k, n, count)]
         rows.append(make("unpack"))
         rows += [make("dense"), task(k, n, count, "dense")]
     plain = [task(k, n, count, "auto")] if count in (1, 64) else []
@@ -194,6 +200,36 @@ def few_rows_cuts(count: int, narrow: bool) -> list[Cut]:
     # fmt: on
 
 
+def wgmma_cuts(k: int, n: int, count: int) -> list[dict[str, int]]:
+    """Cuts of the wgmma kernel: the fastest so far, and what came close."""
+    if count > 512:
+        return [
+            dict(tile_m=256, cluster=2, x_slots=4, word_slots=4),
+            dict(tile_m=256, x_slots=4, word_slots=4),
+            dict(tile_m=256, cluster=2, x_slots=5, word_slots=3),
+        ]
+    narrow = n <= 8192
+    if count > 128:
+        split = 4 if n <= 4096 else 2 if narrow else 1
+        return [
+            dict(tile_m=256, split=split, x_slots=4, word_slots=4),
+            dict(tile_m=256, cluster=2, split=split, x_slots=4, word_slots=4),
+            dict(tile_m=128, split=2 if n <= 4096 else 1, x_slots=6, word_slots=6),
+        ]
+    split = 4 if n <= 4096 else 2 if narrow else 1
+    if count <= 32:  # a tile of x is little, so that most of the ring holds words
+        tile_m, parts = -(-count // 8) * 8, 2 * split if narrow else 2 if count <= 8 else 1
+        return [
+            dict(tile_m=tile_m, split=parts, x_slots=16, word_slots=14),
+            dict(tile_m=tile_m, split=2 * parts, x_slots=16, word_slots=14),
+            dict(tile_m=tile_m, split=parts, tall=2, x_slots=8, word_slots=7),
+        ]
+    tall = dict(tile_m=64, tall=2, split=2 * split if narrow else 1, x_slots=8, word_slots=4)
+    if count > 64:
+        return [dict(tile_m=128, split=split, x_slots=6, word_slots=6), tall]
+    return [dict(tile_m=64, split=split, x_slots=8, word_slots=8), tall]
+
+
 def plain_cut(count: int, narrow: bool) -> dict[str, Any]:
     """One cut that serves every layout, to compare them."""
     if count <= 8:
@@ -229,6 +265,8 @@ def odd_sizes() -> list[dict]:
             rows += [make(each, "auto") for each in (count, 40, 700)]
             if order:
                 rows.append(make(64, "dequantize"))
+                rows.append(make(100, "wgmma", tile_m=64, tall=2, split=3, x_slots=8))
+                rows.append(make(301, "wgmma", tile_m=256, cluster=2))
     rows = [row | {"check_only": True} for row in rows]
     return list({name(row): row for row in rows}.values())
 
@@ -265,15 +303,16 @@ def rope_rows() -> list[dict]:
 
 
 def probes() -> list[dict]:
-    """What a launch costs: chains of tiny dependent kernels, and of the addition that chains XLA's products; and
-    whether each kernel passes its self-check from inside a trace, as in a model.
+    """What a launch costs: chains of tiny dependent kernels, and of the addition that chains XLA's products (of a row,
+    and of x where it is large); and whether each kernel passes its self-check from inside a trace, as in a model.
     """
     blank = dict(k=0, n=0, count=0, group=0, contract="", settings={})
     checks = [(kernel, order) for kernel in ("mma", "dot") for order in ("rows", "groups", "last", "first")]
-    checks += [("dequantize", "rows"), ("dequantize", "groups")]
+    checks += [(kernel, order) for kernel in ("dequantize", "wgmma") for order in ("rows", "groups")]
+    large = [dict(rows=count, width=width) for count in (256, 2048) for width in sorted({k for k, _ in SHAPES})]
     return [
         blank | {"kernel": "launch: pallas"},
-        blank | {"kernel": "launch: xla add"},
+        *(blank | {"kernel": "launch: xla add", "settings": of} for of in ({}, *large)),
         *(blank | {"kernel": f"self-check: {' '.join(each)}", "check_only": True} for each in checks),
     ]
 
@@ -332,7 +371,7 @@ def multiply(row: dict, x: Any, data: Any, scale: Any, after: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.dequant_matmul import dequant_matmul, dequantize, dot, mma, pallas, plain
+    from pallas_kernels.dequant_matmul import dequant_matmul, dequantize, dot, mma, pallas, plain, wgmma
     from pallas_kernels.dequant_matmul.tiling import Weight
 
     k, n, group, contract = row["k"], row["n"], row["group"], row["contract"]
@@ -359,6 +398,9 @@ def multiply(row: dict, x: Any, data: Any, scale: Any, after: Any) -> Any:
     elif row["kernel"] == "dot":
         weight = Weight(order, n, k // group, group)
         parts = dot.product(x, data, scale, weight=weight, settings=dot.Settings(**settings))
+    elif row["kernel"] == "wgmma":
+        weight = Weight(order, n, k // group, group)
+        parts = wgmma.product(x, data, scale, weight=weight, settings=wgmma.Settings(**settings))
     elif row["kernel"] == "auto":
         run = functools.partial(dequant_matmul, bits=4, group=group, contract=contract, width=k, order=held)
         return run(x, data, scale, implementation="pallas")
@@ -613,7 +655,8 @@ def arguments(row: dict) -> tuple[Any, ...]:
     if row["kernel"] == "launch: pallas" or row["kernel"].startswith("self-check"):
         return jnp.zeros((128,), jnp.float32), None, None
     if row["kernel"] == "launch: xla add":
-        return jnp.zeros((1, 4096), jnp.bfloat16), None, None
+        of = dict(rows=1, width=4096) | row["settings"]
+        return jnp.zeros((of["rows"], of["width"]), jnp.bfloat16), None, None
     if is_rope(row):
         return rope_arguments(row["k"], row["n"], row["group"], row["count"])
     held = pool(row["k"], row["n"], row["group"], copies_of(row))
@@ -827,13 +870,17 @@ def torch_rows(seconds: float, report: Any) -> list[dict]:
 
 def summarize(rows: list[dict], bandwidth: float) -> list[str]:
     """Best variant of each shape and M beside bf16, fractions of the floor, and what failed."""
-    probe = {row["kernel"]: row.get("us") for row in rows if not row["k"]}
-    add = probe.get("launch: xla add") or 0.0
+    probe = [row for row in rows if not row["k"] and "us" in row]
+    adds = {tuple(row["settings"].values()): row["us"] for row in probe if row["kernel"] == "launch: xla add"}
     for row in rows:
         if "us" in row and row["k"]:
+            add = adds.get((row["count"], row["k"]), adds.get((), 0.0))
             row["net_us"] = row["us"] - (add if row.get("adds") else 0.0)
-    lines = [f"{kernel:24s} {us:6.2f} us" for kernel, us in probe.items() if us]
-    lines.append(f"copy                     {bandwidth / 1e12:6.2f} TB/s: the floor")
+    lines = []
+    for row in probe:
+        size = " x ".join(map(str, row["settings"].values()))
+        lines.append(f"{row['kernel']} {size}".ljust(30) + f"{row['us']:7.2f} us")
+    lines.append(f"{'copy':30s}{bandwidth / 1e12:7.2f} TB/s: the floor")
     timed = [row for row in rows if "net_us" in row]
     lines.append("K x N            M   bf16 us  best us  times  floor%  contract order  best variant")
     for key in dict.fromkeys((row["k"], row["n"], row["count"]) for row in timed if not is_rope(row)):
@@ -872,7 +919,9 @@ def summarize(rows: list[dict], bandwidth: float) -> list[str]:
 
 
 def write_tuned(rows: list[dict], environment: dict, folder: Path) -> Path:
-    """The fastest right variant of each order, shape and M, as tuned.py reads it, and where it was measured."""
+    """The fastest right variant of each order, shape and M, as tuned.py reads it, and where it was measured; of wgmma,
+    which a GPU may lack, and of the others one each, the faster first.
+    """
     from pallas_kernels.dequant_matmul import tuned
 
     best: dict[Any, dict] = {}
@@ -880,10 +929,11 @@ def write_tuned(rows: list[dict], environment: dict, folder: Path) -> Path:
         # What was given x in a form that the product does not get it in says nothing about the product.
         if row["kernel"] in tuned.SETTINGS and not {"wide", "scale_tiles"} & set(row["settings"]):
             key = row["settings"].get("order", row["contract"]), row["k"], row["n"], row["count"]
+            key = *key, row["kernel"] == "wgmma"
             if "net_us" in row and row.get("error", 1) < 4e-3 and row["net_us"] < best.get(key, row)["net_us"] + 1e-9:
                 best[key] = row
     found = []
-    for (order, k, n, count), row in sorted(best.items()):
+    for (order, k, n, count, _), row in sorted(best.items(), key=lambda item: (*item[0][:4], item[1]["net_us"])):
         settings = {key: value for key, value in row["settings"].items() if key != "order"}
         us = round(row["net_us"], 2)
         found.append(dict(order=order, k=k, n=n, count=count, kernel=row["kernel"], settings=settings, us=us))
@@ -901,6 +951,7 @@ def main() -> None:
     """Parse, run, print the table last, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="rows whose name has each of these words")
+    parser.add_argument("--kernels", nargs="+", default=[], help="rows of these kernels alone: bf16, wgmma, auto, ...")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tune", type=Path, metavar="FOLDER", help="write the table of fastest variants here")
@@ -925,6 +976,7 @@ def main() -> None:
         for k, n in SHAPES:
             tasks += baselines(k, n, count) + candidates(k, n, count)
     tasks = [row for row in tasks if not row["k"] or all(word in name(row).split(" ") for word in args.only)]
+    tasks = [row for row in tasks if not row["k"] or not args.kernels or row["kernel"] in args.kernels]
     print(f"{len(tasks)} rows", flush=True)
 
     def report(row: dict) -> None:
@@ -935,7 +987,7 @@ def main() -> None:
 
     deadline = time.time() + 60 * args.minutes
     rows, environment = supervise(tasks, args.quick, deadline, report)
-    if not args.only and time.time() < deadline:
+    if not (args.only or args.kernels) and time.time() < deadline:
         rows += torch_rows(deadline - time.time(), report)
     table = summarize(rows, environment.get("copy_bytes_per_s", BANDWIDTH))
     environment["command"] = " ".join(["python", *(Path(word).name if "/" in word else word for word in sys.argv)])

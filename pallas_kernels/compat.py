@@ -1,6 +1,7 @@
 """Every Pallas import in one place, for JAX 0.10 to 0.12.
 
-The Triton backend is deprecated since 0.11 and will go; a CPU-only build may lack Mosaic GPU.
+The Triton backend is deprecated since 0.11 and will go; a CPU-only build may lack Mosaic GPU, and what stands below it
+(its arrays of registers, MLIR's dialects) is no public interface.
 """
 
 from __future__ import annotations
@@ -17,28 +18,44 @@ from jaxtyping import Array
 
 plgpu: ModuleType | None
 """Pallas's Triton backend, or None where JAX has none."""
-mosaic_gpu: ModuleType | None
-"""Pallas's Mosaic GPU backend, or None where JAX has none."""
+mosaic_gpu: Any
+"""Pallas's Mosaic GPU backend, or None where JAX has none; so with the next five."""
+mosaic: Any
+"""What Mosaic GPU gives to a kernel that works on its own registers."""
+ir: Any
+arith: Any
+llvm: Any
+vector: Any
+"""MLIR and its dialects, for the same kernels."""
 
 try:
     from jax.experimental.pallas import triton as plgpu
 except ImportError:
     plgpu = None
 try:
+    from jax.experimental.mosaic import gpu as mosaic
     from jax.experimental.pallas import mosaic_gpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, vector
 except ImportError:
-    mosaic_gpu = None
+    mosaic_gpu = mosaic = ir = arith = llvm = vector = None
 
 T = TypeVar("T")
 
 __all__ = [
     "ampere",
+    "arith",
     "barrier",
     "call",
     "capability",
+    "cores",
     "count",
+    "hopper",
     "interpreted",
+    "ir",
+    "llvm",
     "load",
+    "mosaic",
     "mosaic_gpu",
     "outside_traces",
     "pl",
@@ -47,6 +64,7 @@ __all__ = [
     "store",
     "stream",
     "triton",
+    "vector",
 ]
 
 
@@ -71,6 +89,16 @@ def capability() -> float:
 def ampere() -> bool:
     """Whether the device is an NVIDIA GPU with bf16 tensor cores: compute capability 8.0 or newer."""
     return capability() >= 8.0
+
+
+def hopper() -> bool:
+    """Whether the device has wgmma, which only Hopper does: compute capability 9."""
+    return int(capability()) == 9
+
+
+def cores() -> int:
+    """Multiprocessors of the device; an H100's where it does not say."""
+    return getattr(jax.devices()[0], "core_count", 132)
 
 
 def roomy() -> bool:

@@ -208,8 +208,7 @@ def test_kernel_lowers_for_nvidia_gpus(
     case = random_case(rng, 100, 432, 144, bits=bits, contract=contract)
     for count, dtype in ((1, "bfloat16"), (40, "float32")):
         call = jax.jit(lambda x, d, s: dequant_matmul(x, d, s, implementation="pallas", **case.options))
+        x = inputs(rng, (count, 432), dtype)
         with nvidia():
-            lowered = call.trace(inputs(rng, (count, 432), dtype), case.data, case.scale).lower(
-                lowering_platforms=("cuda",)
-            )
+            lowered = call.trace(x, case.data, case.scale).lower(lowering_platforms=("cuda",))
         assert "triton" in lowered.as_text()

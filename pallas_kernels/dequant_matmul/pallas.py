@@ -1,7 +1,8 @@
 """The GPU's product: picks the kernel for this weight and number of rows, and gives all of them one gradient.
 
-bf16 rows times 4 bits go to mma.py, dot.py or, from some hundreds of rows, to XLA over a weight dequantized once
-(tuned.py decides, selfcheck.py may overrule it); every other dtype, 8 bits and odd groups to plain.py.
+bf16 rows times 4 bits go to mma.py, dot.py or wgmma.py or, from some hundreds of rows where there is no wgmma, to XLA
+over a weight dequantized once (tuned.py decides, selfcheck.py may overrule it); every other dtype, 8 bits and odd
+groups to plain.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, packing
-from pallas_kernels.dequant_matmul import dequantize, dot, mma, plain, reference, selfcheck, tiling, tuned
+from pallas_kernels.dequant_matmul import dequantize, dot, mma, plain, reference, selfcheck, tiling, tuned, wgmma
 from pallas_kernels.dequant_matmul.plain import Weight
 from pallas_kernels.dequant_matmul.tiling import Weight as Tiled
 
@@ -54,15 +55,15 @@ def _choose(x: Array, scale: Array, weight: Weight) -> tuple[Tiled, tuned.Choice
     axis = 1 if weight.contract == "last" else 0
     order = weight.contract if weight.order == "plain" else weight.order
     tiled = Tiled(order, scale.shape[1 - axis], scale.shape[axis], weight.group)
-    choice = tuned.choose(tiled, x.shape[0])
+    choices = tuned.choices(tiled, x.shape[0])
     if jax.default_backend() != "gpu":
-        return tiled, choice
+        return tiled, choices[0]
     # What a kernel was seen to get wrong goes to the next more general one; the last is XLA's alone.
-    for each in (choice, tuned.by_rule(tiled, max(x.shape[0], mma.MOST + 1))):
+    for choice in choices:
         try:
-            if each[0] != "dense":
-                selfcheck.verify(each[0], order)
-            return tiled, each
+            if choice[0] != "dense":
+                selfcheck.verify(choice[0], order)
+            return tiled, choice
         except NotImplementedError:
             continue
     return tiled, ("dense", {})
@@ -84,7 +85,7 @@ def _product(
         x = jnp.pad(x, ((0, 0), (0, padded - weight.width)))
     if kernel == "dequantize":
         return dequantize.product(x, data, scale, tiled, settings)
-    run = mma.product if kernel == "mma" else dot.product
+    run = {"mma": mma.product, "dot": dot.product, "wgmma": wgmma.product}[kernel]
     parts = run(x, data, scale, weight=tiled, settings=settings)
     return (parts[0] if parts.shape[0] == 1 else parts.sum(0)).astype(x.dtype)
 

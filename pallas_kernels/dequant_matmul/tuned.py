@@ -1,13 +1,15 @@
 """Which kernel runs a 4-bit product of bf16 rows, and how it is cut: a table per GPU, else a rule.
 
 `tuned/<gpu>.json` is what `benchmarks/kernels.py --tune` wrote: the fastest variant per order, shape and rows of x. A
-shape that is not in the table (a pruned one, say) takes the settings of the nearest that is.
+shape that is not in the table (a pruned one, say) takes the kernel of the nearest that is, and its settings, but for
+those of wgmma.py: how many programs they make is what counts, and that is known for any shape.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -17,7 +19,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import compat
-from pallas_kernels.dequant_matmul import dequantize, dot, mma
+from pallas_kernels.dequant_matmul import dequantize, dot, mma, wgmma
 from pallas_kernels.dequant_matmul.tiling import CONTRACTS, Weight
 
 FOLDER = Path(__file__).parent / "tuned"
@@ -25,6 +27,7 @@ FOLDER = Path(__file__).parent / "tuned"
 SETTINGS: dict[str, Any] = {
     "mma": mma.Settings,
     "dot": dot.Settings,
+    "wgmma": wgmma.Settings,
     "dequantize": dequantize.Settings,
     "dense": dict,
 }
@@ -33,6 +36,19 @@ SETTINGS: dict[str, Any] = {
 MOST_DOT = {"last": 256, "rows": 256, "first": 128, "groups": 128}
 """Rows of x up to which, by rule, unpacking in every tile of x beats dequantizing once. On an H100 `dot` won at 256 for
 "last" and lost for "first"; tiles, not measured there yet, take after the layout they come from."""
+
+FEW, SMALL = 64, 8192
+"""Rows of x up to which, by rule, a weight with a side above SMALL goes to `dot` on Hopper, too."""
+
+GROUP_US = {(256, 1): 1.32, (128, 1): 0.85, (64, 1): 0.6, (128, 2): 1.58, (64, 2): 1.0}
+"""Of wgmma: tile_m and tall -> microseconds of a group in a program. With the other three, fitted to the 38 times of
+benchmarks/results/kernels-wgmma-h100.json, each of which they give to 12 %."""
+TILE_US, LAUNCH_US = 0.84, 2.6
+"""Of a tile beside its groups, and of the launch."""
+PARTS_US = (2.3, 0.7)
+"""Of adding up parts: the launch, and each million numbers."""
+SLOTS = {(256, 1): (4, 4), (128, 1): (6, 6), (64, 1): (8, 8), (64, 2): (8, 4)}
+"""tile_m and tall -> x_slots and word_slots."""
 
 FAR = math.log(4)
 """A table's shape whose sides are further off than this factor, taken together, says nothing about another shape."""
@@ -55,22 +71,40 @@ def table(device_kind: str) -> list[dict[str, Any]]:
 
 def choose(weight: Weight, count: int, device_kind: str | None = None) -> Choice:
     """Kernel and settings for `count` rows of x. Raises NotImplementedError when no kernel here serves the weight."""
+    return choices(weight, count, device_kind)[0]
+
+
+def choices(weight: Weight, count: int, device_kind: str | None = None) -> list[Choice]:
+    """The same, and what to take in its stead where it turns out wrong, in that order."""
     rows = table(device_kind or jax.devices()[0].device_kind)
-    found = nearest(rows, weight, count) or by_rule(weight, count)
-    for kernel, settings in (found, by_rule(weight, max(count, mma.MOST + 1))):
-        try:
-            if kernel == "mma":
-                mma.supported(weight, settings, count)
-            elif kernel in ("dot", "dequantize"):
-                (dot if kernel == "dot" else dequantize).supported(weight)
-            return kernel, settings
-        except NotImplementedError:
-            continue
-    raise NotImplementedError(f"no kernel for {count} rows times {weight}")
+    found = [
+        nearest(rows, weight, count) or on_hopper(weight, count),
+        nearest([row for row in rows if row["kernel"] != "wgmma"], weight, count),
+        by_rule(weight, count),
+        by_rule(weight, max(count, mma.MOST + 1)),
+    ]
+    able = [choice for choice in found if choice is not None and _supported(choice, weight, count)]
+    if not able:
+        raise NotImplementedError(f"no kernel for {count} rows times {weight}")
+    return able
+
+
+def _supported(choice: Choice, weight: Weight, count: int) -> bool:
+    kernel, settings = choice
+    try:
+        if kernel == "mma":
+            mma.supported(weight, settings, count)
+        elif kernel == "wgmma":
+            wgmma.supported(weight, settings)
+        elif kernel in ("dot", "dequantize"):
+            (dot if kernel == "dot" else dequantize).supported(weight)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def nearest(rows: list[dict[str, Any]], weight: Weight, count: int) -> Choice | None:
-    """The row of the next larger M whose shape is nearest, or None."""
+    """The row of the next larger M whose shape is nearest, the first of several such, or None."""
     counts = sorted({row["count"] for row in rows if row["order"] == weight.order and row["count"] >= count})
     best: tuple[float, dict[str, Any]] | None = None
     for row in rows:
@@ -79,7 +113,45 @@ def nearest(rows: list[dict[str, Any]], weight: Weight, count: int) -> Choice | 
             off = abs(math.log(row["k"] / width)) + abs(math.log(row["n"] / weight.features))
             if off <= FAR and (best is None or off < best[0]):
                 best = off, row
-    return None if best is None else (best[1]["kernel"], SETTINGS[best[1]["kernel"]](**best[1]["settings"]))
+    if best is None:
+        return None
+    row = best[1]
+    settings = SETTINGS[row["kernel"]](**row["settings"])
+    if row["kernel"] == "wgmma":
+        measured = dataclasses.replace(weight, features=row["n"], groups=row["k"] // weight.group)
+        if wgmma.plan_of(row["count"], measured, settings) != wgmma.plan_of(count, weight, settings):
+            settings = hopper_cut(weight, count)
+    return row["kernel"], settings
+
+
+def on_hopper(weight: Weight, count: int) -> Choice | None:
+    """wgmma for so many rows that it served better than what `by_rule` says, on one Hopper GPU."""
+    few = mma.MOST if max(weight.features, weight.groups * weight.group) <= SMALL else FEW
+    return ("wgmma", hopper_cut(weight, count)) if count > few else None
+
+
+def hopper_cut(weight: Weight, count: int) -> wgmma.Settings:
+    """How wgmma should take the least time, by what its programs took on an H100."""
+
+    def settings(tile: tuple[int, int], split: int) -> wgmma.Settings:
+        (tile_m, tall), (x_slots, word_slots) = tile, SLOTS[tile]
+        # Clusters read x once for two programs: worth it where there is much of it.
+        cluster = 2 if tile_m == 256 and count >= 1024 else 1
+        return wgmma.Settings(tile_m, tall, x_slots, word_slots, split, cluster)
+
+    # Tiles of 64 rows were timed alone, not several of them, which read a weight as often.
+    tiles = [tile for tile in SLOTS if tile[0] > 64 or count <= 128]
+    splits = [split for split in (1, 2, 4, 8) if split <= weight.groups]
+    cuts = itertools.starmap(settings, itertools.product(tiles, splits))
+    return min(cuts, key=functools.partial(hopper_us, weight, count))
+
+
+def hopper_us(weight: Weight, count: int, cut: wgmma.Settings) -> float:
+    """Microseconds that wgmma takes on an H100, roughly."""
+    plan = wgmma.plan_of(count, weight, cut)
+    rounds = -(-plan.tiles * cut.split // plan.clusters)
+    parts = PARTS_US[0] + PARTS_US[1] * cut.split * count * weight.features / 1e6 if cut.split > 1 else 0.0
+    return LAUNCH_US + rounds * (plan.per_share * GROUP_US[cut.tile_m, cut.tall] + TILE_US) + parts
 
 
 def by_rule(weight: Weight, count: int) -> Choice:

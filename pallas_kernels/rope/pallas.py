@@ -106,10 +106,10 @@ def _kernel(*refs: Any, arrays: int, direction: int, tile: int, settings: Settin
     run = pl.program_id(0) * tile + jnp.arange(tile)
     inside = run < runs if runs % tile else None
     token, pair = jax.lax.div(run, pairs), jax.lax.rem(run, pairs)
-    position = _load(positions_ref, (token,), inside).astype(jnp.float32)
-    for x_ref, out_ref in zip(refs[2 : 2 + arrays], refs[2 + arrays :], strict=True):
+    held = []
+    # All that is to be turned is on its way before the first number is waited for.
+    for x_ref in refs[2 : 2 + arrays]:
         heads = x_ref.shape[1] // 2
-        share = heads // kv_heads
         axes = _axes(heads, kv_heads, settings.shared)
         outer = (slice(None), *(None,) * len(axes))
         numbers, masks = [], [None if inside is None else inside[outer]]  # the runs first, then the axes
@@ -119,15 +119,20 @@ def _kernel(*refs: Any, arrays: int, direction: int, tile: int, settings: Settin
             numbers.append(number)
             masks.append(number < size if pl.next_power_of_2(size) > size else None)
         head = numbers[0] if len(axes) == 1 else numbers[0] * axes[1] + numbers[1]
-        kv = numbers[0] if settings.shared else jax.lax.div(head, share)
-        of_kv = masks[:2] if settings.shared else masks
-        frequency = _load(inv_freq_ref, (pair[outer], kv), _both(*of_kv)).astype(jnp.float32)
+        kv = numbers[0] if settings.shared else jax.lax.div(head, heads // kv_heads)
+        of_kv, mask = _both(*(masks[:2] if settings.shared else masks)), _both(*masks)
+        first = _load(x_ref, (run[outer], head), mask)
+        second = _load(x_ref, (run[outer], heads + head), mask)
+        held.append((outer, head, kv, of_kv, mask, first, second))
+    position = _load(positions_ref, (token,), inside).astype(jnp.float32)
+    for out_ref, (outer, head, kv, of_kv, mask, first, second) in zip(refs[2 + arrays :], held, strict=True):
+        heads = out_ref.shape[1] // 2
+        frequency = _load(inv_freq_ref, (pair[outer], kv), of_kv).astype(jnp.float32)
         angle = position[outer] * frequency
         fast = settings.fast and not compat.interpreted()
         sin, cos = fast_sine_and_cosine(angle) if fast else (jnp.sin(angle), jnp.cos(angle))
-        sin, mask = direction * sin, _both(*masks)
-        first = _load(x_ref, (run[outer], head), mask).astype(jnp.float32)
-        second = _load(x_ref, (run[outer], heads + head), mask).astype(jnp.float32)
+        sin = direction * sin
+        first, second = first.astype(jnp.float32), second.astype(jnp.float32)
         _store(out_ref, (run[outer], head), first * cos - second * sin, mask)
         _store(out_ref, (run[outer], heads + head), second * cos + first * sin, mask)
 

@@ -1,0 +1,581 @@
+"""Many rows of x times a 4-bit weight on Hopper: unpacked weights are A of wgmma, from registers, and x its B.
+
+A program is three warpgroups: one copies x and packed words to shared memory (TMA, rings of slots, x to a whole cluster
+at once), two multiply, 64 rows of the weight at a time, with all of a tile of x. Weights become bf16, times their
+scale, while the tensor cores work on what the warpgroup gave them before.
+
+A tile of `tiling` is the fragment of one warp but for the order of its columns: thread t of a row holds word 4 i + t,
+eight neighbours, where wgmma wants pair t of each word. Either the four threads of a row exchange pairs (`exchange`),
+or x is permuted alike, outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import compat
+from pallas_kernels.compat import arith, ir, llvm, pl, vector
+from pallas_kernels.compat import mosaic as mgpu
+from pallas_kernels.compat import mosaic_gpu as plgpu
+from pallas_kernels.dequant_matmul import tiling
+from pallas_kernels.dequant_matmul.tiling import Weight
+
+CONSUMERS = 2
+"""Warpgroups that multiply."""
+HALF = 64
+"""Contracted weights of one batch of wgmma: half a group, and one 128-byte line of x."""
+BLOCK = 64
+"""Rows of a wgmma."""
+AHEAD = 2
+"""Groups whose scales are on their way to registers."""
+CHUNK = {2: 64, 4: 32}
+"""Bytes of an output element -> rows of y that are written at once, where there are so many: 8 KiB a warpgroup."""
+LEAST = {2: 16, 4: 8}
+"""Bytes of an output element -> rows of y that a store of all threads writes."""
+SHARED = 227 * 1024
+"""Bytes of shared memory that a program of Hopper may have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How the work is cut, and how far ahead it is loaded."""
+
+    tile_m: int = 128
+    """Rows of x of a program: 8 (where the contraction is shared), 16, 32, or a multiple of 64 up to 256."""
+    tall: int = 1
+    """Blocks of 64 weight rows that each multiplying warpgroup holds; tile_m * tall is at most 256."""
+    x_slots: int = 4
+    """Slots of half a group of x."""
+    word_slots: int = 4
+    """Slots of a group of packed words."""
+    split: int = 1
+    """Programs that share a contraction; their float32 parts are added by XLA."""
+    cluster: int = 1
+    """Programs of neighbouring rows that load x together."""
+    exchange: bool = True
+    """Threads exchange what they unpack; else x is permuted outside."""
+    programs: int = 0
+    """Programs at once, each with its share of the tiles; 0 asks the device for its SMs."""
+
+
+class Plan(NamedTuple):
+    """What a launch is cut into."""
+
+    along_m: int
+    along_n: int
+    """Tiles of x, and clusters of tiles of the weight."""
+    per_share: int
+    """Groups of a share of the contraction."""
+    clusters: int
+    """Clusters that run at once."""
+    rows: int
+    """Weight rows of a program."""
+
+    @property
+    def tiles(self) -> int:
+        return self.along_m * self.along_n
+
+
+# --- what a thread does with its registers ----------------------------------------------------------------------------
+
+
+def _value(number: Any) -> Any:
+    """A 32-bit constant, unless it is a value already."""
+    if not isinstance(number, int):
+        return number
+    kind = ir.IntegerType.get_signless(32)
+    return arith.constant(kind, ir.IntegerAttr.get(kind, number - 2**32 if number >= 2**31 else number))
+
+
+def _add(*terms: Any) -> Any:
+    return functools.reduce(arith.addi, map(_value, terms))
+
+
+def _times(a: Any, b: Any) -> Any:
+    return arith.muli(_value(a), _value(b))
+
+
+def _bits(a: Any, mask: int, shift: int = 0) -> Any:
+    """(a >> shift) & mask."""
+    return arith.andi(arith.shrui(a, _value(shift)) if shift else a, _value(mask))
+
+
+def _asm(text: str, *operands: Any, effects: bool = False) -> Any:
+    """One line of PTX and the 32 bits that it yields; a float32 among its operands is an "f", an address an "l"."""
+    operands = tuple(map(_value, operands))
+    kinds = [
+        "f" if isinstance(o.type, ir.F32Type) else "r" if isinstance(o.type, ir.IntegerType) else "l" for o in operands
+    ]
+    constraints = ",".join(["=r", *kinds])
+    kind = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(kind, list(operands), text, constraints, has_side_effects=effects, asm_dialect=0)
+
+
+def _thread() -> tuple[Any, Any]:
+    """Of a thread: its lane, and its warp within the warpgroup."""
+    index = mgpu.utils.thread_idx()
+    return _bits(index, 31), _bits(index, 3, 5)
+
+
+def _place(ref: Any, index: Any, kind: Any) -> Any:
+    """Where element `index`, counted in `kind`, of a contiguous ref lies."""
+    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], kind)
+
+
+def _part(held: Any, position: int) -> Any:
+    """An element of a register that holds several."""
+    return vector.extract(held, dynamic_position=[], static_position=[position])
+
+
+def _together(*parts: Any) -> Any:
+    """One register from its elements."""
+    return vector.from_elements(ir.VectorType.get((len(parts),), parts[0].type), list(parts))
+
+
+def _array(registers: Sequence[Any], kind: Any) -> Any:
+    """Registers in the order of the layout: wgmma's has [64 rows][8 columns][rows 0-7 or 8-15 of a warp]."""
+    layout = kind.layout.to_mgpu()
+    held = np.empty(len(registers), object)
+    held[:] = registers
+    signed = True if jnp.issubdtype(kind.dtype, jnp.integer) else None
+    return mgpu.FragmentedArray(
+        _registers=held.reshape(layout.registers_shape(kind.shape)), _layout=layout, _is_signed=signed
+    )
+
+
+SHIFT, KEEP, SELECT = (4, 28), (0x0F0F0F0F, 0xF0F0F0F0), (0x6240, 0x3715)
+"""Of an even and an odd thread, and of the lower and the upper two: how `_exchanged` rotates, keeps and selects."""
+
+
+def _exchanged(word: Any, shift: Any, keep: Any, select: Any) -> Any:
+    """Pair t of each of four words, for thread t of a row, from the four pairs of its own: a 4 x 4 transpose.
+
+    Neighbours swap pairs, then pairs of neighbours swap pairs of pairs.
+    """
+    other = _asm("shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;", word, effects=True)
+    other = _asm("shf.l.wrap.b32 $0, $1, $1, $2;", other, shift)
+    word = _asm("lop3.b32 $0, $1, $2, $3, 0xCA;", keep, word, other)
+    other = _asm("shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;", word, effects=True)
+    return _asm("prmt.b32 $0, $1, $2, $3;", word, other, select)
+
+
+def _words(tall: int, exchange: bool) -> Callable[[Any], tuple[Int[Array, "rows 8"], Int[Array, "rows 8"]]]:
+    """A group's words in shared memory -> those of each half, in registers: words 2h and 2h + 1 of rows r and r + 8.
+
+    They are held as arrays of wgmma's layout, though no element is where the layout says.
+    """
+    kind = plgpu.ShapeDtypeStruct((BLOCK * tall, 8), jnp.int32, plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(kind, kind))
+    def load(_: Any, ref: Any) -> Any:
+        four = ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
+        lane, warp = _thread()
+        odd, upper = (arith.cmpi(arith.CmpIPredicate.ne, _bits(lane, mask), _value(0)) for mask in (1, 2))
+        of_thread = [
+            arith.select(which, _value(high), _value(low))
+            for which, (low, high) in ((odd, SHIFT), (odd, KEEP), (upper, SELECT))
+        ]
+        halves: tuple[list[Any], list[Any]] = ([], [])
+        for block in range(tall):
+            tile = _times(_add(warp, 4 * block), 64)
+            held = [llvm.load(four, _place(ref, _add(tile, 32 * late, lane), four), alignment=16) for late in (0, 1)]
+            for half in (0, 1):
+                for late in (0, 1):
+                    pair = [_part(held[late], 2 * half + i) for i in (0, 1)]
+                    halves[half].append(_together(*(_exchanged(w, *of_thread) if exchange else w for w in pair)))
+        return tuple(_array(half, kind) for half in halves)
+
+    return load
+
+
+def _scales(tall: int, weight: Weight) -> Callable[[Any, Any, Any], Int[Array, "rows"]]:
+    """The scales of a group (16 bits each) for rows r and r + 8 of each warp, straight from memory."""
+    kind = plgpu.ShapeDtypeStruct((BLOCK * tall,), jnp.int32, plgpu.Layout.WGMMA.reduce(1))
+    scalar = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), scalar, scalar), return_type=kind)
+    def load(_: Any, ref: Any, row: Any, group: Any) -> Any:
+        lane, warp = _thread()
+        first, group = _add(row.registers.item(), _times(warp, 16), _bits(lane, 7, 2)), group.registers.item()
+        held = []
+        for late in range(0, BLOCK * tall, 8):
+            if late % BLOCK > 8:
+                continue
+            n = arith.minui(_add(first, late), _value(weight.features - 1))  # what lies beyond is not stored
+            if weight.order == "rows":
+                at = _add(_times(n, weight.groups), group)
+            else:
+                at = _add(_times(group, weight.features), n)
+            # With an effect, so that it is issued here, long before its use.
+            place = _place(ref, at, ir.IntegerType.get_signless(16))
+            held.append(_together(_asm("ld.global.nc.u16 $0, [$1];", place, effects=True)))
+        return _array(held, kind)
+
+    return load
+
+
+def _weights(tall: int) -> Callable[[Int[Array, "rows 8"], Int[Array, "rows"]], Float[Array, "rows 64"]]:
+    """Half a group's words and their scales -> (q - 8) * scale in bf16, rounded once, as the A of four k16 steps."""
+    kind = plgpu.ShapeDtypeStruct((BLOCK * tall, HALF), jnp.bfloat16, plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)), return_type=kind)
+    def unpack(_: Any, words: Any, scales: Any) -> Any:
+        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        held, factors = words.registers.reshape(-1, 2), scales.registers.reshape(-1, 2)
+        registers: list[Any] = []
+        for block in range(tall):
+            spread = [_asm("prmt.b32 $0, $1, $1, 0x1010;", _part(factors[block, late], 0)) for late in (0, 1)]
+            for i, j, late in itertools.product((0, 1), range(4), (0, 1)):
+                word = _part(held[block, late], i)
+                # bf16 has eight bits of mantissa: 128 + q is an `or` with the exponent of 128.
+                word = arith.shrui(word, _value(4 * j)) if j else word
+                raw = _asm("lop3.b32 $0, $1, $2, $3, 0xEA;", word, 0x000F000F, 0x43004300)
+                number = _asm("fma.rn.bf16x2 $0, $1, $2, $3;", raw, 0x3F803F80, 0xC308C308)
+                scaled = _asm("fma.rn.bf16x2 $0, $1, $2, $3;", number, spread[late], 0x80008000)
+                registers.append(vector.bitcast(pair, _together(scaled)))
+        return _array(registers, kind)
+
+    return unpack
+
+
+def _transposed(tile_m: int, block: int, start: int, size: int) -> Callable[[Any, Any], None]:
+    """Store 64 rows of the sum, a chunk of its columns, transposed, in `size` bytes each: [lines, chunk, 128 bytes].
+
+    The 16-byte pieces of a line are permuted as TMA does it, which spreads them over the banks.
+    """
+    chunk = min(CHUNK[size], tile_m)
+    columns = range(chunk // 8)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType((plgpu.SwizzleTransform(128),)), plgpu.Layout.WGMMA))
+    def store(_: Any, ref: Any, total: Any) -> None:
+        lane, warp = _thread()
+        held = total.registers.reshape(-1, tile_m // 8, 2)
+
+        def sums(column: int, late: int) -> list[Any]:
+            """Two neighbouring columns of a row."""
+            return [_part(held[block, start // 8 + column, late], e) for e in (0, 1)]
+
+        if size == 2:
+            # Four 8 x 8 matrices at once: lane l gives the line of column l % 8 of matrix l / 8.
+            line = _bits(lane, 7)
+            piece = arith.xori(_add(_times(warp, 2), _bits(lane, 1, 3)), line)
+            first = _add(_times(piece, 16), _times(_add(line, _times(_bits(lane, 1, 4), 8)), 128))
+            for column in columns[::2]:
+                matrices = itertools.product((column, column + 1), (0, 1))
+                pairs = [_asm("cvt.rn.bf16x2.f32 $0, $2, $1;", *sums(*matrix)) for matrix in matrices]
+                llvm.inline_asm(
+                    None,
+                    [_place(ref, _add(first, column * 8 * 128), ir.IntegerType.get_signless(8)), *pairs],
+                    "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};",
+                    "r,r,r,r,r,~{memory}",
+                    has_side_effects=True,
+                    asm_dialect=0,
+                )
+            return
+        # Two lines of 32 rows of the weight, 16 from each warp. No two lanes of a store share a bank.
+        for late, e in itertools.product((0, 1), (0, 1)):
+            n = _add(_times(_bits(warp, 1), 16), _bits(lane, 7, 2), 8 * late)
+            line = _add(_times(_bits(lane, 3), 2), e)
+            piece = arith.xori(_bits(n, 7, 2), line)
+            first = _add(_times(piece, 4), _bits(n, 3), _times(line, 32), _times(_bits(warp, 1, 1), 32 * chunk))
+            for column in columns:
+                place = _place(ref, _add(first, column * 8 * 32), ir.F32Type.get())
+                llvm.store(sums(column, late)[e], place, alignment=4)
+
+    return store
+
+
+# --- the kernel -------------------------------------------------------------------------------------------------------
+
+
+class Rings(NamedTuple):
+    """Shared memory, and who waits for whom: [slot] each."""
+
+    x: Any
+    words: Any
+    out: Any
+    x_full: Any
+    x_free: Any
+    words_full: Any
+    words_free: Any
+
+
+def _each_tile(plan: Plan, weight: Weight, settings: Settings, body: Callable[..., Array]) -> Array:
+    """body(m, n, share, first group, groups, groups before) for each tile of this program, m fastest.
+
+    It returns the groups up to here, which say where in the rings the next ones are; so does this function at last.
+    """
+    program = jax.lax.axis_index("program")
+    total = plan.tiles * settings.split
+
+    def one(index: Array, done: Array) -> Array:
+        tile = program + index * plan.clusters
+        share, tile = jax.lax.div(tile, plan.tiles), jax.lax.rem(tile, plan.tiles)
+        n, m = jax.lax.div(tile, plan.along_m), jax.lax.rem(tile, plan.along_m)
+        if settings.cluster > 1:
+            n = n * settings.cluster + jax.lax.axis_index("neighbour")
+        first = share * plan.per_share
+        groups = jnp.clip(weight.groups - first, 0, plan.per_share)
+        return body(m * settings.tile_m, n * plan.rows, share, first, groups, done)
+
+    mine = jax.lax.div(total - program + plan.clusters - 1, plan.clusters)
+    return jax.lax.fori_loop(0, mine, one, jnp.int32(0))
+
+
+def _load(x_ref: Any, data_ref: Any, rings: Rings, plan: Plan, weight: Weight, settings: Settings) -> None:
+    """What the copying warpgroup does."""
+    row_tiles = plan.rows // tiling.ROWS
+
+    def one_tile(m: Array, n: Array, share: Array, first: Array, groups: Array, done: Array) -> Array:
+        tiles = pl.ds(jax.lax.div(n, tiling.ROWS), row_tiles)
+
+        def one_group(index: Array, _: Array) -> Array:
+            at, group = done + index, first + index
+            slot = jax.lax.rem(at, settings.word_slots)
+
+            @pl.when(at >= settings.word_slots)
+            def _wait_for_words() -> None:
+                plgpu.barrier_wait(rings.words_free.at[slot])
+
+            source = data_ref.at[tiles, group] if weight.order == "rows" else data_ref.at[group, tiles]
+            plgpu.copy_gmem_to_smem(source, rings.words.at[slot], rings.words_full.at[slot])
+            for half in (0, 1):
+                number = 2 * at + half
+                x_slot = jax.lax.rem(number, settings.x_slots)
+
+                @pl.when(number >= settings.x_slots)
+                def _wait_for_x(x_slot: Array = x_slot) -> None:
+                    plgpu.barrier_wait(rings.x_free.at[x_slot])
+
+                plgpu.copy_gmem_to_smem(
+                    x_ref.at[pl.ds(m, settings.tile_m), pl.ds((2 * group + half) * HALF, HALF)],
+                    rings.x.at[x_slot],
+                    rings.x_full.at[x_slot],
+                    collective_axes="neighbour" if settings.cluster > 1 else None,
+                )
+            return jnp.int32(0)
+
+        jax.lax.fori_loop(0, groups, one_group, jnp.int32(0))
+        return done + groups
+
+    done = _each_tile(plan, weight, settings, one_tile)
+    if settings.cluster == 1:
+        return
+    # A neighbour may still have to say that it is done with x, which it can only to a program that runs.
+    for back in range(settings.x_slots, 0, -1):
+        number = 2 * done - back
+
+        @pl.when(number >= 0)
+        def _wait_for_neighbours(number: Array = number) -> None:
+            plgpu.barrier_wait(rings.x_free.at[jax.lax.rem(number, settings.x_slots)])
+
+
+def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: Weight, settings: Settings) -> None:
+    """What a multiplying warpgroup does."""
+    tall, tile_m = settings.tall, settings.tile_m
+    me = jax.lax.axis_index("warpgroup")
+    load_words, load_scales, unpack = _words(tall, settings.exchange), _scales(tall, weight), _weights(tall)
+    chunk = min(CHUNK[out_ref.dtype.itemsize], tile_m)
+
+    def free(number: Array) -> None:
+        plgpu.barrier_arrive(rings.x_free.at[jax.lax.rem(number, settings.x_slots)])
+
+    def one_tile(m: Array, n: Array, share: Array, first: Array, groups: Array, done: Array) -> Array:
+        n = n + me * BLOCK * tall
+
+        def accumulate(sum_ref: Any) -> Array:
+            def scales_of(group: Array) -> Array:
+                return load_scales(scale_ref, n, jnp.minimum(group, weight.groups - 1))
+
+            def one_group(index: Array, ahead: tuple[Array, ...]) -> tuple[Array, ...]:
+                at, group = done + index, first + index
+                scales, *later = *ahead, scales_of(group + AHEAD)
+                slot = jax.lax.rem(at, settings.word_slots)
+                plgpu.barrier_wait(rings.words_full.at[slot])
+                words = load_words(rings.words.at[slot, pl.ds(4 * tall * me, 4 * tall)])
+                for half in (0, 1):
+                    number = 2 * at + half
+                    weights = unpack(words[half], scales)
+                    x_slot = jax.lax.rem(number, settings.x_slots)
+                    plgpu.barrier_wait(rings.x_full.at[x_slot])
+                    plgpu.wgmma(sum_ref, weights, rings.x.at[x_slot].transpose((1, 0)))
+                    # The half before is done: its x, and the registers of its weights, are free.
+                    plgpu.wgmma_wait(1)
+                    if half:
+                        free(number - 1)
+                        plgpu.barrier_arrive(rings.words_free.at[slot])
+                    else:
+                        pl.when(index > 0)(functools.partial(free, number - 1))
+                return tuple(later)
+
+            jax.lax.fori_loop(0, groups, one_group, tuple(scales_of(first + i) for i in range(AHEAD)))
+            plgpu.wgmma_wait(0)
+            pl.when(groups > 0)(lambda: free(2 * (done + groups) - 1))
+            return sum_ref[...]
+
+        total = pl.run_scoped(accumulate, plgpu.ACC((BLOCK * tall, tile_m), jnp.float32))
+        stores = [(block, start) for block in range(tall) for start in range(0, tile_m, chunk)]
+        for number, (block, start) in enumerate(stores):
+            buffer = rings.out.at[me, number % 2]
+            # The two buffers alternate within a tile; of an odd number, the first may still be on its way from there.
+            plgpu.wait_smem_to_gmem(0 if number == 0 and len(stores) % 2 else 1, wait_read_only=True)
+            _transposed(tile_m, block, start, out_ref.dtype.itemsize)(buffer, total)
+            plgpu.commit_smem()
+            width = buffer.shape[-1]
+            for line in range(BLOCK // width):
+                columns = pl.ds(n + BLOCK * block + line * width, width)
+                plgpu.copy_smem_to_gmem(
+                    buffer.at[line],
+                    out_ref.at[share, pl.ds(m + start, chunk), columns],
+                    commit_group=line == BLOCK // width - 1,
+                )
+        return done + groups
+
+    _each_tile(plan, weight, settings, one_tile)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _kernel(
+    x_ref: Any,
+    data_ref: Any,
+    scale_ref: Any,
+    out_ref: Any,
+    rings: Rings,
+    *,
+    plan: Plan,
+    weight: Weight,
+    settings: Settings,
+) -> None:
+    """refs: x bf16 [count, K], data [major, minor, 256], scale, out [split, count, N rounded up to 16 bytes]."""
+    me = jax.lax.axis_index("warpgroup")
+    # Hopper's registers: 64 Ki a program, in steps of 8 a thread.
+    copying, multiplying = 40, 232
+
+    @pl.when(me < CONSUMERS)
+    def _multiplying() -> None:
+        plgpu.set_max_registers(multiplying, action="increase")
+        _multiply(scale_ref, out_ref, rings, plan, weight, settings)
+
+    @pl.when(me == CONSUMERS)
+    def _copying() -> None:
+        plgpu.set_max_registers(copying, action="decrease")
+        _load(x_ref, data_ref, rings, plan, weight, settings)
+
+
+def arrange(x: Float[Array, "count width"]) -> Float[Array, "count width"]:
+    """x in the order in which threads that exchange nothing hold their weights.
+
+    Column 2t + e of a k16 step (i, s) is contracted weight 8 (4i + t) + 4s + e of the group, and column 8 + 2t + e the
+    one two further on.
+    """
+    parts = x.reshape(x.shape[0], -1, 4, 2, 2, 2)  # 32 weights; t, s, late, e
+    return parts.transpose(0, 1, 3, 4, 2, 5).reshape(x.shape)
+
+
+def shared_bytes(settings: Settings, itemsize: int) -> int:
+    """Shared memory of a program, barriers aside."""
+    x = settings.x_slots * settings.tile_m * HALF * 2
+    words = settings.word_slots * CONSUMERS * settings.tall * BLOCK * tiling.GROUP // 2
+    return x + words + CONSUMERS * 2 * min(CHUNK[itemsize], settings.tile_m) * BLOCK * itemsize
+
+
+def supported(weight: Weight, settings: Settings | None = None) -> None:
+    """Raise NotImplementedError for what the kernel cannot do."""
+    settings = settings or Settings()
+    if plgpu is None:
+        raise NotImplementedError(f"JAX {jax.__version__} has no Pallas Mosaic GPU backend")
+    if not compat.hopper():
+        raise NotImplementedError("wgmma is Hopper's alone")
+    if weight.order not in tiling.CONTRACTS or weight.group != tiling.GROUP:
+        raise NotImplementedError(f"only tiles of groups of {tiling.GROUP}, not {weight}")
+    size, rows = 4 if settings.split > 1 else 2, settings.tile_m
+    if (rows % 64 and (rows & (rows - 1) or rows < LEAST[size])) or not 0 < rows * settings.tall <= 256:
+        raise NotImplementedError(f"a tile of {settings.tile_m} rows of x and {settings.tall} blocks of the weight")
+    if shared_bytes(settings, size) > SHARED - 2048:
+        raise NotImplementedError(f"{settings} needs more shared memory than there is")
+
+
+def plan_of(count: int, weight: Weight, settings: Settings) -> Plan:
+    """How a launch is cut."""
+    rows = CONSUMERS * BLOCK * settings.tall
+    along_m, along_n = -(-count // settings.tile_m), -(-weight.features // (rows * settings.cluster))
+    programs = settings.programs or compat.cores()
+    clusters = min(max(1, programs // settings.cluster), along_m * along_n * settings.split)
+    return Plan(along_m, along_n, -(-weight.groups // settings.split), clusters, rows)
+
+
+# Compiled once for all weights of equal sizes, as a kernel's trace and lowering take their time.
+@functools.partial(jax.jit, static_argnames=("weight", "settings"))
+def product(
+    x: Float[Array, "count width"],
+    data: Int[Array, "..."],
+    scale: Float[Array, "c d"],
+    *,
+    weight: Weight,
+    settings: Settings,
+) -> Float[Array, "split count features"]:
+    """x [count, groups * 128] bf16 times the weight: [1, count, features] bf16, or [split, ...] float32 parts.
+
+    Raises NotImplementedError for what the kernel cannot do.
+    """
+    supported(weight, settings)
+    count = x.shape[0]
+    if count % 8:  # wgmma's tiles of x, which TMA cannot cut
+        x = jnp.pad(x, ((0, -count % 8), (0, 0)))
+    plan = plan_of(count, weight, settings)
+    dtype = jnp.dtype(jnp.float32 if settings.split > 1 else jnp.bfloat16)
+    whole = 16 // dtype.itemsize  # TMA's rows are multiples of 16 bytes
+    features, line = -(-weight.features // whole) * whole, 128 // dtype.itemsize
+    rings = Rings(
+        x=plgpu.SMEM(
+            (settings.x_slots, settings.tile_m, HALF),
+            jnp.bfloat16,
+            transforms=(plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(128)),
+        ),
+        words=plgpu.SMEM((settings.word_slots, plan.rows // tiling.ROWS, 256), jnp.int32),
+        out=plgpu.SMEM(
+            (CONSUMERS, 2, BLOCK // line, min(CHUNK[dtype.itemsize], settings.tile_m), line),
+            dtype,
+            transforms=(plgpu.SwizzleTransform(128),),
+        ),
+        x_full=plgpu.Barrier(num_barriers=settings.x_slots),
+        x_free=plgpu.ClusterBarrier(
+            collective_axes=("neighbour",), num_arrivals=CONSUMERS, num_barriers=settings.x_slots
+        )
+        if settings.cluster > 1
+        else plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=settings.x_slots),
+        words_full=plgpu.Barrier(num_barriers=settings.word_slots),
+        words_free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=settings.word_slots),
+    )
+    clustered = dict(cluster=(settings.cluster,), cluster_names=("neighbour",)) if settings.cluster > 1 else {}
+    call = plgpu.kernel(
+        functools.partial(_kernel, plan=plan, weight=weight, settings=settings),
+        out_type=jax.ShapeDtypeStruct((settings.split, count, features), dtype),
+        scratch_types=(rings,),
+        grid=(plan.clusters,),
+        grid_names=("program",),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        kernel_name=f"dequant_wgmma_{weight.order}",
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        **clustered,
+    )
+    # Under vmap, one call after another: how a batch would become part of the grid of clusters was never tried.
+    out = jax.custom_batching.sequential_vmap(call)(
+        x if settings.exchange else arrange(x),
+        data.reshape(*data.shape[:2], -1),
+        scale,
+    )
+    return out[..., : weight.features] if features != weight.features else out

@@ -1,0 +1,212 @@
+"""Hopper's kernel: what each thread holds, simulated; lowering; and, on a GPU, numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels import compat
+from pallas_kernels.dequant_matmul import dequant_matmul, tiling, wgmma
+from pallas_kernels.dequant_matmul.tiling import Weight
+from pallas_kernels.dequant_matmul.wgmma import Settings
+from tests.pallas_cases import Case, nvidia, random_case, relative
+
+ROUNDING = 4e-3
+"""Relative error: weights are scaled in bf16, which rounds by up to 2e-3, and so is the output."""
+LANES = np.arange(32)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hopper GPU to lower for, if not to run on."""
+    if compat.mosaic_gpu is None:
+        pytest.skip("this JAX has no Mosaic GPU")
+    monkeypatch.setattr(compat, "capability", lambda: 9.0)
+
+
+def exchanged(words: np.ndarray) -> np.ndarray:
+    """`_exchanged` for the 32 lanes of a warp, in numpy."""
+    odd, upper = LANES % 2, LANES // 2 % 2
+    shift, keep = np.array(wgmma.SHIFT, np.uint64)[odd], np.array(wgmma.KEEP, np.uint32)[odd]
+    other = words[LANES ^ 1].astype(np.uint64)
+    other = ((other << shift | other >> np.uint64(32) - shift) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+    words = (words & keep) | (other & ~keep)
+    both = np.stack([words, words[LANES ^ 2]], axis=1).view(np.uint8).reshape(32, 8)
+    selectors = np.array(wgmma.SELECT)[upper]
+    picked = [both[LANES, selectors >> 4 * i & 7] for i in range(4)]
+    return np.ascontiguousarray(np.stack(picked, axis=1)).view(np.uint32)[:, 0]
+
+
+def multiplied(tile: np.ndarray, x: np.ndarray, exchange: bool) -> np.ndarray:
+    """A tile [2, 32, 4] of words times a group of x [count, 128], by the fragments of m16n8k16, which wgmma's are too.
+
+    Lane 4 r + t holds, of A [16, 16], rows r and r + 8, columns 2 t, 2 t + 1 and 8 further on; B [16, n] is x as it
+    lies in shared memory, 16 columns a step.
+    """
+    words = tile.view(np.uint32)
+    total = np.zeros((16, x.shape[0]))
+    for i in range(4):
+        held = [exchanged(words[late, :, i]) if exchange else words[late, :, i] for late in (0, 1)]
+        for s in range(2):
+            a = np.zeros((16, 16))
+            for j, late, e in itertools.product((0, 1), (0, 1), (0, 1)):
+                codes = held[late] >> np.uint32(4 * (2 * s + j) + 16 * e) & np.uint32(15)
+                a[LANES // 4 + 8 * late, 2 * (LANES % 4) + e + 8 * j] = codes.astype(np.int64) - 8
+            step = 2 * i + s
+            total += a @ x[:, 16 * step : 16 * step + 16].T
+    return total
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_registers_are_the_fragments_of_wgmma(rng: np.random.Generator, exchange: bool) -> None:
+    case = random_case(rng, 16, 128, 128)
+    tile = np.asarray(tiling.tile(case.data, "last"))[0, 0]
+    codes = np.rint(case.dense / np.asarray(case.scale).astype(np.float64))
+    x = rng.integers(-3, 4, (5, 128)).astype(np.float32)
+    seen = x if exchange else np.asarray(wgmma.arrange(jnp.asarray(x)))
+    np.testing.assert_array_equal(multiplied(tile, seen, exchange), codes @ x.T)
+
+
+def test_unpacking_is_exact() -> None:
+    """128 + q in bf16, less 136, is q - 8; 0x43004300 and the other constants of `_weights` say so."""
+    codes = np.arange(16, dtype=np.uint16)
+    raw = (codes | 0x4300).view(ml_dtypes.bfloat16).astype(np.float32)
+    less = np.uint16(0xC308).view(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(raw + less, codes.astype(np.float32) - 8)
+    assert np.uint16(0x3F80).view(ml_dtypes.bfloat16) == 1
+
+
+def test_plans_cover_every_tile() -> None:
+    settings = Settings(tile_m=128, cluster=2, split=3, programs=132)
+    plan = wgmma.plan_of(1000, Weight("rows", 4100, 32, 128), settings)
+    assert plan == (8, 17, 11, 66, 128)
+    assert plan.tiles == 8 * 17
+    few = wgmma.plan_of(64, Weight("rows", 72, 3, 128), dataclasses.replace(settings, split=1))
+    assert few.clusters == 1
+
+
+def test_what_is_refused(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = Weight("rows", 4096, 32, 128)
+    for other, settings, message in (
+        (Weight("last", 4096, 32, 128), Settings(), "only tiles"),
+        (Weight("rows", 4096, 32, 64), Settings(), "only tiles"),
+        (weight, Settings(tile_m=96), "a tile of 96"),
+        (weight, Settings(tile_m=24), "a tile of 24"),
+        (weight, Settings(tile_m=8), "a tile of 8"),  # unless parts are added up: bf16 is written 16 rows at a time
+        (weight, Settings(tile_m=256, tall=2), "2 blocks"),
+        (weight, Settings(tile_m=256, x_slots=8), "shared memory"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            wgmma.supported(other, settings)
+    wgmma.supported(weight)
+    monkeypatch.setattr(compat, "capability", lambda: 10.0)
+    with pytest.raises(NotImplementedError, match="Hopper"):
+        wgmma.supported(weight)
+
+
+LOWERED = [
+    # order, features, groups, rows of x, settings
+    ("rows", 512, 4, 64, Settings(tile_m=64, programs=4)),
+    ("groups", 1001, 5, 301, Settings(tile_m=256, cluster=2, programs=4)),
+    ("rows", 72, 3, 100, Settings(tile_m=128, tall=2, split=2, exchange=False, programs=132)),
+    ("groups", 512, 8, 16, Settings(tile_m=16, x_slots=16, word_slots=14, programs=132)),
+    ("rows", 520, 8, 5, Settings(tile_m=8, split=4, tall=2, x_slots=8, word_slots=7, programs=132)),
+]
+
+
+@pytest.mark.parametrize(("order", "features", "groups", "count", "settings"), LOWERED, ids=str)
+def test_it_lowers_for_hopper(
+    hopper: None, order: str, features: int, groups: int, count: int, settings: Settings
+) -> None:
+    weight = Weight(order, features, groups, 128)
+    row_tiles = -(-features // 16)
+    shape = (row_tiles, groups) if order == "rows" else (groups, row_tiles)
+    call = jax.jit(lambda x, d, s: wgmma.product(x, d, s, weight=weight, settings=settings))
+    with nvidia():
+        lowered = call.trace(
+            jax.ShapeDtypeStruct((count, groups * 128), jnp.bfloat16),
+            jax.ShapeDtypeStruct((*shape, 2, 32, 4), jnp.int32),
+            jax.ShapeDtypeStruct((features, groups) if order == "rows" else (groups, features), jnp.bfloat16),
+        ).lower(lowering_platforms=("cuda",))
+    assert lowered.out_info.shape == (settings.split, count, features)
+    assert lowered.out_info.dtype == (jnp.float32 if settings.split > 1 else jnp.bfloat16)
+    assert lowered.as_text().count("mosaic_gpu_v2") == 1
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize("order", ["rows", "groups"])
+@pytest.mark.parametrize(("count", "features"), [(20, 200), (256, 1000), (2048, 4096)])
+def test_the_product_lowers_for_hopper(
+    monkeypatch: pytest.MonkeyPatch, hopper: None, order: str, count: int, features: int
+) -> None:
+    """The whole product, with a padded last group: alone, under vmap, and its gradient, which needs no kernel."""
+    pytest.importorskip("jax.experimental.pallas.triton")
+    monkeypatch.setattr(compat, "interpreted", lambda: False)
+    width, groups, row_tiles = 500, 4, -(-features // 16)
+    options = dict(bits=4, group=128, contract=tiling.CONTRACTS[order], width=width, order=order)
+    struct = jax.ShapeDtypeStruct
+    data = struct((*((row_tiles, groups) if order == "rows" else (groups, row_tiles)), 2, 32, 4), jnp.int32)
+    scale = struct((features, groups) if order == "rows" else (groups, features), jnp.bfloat16)
+
+    def product(x: jnp.ndarray, data: jnp.ndarray, scale: jnp.ndarray) -> jnp.ndarray:
+        return dequant_matmul(x, data, scale, implementation="pallas", **options)
+
+    def loss(x: jnp.ndarray, data: jnp.ndarray, scale: jnp.ndarray) -> jnp.ndarray:
+        return product(x, data, scale).astype(jnp.float32).sum()
+
+    x, batch = struct((count, width), jnp.bfloat16), struct((3, count, width), jnp.bfloat16)
+    for call, rows, shape, kernels in (
+        (product, x, (count, features), 1),
+        (jax.vmap(product, (0, None, None)), batch, (3, count, features), 1),
+        (jax.grad(loss), x, (count, width), 0),
+    ):
+        with nvidia():
+            lowered = jax.jit(call).trace(rows, data, scale).lower(lowering_platforms=("cuda",))
+        assert lowered.out_info.shape == shape
+        assert lowered.as_text().count("mosaic_gpu_v2") == kernels
+        assert "triton" not in lowered.as_text()
+
+
+def held(case: Case, order: str) -> tuple[jnp.ndarray, Weight]:
+    data = tiling.tile(case.data, case.contract)
+    return data, Weight(order, case.dense.shape[0], case.width // case.group, case.group)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ["rows", "groups"])
+@pytest.mark.parametrize(
+    ("features", "groups", "settings"),
+    [
+        (256, 2, Settings(tile_m=64)),
+        (1001, 5, Settings(tile_m=128, split=2)),
+        (1001, 9, Settings(tile_m=256)),
+        (1480, 9, Settings(tile_m=256, programs=3)),
+        (1480, 9, Settings(tile_m=256, cluster=2)),
+        (1100, 9, Settings(tile_m=256, cluster=2, programs=4)),  # a program without rows
+        (1000, 5, Settings(tile_m=128, tall=2, x_slots=6)),
+        (1000, 5, Settings(tile_m=64, x_slots=8, word_slots=8, split=7)),
+        (72, 3, Settings(tile_m=128, exchange=False)),
+        (1001, 9, Settings(tile_m=16, x_slots=16, word_slots=14)),
+        (1000, 20, Settings(tile_m=8, split=4, x_slots=16, word_slots=14)),
+        (1000, 20, Settings(tile_m=32, tall=2, split=2, x_slots=8, word_slots=7)),
+    ],
+    ids=str,
+)
+def test_on_the_device(rng: np.random.Generator, order: str, features: int, groups: int, settings: Settings) -> None:
+    if compat.capability() != 9.0:
+        pytest.skip("not a Hopper GPU")
+    case = random_case(rng, features, groups * 128, 128, contract=tiling.CONTRACTS[order])
+    data, weight = held(case, order)
+    call = jax.jit(lambda x, d, s: wgmma.product(x, d, s, weight=weight, settings=settings))
+    for count in (5, 20, 64, 100, 513):
+        x = jnp.asarray(rng.normal(size=(count, case.width)), jnp.bfloat16)
+        parts = call(x, data, case.scale)
+        assert parts.shape == (settings.split, count, features)
+        want = np.asarray(x).astype(np.float64) @ case.dense.T
+        assert relative(parts.astype(jnp.float32).sum(0), want) < ROUNDING, count
