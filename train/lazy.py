@@ -42,7 +42,7 @@ def scale_by_lazy_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) ->
         step = (mu / (1 - b1**clock)) / (jnp.sqrt(nu / (1 - b2**clock)) + eps)
         return jnp.where(now, step, 0.0), seen, mu, nu
 
-    def update(updates: Any, state: LazyAdamState, params: Any = None) -> tuple[Any, LazyAdamState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, LazyAdamState]:
         del params
         found = jax.tree.map(one, updates, state.seen, state.mu, state.nu)
         parts = [jax.tree.map(lambda _, four, i=i: four[i], updates, found) for i in range(4)]
