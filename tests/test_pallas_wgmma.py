@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from pallas_kernels.dequant_matmul import dequant_matmul, tiling, wgmma
+from pallas_kernels.dequant_matmul import dequant_matmul, tiling, wgmma, wgmma_registers
 from pallas_kernels.dequant_matmul.tiling import Weight
 from pallas_kernels.dequant_matmul.wgmma import Settings
 from tests.pallas_cases import Case, nvidia, random_case, relative
@@ -33,12 +33,12 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def exchanged(words: np.ndarray) -> np.ndarray:
     """`_exchanged` for the 32 lanes of a warp, in numpy."""
     odd, upper = LANES % 2, LANES // 2 % 2
-    shift, keep = np.array(wgmma.SHIFT, np.uint64)[odd], np.array(wgmma.KEEP, np.uint32)[odd]
+    shift, keep = np.array(wgmma_registers.SHIFT, np.uint64)[odd], np.array(wgmma_registers.KEEP, np.uint32)[odd]
     other = words[LANES ^ 1].astype(np.uint64)
     other = ((other << shift | other >> np.uint64(32) - shift) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
     words = (words & keep) | (other & ~keep)
     both = np.stack([words, words[LANES ^ 2]], axis=1).view(np.uint8).reshape(32, 8)
-    selectors = np.array(wgmma.SELECT)[upper]
+    selectors = np.array(wgmma_registers.SELECT)[upper]
     picked = [both[LANES, selectors >> 4 * i & 7] for i in range(4)]
     return np.ascontiguousarray(np.stack(picked, axis=1)).view(np.uint32)[:, 0]
 
@@ -74,7 +74,7 @@ def test_registers_are_the_fragments_of_wgmma(rng: np.random.Generator, exchange
 
 
 def test_unpacking_is_exact() -> None:
-    """128 + q in bf16, less 136, is q - 8; 0x43004300 and the other constants of `_weights` say so."""
+    """128 + q in bf16, less 136, is q - 8; 0x43004300 and the other constants of `weights_of` say so."""
     codes = np.arange(16, dtype=np.uint16)
     raw = (codes | 0x4300).view(ml_dtypes.bfloat16).astype(np.float32)
     less = np.uint16(0xC308).view(ml_dtypes.bfloat16).astype(np.float32)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,9 +20,7 @@ from train import recover as recovery
 from train.lora import merge_layer, packed_layer
 from uniql_jax import elastic
 from uniql_jax.checkpoint import CheckpointWriter, packed, reachable_bias, stored
-from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
-from uniql_jax.files import check_space
 from uniql_jax.int4 import QuantizedArray, dense
 from uniql_jax.model import embed
 from uniql_jax.passes.contract import Progress, Recovery, Report, Source
@@ -33,7 +28,7 @@ from uniql_jax.passes.estimate import disk_bytes, stream_bytes
 from uniql_jax.passes.finishing import Finisher, keep_per_window, quantize_leaf, refit_rates
 from uniql_jax.passes.options import Options, groups
 from uniql_jax.passes.sorting import final_gram, layer_forward, layer_statistics, loss_gradient, sort_layer
-from uniql_jax.passes.work import LayerStore, StreamStore, flatten, unflatten
+from uniql_jax.passes.work import LayerStore, StreamStore, fingerprint, flatten, prepare, unflatten
 from uniql_jax.plan import make_plan
 from uniql_jax.quantize.rotation import orthogonal, rotate_block, rotate_top
 from uniql_jax.rounded import from_quantized
@@ -66,15 +61,16 @@ def compress(
     folder = target.with_name(f"{target.name}.partial")
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; name another place or add --overwrite")
-    fingerprint = _fingerprint(source, tokens, options, recover)
-    _prepare(folder, fingerprint, resume, source.config, options, tokens.size)
+    tuning = recover is not None and recover.tuning is not None
+    name = fingerprint(source, tokens, options, recover)
+    prepare(folder, name, resume, disk_bytes(source.config, options, tokens.size, tuning))
     with jax.default_matmul_precision("highest"):
         run = _Run(source, folder, tokens, options, progress, memo)
         run.sort()
         told = dict(provenance or {})
         gained = run.recover(recover) if recover is not None else None
-        run.finish(positions=recover is not None and recover.tuning is not None)
-        tuned = run.tune(recover) if recover is not None and recover.tuning is not None else None
+        run.finish(positions=tuning)
+        tuned = run.tune(recover) if recover is not None and tuning else None
         told |= {name: _told(found) for name, found in (("recovery", gained), ("tuning", tuned)) if found}
         size = run.assemble(told)
     old = target.with_name(f"{target.name}.partial-old")
@@ -90,41 +86,6 @@ def _told(gained: recovery.Result) -> dict[str, Any]:
     """What a checkpoint says of its recovery: losses in nats by rate."""
     by_rate = {name: {f"{r:g}": v for r, v in getattr(gained, name).items()} for name in ("before", "after")}
     return by_rate | {"steps": gained.steps, "best_step": gained.best_step}
-
-
-def _fingerprint(source: Source, tokens: np.ndarray, options: Options, recover: Recovery | None) -> str:
-    facts = [uniql_jax.__version__, source.name, dict(source.hf_config), dataclasses.asdict(options), tokens.shape]
-    facts.append(recover.digest() if recover else None)
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    digest.update(np.ascontiguousarray(tokens).tobytes())
-    # Other weights under the same name: a layer at either end tells.
-    for i in sorted({0, len(source.config.pattern) - 1}):
-        for name, value in sorted(flatten(source.layer(i)).items()):
-            digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest()
-
-
-def _prepare(folder: Path, fingerprint: str, resume: bool, config: ModelConfig, options: Options, tokens: int) -> None:
-    """The work folder, new or resumed; nothing is created when the run cannot start."""
-    note = folder / "run.json"
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()  # killed before it began
-    if folder.exists():
-        same = note.is_file() and json.loads(note.read_text())["fingerprint"] == fingerprint
-        if resume and not same:
-            raise UserError(f"{folder} holds a run with other settings; remove it or repeat those settings")
-        if not resume:
-            state = "add --resume to go on with it" if same else "remove it to start anew"
-            raise UserError(f"{folder} holds an unfinished run; {state}")
-        return
-    check_space(folder, disk_bytes(config, options, tokens))
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from None
-    temporary = folder / "run.tmp"
-    temporary.write_text(json.dumps({"fingerprint": fingerprint}))
-    os.replace(temporary, note)
 
 
 def _name(i: int) -> str:

@@ -1,7 +1,9 @@
-"""The work folder of a run: finished layers one file each, so that a killed run goes on where it stopped."""
+"""The work folder of a run: whose it is, and finished layers one file each, so that a killed run goes on."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -10,10 +12,55 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Int
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+import uniql_jax
+from uniql_jax.errors import UserError
+from uniql_jax.files import check_space
 from uniql_jax.int4 import QuantizedArray
+from uniql_jax.passes.contract import Recovery, Source
+from uniql_jax.passes.options import Options
+
+
+def fingerprint(source: Source, tokens: Int[np.ndarray, "n t"], options: Options, recover: Recovery | None) -> str:
+    """Names a run: its source, its settings and its text; another one must not go on with its work."""
+    facts = [uniql_jax.__version__, source.name, dict(source.hf_config), dataclasses.asdict(options), tokens.shape]
+    facts.append(recover.digest() if recover else None)
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    digest.update(np.ascontiguousarray(tokens).tobytes())
+    # Other weights under the same name: a layer at either end tells.
+    for i in sorted({0, len(source.config.pattern) - 1}):
+        for name, value in sorted(flatten(source.layer(i)).items()):
+            digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def prepare(folder: Path, name: str, resume: bool, needed: int) -> None:
+    """The work folder of the run `name`, new or gone on with; nothing is created when it cannot start.
+
+    Raises UserError where another run's work is in the way, the disk lacks `needed` bytes, or nothing may be written.
+    """
+    note = folder / "run.json"
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()  # killed before it began
+    if folder.exists():
+        same = note.is_file() and json.loads(note.read_text())["fingerprint"] == name
+        if resume and not same:
+            raise UserError(f"{folder} holds a run with other settings; remove it or repeat those settings")
+        if not resume:
+            state = "add --resume to go on with it" if same else "remove it to start anew"
+            raise UserError(f"{folder} holds an unfinished run; {state}")
+        return
+    check_space(folder, needed)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+    temporary = folder / "run.tmp"
+    temporary.write_text(json.dumps({"fingerprint": name}))
+    os.replace(temporary, note)
 
 
 class LayerStore:
