@@ -102,6 +102,26 @@ def test_cut_parts_get_no_gradient(rng: np.random.Generator) -> None:
         assert kept[0][axis] < left.shape[0]
 
 
+def test_cut_parts_rest(rng: np.random.Generator) -> None:
+    """After steps that saw all, a step that cuts moves nothing of what it cuts: no momentum goes on there."""
+    model = cases.model("qwen2", rng, num_hidden_layers=1)
+    assert model.plan is not None
+    trainer = _trainer(model)
+    examples = _instructions(rng)
+    batch = trainer.place(examples, np.arange(len(examples)), 1)
+    factors, state = trainer.init()
+    for step in range(3):
+        factors, state, _ = trainer.step(factors, state, batch, rates.keep_arrays(model.plan, 0.0), step)
+    before = jax.device_get(factors)
+    factors, state, _ = trainer.step(factors, state, batch, rates.keep_arrays(model.plan, 0.35), 3)
+    kept = model.plan.keep(0.35)[0]
+    for name, axis in (("attention.q", "qk"), ("attention.o", "vo"), ("mlp.up", "ffn"), ("mlp.down", "ffn")):
+        was, now = (np.asarray(tree[f"0.{name}"]["left"][0]) for tree in (before, factors))
+        assert was[kept[axis] :].any()
+        np.testing.assert_array_equal(now[kept[axis] :], was[kept[axis] :])
+        assert (now[: kept[axis]] != was[: kept[axis]]).any()
+
+
 def test_prompts_and_padding_are_not_learnt(rng: np.random.Generator) -> None:
     model = cases.model("llama", rng, num_hidden_layers=1)
     trainer, factors, examples = _trainer(model), _factors(model, rng), _instructions(rng)
