@@ -31,7 +31,8 @@ def trained(contract: str, bits: int, rng: np.random.Generator, rank: int = 3, s
     width = shape[-1] if contract == "last" else shape[0] * shape[1]
     x = rng.standard_normal((3 * width, width)).astype(np.float32)
     leaf = LAST if contract == "last" else FIRST
-    found = pack_leaf(leaf, jnp.asarray(value), jnp.asarray(x.T @ x), Options(bits=bits), GROUPS[contract])
+    found = pack_leaf(leaf, jnp.asarray(value), jnp.asarray(x.T @ x), Options(bits=bits), GROUPS[contract], keep=True)
+    assert found.position is not None
     weight = from_quantized(found.weight, found.position)
     left = jnp.asarray(size * rng.standard_normal((*shape[:-1], rank)), jnp.float32)
     right = jnp.asarray(rng.standard_normal((rank, shape[-1])), jnp.float32)
@@ -111,8 +112,8 @@ def test_a_group_of_zeros_stays_zero() -> None:
 def test_matrices_packed_together_are_those_packed_alone(rng: np.random.Generator) -> None:
     values = {name: jnp.asarray(rng.standard_normal((6, 2, 64)), jnp.float32) for name in ("q", "k")}
     x = jnp.asarray(rng.standard_normal((200, 64)), jnp.float32)
-    together = pack_together(values, x.T @ x, Options(), 32)
+    together = pack_together(values, x.T @ x, Options(), 32, keep=True)
     for name, value in values.items():
-        alone = pack_leaf(LAST, value, x.T @ x, Options(), 32)
+        alone = pack_leaf(LAST, value, x.T @ x, Options(), 32, keep=True)
         np.testing.assert_array_equal(together[name].weight.data, alone.weight.data)
         np.testing.assert_array_equal(together[name].position, alone.position)

@@ -116,15 +116,17 @@ def refit(
 
 
 class Packed(NamedTuple):
-    """A packed leaf, and what was rounded to its integers, in steps and of its logical shape (uniql_jax/rounded.py)."""
+    """A packed leaf and, where it was asked for, what was rounded to its integers, in steps and of its logical shape
+    (uniql_jax/rounded.py).
+    """
 
     weight: QuantizedArray
-    position: Float[Array, "..."]
+    position: Float[Array, "..."] | None
 
 
 def _quantize_rows(
-    rows: Float[Array, "rows width"], hessian: Array | None, options: Options, group: int
-) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"]]:
+    rows: Float[Array, "rows width"], hessian: Array | None, options: Options, group: int, keep: bool
+) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"] | None]:
     codes, scale, rounded = quantize_and_keep(
         rows,
         hessian,
@@ -133,19 +135,29 @@ def _quantize_rows(
         search=options.scale_search,
         propagate=options.rounding == "gptq",
         damping=options.damping,
+        keep=keep,
     )
-    return codes, scale, position(rounded, codes, scale, group)
+    return codes, scale, None if rounded is None else position(rounded, codes, scale, group)
 
 
 def pack_leaf(
-    leaf: elastic.Leaf, value: Float[Array, "..."], hessian: Array | None, options: Options, group: int
+    leaf: elastic.Leaf,
+    value: Float[Array, "..."],
+    hessian: Array | None,
+    options: Options,
+    group: int,
+    keep: bool = False,
 ) -> Packed:
-    """Pack one matrix leaf; `hessian` is the Gram of what it contracts, None rounds to nearest."""
+    """Pack one matrix leaf; `hessian` is the Gram of what it contracts, None rounds to nearest. `keep`: what was
+    rounded as well.
+    """
     width = value.shape[-1] if leaf.contract == "last" else int(np.prod(value.shape[:-1]))
     rows = value.reshape(-1, width) if leaf.contract == "last" else value.reshape(width, -1).T
-    codes, scale, places = _quantize_rows(rows, hessian, options, group)
+    codes, scale, places = _quantize_rows(rows, hessian, options, group, keep)
     weight = from_codes(codes, scale, bits=options.bits, group=group, contract=str(leaf.contract), shape=value.shape)
-    return Packed(weight, (places if leaf.contract == "last" else places.T).reshape(value.shape))
+    if places is not None:
+        places = (places if leaf.contract == "last" else places.T).reshape(value.shape)
+    return Packed(weight, places)
 
 
 def quantize_leaf(
@@ -156,17 +168,18 @@ def quantize_leaf(
 
 
 def pack_together(
-    values: Mapping[str, Float[Array, "..."]], hessian: Array | None, options: Options, group: int
+    values: Mapping[str, Float[Array, "..."]], hessian: Array | None, options: Options, group: int, keep: bool = False
 ) -> dict[str, Packed]:
     """Pack matrices that contract the same input as their last dimension: one Hessian, one factorization for all."""
     flat = {name: value.reshape(-1, value.shape[-1]) for name, value in values.items()}
-    found = _quantize_rows(jnp.concatenate(list(flat.values())), hessian, options, group)
-    ends = np.cumsum([len(rows) for rows in flat.values()])[:-1]
+    codes, scales, places = _quantize_rows(jnp.concatenate(list(flat.values())), hessian, options, group, keep)
+    ends = np.cumsum([len(rows) for rows in flat.values()])
     done = {}
-    for (name, value), codes, scales, places in zip(values.items(), *(jnp.split(x, ends) for x in found), strict=True):
+    for (name, value), end in zip(values.items(), ends, strict=True):
+        own = slice(end - len(flat[name]), end)
         shape = value.shape
-        weight = from_codes(codes, scales, bits=options.bits, group=group, contract="last", shape=shape)
-        done[name] = Packed(weight, places.reshape(shape))
+        weight = from_codes(codes[own], scales[own], bits=options.bits, group=group, contract="last", shape=shape)
+        done[name] = Packed(weight, None if places is None else places[own].reshape(shape))
     return done
 
 
@@ -182,10 +195,14 @@ class Finisher:
         x: list[Array],
         teacher: list[Array] | None,
         keep: Sequence[tuple[Keep, ...]] | None,
+        keep_positions: bool = False,
     ):
-        """x, teacher: batches [b, t, h]; keep: per batch, kept sizes per layer (with `teacher`, for the refit)."""
+        """x, teacher: batches [b, t, h]; keep: per batch, kept sizes per layer (with `teacher`, for the refit);
+        keep_positions: what was rounded is kept as well.
+        """
         self.config, self.options, self.groups, self.dtype = config, options, groups, dtype
         self.x, self.teacher, self.keep = x, teacher, keep
+        self.keep_positions = keep_positions
         self.positions: dict[str, dict[str, Array]] = {}
 
     def _keep(self, batch: int, layer: int) -> Keep | None:
@@ -207,7 +224,8 @@ class Finisher:
     def layer(self, i: int, layer: Mapping[str, Block]) -> dict[str, dict[str, Any]]:
         """Finish layer i (dense, sorted, rotated, float32) and move the streams past it.
 
-        `positions` then holds where its packed leaves lay before they were rounded, {kind: {leaf: steps}}.
+        With `keep_positions`, `positions` then holds where its packed leaves lay before they were rounded, {kind:
+        {leaf: steps}}.
         """
         self.positions = {kind: {} for kind in self.config.pattern[i]}
         return {kind: self._block(i, kind, layer[kind]) for kind in self.config.pattern[i]}
@@ -220,7 +238,7 @@ class Finisher:
         working = dict(original)
 
         def settle(name: str, value: Packed | np.ndarray) -> None:
-            if isinstance(value, Packed):
+            if isinstance(value, Packed) and value.position is not None:
                 self.positions[kind][name] = value.position
             kept = value.weight if isinstance(value, Packed) else value
             done[name], working[name] = kept, dense(kept)
@@ -228,7 +246,7 @@ class Finisher:
         def output(name: str, value: Array, hessian: Array | None) -> None:
             leaf = leaves[name]
             if options.packed:
-                settle(name, pack_leaf(leaf, value, hessian, options, self.groups[leaf.dims[0]]))
+                settle(name, pack_leaf(leaf, value, hessian, options, self.groups[leaf.dims[0]], self.keep_positions))
             else:
                 settle(name, stored(leaf, value, self.dtype))
 
@@ -237,7 +255,8 @@ class Finisher:
             hessian = total(read_gram(config, kind, original, x) for x in self.x) / tokens
         reading = {name: original[name] for name, leaf in leaves.items() if options.packed and leaf.contract == "last"}
         if reading:
-            for name, value in pack_together(reading, hessian, options, self.groups["embed"]).items():
+            packed = pack_together(reading, hessian, options, self.groups["embed"], self.keep_positions)
+            for name, value in packed.items():
                 settle(name, value)
         for name, leaf in leaves.items():
             if leaf.contract != "first" and name not in reading:

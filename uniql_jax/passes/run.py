@@ -314,7 +314,7 @@ class _Run:
                 tuple({a: sizes[lo:hi] for a, sizes in layer.items()} for layer in per_window)
                 for lo, hi in itertools.pairwise(starts)
             ]
-        finisher = Finisher(self.config, options, self.groups, matrix_dtype(options), x, teacher, keep)
+        finisher = Finisher(self.config, options, self.groups, matrix_dtype(options), x, teacher, keep, positions)
         streaming = refitting or options.packed
         for i in self.progress(range(len(self.config.pattern)), "quantize" if options.packed else "finish"):
             name = _name(i)

@@ -7,6 +7,7 @@ Hessian, so slicing after quantizing does no extra harm (Frantar et al., arXiv 2
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,11 +94,12 @@ def quantize(
     hessian: mean outer product of those inputs, float32; None means plain rounding. search=False takes max-abs
     scales, propagate=False rounds without carrying errors over (both baselines). A last group may be short.
     """
-    options = dict(bits=bits, group=group, search=search, propagate=propagate)
-    return quantize_and_keep(weight, hessian, **options, damping=damping)[:2]
+    options = dict(bits=bits, group=group, search=search, propagate=propagate, keep=False)
+    codes, scales, _ = quantize_and_keep(weight, hessian, **options, damping=damping)
+    return codes, scales
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group", "search", "propagate"))
+@functools.partial(jax.jit, static_argnames=("bits", "group", "search", "propagate", "keep"))
 def quantize_and_keep(
     weight: Float[Array, "rows width"],
     hessian: Float[Array, "width width"] | None = None,
@@ -107,8 +109,9 @@ def quantize_and_keep(
     search: bool = True,
     propagate: bool = True,
     damping: float | Float[Array, ""] = 0.01,
-) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"]]:
-    """`quantize`, and beside it what was rounded, float32: the weight with all errors that were carried to it."""
+    keep: bool = True,
+) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"] | None]:
+    """`quantize`, and with `keep` what was rounded, float32: the weight with all errors that were carried to it."""
     low, high = limits(bits)
     rows, width = weight.shape
     groups = -(-width // group)
@@ -124,7 +127,7 @@ def quantize_and_keep(
         factor = inverse_factor(hessian, damping) if propagate else None
     later = jnp.arange(groups * group)
 
-    def one_group(g: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+    def one_group(g: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
         columns, codes, scales, rounded = state
         start = g * group
         block = jax.lax.dynamic_slice(columns, (start, 0), (group, rows))
@@ -135,7 +138,7 @@ def quantize_and_keep(
             stripe = jax.lax.dynamic_slice(factor, (start, 0), (group, groups * group))
             square = jax.lax.dynamic_slice(stripe, (0, start), (group, group))
 
-            def one_column(j: Array, inner: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            def one_column(j: Array, inner: tuple[Any, ...]) -> tuple[Any, ...]:
                 block, quantized, before = inner
                 column = jax.lax.dynamic_slice_in_dim(block, j, 1)
                 integer = round_to(column, scale, low, high)
@@ -144,21 +147,21 @@ def quantize_and_keep(
                 # What was settled stays; row j itself keeps its error, which the later groups need.
                 settled = jnp.arange(group)[:, None]
                 block = jnp.where(settled > j, block - row[:, None] * error, jnp.where(settled == j, error, block))
-                before = jax.lax.dynamic_update_slice_in_dim(before, column, j, 0)
+                before = jax.lax.dynamic_update_slice_in_dim(before, column, j, 0) if keep else None
                 return block, jax.lax.dynamic_update_slice_in_dim(quantized, integer, j, 0), before
 
-            start_of_loop = (block, jnp.zeros_like(block), jnp.zeros_like(block))
+            start_of_loop = (block, jnp.zeros_like(block), jnp.zeros_like(block) if keep else None)
             errors, quantized, before = jax.lax.fori_loop(0, group, one_column, start_of_loop)
             columns = columns - jnp.where(later >= start + group, stripe, 0.0).T @ errors
         return (
             columns,
             jax.lax.dynamic_update_slice(codes, quantized.astype(jnp.int8), (start, 0)),
             jax.lax.dynamic_update_slice(scales, scale[None], (g, 0)),
-            jax.lax.dynamic_update_slice(rounded, before, (start, 0)),
+            jax.lax.dynamic_update_slice(rounded, before, (start, 0)) if keep else None,
         )
 
     codes = jnp.zeros((groups * group, rows), jnp.int8)
     scales = jnp.zeros((groups, rows), jnp.float32)
-    begin = (columns, codes, scales, jnp.zeros_like(columns))
+    begin = (columns, codes, scales, jnp.zeros_like(columns) if keep else None)
     _, codes, scales, rounded = jax.lax.fori_loop(0, groups, one_group, begin)
-    return codes[:width].T, scales.T.astype(jnp.bfloat16), rounded[:width].T
+    return codes[:width].T, scales.T.astype(jnp.bfloat16), rounded[:width].T if keep else None
