@@ -11,17 +11,25 @@ import numpy as np
 import pytest
 
 from uniql_jax import elastic
+from uniql_jax.int4 import QuantizedArray, unpack
 from uniql_jax.layers.linear import apply_columns, apply_rows
 from uniql_jax.passes.finishing import pack_leaf, pack_together
 from uniql_jax.passes.options import Options
-from uniql_jax.quantize.gptq import limits, quantize_and_keep
-from uniql_jax.rounded import RoundedArray, codes_of, from_quantized, position
+from uniql_jax.quantize.gptq import limits, quantize
+from uniql_jax.rounded import RoundedArray, from_quantized, position
 
 LAST = elastic.Leaf(("ffn", "head", "embed"), "last")
 FIRST = elastic.Leaf(("vo", "head", "embed"), "first")
 SHAPES = {"last": (10, 3, 88), "first": (24, 4, 20)}
 CASES = list(itertools.product(("last", "first"), (4, 8)))
 GROUPS = {"last": 32, "first": 48}  # 88 is no multiple of 32: a last group is short
+
+
+def codes_of(weight: QuantizedArray) -> jax.Array:
+    """The integers of a packed weight in its plain order, of its logical shape."""
+    axis = -1 if weight.contract == "last" else 0
+    values = unpack(jnp.asarray(weight.data), weight.bits, axis)
+    return values[..., : weight.width] if axis else values[: weight.width].reshape(weight.shape)
 
 
 def trained(contract: str, bits: int, rng: np.random.Generator, rank: int = 3, size: float = 0.05) -> RoundedArray:
@@ -93,7 +101,7 @@ def test_what_was_rounded_rounds_to_the_integers(rng: np.random.Generator) -> No
     """GPTQ's integers are the nearest ones of what it rounded, errors of earlier columns included."""
     value = jnp.asarray(rng.standard_normal((12, 80)), jnp.float32)
     x = rng.standard_normal((300, 80)) @ rng.standard_normal((80, 80))
-    codes, scale, rounded = quantize_and_keep(value, jnp.asarray(x.T @ x, jnp.float32), bits=4, group=32)
+    codes, scale, rounded = quantize(value, jnp.asarray(x.T @ x, jnp.float32), bits=4, group=32, keep=True)
     wide = jnp.repeat(scale.astype(jnp.float32), 32, axis=1)[:, :80]
     np.testing.assert_array_equal(codes, np.clip(np.round(np.asarray(rounded) / np.asarray(wide)), *limits(4)))
     assert not np.allclose(rounded, value, atol=1e-3)
@@ -102,7 +110,7 @@ def test_what_was_rounded_rounds_to_the_integers(rng: np.random.Generator) -> No
 
 
 def test_a_group_of_zeros_stays_zero() -> None:
-    codes, scale, rounded = quantize_and_keep(jnp.zeros((4, 32)), None, bits=4, group=32)
+    codes, scale, rounded = quantize(jnp.zeros((4, 32)), None, bits=4, group=32, keep=True)
     weight = RoundedArray(position(rounded, codes, scale, 32), scale, jnp.ones((4, 1)), jnp.ones((1, 32)), group=32)
     assert not np.asarray(weight.value()).any()
     gradient = jax.grad(lambda left: dataclasses.replace(weight, left=left).value().sum())(weight.left)

@@ -22,8 +22,11 @@ class LazyAdamState(NamedTuple):
     nu: Any
 
 
-def scale_by_lazy_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` with a clock of its own for every entry, which stands still where the gradient is zero.
+def scale_by_lazy_adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """`optax.scale_by_adam`, and `optax.add_decayed_weights` after it, with a clock of its own for every entry, which
+    stands still where the gradient is zero.
 
     Where no gradient is zero the two are the same.
     """
@@ -33,18 +36,19 @@ def scale_by_lazy_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) ->
         # buffers of their own, since a step takes them over
         return LazyAdamState(seen, jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
 
-    def one(g: Array, seen: Array, mu: Array, nu: Array) -> tuple[Array, Array, Array, Array]:
+    def one(g: Array, seen: Array, mu: Array, nu: Array, param: Array) -> tuple[Array, Array, Array, Array]:
         now = g != 0
         seen = seen + now
         mu = jnp.where(now, b1 * mu + (1 - b1) * g, mu)
         nu = jnp.where(now, b2 * nu + (1 - b2) * g * g, nu)
         clock = jnp.maximum(seen, 1).astype(g.dtype)
         step = (mu / (1 - b1**clock)) / (jnp.sqrt(nu / (1 - b2**clock)) + eps)
-        return jnp.where(now, step, 0.0), seen, mu, nu
+        return jnp.where(now, step + weight_decay * param, 0.0), seen, mu, nu
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, LazyAdamState]:
-        del params
-        found = jax.tree.map(one, updates, state.seen, state.mu, state.nu)
+        if params is None:
+            raise ValueError("weights decay towards zero, so they must be given")
+        found = jax.tree.map(one, updates, state.seen, state.mu, state.nu, params)
         parts = [jax.tree.map(lambda _, four, i=i: four[i], updates, found) for i in range(4)]
         return parts[0], LazyAdamState(*parts[1:])
 

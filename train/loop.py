@@ -40,9 +40,8 @@ class Options:
 
     steps: None for `epochs` passes over the examples. A step's `batch` rows are worked on in `accumulate` parts, which
     changes memory and nothing else. rates: a distribution that `rates.probabilities` knows, or a number, the rate of
-    every step. distill:
-    weight of the divergence from the unpruned model without LoRA, 1 - distill that of the text. compute: dtype of
-    activations and frozen weights; LoRA and optimizer stay float32. remat: one of `stack.REMAT`.
+    every step. distill: weight of the divergence from the unpruned model without LoRA, 1 - distill that of the text.
+    compute: dtype of activations and frozen weights; LoRA and optimizer stay float32. remat: one of `stack.REMAT`.
     """
 
     rank: int = 8
@@ -87,8 +86,7 @@ def optimizer(options: Options, steps: int) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW that leaves alone what a step did not see."""
     return optax.chain(
         optax.clip_by_global_norm(options.clip),
-        scale_by_lazy_adam(),
-        optax.add_decayed_weights(options.weight_decay),
+        scale_by_lazy_adam(weight_decay=options.weight_decay),
         optax.scale_by_learning_rate(schedule(options, steps)),
     )
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.int4 import QuantizedArray, from_codes, unpack
+from uniql_jax.int4 import QuantizedArray, from_codes
 from uniql_jax.lora import PRODUCT, product
 from uniql_jax.quantize.gptq import limits
 
@@ -132,10 +132,3 @@ def position(
 def from_quantized(weight: QuantizedArray, position: Float[np.ndarray | Array, "..."]) -> RoundedArray:
     """A packed weight, in its plain order, as one that trains; `position` of its logical shape."""
     return RoundedArray(position, weight.scale, bits=weight.bits, group=weight.group, contract=weight.contract)
-
-
-def codes_of(weight: QuantizedArray) -> Int[Array, "..."]:
-    """The integers of a packed weight in its plain order, of its logical shape."""
-    axis = -1 if weight.contract == "last" else 0
-    values = unpack(jnp.asarray(weight.data), weight.bits, axis)
-    return values[..., : weight.width] if axis else values[: weight.width].reshape(weight.shape)

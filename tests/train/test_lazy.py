@@ -16,7 +16,7 @@ def run(transform: optax.GradientTransformation, gradients: list[Any]) -> list[A
     state = transform.init(gradients[0])
     found = []
     for gradient in gradients:
-        update, state = transform.update(gradient, state)
+        update, state = transform.update(gradient, state, jax.tree.map(lambda g: 2 * jnp.ones_like(g), gradient))
         found.append(update)
     return found
 
@@ -47,3 +47,13 @@ def test_nothing_seen_is_nothing_moved() -> None:
     zeros = jax.tree.map(jnp.zeros_like, {"a": jnp.ones((2, 2))})
     [update] = run(scale_by_lazy_adam(), [zeros])
     assert not np.asarray(update["a"]).any()
+
+
+def test_weights_decay_where_they_are_seen(rng: np.random.Generator) -> None:
+    gradient = jnp.asarray(rng.standard_normal((4, 3)), jnp.float32).at[2:].set(0.0)
+    [update] = run(scale_by_lazy_adam(weight_decay=0.25), [gradient])
+    adam = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.25))
+    [plain] = run(adam, [gradient])
+    np.testing.assert_allclose(update[:2], plain[:2], rtol=2e-5)
+    assert not update[2:].any()
+    assert plain[2:].all()

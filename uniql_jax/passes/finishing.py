@@ -23,7 +23,7 @@ from uniql_jax.layers import KINDS
 from uniql_jax.layers.context import full_context
 from uniql_jax.passes.options import REFIT_RATES, Options
 from uniql_jax.plan import Plan
-from uniql_jax.quantize.gptq import quantize_and_keep
+from uniql_jax.quantize.gptq import quantize
 from uniql_jax.rounded import position
 from uniql_jax.sort.gram import gram
 
@@ -127,7 +127,7 @@ class Packed(NamedTuple):
 def _quantize_rows(
     rows: Float[Array, "rows width"], hessian: Array | None, options: Options, group: int, keep: bool
 ) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"] | None]:
-    codes, scale, rounded = quantize_and_keep(
+    codes, scale, rounded = quantize(
         rows,
         hessian,
         bits=options.bits,

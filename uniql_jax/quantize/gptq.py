@@ -79,6 +79,7 @@ def round_to(
     return jnp.clip(jnp.round(weight * inverse), low, high)
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "group", "search", "propagate", "keep"))
 def quantize(
     weight: Float[Array, "rows width"],
     hessian: Float[Array, "width width"] | None = None,
@@ -88,30 +89,14 @@ def quantize(
     search: bool = True,
     propagate: bool = True,
     damping: float | Float[Array, ""] = 0.01,
-) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"]]:
-    """Integers (int8) and bfloat16 scales of a weight whose rows each contract `width` inputs.
+    keep: bool = False,
+) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"] | None]:
+    """Integers (int8) and bfloat16 scales of a weight whose rows each contract `width` inputs; with `keep` also what
+    was rounded to them, float32: the weight with all errors that were carried to it.
 
     hessian: mean outer product of those inputs, float32; None means plain rounding. search=False takes max-abs
     scales, propagate=False rounds without carrying errors over (both baselines). A last group may be short.
     """
-    options = dict(bits=bits, group=group, search=search, propagate=propagate, keep=False)
-    codes, scales, _ = quantize_and_keep(weight, hessian, **options, damping=damping)
-    return codes, scales
-
-
-@functools.partial(jax.jit, static_argnames=("bits", "group", "search", "propagate", "keep"))
-def quantize_and_keep(
-    weight: Float[Array, "rows width"],
-    hessian: Float[Array, "width width"] | None = None,
-    *,
-    bits: int,
-    group: int,
-    search: bool = True,
-    propagate: bool = True,
-    damping: float | Float[Array, ""] = 0.01,
-    keep: bool = True,
-) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"] | None]:
-    """`quantize`, and with `keep` what was rounded, float32: the weight with all errors that were carried to it."""
     low, high = limits(bits)
     rows, width = weight.shape
     groups = -(-width // group)
