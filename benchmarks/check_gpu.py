@@ -162,6 +162,7 @@ def sanitize(name: str, tool: str, seed: int, limit: float) -> tuple[Row, list[s
         watch = [tool, "--tool", "memcheck", "--padding", "256", "--error-exitcode", "9", "--print-limit", "5"]
         command = watch + pytest(["-k", which, str(ROOT / "tests" / file)], report, seed)
         alone = environment(
+            JAX_PLATFORMS="cuda",  # compute-sanitizer hands no empty variable on
             XLA_PYTHON_CLIENT_ALLOCATOR="platform",
             XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer=",
         )
