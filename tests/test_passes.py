@@ -351,13 +351,14 @@ def _loss(at: Path, rate: float, windows: np.ndarray) -> float:
     return float(-np.take_along_axis(np.asarray(scores), windows[:, 1:, None], axis=2).mean())
 
 
-def test_tuning_in_the_pass(source: Source, windows: np.ndarray, tmp_path: Path) -> None:
-    """After quantizing, training goes on with every weight rounded as it is stored: what is judged is what is stored,
-    pruned or not, before and after; a kill on the way changes nothing.
+@pytest.mark.parametrize("rank", [8, 0])
+def test_tuning_in_the_pass(source: Source, windows: np.ndarray, tmp_path: Path, rank: int) -> None:
+    """After quantizing, training goes on with every weight rounded as it is stored, embedding and head among them: what
+    is judged is what is stored, pruned or not, before and after; a kill on the way changes nothing.
     """
     learnt, judged = from_windows(windows), from_windows(windows[:4])
     first = recovery.Options(steps=1, batch=4, lr=1e-9, dropout=0.0, evaluations=1)
-    then = dataclasses.replace(first, steps=40, lr=5e-3, evaluations=4, distill=0.3)
+    then = dataclasses.replace(first, steps=40, lr=5e-3 if rank else 2e-2, evaluations=4, distill=0.3, rank=rank)
     wanted = Recovery(learnt, judged, first, then)
     options = Options(bits=4, plan="uniform")
     plain, out, again = tmp_path / "plain", tmp_path / "out", tmp_path / "again"
@@ -370,7 +371,13 @@ def test_tuning_in_the_pass(source: Source, windows: np.ndarray, tmp_path: Path)
     assert np.mean(list(report.tuned.after.values())) < np.mean(list(report.tuned.before.values())) - 0.01
     assert open_checkpoint(out).meta["provenance"]["tuning"]["steps"] == 40
     assert open_checkpoint(out).weight_bytes(0.0) == open_checkpoint(plain).weight_bytes(0.0)
-    for stage, step in (("quantize", 1), ("tune", 25)):
+    for name, value in open_checkpoint(out).top().items():
+        was = open_checkpoint(plain).top()[name]
+        assert isinstance(value, QuantizedArray) == (name in ("embed", "head"))
+        if isinstance(value, QuantizedArray):
+            assert np.any(np.asarray(value.data) != np.asarray(was.data))
+            np.testing.assert_array_equal(np.asarray(value.scale), np.asarray(was.scale))
+    for stage, step in (("quantize", 1), ("tune", 25)) if rank else ():
         with pytest.raises(Killed):
             compress(
                 source, again, windows, options, recover=wanted, resume=stage == "tune", progress=_stop_at(stage, step)

@@ -97,6 +97,23 @@ def test_gradients_pass_through_the_rounding(contract: str, rng: np.random.Gener
     np.testing.assert_allclose(right, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("contract", ["last", "first"])
+def test_a_change_of_its_own_is_in_steps(contract: str, rng: np.random.Generator) -> None:
+    start = dataclasses.replace(trained(contract, 4, rng), left=None, right=None)
+    low, high = limits(4)
+    change = jnp.asarray(rng.integers(-2, 3, start.shape), jnp.float32)
+    moved = dataclasses.replace(start, change=change)
+    np.testing.assert_array_equal(moved.codes(), np.clip(np.asarray(start.codes()) + np.asarray(change), low, high))
+    np.testing.assert_array_equal(np.asarray(moved.value()), np.asarray(moved.quantized().dequantize()))
+    small = dataclasses.replace(start, change=0.001 * change)  # nothing is so close to the next integer
+    np.testing.assert_array_equal(small.codes(), start.codes())
+    cotangent = jnp.asarray(rng.standard_normal(start.shape), jnp.float32)
+    _, pull = jax.vjp(lambda change: dataclasses.replace(start, change=change).value(), jnp.zeros(start.shape))
+    (gradient,) = pull(cotangent)
+    steps = np.asarray(dataclasses.replace(start, position=jnp.ones(start.shape)).value())  # 1 is on every grid
+    np.testing.assert_allclose(gradient, np.asarray(cotangent) * steps, rtol=1e-5, atol=1e-6)
+
+
 def test_what_was_rounded_rounds_to_the_integers(rng: np.random.Generator) -> None:
     """GPTQ's integers are the nearest ones of what it rounded, errors of earlier columns included."""
     value = jnp.asarray(rng.standard_normal((12, 80)), jnp.float32)

@@ -93,8 +93,8 @@ def describe(checkpoint: Checkpoint, out: str, options: Options, learnt: Example
     """The plan: what will be trained on what, and what it takes."""
     config = checkpoint.config
     shapes = [(leaf, elastic.shape(config, leaf)) for _, leaf in lora.targets(config)]
-    trained = sum(options.rank * (math.prod(shape[:-1]) + shape[-1]) for _, shape in shapes)
     frozen = sum(math.prod(shape) for _, shape in shapes)
+    trained = sum(options.rank * (math.prod(shape[:-1]) + shape[-1]) for _, shape in shapes) or frozen
     steps = options.total_steps(len(learnt))
     mesh = data_mesh(options.batch // options.accumulate)
     length = learnt.tokens.shape[1]
@@ -105,7 +105,7 @@ def describe(checkpoint: Checkpoint, out: str, options: Options, learnt: Example
         ("checkpoint", f"{checkpoint.folder}: {config.model_type}, {len(config.pattern)} layers, sorted"),
         ("training", f"{learnt.description}; {len(learnt)} used, {share:.0%} of their tokens count"),
         ("judged by", f"{len(judged)} held-out examples at rates {', '.join(f'{rate:g}' for rate in options.judged)}"),
-        ("lora", f"rank {options.rank}, {trained / 1e6:.3g} M numbers beside {frozen / 1e6:.4g} M frozen"),
+        ("trained", f"{lora.described(options.rank)}, {trained / 1e6:.3g} M numbers for {frozen / 1e6:.4g} M weights"),
         (
             "steps",
             f"{steps} of {options.batch} x {length} tokens in {options.accumulate} part(s), {options.compute}, on "
@@ -209,7 +209,7 @@ def parser() -> cli.Parser:
     add("--remat", choices=REMAT, default=DEFAULTS.remat, help="what to compute again backward, for less memory")
     add("--compute", choices=("float32", "bfloat16"), help="activations and frozen weights (default: bfloat16 on GPUs)")
     add("--lr", type=cli.bounded_float(0), default=DEFAULTS.lr, metavar="X", help="highest learning rate")
-    add("--rank", type=cli.positive_int, default=DEFAULTS.rank, metavar="N", help="of LoRA")
+    add("--rank", type=cli.natural_int, default=DEFAULTS.rank, metavar="N", help="of LoRA; 0: every weight is trained")
     add(
         "--alpha",
         type=cli.bounded_float(0),

@@ -39,9 +39,10 @@ class Options:
     """Settings of a recovery. The defaults are the paper's (UniQL, arXiv 2512.03383, appendix on fine-tuning).
 
     steps: None for `epochs` passes over the examples. A step's `batch` rows are worked on in `accumulate` parts, which
-    changes memory and nothing else. rates: a distribution that `rates.probabilities` knows, or a number, the rate of
-    every step. distill: weight of the divergence from the unpruned model without LoRA, 1 - distill that of the text.
-    compute: dtype of activations and frozen weights; LoRA and optimizer stay float32. remat: one of `stack.REMAT`.
+    changes memory and nothing else. rank: of LoRA; 0 trains every weight on its own. dropout: of what the low-rank path
+    receives. rates: a distribution that `rates.probabilities` knows, or a number, the rate of every step. distill:
+    weight of the divergence from the unpruned model without LoRA, 1 - distill that of the text. compute: dtype of
+    activations and frozen weights; what is trained and the optimizer stay float32. remat: one of `stack.REMAT`.
     """
 
     rank: int = 8
@@ -178,11 +179,23 @@ class Trainer:
 
     def init(self) -> tuple[Factors, Any]:
         """Factors and optimizer state to start from; here and below factors are those of `stack.stack_factors`."""
-        single = lora.initialize(self.config, self.options.rank, self.options.seed)
+        tables = [name for name, value in self.frozen["top"].items() if isinstance(value, RoundedArray)]
+        single = lora.initialize(self.config, self.options.rank, self.options.seed, tables)
         factors = self.everywhere(stack.stack_factors(self.config, single))
         return factors, self.everywhere(self.optimizer.init(factors))
 
     # ------------------------------------------------------------------------------------------ traced
+
+    def settled(self, factors: Factors | None, frozen: Mapping[str, Any]) -> dict[str, Any]:
+        """The frozen model with embedding and head dense, float32 where they train as they will be stored."""
+        alpha, own = self.options.alpha, factors or {}
+        top = {
+            name: cast(RoundedArray, lora.beside(value, elastic.TOP[name], own[f"top.{name}"], alpha)).value()
+            if isinstance(value, RoundedArray)
+            else value
+            for name, value in frozen["top"].items()
+        }
+        return {**frozen, "top": top}
 
     def hidden(
         self,
@@ -193,7 +206,8 @@ class Trainer:
         keep: tuple[elastic.Keep, ...] | None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t h"]:
-        """The stream after the last layer at masked sizes; the frozen model's own without factors.
+        """The stream after the last layer at masked sizes; the frozen model's own without factors. Frozen models here
+        are `settled`.
 
         Dropout where there is a key.
         """
@@ -215,6 +229,7 @@ class Trainer:
         keep: tuple[elastic.Keep, ...] | None,
     ) -> Float[Array, "b t vocab"]:
         """Logits, float32, of what `hidden` gives without dropout."""
+        frozen = self.settled(factors, frozen)
         model = CausalLM(self.config, {**frozen["top"], "layers": []}, dtype=self.dtype)
         return logits(model, self.hidden(factors, frozen, tokens, valid, keep))
 
@@ -228,6 +243,7 @@ class Trainer:
     ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""]]]:
         """(what is minimised, (cross entropy, tokens that count)), all summed over one part of a batch."""
         tokens, valid = batch["tokens"], batch["valid"]
+        frozen = self.settled(factors, frozen)
         x = self.hidden(factors, frozen, tokens, valid, keep, key)
         share = self.options.distill
         model = frozen.get("teacher", frozen)
@@ -277,6 +293,8 @@ class Trainer:
     def _losses(
         self, factors: Factors, frozen: Mapping[str, Any], batch: Batch, keep: tuple[elastic.Keep, ...]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        frozen = self.settled(factors, frozen)
+
         def part(carry: Any, one: Batch) -> tuple[Any, None]:
             x = self.hidden(factors, frozen, one["tokens"], one["valid"], keep)
             weights = one["learn"].astype(jnp.float32)

@@ -1,28 +1,35 @@
-"""LoRA factors of a whole model: made, put beside the weights for a training step, and merged into them at the end."""
+"""What training changes of a whole model, LoRA factors or updates of every weight: made, put beside the weights for a
+training step, and merged into them at the end.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from uniql_jax import elastic
 from uniql_jax.checkpoint import reachable_bias
 from uniql_jax.config import ModelConfig
 from uniql_jax.elastic import Leaf
+from uniql_jax.full import FullArray
 from uniql_jax.lora import LoraArray
 from uniql_jax.rounded import RoundedArray
 
 Layer = Mapping[str, Mapping[str, Any]]
 Factors = dict[str, dict[str, Array | np.ndarray]]
-"""{"layer.kind.leaf": {"left": [*lead, rank], "right": [rank, h]}}, float32: what training changes."""
+"""{"layer.kind.leaf": {"left": [*lead, rank], "right": [rank, h]}}, float32: what training changes; at rank 0
+{"change": [*lead, h]} each.
+"""
+Update = LoraArray | FullArray | RoundedArray
 
 
 def targets(config: ModelConfig) -> Iterator[tuple[str, Leaf]]:
@@ -34,21 +41,58 @@ def targets(config: ModelConfig) -> Iterator[tuple[str, Leaf]]:
                     yield f"{i}.{kind}.{name}", leaf
 
 
-def initialize(config: ModelConfig, rank: int, seed: int) -> Factors:
-    """Factors whose product is zero: `right` is uniform in +-1/sqrt(inputs), `left` is zero.
+def initialize(config: ModelConfig, rank: int, seed: int, tables: Sequence[str] = ()) -> Factors:
+    """Factors whose product is zero: `right` is uniform in +-1/sqrt(inputs), `left` is zero; at rank 0 changes of zero.
 
     It is always the factor with the elastic axis that starts at zero, whether it reads or writes: what few steps see,
     such as the entries that only rate 0 keeps, is then changed by those steps alone, however far the shared factor
-    moves at the other rates. The same on every machine and JAX version.
+    moves at the other rates. `tables`: the leaves of `elastic.TOP` that have factors as well, as "top.leaf". The same
+    on every machine and JAX version.
     """
     rng = np.random.default_rng(seed)
     factors: Factors = {}
-    for name, leaf in targets(config):
-        *lead, width = elastic.shape(config, leaf)
-        inputs = width if leaf.contract == "last" else math.prod(lead)
-        right = jnp.asarray(rng.uniform(-1, 1, (rank, width)) / math.sqrt(inputs), jnp.float32)
+    for name, leaf in [*targets(config), *((f"top.{name}", elastic.TOP[name]) for name in tables)]:
+        *lead, width = shape = elastic.shape(config, leaf)
+        if not rank:
+            factors[name] = {"change": jnp.zeros(shape, jnp.float32)}
+            continue
+        right = jnp.asarray(rng.uniform(-1, 1, (rank, width)) * usual_size(leaf, shape), jnp.float32)
         factors[name] = {"left": jnp.zeros((*lead, rank), jnp.float32), "right": right}
     return factors
+
+
+def usual_size(leaf: Leaf, shape: Sequence[int]) -> float:
+    """About the size of a weight: 1 / sqrt(inputs)."""
+    return 1 / math.sqrt(shape[-1] if leaf.contract == "last" else math.prod(shape[:-1]))
+
+
+def beside(
+    value: Any,
+    leaf: Leaf,
+    factors: Mapping[str, Array | np.ndarray],
+    alpha: float,
+    dropout: float = 0.0,
+    key: Key[Array, "..."] | None = None,
+    stacked: bool = False,
+) -> Update:
+    """A weight with its factors; `stacked`: both have an axis of layers in front. Without a low-rank path nothing of
+    what it receives is dropped.
+    """
+    if isinstance(value, RoundedArray):
+        if key is not None:
+            raise ValueError("a weight that trains as it will be stored has no low-rank path to drop inputs of")
+        scale = 1.0 if "change" in factors else alpha / factors["right"].shape[-2]
+        return dataclasses.replace(value, **factors, scale=scale)
+    if "change" in factors:
+        change = factors["change"]
+        return FullArray(value, change, scale=usual_size(leaf, change.shape[stacked:]))
+    left, right = factors["left"], factors["right"]
+    return LoraArray(value, left, right, key, scale=alpha / right.shape[-2], dropout=dropout)
+
+
+def described(rank: int) -> str:
+    """What is trained, in words."""
+    return f"LoRA rank {rank}" if rank else "every weight"
 
 
 def alpha_of(rank: int) -> float:
@@ -70,56 +114,55 @@ def attach(
     dropout: float = 0.0,
     key: Key[Array, ""] | None = None,
 ) -> list[dict[str, dict[str, Any]]]:
-    """The layers with a LoraArray for every weight that has factors; traceable, nothing is copied.
+    """The layers with what `beside` makes of every weight that has factors; traceable, nothing is copied.
 
     With a key, `dropout` of what each low-rank path receives is dropped, differently for every leaf.
     """
 
-    def beside(name: str, value: Any) -> Any:
+    def attached(name: str, leaf: Leaf, value: Any) -> Any:
         if name not in factors:
             return value
         own = None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
-        left, right = factors[name]["left"], factors[name]["right"]
-        return LoraArray(value, left, right, own, scale=alpha / right.shape[0], dropout=dropout)
+        return beside(value, leaf, factors[name], alpha, dropout, own)
 
-    return [
-        {
-            kind: {name: beside(f"{i}.{kind}.{name}", value) for name, value in block.items()}
-            for kind, block in layer.items()
-        }
-        for i, layer in enumerate(layers)
-    ]
+    return [_mapped(i, layer, attached) for i, layer in enumerate(layers)]
+
+
+def _mapped(i: int, layer: Layer, change: Callable[[str, Leaf, Any], Any]) -> dict[str, dict[str, Any]]:
+    """change("layer.kind.leaf", leaf, value) of every leaf of layer i."""
+    return {
+        kind: {name: change(f"{i}.{kind}.{name}", elastic.BLOCKS[kind][name], value) for name, value in block.items()}
+        for kind, block in layer.items()
+    }
 
 
 def merge_layer(i: int, layer: Layer, factors: Factors, alpha: float) -> dict[str, dict[str, Any]]:
     """Layer i with its update in its weights: matrices float32 numpy arrays, the rest as it was."""
 
-    def merged(name: str, value: Any) -> Any:
+    def merged(name: str, leaf: Leaf, value: Any) -> Any:
         if name not in factors:
             return value
-        left, right = factors[name]["left"], factors[name]["right"]
-        done: Float[Array, "..."] = LoraArray(value, left, right, scale=alpha / right.shape[0]).merged()
-        return np.asarray(done)
+        moved: Any = beside(value, leaf, factors[name], alpha)
+        return np.asarray(moved.merged())
 
-    return {
-        kind: {name: merged(f"{i}.{kind}.{name}", value) for name, value in block.items()}
-        for kind, block in layer.items()
-    }
+    return _mapped(i, layer, merged)
+
+
+def packed_top(top: Mapping[str, Any], factors: Factors, alpha: float) -> dict[str, Any]:
+    """Embedding, norm and head as they are stored once their factors have moved them; what is no RoundedArray stays."""
+    return {name: _settled(f"top.{name}", elastic.TOP[name], value, factors, alpha) for name, value in top.items()}
+
+
+def _settled(name: str, leaf: Leaf, value: Any, factors: Factors, alpha: float) -> Any:
+    if not isinstance(value, RoundedArray):
+        return value
+    moved: Any = beside(value, leaf, factors[name], alpha)
+    return moved.quantized()
 
 
 def packed_layer(
     config: ModelConfig, i: int, layer: Layer, factors: Factors, alpha: float
 ) -> dict[str, dict[str, Any]]:
     """Layer i of RoundedArrays as what is stored of them once their factors have moved them."""
-
-    def settled(name: str, value: Any) -> Any:
-        if not isinstance(value, RoundedArray):
-            return value
-        left, right = factors[name]["left"], factors[name]["right"]
-        return dataclasses.replace(value, left=left, right=right, scale=alpha / right.shape[0]).quantized()
-
-    done = {
-        kind: {name: settled(f"{i}.{kind}.{name}", value) for name, value in block.items()}
-        for kind, block in layer.items()
-    }
+    done = _mapped(i, layer, functools.partial(_settled, factors=factors, alpha=alpha))
     return {kind: reachable_bias(config, kind, block) for kind, block in done.items()}

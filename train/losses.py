@@ -59,16 +59,21 @@ def distillation_loss(
 
 @jax.custom_vjp
 def head_product(x: Float[Array, "*b h"], head: Float[Array, "vocab h"]) -> Float[Array, "*b vocab"]:
-    """x @ head.T in float32, of a head that is not trained; the backward multiplies in x's dtype."""
+    """x @ head.T in float32; the backward multiplies in x's dtype."""
     return jnp.matmul(x, head.T.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def _head_forward(x: Array, head: Array) -> tuple[Array, Array]:
-    return head_product(x, head), head
+def _head_forward(x: Array, head: Array) -> tuple[Array, tuple[Array, Array]]:
+    return head_product(x, head), (x, head)
 
 
-def _head_backward(head: Array, cotangent: Array) -> tuple[Array, None]:
-    return jnp.matmul(cotangent.astype(head.dtype), head), None
+def _head_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, head = saved
+    cotangent = cotangent.astype(x.dtype)
+    x_bar = jnp.matmul(cotangent, head.astype(x.dtype))
+    # of a head that is not trained nobody asks for this, and XLA leaves it out
+    head_bar = jnp.einsum("...v,...h->vh", cotangent, x, preferred_element_type=jnp.float32)
+    return x_bar, head_bar.astype(head.dtype)
 
 
 head_product.defvjp(_head_forward, _head_backward)

@@ -6,7 +6,6 @@ real prune rate they differ, which is why only training runs this way.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import zlib
@@ -18,13 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from train.lora import Factors, Layer
+from train.lora import Factors, Layer, beside
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 from uniql_jax.layers.context import Context
-from uniql_jax.lora import PRODUCT, LoraArray
+from uniql_jax.lora import PRODUCT
 from uniql_jax.model import apply_layer
-from uniql_jax.rounded import RoundedArray
 
 REMAT = ("none", "products", "all")
 """What is computed again in the backward pass: nothing; all but the results of products with weights, which is cheap;
@@ -68,22 +66,19 @@ def attach(
     dropout: float = 0.0,
     key: Key[Array, ""] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """`lora.attach` for a run: a stacked LoraArray for every leaf that has factors (those of `stack_factors`)."""
+    """`lora.attach` for a run, stacked, with the factors of `stack_factors`."""
 
-    def beside(kind: str, leaf: str, value: Any) -> Any:
+    def attached(kind: str, leaf: str, value: Any) -> Any:
         name = f"{run.first}.{kind}.{leaf}"
         if name not in factors:
             return value
         names = [f"{i}.{kind}.{leaf}" for i in range(run.first, run.first + run.count)]
         keys = None if key is None else jnp.stack([jax.random.fold_in(key, zlib.crc32(n.encode())) for n in names])
-        left, right = factors[name]["left"], factors[name]["right"]
-        if isinstance(value, RoundedArray):
-            if keys is not None:
-                raise ValueError("a weight that trains as it will be stored has no low-rank path to drop inputs of")
-            return dataclasses.replace(value, left=left, right=right, scale=alpha / right.shape[1])
-        return LoraArray(value, left, right, keys, scale=alpha / right.shape[1], dropout=dropout)
+        return beside(value, elastic.BLOCKS[kind][leaf], factors[name], alpha, dropout, keys, stacked=True)
 
-    return {kind: {leaf: beside(kind, leaf, value) for leaf, value in block.items()} for kind, block in stacked.items()}
+    return {
+        kind: {leaf: attached(kind, leaf, value) for leaf, value in block.items()} for kind, block in stacked.items()
+    }
 
 
 def stack_factors(config: ModelConfig, factors: Factors) -> Factors:
@@ -91,26 +86,31 @@ def stack_factors(config: ModelConfig, factors: Factors) -> Factors:
 
     An optimizer then has a few dozen arrays to work on, whatever the depth.
     """
-    found: Factors = {}
+    found = _of_tables(factors)
     for run in runs(config):
         for name in factors:
             first, rest = name.split(".", 1)
-            if int(first) == run.first:
+            if first == str(run.first):
                 pairs = [factors[f"{i}.{rest}"] for i in range(run.first, run.first + run.count)]
-                found[name] = {side: jnp.stack([jnp.asarray(p[side]) for p in pairs]) for side in ("left", "right")}
+                found[name] = {side: jnp.stack([jnp.asarray(p[side]) for p in pairs]) for side in factors[name]}
     return found
 
 
 def unstack_factors(config: ModelConfig, factors: Factors) -> Factors:
     """Inverse of `stack_factors`."""
-    found: Factors = {}
+    found = _of_tables(factors)
     for run in runs(config):
         for name, pair in factors.items():
             first, rest = name.split(".", 1)
-            if int(first) == run.first:
+            if first == str(run.first):
                 for i in range(run.count):
                     found[f"{run.first + i}.{rest}"] = {side: value[i] for side, value in pair.items()}
     return found
+
+
+def _of_tables(factors: Factors) -> Factors:
+    """The factors of embedding and head, which are in no run."""
+    return {name: dict(pair) for name, pair in factors.items() if name.startswith("top.")}
 
 
 def apply_runs(

@@ -294,7 +294,10 @@ def parser() -> cli.Parser:
         "--recover-steps", type=cli.positive_int, metavar="N", help=f"default: {RECOVERY.epochs:g} passes over the text"
     )
     training.add_argument("--recover-lr", type=cli.bounded_float(0), default=RECOVERY.lr, metavar="X", help="highest")
-    training.add_argument("--recover-rank", type=cli.positive_int, default=RECOVERY.rank, metavar="N", help="of LoRA")
+    training.add_argument(
+        "--recover-rank", type=cli.natural_int, default=RECOVERY.rank, metavar="N",
+        help="of LoRA; 0 trains every weight on its own, for small models",
+    )  # fmt: skip
     training.add_argument(
         "--recover-length", type=cli.positive_int, default=RECOVER_LENGTH, metavar="N", help="tokens of an example"
     )

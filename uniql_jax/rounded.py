@@ -1,4 +1,5 @@
-"""A weight that trains as it will be stored: rounded to its grid in the forward pass, moved by low-rank factors.
+"""A weight that trains as it will be stored: rounded to its grid in the forward pass, moved by low-rank factors, or by
+a change of its own.
 
 Gradients pass through the rounding as if it were not there (straight-through, Bengio et al., arXiv 1308.3432). What
 GPTQ rounded is kept to a fraction of a step, so that training begins with exactly GPTQ's integers and knows which of
@@ -31,13 +32,14 @@ class RoundedArray:
 
     `position` is the weight in steps, float16, of the logical shape [*lead, h]; `step` is the scale of every group,
     [*lead, groups] for contract "last", [groups, h] for "first". `left` [*lead, rank] and `right` [rank, h] are as in
-    a LoraArray; without them nothing moves.
+    a LoraArray; `change`, in their stead, is of the weight's shape and in steps. Without either nothing moves.
     """
 
     position: Any  # arrays as above; Any, since jax.tree.map and jax.eval_shape may put anything into a pytree
     step: Any
     left: Any = None
     right: Any = None
+    change: Any = None
     bits: int = flax.struct.field(pytree_node=False, default=4)
     group: int = flax.struct.field(pytree_node=False, default=128)
     contract: str = flax.struct.field(pytree_node=False, default="last")
@@ -56,6 +58,8 @@ class RoundedArray:
         return jnp.repeat(step, self.group, axis=0)[: math.prod(self.shape[:-1])].reshape(self.shape)
 
     def _update(self) -> Float[Array, "..."]:
+        if self.change is not None:
+            return jnp.asarray(self.change, jnp.float32) * self._steps()
         if self.left is None:
             return jnp.zeros(self.shape, jnp.float32)
         # Half a step decides: float32 products, and few of them, since the rank is low.
@@ -71,7 +75,7 @@ class RoundedArray:
         return jnp.asarray(self.position).astype(jnp.float32) + update * inverse
 
     def value(self) -> Float[Array, "..."]:
-        """The weight as it would be stored, float32; differentiable in `left` and `right`."""
+        """The weight as it would be stored, float32; differentiable in `left` and `right`, or `change`."""
         low, high = limits(self.bits)
         update = self._update()
         places = self._places(jax.lax.stop_gradient(update))

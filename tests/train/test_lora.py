@@ -14,6 +14,7 @@ from tests import reference
 from tests.train import cases
 from train import lora, rates
 from uniql_jax import elastic
+from uniql_jax.full import FullArray
 from uniql_jax.layers.linear import apply_columns, apply_rows
 from uniql_jax.lora import LoraArray
 from uniql_jax.model import CausalLM, hidden_states, logits, prune
@@ -35,11 +36,11 @@ def _call(model: CausalLM, tokens: jax.Array) -> jax.Array:
     return model(tokens)
 
 
-@pytest.mark.parametrize("family", cases.FAMILIES)
-def test_masked_training_is_the_sliced_merged_model(family: str, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(("family", "rank"), [*((name, 4) for name in cases.FAMILIES), ("llama", 0), ("bamba", 0)])
+def test_masked_training_is_the_sliced_merged_model(family: str, rank: int, rng: np.random.Generator) -> None:
     model = cases.model(family, rng)
     assert model.plan is not None
-    factors = cases.factors(model.config, rng)
+    factors = cases.factors(model.config, rng, rank)
     tokens = cases.tokens(rng)
     attached = _with_layers(model, lora.attach(model.params["layers"], factors, ALPHA))
     layers = [lora.merge_layer(i, layer, factors, ALPHA) for i, layer in enumerate(model.params["layers"])]
@@ -91,6 +92,26 @@ def test_merged_is_base_plus_update(rng: np.random.Generator) -> None:
     x, y = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 10), (4, 6, 2)))
     np.testing.assert_allclose(apply_rows(x, weight), np.einsum("abh,th->tab", expected, x), atol=1e-4)
     np.testing.assert_allclose(apply_columns(y, weight), np.einsum("abh,tab->th", expected, y), atol=1e-4)
+
+
+def test_at_rank_0_every_weight_is_trained(rng: np.random.Generator) -> None:
+    config = cases.model("llama", rng).config
+    factors = lora.initialize(config, 0, 0)
+    shapes = {name: elastic.shape(config, leaf) for name, leaf in lora.targets(config)}
+    assert {name: pair["change"].shape for name, pair in factors.items()} == shapes
+    assert not any(np.any(np.asarray(pair["change"])) for pair in factors.values())
+    base, change = (jnp.asarray(rng.normal(size=(6, 2, 10)), jnp.float32) for _ in range(2))
+    weight = FullArray(base, change, scale=0.5)
+    expected = np.asarray(base) + 0.5 * np.asarray(change)
+    np.testing.assert_allclose(weight.merged(), expected, rtol=1e-6)
+    np.testing.assert_allclose(weight.take_prefix(3).merged(), expected[:3], rtol=1e-6)
+    x, y = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 10), (4, 6, 2)))
+    np.testing.assert_allclose(apply_rows(x, weight), np.einsum("abh,th->tab", expected, x), atol=1e-4)
+    np.testing.assert_allclose(apply_columns(y, weight), np.einsum("abh,tab->th", expected, y), atol=1e-4)
+    # a step of one in `change` is about the size of a weight, whatever the matrix
+    narrow, wide = (elastic.Leaf(("ffn", "embed"), contract) for contract in ("last", "first"))
+    assert lora.usual_size(narrow, (30, 16)) == 1 / 4
+    assert lora.usual_size(wide, (16, 30)) == 1 / 4
 
 
 def test_merging_bfloat16_weights_is_done_in_float32(rng: np.random.Generator) -> None:

@@ -10,17 +10,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.dequant_matmul import dequant_matmul
+from uniql_jax.full import FullArray
 from uniql_jax.int4 import QuantizedArray
 from uniql_jax.lora import LoraArray
 from uniql_jax.rounded import RoundedArray
 
-Weight = QuantizedArray | LoraArray | RoundedArray | Array
+Weight = QuantizedArray | LoraArray | FullArray | RoundedArray | Array
 
 
 def apply_rows(x: Float[Array, "... h"], weight: Weight) -> Float[Array, "..."]:
     """y[..., *lead] = sum_h weight[*lead, h] x[..., h], for a leaf that contracts its last dimension."""
     lead = weight.shape[:-1]
-    if isinstance(weight, LoraArray | RoundedArray):
+    if isinstance(weight, LoraArray | FullArray | RoundedArray):
         y = weight.rows(x)
     elif isinstance(weight, QuantizedArray):
         tiled = weight.order != "plain"
@@ -43,7 +44,7 @@ def apply_columns(x: Float[Array, "..."], weight: Weight) -> Float[Array, "... h
     """y[..., h] = sum over the leading dimensions of x[..., *lead] weight[*lead, h]."""
     lead = weight.shape[:-1]
     flat = x.reshape(*x.shape[: x.ndim - len(lead)], math.prod(lead))
-    if isinstance(weight, LoraArray | RoundedArray):
+    if isinstance(weight, LoraArray | FullArray | RoundedArray):
         y = weight.columns(flat)
     elif isinstance(weight, QuantizedArray):
         y = dequant_matmul(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from train.lora import described
 from uniql_jax import cli, data, elastic
 from uniql_jax.int4 import TARGET_GROUP
 from uniql_jax.passes.contract import Recovery, Source
@@ -103,7 +104,7 @@ def describe(
 def _training(recover: Recovery) -> str:
     options, length = recover.options, recover.learnt.tokens.shape[1]
     return (
-        f"{options.total_steps(len(recover.learnt))} steps of {options.batch} x {length} tokens at drawn rates, LoRA "
-        f"rank {options.rank}, on {recover.learnt.description}; {len(recover.judged)} held-out examples judge"
+        f"{options.total_steps(len(recover.learnt))} steps of {options.batch} x {length} tokens at drawn rates, "
+        f"{described(options.rank)}, on {recover.learnt.description}; {len(recover.judged)} held-out examples judge"
         + (f"; {recover.tuning.steps} steps more after quantizing" if recover.tuning else "")
     )

@@ -160,13 +160,6 @@ def pack_leaf(
     return Packed(weight, places)
 
 
-def quantize_leaf(
-    leaf: elastic.Leaf, value: Float[Array, "..."], hessian: Array | None, options: Options, group: int
-) -> QuantizedArray:
-    """The packed half of `pack_leaf`."""
-    return pack_leaf(leaf, value, hessian, options, group).weight
-
-
 def pack_together(
     values: Mapping[str, Float[Array, "..."]], hessian: Array | None, options: Options, group: int, keep: bool = False
 ) -> dict[str, Packed]:

@@ -17,15 +17,15 @@ from jaxtyping import Array, Int
 
 import uniql_jax
 from train import recover as recovery
-from train.lora import merge_layer, packed_layer
+from train.lora import merge_layer, packed_layer, packed_top
 from uniql_jax import elastic
 from uniql_jax.checkpoint import CheckpointWriter, packed, reachable_bias, stored
 from uniql_jax.errors import UserError
-from uniql_jax.int4 import QuantizedArray, dense
+from uniql_jax.int4 import QuantizedArray
 from uniql_jax.model import embed
 from uniql_jax.passes.contract import Progress, Recovery, Report, Source
 from uniql_jax.passes.estimate import disk_bytes, stream_bytes
-from uniql_jax.passes.finishing import Finisher, keep_per_window, quantize_leaf, refit_rates
+from uniql_jax.passes.finishing import Finisher, keep_per_window, pack_leaf, refit_rates
 from uniql_jax.passes.options import Options, groups
 from uniql_jax.passes.sorting import final_gram, layer_forward, layer_statistics, loss_gradient, sort_layer
 from uniql_jax.passes.work import LayerStore, StreamStore, fingerprint, flatten, prepare, unflatten
@@ -248,7 +248,7 @@ class _Run:
         teacher = None
         if options.distill:
             teacher = [jax.device_get(self._layer(i, self.sorted)) for i in range(count)], jax.device_get(self.top)
-        top = {name: np.asarray(dense(value)) for name, value in self._stored_top().items()}
+        top = self._trainable_part(self._stored_top(self.done), self.positions.load("top"))
         result = recovery.train(
             self.config, layers, top, self.plan, wanted.learnt, wanted.judged, options, self.folder / "tune",
             lambda steps: self.progress(steps, "tune"), teacher=teacher,
@@ -256,28 +256,30 @@ class _Run:
         factors = jax.device_get(result.factors)
         for i, layer in enumerate(layers):
             self.tuned.save(_name(i), flatten(packed_layer(self.config, i, layer, factors, options.alpha)))
+        self.tuned.save("top", packed_top(top, factors, options.alpha))
         return result
 
     def _trainable(self, i: int) -> dict[str, dict[str, Any]]:
         """A finished layer with its packed leaves as RoundedArrays."""
-        places = self.positions.load(_name(i))
+        places = unflatten(self.positions.load(_name(i)))
+        layer = self._stored_layer(i, self.done)
+        return {kind: self._trainable_part(block, places.get(kind, {})) for kind, block in layer.items()}
+
+    def _trainable_part(self, leaves: Mapping[str, Any], places: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            kind: {
-                name: from_quantized(value, places[f"{kind}.{name}"]) if isinstance(value, QuantizedArray) else value
-                for name, value in block.items()
-            }
-            for kind, block in self._stored_layer(i, self.done).items()
+            name: from_quantized(value, places[name]) if isinstance(value, QuantizedArray) else value
+            for name, value in leaves.items()
         }
 
-    def _finish_top(self, q: Array | None) -> dict[str, Any]:
-        """Embedding, norm and head as they will be stored."""
+    def _finish_top(self, q: Array | None, positions: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Embedding, norm and head as they will be stored, and with `positions` what was rounded, in steps."""
         options = self.options
         dtype = matrix_dtype(options)
         gram = jnp.asarray(self.sorted.load("final")["gram"], jnp.float32)
         norm = self.top["norm"]
         top = rotate_top(self.top, q) if q is not None else self.top
         if not options.packed:
-            return {name: stored(elastic.TOP[name], value, dtype) for name, value in top.items()}
+            return {name: stored(elastic.TOP[name], value, dtype) for name, value in top.items()}, {}
         if q is None:
             read = norm[:, None] * gram * norm
         elif "head" in top:
@@ -285,15 +287,19 @@ class _Run:
         else:
             read = q.T @ (norm[:, None] * gram * norm) @ q
         out: dict[str, Any] = {n: stored(elastic.TOP[n], value, dtype) for n, value in top.items() if n != "head"}
-        group = self.groups["embed"]
         if "head" in top:
-            out["head"] = quantize_leaf(elastic.TOP["head"], top["head"], read, options, group)
-            out["embed"] = quantize_leaf(elastic.TOP["embed"], top["embed"], None, options, group)
+            hessians = {"head": read, "embed": None}
         else:
             # One table is read as embedding and as head: its errors count in both ways.
             mixed = read / jnp.mean(jnp.diagonal(read)) + options.embed_mix * jnp.eye(read.shape[0])
-            out["embed"] = quantize_leaf(elastic.TOP["embed"], top["embed"], mixed, options, group)
-        return out
+            hessians = {"embed": mixed}
+        places = {}
+        for name, hessian in hessians.items():
+            done = pack_leaf(elastic.TOP[name], top[name], hessian, options, self.groups["embed"], positions)
+            out[name] = done.weight
+            if done.position is not None:
+                places[name] = done.position
+        return out, places
 
     def finish(self, positions: bool = False) -> None:
         """Bring every layer into its stored form; `positions` keeps what was rounded as well, for `tune`."""
@@ -302,9 +308,12 @@ class _Run:
         rotating = options.packed and options.rotate
         q = jnp.asarray(orthogonal(self.config.hidden_size, options.seed), jnp.float32) if rotating else None
         if not self.done.has("top"):
-            self.done.save("top", self._finish_top(q))
+            top, places = self._finish_top(q, positions)
+            if positions:
+                self.positions.save("top", places)
+            self.done.save("top", top)
         teacher = keep = None
-        x = self._streams(self._stored_top()["embed"])
+        x = self._streams(self._stored_top(self.done)["embed"])
         if refitting:
             teacher = self._streams(self.top["embed"] @ q if q is not None else self.top["embed"])
             rates = refit_rates(sum(len(b) for b in self.batches), float(options.refit or 0.0))
@@ -346,8 +355,9 @@ class _Run:
             kind: self._restore(block, elastic.BLOCKS[kind]) for kind, block in unflatten(store.load(_name(i))).items()
         }
 
-    def _stored_top(self) -> dict[str, Any]:
-        return self._restore(self.done.load("top"), elastic.TOP)
+    def _stored_top(self, store: LayerStore | None = None) -> dict[str, Any]:
+        store = store or (self.tuned if self.tuned.has("top") else self.done)
+        return self._restore(store.load("top"), elastic.TOP)
 
     def _restore(self, tensors: Mapping[str, Any], table: Mapping[str, elastic.Leaf]) -> dict[str, Any]:
         out: dict[str, Any] = {}
