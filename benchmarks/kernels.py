@@ -90,7 +90,7 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
     narrow = n <= 8192
     rows: list[dict] = []
     if count <= 16:
-        for cut in few_rows_cuts(count, narrow):
+        for cut in few_rows_cuts(k, count, narrow):
             along_k, batch, r, along_n, split, options = cut
             settings: dict[str, Any] = dict(along_k=along_k, batch=batch, tiles=r)
             settings |= dict(along_n=along_n) if along_n > 1 else {}
@@ -99,11 +99,11 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
             settings |= dict(zero="mma") if "m" in options else {}
             settings |= dict(ordered=True) if "o" in options else {}
             settings |= dict(stream=True) if "s" in options else {}
+            settings |= dict(joined=True) if "j" in options else {}
+            settings |= dict(ahead=True) if "a" in options else {}
             rows.append(make("mma", **settings))
             if tiles == "rows" and "t" in options:
                 rows.append(make("mma", **settings, scale_tiles=True))
-        if count >= 8:
-            rows += [make("wgmma", **cut) for cut in wgmma_cuts(k, n, count)]
         if count == 16:
             for join in (4, 8):
                 split = 8 if k > 8192 else 4 if narrow else 1
@@ -117,39 +117,28 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
         for tile_n, warps, stages, parts, join, fold in (
             (128, 8, 3, split, 8, False),
             (128, 8, 3, split, 4, False),
-            (128, 8, 3, split, 2, False),
-            (128, 8, 3, split, 1, False),
-            (128, 8, 4, split, 8, False),
             (128, 8, 3, split, 8, True),
             (64, 4, 3, split, 8, False),
-            (64, 4, 4, split, 8, True),
-            (64, 4, 3, max(2, split // 2), 8, False),
-            (128, 4, 3, split, 8, False),
-            (256, 8, 3, 2 * split, 8, False),
         ):
             cut = dict(tile_n=tile_n, tile_m=tile_m, warps=warps, stages=stages, split=parts, join=join)
             rows.append(make("dot", **cut, **(dict(fold=True) if fold else {})))
         rows.append(task(k, n, count, "dot", tile_n=128, tile_m=tile_m, warps=8, stages=3, split=split, join=8))
-        rows += [make("wgmma", **cut) for cut in wgmma_cuts(k, n, count)]
+        rows += [make("wgmma", **cut) for cut in wgmma_cuts(n, count)]
         rows.append(make("dequantize"))
     else:
         # Up to 256 rows of x at once, so that a weight is unpacked once; registers then hold folded sums alone.
         splits = ((4, 8) if k > 8192 else (2, 4) if narrow else (1,)) if count <= 512 else (1,)
         for tile_n, tile_m, warps, stages, join, fold in (
             (128, 256, 8, 3, 8, True),
-            (128, 256, 8, 2, 8, True),
             (128, 256, 8, 3, 4, True),
-            (64, 256, 4, 2, 8, True),
             (64, 128, 4, 3, 8, False),
-            (64, 128, 4, 3, 8, True),
-            (128, 128, 8, 3, 8, True),
         ):
             for split in splits:
                 cut = dict(tile_n=tile_n, tile_m=tile_m, warps=warps, stages=stages, join=join, split=split)
                 rows.append(make("dot", **cut, fold=fold, rows_inner=True))
-        for groups, warps in ((4, 4), (8, 4), (2, 2), (8, 8)):
+        for groups, warps in ((4, 4), (8, 4), (2, 2)):
             rows.append(make("dequantize", groups=groups, warps=warps))
-        rows += [make("wgmma", **cut) for cut in wgmma_cuts(k, n, count)]
+        rows += [make("wgmma", **cut) for cut in wgmma_cuts(n, count)]
         rows.append(make("unpack"))
         rows += [make("dense"), task(k, n, count, "dense")]
     plain = [task(k, n, count, "auto")] if count in (1, 64) else []
@@ -157,13 +146,28 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
 
 
 Cut = tuple[int, int, int, int, int, str]
-"""along_k, batch, tiles, along_n, split, and letters: g gate, m zero="mma", o ordered, s stream; t asks for the same
-once more with the scales of a tile side by side."""
+"""along_k, batch, tiles, along_n, split, and letters: g gate, m zero="mma", o ordered, s stream, j joined, a ahead; t
+asks for the same once more with the scales of a tile side by side."""
 
 
-def few_rows_cuts(count: int, narrow: bool) -> list[Cut]:
+def few_rows_cuts(k: int, count: int, narrow: bool) -> list[Cut]:
     """Cuts of the mma kernel. The first of each list was the fastest so far."""
     # fmt: off
+    if count > 1 and narrow and k > 8192:  # where programs read x from L2 as often as weights from memory
+        if count <= 8:
+            return [
+                (2, 2, 1, 2, 4, "gmos"), (2, 2, 1, 2, 4, "gmosj"), (2, 2, 1, 2, 7, "gmosj"), (2, 2, 1, 2, 8, "gmosj"),
+                (4, 2, 1, 2, 2, "gmosj"), (4, 2, 1, 2, 3, "gmosj"), (4, 1, 1, 2, 4, "gmosj"), (4, 1, 1, 2, 7, "gmosj"),
+                (8, 1, 1, 2, 2, "gmosj"), (2, 1, 1, 2, 8, "gmosj"), (1, 2, 1, 4, 8, "gmosj"),
+                (2, 2, 1, 2, 4, "gmosja"), (4, 1, 1, 2, 4, "gmosja"), (2, 1, 1, 2, 8, "gmosja"),
+                (8, 1, 1, 2, 2, "gmosja"), (8, 1, 1, 2, 1, "gmosa"),
+            ]
+        return [
+            (4, 1, 2, 2, 2, "gmos"), (4, 1, 2, 2, 2, "gmosj"), (4, 1, 2, 2, 3, "gmosj"), (4, 1, 2, 1, 4, "gmosj"),
+            (4, 1, 2, 1, 7, "gmosj"), (2, 2, 2, 1, 4, "gmosj"), (2, 1, 2, 1, 4, "gmosj"), (2, 1, 2, 2, 4, "gmosj"),
+            (2, 1, 2, 1, 8, "gmosj"), (8, 1, 2, 1, 2, "gmosj"),
+            (4, 1, 2, 2, 2, "gmosja"), (4, 1, 2, 1, 4, "gmosja"), (2, 1, 2, 1, 8, "gmosja"), (16, 1, 2, 1, 1, "gmosa"),
+        ]
     if count == 1 and narrow:
         return [
             (1, 2, 1, 2, 8, "gmt"), (8, 2, 1, 1, 1, "gt"), (16, 1, 1, 1, 1, "g"), (8, 2, 1, 1, 1, ""),
@@ -179,6 +183,8 @@ def few_rows_cuts(count: int, narrow: bool) -> list[Cut]:
             (1, 2, 1, 2, 8, "gm"), (1, 2, 1, 2, 8, "gmot"), (8, 2, 1, 1, 1, "ot"), (8, 2, 1, 1, 1, "go"),
             (16, 1, 1, 1, 1, "go"), (2, 2, 1, 1, 4, "go"), (4, 2, 1, 1, 2, "gos"), (1, 2, 2, 1, 8, "gmo"),
             (2, 2, 1, 2, 4, "gmos"), (1, 2, 1, 4, 8, "gmo"),
+            (1, 2, 1, 2, 8, "gmosj"), (2, 2, 1, 2, 4, "gmosj"), (2, 2, 1, 2, 8, "gmosj"), (4, 2, 1, 2, 2, "gmosj"),
+            (4, 2, 1, 2, 4, "gmosj"), (2, 1, 1, 2, 4, "gmosja"),
         ]
     if count <= 8:
         return [
@@ -191,6 +197,8 @@ def few_rows_cuts(count: int, narrow: bool) -> list[Cut]:
             (4, 1, 2, 1, 1, "gm"), (4, 1, 2, 1, 1, "gmot"), (4, 2, 1, 1, 1, "gmo"), (8, 1, 2, 1, 1, "gmos"),
             (1, 2, 2, 1, 8, "gmot"), (1, 2, 2, 2, 8, "gmo"), (1, 1, 4, 1, 8, "gmo"), (2, 1, 2, 1, 4, "gmos"),
             (1, 1, 4, 2, 4, "gmo"), (1, 1, 2, 4, 8, "gmos"), (1, 2, 1, 2, 8, "gmo"),
+            (2, 1, 2, 1, 4, "gmosj"), (1, 2, 2, 1, 8, "gmosj"), (4, 1, 2, 1, 2, "gmosj"), (4, 1, 2, 2, 2, "gmosj"),
+            (4, 1, 2, 1, 4, "gmosj"), (2, 1, 2, 1, 4, "gmosja"),
         ]
     return [
         (2, 1, 2, 2, 1, "gm"), (2, 1, 2, 1, 1, "gmot"), (2, 1, 2, 1, 1, "mo"), (2, 1, 2, 2, 1, "gmot"),
@@ -200,7 +208,7 @@ def few_rows_cuts(count: int, narrow: bool) -> list[Cut]:
     # fmt: on
 
 
-def wgmma_cuts(k: int, n: int, count: int) -> list[dict[str, int]]:
+def wgmma_cuts(n: int, count: int) -> list[dict[str, int]]:
     """Cuts of the wgmma kernel: the fastest so far, and what came close."""
     if count > 512:
         return [
@@ -217,13 +225,6 @@ def wgmma_cuts(k: int, n: int, count: int) -> list[dict[str, int]]:
             dict(tile_m=128, split=2 if n <= 4096 else 1, x_slots=6, word_slots=6),
         ]
     split = 4 if n <= 4096 else 2 if narrow else 1
-    if count <= 32:  # a tile of x is little, so that most of the ring holds words
-        tile_m, parts = -(-count // 8) * 8, 2 * split if narrow else 2 if count <= 8 else 1
-        return [
-            dict(tile_m=tile_m, split=parts, x_slots=16, word_slots=14),
-            dict(tile_m=tile_m, split=2 * parts, x_slots=16, word_slots=14),
-            dict(tile_m=tile_m, split=parts, tall=2, x_slots=8, word_slots=7),
-        ]
     tall = dict(tile_m=64, tall=2, split=2 * split if narrow else 1, x_slots=8, word_slots=4)
     if count > 64:
         return [dict(tile_m=128, split=split, x_slots=6, word_slots=6), tall]
@@ -260,6 +261,10 @@ def odd_sizes() -> list[dict]:
             cut: dict[str, Any] = dict(along_k=2, tiles=2, split=2, ordered=bool(order))
             rows.append(make(count, "mma", **cut, zero="mma" if count > 8 else "fma"))
             rows.append(make(count, "mma", along_k=4, batch=2, gate=True))
+            if order:
+                joined: dict[str, Any] = dict(split=3, ordered=True, joined=True)
+                rows.append(make(count, "mma", along_k=2, along_n=2, **joined, gate=True, ahead=True))
+                rows.append(make(count, "mma", along_k=1, tiles=2, batch=2, **joined, stream=True))
             rows.append(make(33, "dot", tile_n=64, tile_m=32, warps=4, join=8, fold=True))
             rows.append(make(100, "dot", tile_n=128, tile_m=64, warps=8, split=2))
             rows += [make(each, "auto") for each in (count, 40, 700)]
@@ -282,13 +287,17 @@ ROPE = ("copy", "gathered", "reference", "pallas")
 
 ROPE_CUTS: tuple[dict[str, Any], ...] = (
     dict(elements=1024),
-    dict(elements=4096),
     dict(elements=4096, warps=8),
-    dict(elements=2048, warps=8),
-    dict(fast=False),
+    dict(warps=8),
+    dict(stream=True),
+    dict(stream=True, warps=8),
+    dict(stream=True, elements=1024),
     dict(shared=True),
-    dict(shared=True, elements=4096),
-    dict(shared=True, fast=False),
+    dict(shared=True, warps=8),
+    dict(shared=True, stream=True),
+    dict(shared=True, stream=True, warps=8),
+    dict(shared=True, stream=True, elements=1024),
+    dict(fast=False),
 )
 """Other cuts of the kernel than its default."""
 

@@ -21,7 +21,7 @@ import numpy as np
 import uniql_jax
 from train import examples, lora, rates, recover
 from train.examples import Examples
-from train.loop import Options, data_mesh
+from train.loop import TEACHERS, Options, data_mesh
 from train.stack import REMAT
 from uniql_jax import cli, data, elastic
 from uniql_jax.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, reachable_bias, stored
@@ -222,6 +222,10 @@ def parser() -> cli.Parser:
         f"higher the fall (default: {rates.FALL:g}), the oftener the most pruned are trained"
     ))  # fmt: skip
     add("--distill", type=cli.bounded_float(0, 1), default=DEFAULTS.distill, metavar="X", help="weight of the teacher")
+    add(
+        "--teacher", choices=TEACHERS, default=DEFAULTS.teacher,
+        help="the unpruned model: as it was, or as it has become at rate 0 meanwhile (default: %(default)s)",
+    )  # fmt: skip
     add("--patience", type=cli.positive_int, default=DEFAULTS.patience, metavar="N", help="evaluations without gain")
     return parser
 

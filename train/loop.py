@@ -32,6 +32,9 @@ from uniql_jax.rounded import RoundedArray
 
 Batch = Mapping[str, Array]
 """tokens int32, valid and learn bool, each [microbatches, rows, length]."""
+TEACHERS = ("original", "rate 0")
+"""Whom pruned rates learn from: the unpruned model as it was, which keeps what it knew, or as it has become at rate 0
+in the same training, which has learnt the text meanwhile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Options:
     steps: None for `epochs` passes over the examples. A step's `batch` rows are worked on in `accumulate` parts, which
     changes memory and nothing else. rank: of LoRA; 0 trains every weight on its own. dropout: of what the low-rank path
     receives. rates: a distribution that `rates.probabilities` knows, or a number, the rate of every step. distill:
-    weight of the divergence from the unpruned model without LoRA, 1 - distill that of the text. compute: dtype of
+    weight of the divergence from the teacher, 1 - distill that of the text; teacher: one of TEACHERS. compute: dtype of
     activations and frozen weights; what is trained and the optimizer stay float32. remat: one of `stack.REMAT`.
     """
 
@@ -59,6 +62,7 @@ class Options:
     rates: str = "low-kept-first"
     judged: tuple[float, ...] = JUDGED
     distill: float = 0.0
+    teacher: str = "original"
     compute: str = "float32"
     remat: str = "none"
     seed: int = 0
@@ -245,12 +249,16 @@ class Trainer:
         tokens, valid = batch["tokens"], batch["valid"]
         frozen = self.settled(factors, frozen)
         x = self.hidden(factors, frozen, tokens, valid, keep, key)
-        share = self.options.distill
-        model = frozen.get("teacher", frozen)
-        teacher = jax.lax.stop_gradient(self.hidden(None, model, tokens, valid, None)) if share else None
+        share, given = self.options.distill, frozen.get("teacher")
+        grown = given is None and self.options.teacher == "rate 0"
+        model, learnt = given or frozen, factors if grown else None
+        teacher = teacher_top = None
+        if share:
+            teacher = jax.lax.stop_gradient(self.hidden(learnt, model, tokens, valid, None))
+            teacher_top = jax.lax.stop_gradient(model["top"])
         learn = batch["learn"].astype(jnp.float32)
         return head_losses(
-            frozen["top"], self.config.norm_eps, x, tokens, learn, teacher, share, teacher_top=model["top"]
+            frozen["top"], self.config.norm_eps, x, tokens, learn, teacher, share, teacher_top=teacher_top
         )
 
     def gradients(

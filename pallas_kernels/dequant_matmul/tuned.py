@@ -38,14 +38,14 @@ MOST_DOT = {"last": 256, "rows": 256, "first": 128, "groups": 128}
 "last" and lost for "first"; tiles, not measured there yet, take after the layout they come from."""
 
 FEW, SMALL = 64, 8192
-"""Rows of x up to which, by rule, a weight with a side above SMALL goes to `dot` on Hopper, too."""
+"""Rows of x up to which, by rule, a weight with more outputs than SMALL goes to `dot` on Hopper, too."""
 
-GROUP_US = {(256, 1): 1.32, (128, 1): 0.85, (64, 1): 0.6, (128, 2): 1.58, (64, 2): 1.0}
-"""Of wgmma: tile_m and tall -> microseconds of a group in a program. With the other three, fitted to the 38 times of
-benchmarks/results/kernels-wgmma-h100.json, each of which they give to 12 %."""
-TILE_US, LAUNCH_US = 0.84, 2.6
+GROUP_US = {(256, 1): 1.40, (128, 1): 0.87, (64, 1): 0.76, (64, 2): 1.30}
+"""Of wgmma: tile_m and tall -> microseconds of a group in a program. With the other three, fitted to the 50 times from
+64 rows on of benchmarks/results/kernels-wgmma-h100.json, each of which they give to 20 %, all but two to 9 %."""
+TILE_US, LAUNCH_US = 0.55, 0.8
 """Of a tile beside its groups, and of the launch."""
-PARTS_US = (2.3, 0.7)
+PARTS_US = (3.1, 1.2)
 """Of adding up parts: the launch, and each million numbers."""
 SLOTS = {(256, 1): (4, 4), (128, 1): (6, 6), (64, 1): (8, 8), (64, 2): (8, 4)}
 """tile_m and tall -> x_slots and word_slots."""
@@ -126,7 +126,7 @@ def nearest(rows: list[dict[str, Any]], weight: Weight, count: int) -> Choice | 
 
 def on_hopper(weight: Weight, count: int) -> Choice | None:
     """wgmma for so many rows that it served better than what `by_rule` says, on one Hopper GPU."""
-    few = mma.MOST if max(weight.features, weight.groups * weight.group) <= SMALL else FEW
+    few = mma.MOST if weight.features <= SMALL else FEW
     return ("wgmma", hopper_cut(weight, count)) if count > few else None
 
 

@@ -188,6 +188,21 @@ def test_distillation_pulls_towards_the_unpruned_model(rng: np.random.Generator)
     assert size(_gradients(trainer, moved, examples, 0.0, model.plan)[0]) > 1e-2
 
 
+def test_the_teacher_may_be_what_rate_0_has_become(rng: np.random.Generator) -> None:
+    """With that teacher alone rate 0 has nothing to learn, whatever it is by then, and a pruned rate does; no gradient
+    reaches what only the teacher sees.
+    """
+    model = cases.model("llama", rng, num_hidden_layers=1)
+    assert model.plan is not None
+    trainer = _trainer(model, dataclasses.replace(PLAIN, distill=1.0, teacher="rate 0"))
+    moved, examples = _factors(model, rng), _instructions(rng)
+    size = lambda tree: float(sum(jnp.sum(x * x) for x in jax.tree.leaves(tree))) ** 0.5  # noqa: E731
+    pruned = _gradients(trainer, moved, examples, 0.35, model.plan)[0]
+    assert size(_gradients(trainer, moved, examples, 0.0, model.plan)[0]) < 1e-4 * size(pruned)
+    cut = model.plan.keep(0.35)[0]["ffn"]
+    assert not np.asarray(pruned["0.mlp.up"]["left"])[0, cut:].any()
+
+
 def test_bfloat16_keeps_float32_factors(rng: np.random.Generator) -> None:
     model = cases.model("llama", rng, num_hidden_layers=1)
     trainer = _trainer(model, dataclasses.replace(PLAIN, compute="bfloat16"))

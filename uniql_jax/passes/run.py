@@ -239,7 +239,7 @@ class _Run:
 
     def tune(self, wanted: Recovery) -> recovery.Result:
         """Train further with every weight rounded to its stored grid, from the integers that `finish` left; those that
-        come of it take their place. The original, unpruned and dense, is the teacher.
+        come of it take their place. The teacher is the unpruned dense model, the original or what recovery made of it.
         """
         options, count = wanted.tuning, len(self.config.pattern)
         if options is None or not self.options.packed:
@@ -247,7 +247,8 @@ class _Run:
         layers = [self._trainable(i) for i in range(count)]
         teacher = None
         if options.distill:
-            teacher = [jax.device_get(self._layer(i, self.sorted)) for i in range(count)], jax.device_get(self.top)
+            store = self.sorted if options.teacher == "original" else None
+            teacher = [jax.device_get(self._layer(i, store)) for i in range(count)], jax.device_get(self.top)
         top = self._trainable_part(self._stored_top(self.done), self.positions.load("top"))
         result = recovery.train(
             self.config, layers, top, self.plan, wanted.learnt, wanted.judged, options, self.folder / "tune",
