@@ -226,6 +226,10 @@ def parser() -> cli.Parser:
         "--teacher", choices=TEACHERS, default=DEFAULTS.teacher,
         help="the unpruned model: as it was, or as it has become at rate 0 meanwhile (default: %(default)s)",
     )  # fmt: skip
+    add(
+        "--adapt", type=cli.natural_int, default=DEFAULTS.adapt, metavar="N",
+        help="steps at rate 0 that come first; what they make of the unpruned model is then the teacher",
+    )  # fmt: skip
     add("--patience", type=cli.positive_int, default=DEFAULTS.patience, metavar="N", help="evaluations without gain")
     return parser
 

@@ -44,8 +44,10 @@ class Options:
     steps: None for `epochs` passes over the examples. A step's `batch` rows are worked on in `accumulate` parts, which
     changes memory and nothing else. rank: of LoRA; 0 trains every weight on its own. dropout: of what the low-rank path
     receives. rates: a distribution that `rates.probabilities` knows, or a number, the rate of every step. distill:
-    weight of the divergence from the teacher, 1 - distill that of the text; teacher: one of TEACHERS. compute: dtype of
-    activations and frozen weights; what is trained and the optimizer stay float32. remat: one of `stack.REMAT`.
+    weight of the divergence from the teacher, 1 - distill that of the text; teacher: one of TEACHERS. adapt: steps at
+    rate 0, on the text alone, that come before all others: what they make of the unpruned model is then what training
+    starts from, and stands for the original as a teacher. compute: dtype of activations and frozen weights; what is
+    trained and the optimizer stay float32. remat: one of `stack.REMAT`.
     """
 
     rank: int = 8
@@ -63,6 +65,7 @@ class Options:
     judged: tuple[float, ...] = JUDGED
     distill: float = 0.0
     teacher: str = "original"
+    adapt: int = 0
     compute: str = "float32"
     remat: str = "none"
     seed: int = 0
@@ -149,8 +152,13 @@ class Trainer:
         if jnp.dtype(options.compute) != self.dtype:
             raise ValueError(f"the frozen model is held in {self.dtype}, not {options.compute}")
         other = copy.copy(self)
+        other.frozen = {name: value for name, value in self.frozen.items() if name != "adapted"}
         other._settle(options, steps)
         return other
+
+    def start_from(self, factors: Factors) -> None:
+        """Begin with these factors, single ones, and take the unpruned model that they make for the original."""
+        self.frozen["adapted"] = self.everywhere(stack.stack_factors(self.config, factors))
 
     def _cast(self, leaf: elastic.Leaf, value: Any) -> np.ndarray | Array | RoundedArray:
         if isinstance(value, RoundedArray):
@@ -183,10 +191,16 @@ class Trainer:
 
     def init(self) -> tuple[Factors, Any]:
         """Factors and optimizer state to start from; here and below factors are those of `stack.stack_factors`."""
+        factors = self.fresh()
+        if "adapted" in self.frozen:
+            factors = jax.tree.map(jnp.copy, self.frozen["adapted"])  # a step consumes what it starts from
+        return factors, self.everywhere(self.optimizer.init(factors))
+
+    def fresh(self) -> Factors:
+        """Factors that change nothing."""
         tables = [name for name, value in self.frozen["top"].items() if isinstance(value, RoundedArray)]
         single = lora.initialize(self.config, self.options.rank, self.options.seed, tables)
-        factors = self.everywhere(stack.stack_factors(self.config, single))
-        return factors, self.everywhere(self.optimizer.init(factors))
+        return self.everywhere(stack.stack_factors(self.config, single))
 
     # ------------------------------------------------------------------------------------------ traced
 
@@ -250,8 +264,8 @@ class Trainer:
         frozen = self.settled(factors, frozen)
         x = self.hidden(factors, frozen, tokens, valid, keep, key)
         share, given = self.options.distill, frozen.get("teacher")
-        grown = given is None and self.options.teacher == "rate 0"
-        model, learnt = given or frozen, factors if grown else None
+        grown = self.options.teacher == "rate 0"
+        model, learnt = given or frozen, None if given else factors if grown else frozen.get("adapted")
         teacher = teacher_top = None
         if share:
             teacher = jax.lax.stop_gradient(self.hidden(learnt, model, tokens, valid, None))

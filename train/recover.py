@@ -147,6 +147,14 @@ def train(
     saved = Saved(folder, fingerprint(config, layers, plan, examples, judged, options))
     try:
         trainer = trainer or Trainer(config, layers, top, options, steps, teacher=teacher)
+        if options.adapt:
+            rate_0: dict[str, Any] = dict(rates="0", judged=(0.0,), distill=0.0)
+            first = dataclasses.replace(options, adapt=0, steps=options.adapt, **rate_0)
+            alone = trainer.variant(first, options.adapt)
+            found = train(
+                config, layers, top, plan, examples, judged, first, folder / "adapt", progress, alone, teacher
+            )
+            trainer.start_from(found.factors)
         return _run(trainer, plan, examples, judged, options, steps, saved, folder, progress)
     finally:
         saved.close()
@@ -174,14 +182,15 @@ def _run(
     best = factors
     found = saved.load({"factors": factors, "state": state, "best": best})
     if found is None:
-        start, before = 0, judge(factors)
-        notes = {"before": list(before.values()), "after": list(before.values()), "best_step": 0, "bad": 0}
+        start, after = 0, judge(factors)
+        before = judge(trainer.fresh()) if options.adapt else after
+        notes = {"before": list(before.values()), "after": list(after.values()), "best_step": 0, "bad": 0}
     else:
         start, arrays, notes = found
         factors, state, best = arrays["factors"], arrays["state"], arrays["best"]
     log = Log(folder / LOG, start)
     if found is None:
-        log.write({"step": 0, "validation": _by_rate(options.judged, notes["before"])})
+        log.write({"step": 0, "validation": _by_rate(options.judged, notes["after"])})
     pending: list[tuple[int, float, Any]] = []
     bar = progress(range(start, steps))
     for i in bar:

@@ -88,7 +88,7 @@ def load_recovery(
         list(specs), tokenizer, length, None, vocab_size=config.vocab_size, end=end, seed=options.seed
     )
     learnt, judged = examples.split(found, options.held_share, options.held_most, options.seed)
-    tuning = dataclasses.replace(options, steps=tune, dropout=0.0) if tune is not None else None
+    tuning = dataclasses.replace(options, steps=tune, dropout=0.0, adapt=0) if tune is not None else None
     return Recovery(learnt, judged, options, tuning)
 
 

@@ -113,6 +113,51 @@ def test_killed_and_resumed_is_never_killed(rng: np.random.Generator, tmp_path: 
         recover.train(**other, folder=broken)
 
 
+def test_what_adapts_first_is_the_start_and_the_teacher(rng: np.random.Generator, tmp_path: Path) -> None:
+    """Steps at rate 0 come first; then nothing pulls the unpruned model back to what it was. A kill in either half, and
+    going on, is the run that was not killed.
+    """
+    model = cases.model("llama", rng, num_hidden_layers=1)
+    text = _walk(rng, 60)
+    learnt, judged = split(from_windows(text), 0.2, 8, 0)
+    options = dataclasses.replace(SHORT, adapt=6, steps=6, distill=1.0, dropout=0.0, rates="0.35", evaluations=3)
+    args = {**_parts(model), "examples": learnt, "judged": judged, "options": options}
+    trainer = Trainer(args["config"], args["layers"], args["top"], options, 6)
+    whole = recover.train(**args, folder=tmp_path / "whole", trainer=trainer)
+    alone = dataclasses.replace(options, adapt=0, steps=6, distill=0.0, rates="0", judged=(0.0,))
+    adapted = recover.train(**args | {"options": alone}, folder=tmp_path / "alone")
+    assert adapted.after[0.0] < adapted.before[0.0] - 0.1
+    assert whole.before[0.0] == pytest.approx(adapted.before[0.0], rel=1e-5)  # what is told is where it all began
+    lines = [json.loads(line) for line in (tmp_path / "whole" / recover.LOG).read_text().splitlines()]
+    assert lines[0]["validation"]["0"] == pytest.approx(adapted.after[0.0], rel=1e-5)
+    batch, keep = trainer.place(learnt, np.arange(8), 1), rates.keep_arrays(model.plan, 0.0)
+    start, _ = trainer.init()
+    still, _ = trainer.gradients(start, trainer.frozen, batch, keep, jnp.int32(0))
+    fresh, _ = trainer.gradients(trainer.fresh(), trainer.frozen, batch, keep, jnp.int32(0))
+    largest = lambda tree: max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))  # noqa: E731
+    assert largest(still) < 1e-4 * largest(fresh)  # it teaches what it has become
+    broken = tmp_path / "broken"
+    for steps in (3, 6 + 3):
+        with pytest.raises(Killed):
+            recover.train(**args, folder=broken, progress=_killed_over_all(steps))
+    resumed = recover.train(**args, folder=broken)
+    for a, b in zip(jax.tree.leaves(resumed.factors), jax.tree.leaves(whole.factors), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def _killed_over_all(count: int):
+    """As `_killed_after`, but counting over every bar of a run."""
+    left = iter(range(count))
+
+    def progress(steps: Iterable[int]) -> Iterator[int]:
+        for step in steps:
+            if next(left, None) is None:
+                raise Killed
+            yield step
+
+    return progress
+
+
 def test_the_best_state_is_kept_and_patience_ends_a_run(rng: np.random.Generator, tmp_path: Path) -> None:
     """Random tokens teach nothing that holds elsewhere, so the state to keep is an early one."""
     model = cases.model("llama", rng, num_hidden_layers=1)
