@@ -313,8 +313,10 @@ def fragments(
         parts = x.reshape(columns, 8, groups, 4, steps, 8).transpose(2, 0, 4, 1, 3, 5)
     else:
         parts = x.reshape(columns, 8, groups, steps, 4, 8).transpose(2, 0, 3, 1, 4, 5)
-    pairs = parts.reshape(groups, columns, steps, 32, 4, 2)
-    return jax.lax.bitcast_convert_type(pairs, jnp.int32)
+    halves = jax.lax.bitcast_convert_type(parts, jnp.uint16).astype(jnp.int32)
+    halves = halves.reshape(groups, columns, steps, 32, 4, 2)
+    # As a bitcast to a wider type, XLA would reduce over the pairs, which on a GPU is another kind of kernel.
+    return halves[..., 0] | (halves[..., 1] << 16)
 
 
 def supported(weight: Weight, settings: Settings, count: int) -> None:
