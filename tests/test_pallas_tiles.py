@@ -414,7 +414,10 @@ def test_few_rows_of_wide_weights_stay_with_dot_on_hopper(hopper: None) -> None:
 
 
 def test_a_measured_cut_serves_the_same_programs_only(hopper: None) -> None:
-    measured = wgmma.Settings(tile_m=256, cluster=2, x_slots=5, word_slots=3)
+    here = dict(order="groups", k=4096, n=4096, count=2048, kernel="wgmma")
+    [row] = [row for row in tuned.table(tuned.slug(H100)) if here.items() <= row.items()]
+    measured = wgmma.Settings(**row["settings"])
+    assert measured != tuned.hopper_cut(Weight("groups", 4096, 32, 128), 2048)
     for features, count, same in ((4096, 2048, True), (4090, 1800, True), (4096, 300, False), (3000, 2048, False)):
         weight = Weight("groups", features, 32, 128)
         cut = measured if same else tuned.hopper_cut(weight, count)
