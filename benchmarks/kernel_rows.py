@@ -279,7 +279,7 @@ def probes() -> list[dict]:
     """
     blank = dict(k=0, n=0, count=0, group=0, contract="", settings={})
     checks = [(kernel, order) for kernel in ("mma", "dot") for order in ("rows", "groups", "last", "first")]
-    checks += [(kernel, order) for kernel in ("dequantize", "wgmma") for order in ("rows", "groups")]
+    checks += [(kernel, order) for kernel in ("mma joined", "dequantize", "wgmma") for order in ("rows", "groups")]
     large = [dict(rows=count, width=width) for count in (256, 2048) for width in sorted({k for k, _ in SHAPES})]
     return [
         blank | {"kernel": "launch: pallas"},

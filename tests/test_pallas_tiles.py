@@ -491,8 +491,19 @@ def test_a_kernel_that_is_wrong_here_is_not_used(rng: np.random.Generator, monke
         assert chosen is not None
         assert chosen[1][0] == kernel
         wrong.add(kernel)
-    monkeypatch.setattr(compat, "capability", lambda: 9.0)
     wrong.clear()
+    wrong.add("mma joined")  # alone: the others are still right
+    joined = dict(order="rows", k=256, n=32, count=8, kernel="mma", settings=dict(split=2, ordered=True, joined=True))
+    monkeypatch.setattr(tuned, "table", lambda kind: [joined])
+    chosen = pallas._choose(x, scale, weight)
+    assert chosen is not None
+    assert chosen[1] == tuned.by_rule(tiling.Weight("rows", 32, 2, 128), 4)
+    wrong.clear()
+    chosen = pallas._choose(x, scale, weight)
+    assert chosen is not None
+    assert chosen[1][1].joined
+    monkeypatch.setattr(tuned, "table", lambda kind: [])
+    monkeypatch.setattr(compat, "capability", lambda: 9.0)
     for kernel in ("wgmma", "dequantize", "dense") if compat.mosaic_gpu is not None else ():
         chosen = pallas._choose(jnp.zeros((300, 256), jnp.bfloat16), scale, weight)
         assert chosen is not None
@@ -574,7 +585,8 @@ def test_the_gpus_default_is_what_was_measured(rng: np.random.Generator, monkeyp
 @pytest.mark.parametrize("order", ["last", "first", "rows", "groups"])
 def test_on_the_device(rng: np.random.Generator, order: str) -> None:
     """The compiled kernels: each passes its own check, and what runs by default is right for any number of rows."""
-    kernels = ("mma", "dot", "dequantize") if order in tiling.CONTRACTS else ("mma", "dot")
+    tiles = order in tiling.CONTRACTS
+    kernels = ("mma", "mma joined", "dot", "dequantize") if tiles else ("mma", "mma joined", "dot")
     if order in tiling.CONTRACTS and compat.hopper():
         kernels = (*kernels, "wgmma")
     for kernel in kernels:
