@@ -21,7 +21,7 @@ import numpy as np
 import uniql_jax
 from train import examples, lora, rates, recover
 from train.examples import Examples
-from train.loop import TEACHERS, Options, data_mesh
+from train.loop import TEACHERS, Options, data_mesh, resolved
 from train.stack import REMAT
 from uniql_jax import cli, data, elastic
 from uniql_jax.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, reachable_bias, stored
@@ -108,8 +108,8 @@ def describe(checkpoint: Checkpoint, out: str, options: Options, learnt: Example
         ("trained", f"{lora.described(options.rank)}, {trained / 1e6:.3g} M numbers for {frozen / 1e6:.4g} M weights"),
         (
             "steps",
-            f"{steps} of {options.batch} x {length} tokens in {options.accumulate} part(s), {options.compute}, on "
-            f"{mesh.size} x {jax.devices()[0].device_kind}",
+            f"{steps} of {options.batch} x {length} tokens in {options.accumulate} part(s), {options.compute}, "
+            f"learning rate {options.lr:.2g}, on {mesh.size} x {jax.devices()[0].device_kind}",
         ),
         (
             "memory",
@@ -158,6 +158,7 @@ def finetune(
 ) -> recover.Result:
     """Train, merge and write `out`; work that is done stays in OUT.partial until then. Raises UserError."""
     assert checkpoint.plan is not None
+    options = resolved(options, checkpoint.config)
     say(describe(checkpoint, out, options, learnt, judged))
     folder = work_folder(out)
     layers = [checkpoint.layer(i) for i in range(len(checkpoint.config.pattern))]
@@ -208,7 +209,10 @@ def parser() -> cli.Parser:
     add("--accumulate", type=cli.positive_int, default=1, metavar="N", help="parts of a step, for less memory")
     add("--remat", choices=REMAT, default=DEFAULTS.remat, help="what to compute again backward, for less memory")
     add("--compute", choices=("float32", "bfloat16"), help="activations and frozen weights (default: bfloat16 on GPUs)")
-    add("--lr", type=cli.bounded_float(0), default=DEFAULTS.lr, metavar="X", help="highest learning rate")
+    add(
+        "--lr", type=cli.bounded_float(0), metavar="X",
+        help="highest learning rate (default: 1e-4 at a width of 4096, more for narrower models)",
+    )  # fmt: skip
     add("--rank", type=cli.natural_int, default=DEFAULTS.rank, metavar="N", help="of LoRA; 0: every weight is trained")
     add(
         "--alpha",

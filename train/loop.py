@@ -41,19 +41,19 @@ in the same training, which has learnt the text meanwhile."""
 class Options:
     """Settings of a recovery. The defaults are the paper's (UniQL, arXiv 2512.03383, appendix on fine-tuning).
 
-    steps: None for `epochs` passes over the examples. A step's `batch` rows are worked on in `accumulate` parts, which
-    changes memory and nothing else. rank: of LoRA; 0 trains every weight on its own. dropout: of what the low-rank path
-    receives. rates: a distribution that `rates.probabilities` knows, or a number, the rate of every step. distill:
-    weight of the divergence from the teacher, 1 - distill that of the text; teacher: one of TEACHERS. adapt: steps at
-    rate 0, on the text alone, that come before all others: what they make of the unpruned model is then what training
-    starts from, and stands for the original as a teacher. compute: dtype of activations and frozen weights; what is
-    trained and the optimizer stay float32. remat: one of `stack.REMAT`.
+    lr: None for `usual_lr`. steps: None for `epochs` passes over the examples. A step's `batch` rows are worked on in
+    `accumulate` parts, which changes memory and nothing else. rank: of LoRA; 0 trains every weight on its own. dropout:
+    of what the low-rank path receives. rates: a distribution that `rates.probabilities` knows, or a number, the rate of
+    every step. distill: weight of the divergence from the teacher, 1 - distill that of the text; teacher: one of
+    TEACHERS. adapt: steps at rate 0, on the text alone, that come before all others: what they make of the unpruned
+    model is then what training starts from, and stands for the original as a teacher. compute: dtype of activations and
+    frozen weights; what is trained and the optimizer stay float32. remat: one of `stack.REMAT`.
     """
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.05
-    lr: float = 1e-4
+    lr: float | None = None
     warmup: int = 100  # steps; at most a tenth of them
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -79,8 +79,21 @@ class Options:
         return self.steps if self.steps is not None else max(1, math.ceil(self.epochs * examples / self.batch))
 
 
+def usual_lr(config: ModelConfig) -> float:
+    """The paper's 1e-4 at a width of 4096, and for other widths in inverse proportion, as Adam's steps transfer between
+    them (Yang et al., arXiv 2203.03466); 2e-3 at most. A rate of 1e-4 does next to nothing to a narrow model.
+    """
+    return min(2e-3, 1e-4 * 4096 / config.hidden_size)
+
+
+def resolved(options: Options, config: ModelConfig) -> Options:
+    """The settings with what depends on the model filled in."""
+    return options if options.lr is not None else dataclasses.replace(options, lr=usual_lr(config))
+
+
 def schedule(options: Options, steps: int) -> optax.Schedule:
-    """Learning rate at each step: linear warm-up, then linear decay to zero."""
+    """Learning rate at each step: linear warm-up, then linear decay to zero; of `resolved` settings."""
+    assert options.lr is not None
     warmup = min(options.warmup, steps // 10)
     fall = optax.linear_schedule(options.lr, 0.0, max(1, steps - warmup))
     if not warmup:
@@ -141,6 +154,7 @@ class Trainer:
         )
 
     def _settle(self, options: Options, steps: int) -> None:
+        options = resolved(options, self.config)
         self.options, self.rows = options, options.batch // options.accumulate
         self.optimizer = optimizer(options, steps)
         copies = NamedSharding(self.mesh, PartitionSpec())

@@ -21,7 +21,7 @@ from jaxtyping import Int
 
 from train import lora, rates, stack
 from train.examples import Examples, batch_rows, from_windows, split
-from train.loop import Options, Trainer
+from train.loop import Options, Trainer, resolved
 from train.lora import Factors
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
@@ -143,6 +143,7 @@ def train(
     layers, top, teacher: as for Trainer, sorted, unpruned. The work folder is made, or gone on with. Raises UserError
     when it belongs to another run, and when the loss is no longer finite.
     """
+    options = resolved(options, config)
     steps = options.total_steps(len(examples))
     saved = Saved(folder, fingerprint(config, layers, plan, examples, judged, options))
     try:

@@ -21,6 +21,7 @@ from convert.source import Source, open_source
 from train import examples
 from train import recover as recovery
 from train.loop import Options as RecoveryOptions
+from train.loop import resolved
 from train.lora import alpha_of
 from uniql_jax import cli, data
 from uniql_jax.checkpoint import open_checkpoint
@@ -83,6 +84,7 @@ def load_recovery(
         source.write_side_files(Path(folder))
         tokenizer = data.load_tokenizer(folder)
     config = source.config
+    options = resolved(options, config)
     end = config.eos_ids[0] if config.eos_ids else getattr(tokenizer, "eos_token_id", None)
     found = examples.load(
         list(specs), tokenizer, length, None, vocab_size=config.vocab_size, end=end, seed=options.seed
@@ -293,7 +295,10 @@ def parser() -> cli.Parser:
     training.add_argument(
         "--recover-steps", type=cli.positive_int, metavar="N", help=f"default: {RECOVERY.epochs:g} passes over the text"
     )
-    training.add_argument("--recover-lr", type=cli.bounded_float(0), default=RECOVERY.lr, metavar="X", help="highest")
+    training.add_argument(
+        "--recover-lr", type=cli.bounded_float(0), metavar="X",
+        help="highest learning rate (default: 1e-4 at a width of 4096, more for narrower models)",
+    )  # fmt: skip
     training.add_argument(
         "--recover-rank", type=cli.natural_int, default=RECOVERY.rank, metavar="N",
         help="of LoRA; 0 trains every weight on its own, for small models",

@@ -18,7 +18,7 @@ import pytest
 from tests.train import cases
 from train import rates, stack
 from train.examples import Examples, from_windows
-from train.loop import Options, Trainer, schedule
+from train.loop import Options, Trainer, resolved, schedule, usual_lr
 from train.lora import Factors
 from uniql_jax.model import CausalLM
 
@@ -229,6 +229,11 @@ def test_evaluation_counts_every_answer_once(rng: np.random.Generator) -> None:
 
 
 def test_learning_rate() -> None:
+    config = cases.model("llama", np.random.default_rng(0)).config
+    wide, narrow = (resolved(Options(), dataclasses.replace(config, hidden_size=width)) for width in (4096, 64))
+    assert (wide.lr, narrow.lr) == (1e-4, 2e-3)
+    assert usual_lr(dataclasses.replace(config, hidden_size=576)) == pytest.approx(7.1e-4, rel=0.01)
+    assert resolved(PLAIN, config) == PLAIN
     rate = schedule(dataclasses.replace(PLAIN, lr=1.0, warmup=100), 2000)
     assert 0 < float(rate(0)) < 0.02
     assert float(rate(100)) == pytest.approx(1.0)

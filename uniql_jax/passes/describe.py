@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from train.loop import resolved
 from train.lora import described
 from uniql_jax import cli, data, elastic
 from uniql_jax.int4 import TARGET_GROUP
@@ -77,7 +78,7 @@ def describe(
         ("weights", bits),
         ("cuts", ", ".join(f"{counts[axis]} by {units[axis]} of {sizes[axis]}" for axis in axes)),
         ("calibration", calibration.description),
-        *([("recovery", _training(recover))] if recover else []),
+        *([("recovery", _training(recover, source))] if recover else []),
         (
             "checkpoint",
             f"{out}, about {cli.format_bytes(estimated_bytes(config, options))} at rate 0, "
@@ -101,10 +102,11 @@ def describe(
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
 
 
-def _training(recover: Recovery) -> str:
-    options, length = recover.options, recover.learnt.tokens.shape[1]
+def _training(recover: Recovery, source: Source) -> str:
+    options, length = resolved(recover.options, source.config), recover.learnt.tokens.shape[1]
     return (
         f"{options.total_steps(len(recover.learnt))} steps of {options.batch} x {length} tokens at drawn rates, "
-        f"{described(options.rank)}, on {recover.learnt.description}; {len(recover.judged)} held-out examples judge"
+        f"{described(options.rank)}, learning rate {options.lr:.2g}, on {recover.learnt.description}; "
+        f"{len(recover.judged)} held-out examples judge"
         + (f"; {recover.tuning.steps} steps more after quantizing" if recover.tuning else "")
     )
