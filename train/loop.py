@@ -81,7 +81,8 @@ class Options:
 
 def usual_lr(config: ModelConfig) -> float:
     """The paper's 1e-4 at a width of 4096, and for other widths in inverse proportion, as Adam's steps transfer between
-    them (Yang et al., arXiv 2203.03466); 2e-3 at most. A rate of 1e-4 does next to nothing to a narrow model.
+    them (Yang et al., arXiv 2203.03466); 2e-3 at most. SmolLM2, 576 wide, won more at 1e-3 than at 3e-4 wherever much
+    is cut (benchmarks/README.md).
     """
     return min(2e-3, 1e-4 * 4096 / config.hidden_size)
 
