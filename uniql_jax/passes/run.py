@@ -88,6 +88,14 @@ def _told(gained: recovery.Result) -> dict[str, Any]:
     return by_rate | {"steps": gained.steps, "best_step": gained.best_step}
 
 
+def _with_positions(leaves: Mapping[str, Any], places: Mapping[str, Any]) -> dict[str, Any]:
+    """Packed leaves as RoundedArrays that lie at `places`; the others as they are."""
+    return {
+        name: from_quantized(value, places[name]) if isinstance(value, QuantizedArray) else value
+        for name, value in leaves.items()
+    }
+
+
 def _name(i: int) -> str:
     return f"layer_{i:05d}"
 
@@ -249,7 +257,7 @@ class _Run:
         if options.distill:
             store = self.sorted if options.teacher == "original" else None
             teacher = [jax.device_get(self._layer(i, store)) for i in range(count)], jax.device_get(self.top)
-        top = self._trainable_part(self._stored_top(self.done), self.positions.load("top"))
+        top = _with_positions(self._stored_top(self.done), self.positions.load("top"))
         result = recovery.train(
             self.config, layers, top, self.plan, wanted.learnt, wanted.judged, options, self.folder / "tune",
             lambda steps: self.progress(steps, "tune"), teacher=teacher,
@@ -264,13 +272,7 @@ class _Run:
         """A finished layer with its packed leaves as RoundedArrays."""
         places = unflatten(self.positions.load(_name(i)))
         layer = self._stored_layer(i, self.done)
-        return {kind: self._trainable_part(block, places.get(kind, {})) for kind, block in layer.items()}
-
-    def _trainable_part(self, leaves: Mapping[str, Any], places: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: from_quantized(value, places[name]) if isinstance(value, QuantizedArray) else value
-            for name, value in leaves.items()
-        }
+        return {kind: _with_positions(block, places.get(kind, {})) for kind, block in layer.items()}
 
     def _finish_top(self, q: Array | None, positions: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """Embedding, norm and head as they will be stored, and with `positions` what was rounded, in steps."""
