@@ -251,14 +251,8 @@ ROPE_CUTS: tuple[dict[str, Any], ...] = (
     dict(elements=1024),
     dict(elements=4096, warps=8),
     dict(warps=8),
-    dict(stream=True),
-    dict(stream=True, warps=8),
-    dict(stream=True, elements=1024),
     dict(shared=True),
     dict(shared=True, warps=8),
-    dict(shared=True, stream=True),
-    dict(shared=True, stream=True, warps=8),
-    dict(shared=True, stream=True, elements=1024),
     dict(fast=False),
 )
 """Other cuts of the kernel than its default."""

@@ -64,7 +64,7 @@ def test_agrees_with_complex_rotation(rng: np.random.Generator, implementation: 
 
 CUTS = [
     Settings(elements=16, warps=1),
-    Settings(elements=64, shared=True, stream=True),
+    Settings(elements=64, shared=True),
     Settings(elements=4096, fast=False),
     Settings(elements=512, shared=True, fast=False, warps=8),
 ]

@@ -155,6 +155,8 @@ class Trainer:
         )
 
     def _settle(self, options: Options, steps: int) -> None:
+        if options.teacher not in TEACHERS:
+            raise ValueError(f"a teacher is one of {', '.join(TEACHERS)}, not {options.teacher!r}")
         options = resolved(options, self.config)
         self.options, self.rows = options, options.batch // options.accumulate
         self.optimizer = optimizer(options, steps)
@@ -219,7 +221,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ traced
 
-    def settled(self, factors: Factors | None, frozen: Mapping[str, Any]) -> dict[str, Any]:
+    def with_tables(self, factors: Factors | None, frozen: Mapping[str, Any]) -> dict[str, Any]:
         """The frozen model with embedding and head dense, float32 where they train as they will be stored."""
         alpha, own = self.options.alpha, factors or {}
         top = {
@@ -239,10 +241,8 @@ class Trainer:
         keep: tuple[elastic.Keep, ...] | None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b t h"]:
-        """The stream after the last layer at masked sizes; the frozen model's own without factors. Frozen models here
-        are `settled`.
-
-        Dropout where there is a key.
+        """The stream after the last layer at masked sizes; the frozen model's own without factors. Dropout where there
+        is a key. `frozen` is what `with_tables` gives.
         """
         options, layers = self.options, frozen["runs"]
         if factors is not None:
@@ -262,7 +262,7 @@ class Trainer:
         keep: tuple[elastic.Keep, ...] | None,
     ) -> Float[Array, "b t vocab"]:
         """Logits, float32, of what `hidden` gives without dropout."""
-        frozen = self.settled(factors, frozen)
+        frozen = self.with_tables(factors, frozen)
         model = CausalLM(self.config, {**frozen["top"], "layers": []}, dtype=self.dtype)
         return logits(model, self.hidden(factors, frozen, tokens, valid, keep))
 
@@ -276,7 +276,7 @@ class Trainer:
     ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""]]]:
         """(what is minimised, (cross entropy, tokens that count)), all summed over one part of a batch."""
         tokens, valid = batch["tokens"], batch["valid"]
-        frozen = self.settled(factors, frozen)
+        frozen = self.with_tables(factors, frozen)
         x = self.hidden(factors, frozen, tokens, valid, keep, key)
         share, given = self.options.distill, frozen.get("teacher")
         grown = self.options.teacher == "rate 0"
@@ -330,7 +330,7 @@ class Trainer:
     def _losses(
         self, factors: Factors, frozen: Mapping[str, Any], batch: Batch, keep: tuple[elastic.Keep, ...]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        frozen = self.settled(factors, frozen)
+        frozen = self.with_tables(factors, frozen)
 
         def part(carry: Any, one: Batch) -> tuple[Any, None]:
             x = self.hidden(factors, frozen, one["tokens"], one["valid"], keep)

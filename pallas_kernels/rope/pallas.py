@@ -34,8 +34,6 @@ class Settings:
     fast: bool = True
     """On a GPU, sine and cosine of the angle less whole turns by the hardware's approximation, off by about 1e-6, else
     by CUDA's library."""
-    stream: bool = False
-    """What is loaded and stored leaves the caches before anything else does."""
 
 
 PER_TURN, TURN = np.float32(1 / (2 * math.pi)), np.float32(2 * math.pi)
@@ -67,17 +65,14 @@ def fast_sine_and_cosine(angle: Float[Array, "..."]) -> tuple[Float[Array, "..."
     return asm("sin.approx.f32 $0, $1;", within), asm("cos.approx.f32 $0, $1;", within)
 
 
-def _load(ref: Any, index: tuple[Any, ...], mask: Array | None, stream: bool = False) -> Array:
+def _load(ref: Any, index: tuple[Any, ...], mask: Array | None) -> Array:
     """Without a mask, Triton may load 16 bytes at a time whatever it can prove of one."""
-    if mask is not None:
-        return compat.load(ref, index, mask)
-    return compat.stream(ref, index) if stream else ref[index]
+    return ref[index] if mask is None else compat.load(ref, index, mask)
 
 
-def _store(ref: Any, index: tuple[Any, ...], value: Array, mask: Array | None, stream: bool) -> None:
+def _store(ref: Any, index: tuple[Any, ...], value: Array, mask: Array | None) -> None:
     if mask is None:
-        policy = "evict_first" if stream else None
-        compat.triton().store(ref.at[index], value.astype(ref.dtype), eviction_policy=policy)
+        compat.triton().store(ref.at[index], value.astype(ref.dtype))
     else:
         compat.store(ref, index, value, mask)
 
@@ -126,8 +121,8 @@ def _kernel(*refs: Any, arrays: int, direction: int, tile: int, settings: Settin
         head = numbers[0] if len(axes) == 1 else numbers[0] * axes[1] + numbers[1]
         kv = numbers[0] if settings.shared else jax.lax.div(head, heads // kv_heads)
         of_kv, mask = _both(*(masks[:2] if settings.shared else masks)), _both(*masks)
-        first = _load(x_ref, (run[outer], head), mask, settings.stream)
-        second = _load(x_ref, (run[outer], heads + head), mask, settings.stream)
+        first = _load(x_ref, (run[outer], head), mask)
+        second = _load(x_ref, (run[outer], heads + head), mask)
         held.append((outer, head, kv, of_kv, mask, first, second))
     position = _load(positions_ref, (token,), inside).astype(jnp.float32)
     for out_ref, (outer, head, kv, of_kv, mask, first, second) in zip(refs[2 + arrays :], held, strict=True):
@@ -138,8 +133,8 @@ def _kernel(*refs: Any, arrays: int, direction: int, tile: int, settings: Settin
         sin, cos = fast_sine_and_cosine(angle) if fast else (jnp.sin(angle), jnp.cos(angle))
         sin = direction * sin
         first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-        _store(out_ref, (run[outer], head), first * cos - second * sin, mask, settings.stream)
-        _store(out_ref, (run[outer], heads + head), second * cos + first * sin, mask, settings.stream)
+        _store(out_ref, (run[outer], head), first * cos - second * sin, mask)
+        _store(out_ref, (run[outer], heads + head), second * cos + first * sin, mask)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -201,6 +201,8 @@ def test_the_teacher_may_be_what_rate_0_has_become(rng: np.random.Generator) -> 
     assert size(_gradients(trainer, moved, examples, 0.0, model.plan)[0]) < 1e-4 * size(pruned)
     cut = model.plan.keep(0.35)[0]["ffn"]
     assert not np.asarray(pruned["0.mlp.up"]["left"])[0, cut:].any()
+    with pytest.raises(ValueError, match="rate0"):
+        trainer.variant(dataclasses.replace(trainer.options, teacher="rate0"), 10)
 
 
 def test_bfloat16_keeps_float32_factors(rng: np.random.Generator) -> None:
