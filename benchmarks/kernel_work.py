@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernel_rows import copies_of, floor_us, is_rope, name
+from benchmarks.kernel_rows import DISTINCT, copies_of, floor_us, is_rope, name
 
 
 @dataclasses.dataclass

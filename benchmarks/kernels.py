@@ -306,7 +306,9 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"environment": environment, "table": table, "rows": rows}, indent=1) + "\n")
-    print("\n".join(table), flush=True)
+    seen = {name(row) for row in rows}
+    missing = sum(name(row) not in seen for row in tasks)
+    print("\n".join([*table, *([f"{missing} rows left out: no time, or no worker"] if missing else [])]), flush=True)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def words_of(tall: int, exchange: bool) -> Callable[[Any], tuple[Int[Array, "row
     return load
 
 
-def scales_of(tall: int, weight: Weight) -> Callable[[Any, Any, Any], Int[Array, "rows"]]:
+def scales_of(tall: int, weight: Weight) -> Callable[[Any, Any, Any], Int[Array, " rows"]]:
     """The scales of a group (16 bits each) for rows r and r + 8 of each warp, straight from memory."""
     kind = plgpu.ShapeDtypeStruct((BLOCK * tall,), jnp.int32, plgpu.Layout.WGMMA.reduce(1))
     scalar = plgpu.Layout.WG_SPLAT
@@ -165,7 +165,7 @@ def scales_of(tall: int, weight: Weight) -> Callable[[Any, Any, Any], Int[Array,
     return load
 
 
-def weights_of(tall: int) -> Callable[[Int[Array, "rows 8"], Int[Array, "rows"]], Float[Array, "rows 64"]]:
+def weights_of(tall: int) -> Callable[[Int[Array, "rows 8"], Int[Array, " rows"]], Float[Array, "rows 64"]]:
     """Half a group's words and their scales -> (q - 8) * scale in bf16, rounded once, as the A of four k16 steps."""
     kind = plgpu.ShapeDtypeStruct((BLOCK * tall, HALF), jnp.bfloat16, plgpu.Layout.WGMMA)
 

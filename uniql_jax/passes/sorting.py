@@ -76,7 +76,7 @@ def sort_layer(
     stats: Mapping[str, Statistics],
     options: Options,
     seed: Int[Array, ""] | int = 0,
-) -> tuple[dict[str, Block], dict[str, Float[Array, "_"]]]:
+) -> tuple[dict[str, Block], dict[str, Float[Array, " _"]]]:
     """The layer with every elastic axis sorted, most important first, and per axis the estimated loss of keeping
     0 ... all of its entries; `stats` are means over tokens.
 
