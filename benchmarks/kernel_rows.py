@@ -52,7 +52,7 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
     narrow = n <= 8192
     rows: list[dict] = []
     if count <= 16:
-        for cut in few_rows_cuts(k, count, narrow):
+        for cut in few_rows_cuts(count, narrow):
             along_k, batch, r, along_n, split, options = cut
             settings: dict[str, Any] = dict(along_k=along_k, batch=batch, tiles=r)
             settings |= dict(along_n=along_n) if along_n > 1 else {}
@@ -61,7 +61,6 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
             settings |= dict(zero="mma") if "m" in options else {}
             settings |= dict(ordered=True) if "o" in options else {}
             settings |= dict(stream=True) if "s" in options else {}
-            settings |= dict(joined=True) if "j" in options else {}
             settings |= dict(ahead=True) if "a" in options else {}
             rows.append(make("mma", **settings))
             if tiles == "rows" and "t" in options:
@@ -108,28 +107,13 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
 
 
 Cut = tuple[int, int, int, int, int, str]
-"""along_k, batch, tiles, along_n, split, and letters: g gate, m zero="mma", o ordered, s stream, j joined, a ahead; t
-asks for the same once more with the scales of a tile side by side."""
+"""along_k, batch, tiles, along_n, split, and letters: g gate, m zero="mma", o ordered, s stream, a ahead; t asks for
+the same once more with the scales of a tile side by side."""
 
 
-def few_rows_cuts(k: int, count: int, narrow: bool) -> list[Cut]:
+def few_rows_cuts(count: int, narrow: bool) -> list[Cut]:
     """Cuts of the mma kernel. The first of each list was the fastest so far."""
     # fmt: off
-    if count > 1 and narrow and k > 8192:  # where programs read x from L2 as often as weights from memory
-        if count <= 8:
-            return [
-                (2, 2, 1, 2, 4, "gmos"), (2, 2, 1, 2, 4, "gmosj"), (2, 2, 1, 2, 7, "gmosj"), (2, 2, 1, 2, 8, "gmosj"),
-                (4, 2, 1, 2, 2, "gmosj"), (4, 2, 1, 2, 3, "gmosj"), (4, 1, 1, 2, 4, "gmosj"), (4, 1, 1, 2, 7, "gmosj"),
-                (8, 1, 1, 2, 2, "gmosj"), (2, 1, 1, 2, 8, "gmosj"), (1, 2, 1, 4, 8, "gmosj"),
-                (2, 2, 1, 2, 4, "gmosja"), (4, 1, 1, 2, 4, "gmosja"), (2, 1, 1, 2, 8, "gmosja"),
-                (8, 1, 1, 2, 2, "gmosja"), (8, 1, 1, 2, 1, "gmosa"),
-            ]
-        return [
-            (4, 1, 2, 2, 2, "gmos"), (4, 1, 2, 2, 2, "gmosj"), (4, 1, 2, 2, 3, "gmosj"), (4, 1, 2, 1, 4, "gmosj"),
-            (4, 1, 2, 1, 7, "gmosj"), (2, 2, 2, 1, 4, "gmosj"), (2, 1, 2, 1, 4, "gmosj"), (2, 1, 2, 2, 4, "gmosj"),
-            (2, 1, 2, 1, 8, "gmosj"), (8, 1, 2, 1, 2, "gmosj"),
-            (4, 1, 2, 2, 2, "gmosja"), (4, 1, 2, 1, 4, "gmosja"), (2, 1, 2, 1, 8, "gmosja"), (16, 1, 2, 1, 1, "gmosa"),
-        ]
     if count == 1 and narrow:
         return [
             (1, 2, 1, 2, 8, "gmt"), (8, 2, 1, 1, 1, "gt"), (16, 1, 1, 1, 1, "g"), (8, 2, 1, 1, 1, ""),
@@ -144,9 +128,7 @@ def few_rows_cuts(k: int, count: int, narrow: bool) -> list[Cut]:
         return [
             (1, 2, 1, 2, 8, "gm"), (1, 2, 1, 2, 8, "gmot"), (8, 2, 1, 1, 1, "ot"), (8, 2, 1, 1, 1, "go"),
             (16, 1, 1, 1, 1, "go"), (2, 2, 1, 1, 4, "go"), (4, 2, 1, 1, 2, "gos"), (1, 2, 2, 1, 8, "gmo"),
-            (2, 2, 1, 2, 4, "gmos"), (1, 2, 1, 4, 8, "gmo"),
-            (1, 2, 1, 2, 8, "gmosj"), (2, 2, 1, 2, 4, "gmosj"), (2, 2, 1, 2, 8, "gmosj"), (4, 2, 1, 2, 2, "gmosj"),
-            (4, 2, 1, 2, 4, "gmosj"), (2, 1, 1, 2, 4, "gmosja"),
+            (2, 2, 1, 2, 4, "gmos"), (1, 2, 1, 4, 8, "gmo"), (8, 1, 1, 2, 1, "gmosa"),
         ]
     if count <= 8:
         return [
@@ -158,9 +140,8 @@ def few_rows_cuts(k: int, count: int, narrow: bool) -> list[Cut]:
         return [
             (4, 1, 2, 1, 1, "gm"), (4, 1, 2, 1, 1, "gmot"), (4, 2, 1, 1, 1, "gmo"), (8, 1, 2, 1, 1, "gmos"),
             (1, 2, 2, 1, 8, "gmot"), (1, 2, 2, 2, 8, "gmo"), (1, 1, 4, 1, 8, "gmo"), (2, 1, 2, 1, 4, "gmos"),
-            (1, 1, 4, 2, 4, "gmo"), (1, 1, 2, 4, 8, "gmos"), (1, 2, 1, 2, 8, "gmo"),
-            (2, 1, 2, 1, 4, "gmosj"), (1, 2, 2, 1, 8, "gmosj"), (4, 1, 2, 1, 2, "gmosj"), (4, 1, 2, 2, 2, "gmosj"),
-            (4, 1, 2, 1, 4, "gmosj"), (2, 1, 2, 1, 4, "gmosja"),
+            (1, 1, 4, 2, 4, "gmo"), (1, 1, 2, 4, 8, "gmos"), (1, 2, 1, 2, 8, "gmo"), (4, 1, 2, 2, 2, "gmos"),
+            (16, 1, 2, 1, 1, "gmosa"),
         ]
     return [
         (2, 1, 2, 2, 1, "gm"), (2, 1, 2, 1, 1, "gmot"), (2, 1, 2, 1, 1, "mo"), (2, 1, 2, 2, 1, "gmot"),
@@ -223,10 +204,6 @@ def odd_sizes() -> list[dict]:
             cut: dict[str, Any] = dict(along_k=2, tiles=2, split=2, ordered=bool(order))
             rows.append(make(count, "mma", **cut, zero="mma" if count > 8 else "fma"))
             rows.append(make(count, "mma", along_k=4, batch=2, gate=True))
-            if order:
-                joined: dict[str, Any] = dict(split=3, ordered=True, joined=True)
-                rows.append(make(count, "mma", along_k=2, along_n=2, **joined, gate=True, ahead=True))
-                rows.append(make(count, "mma", along_k=1, tiles=2, batch=2, **joined, stream=True))
             rows.append(make(33, "dot", tile_n=64, tile_m=32, warps=4, join=8, fold=True))
             rows.append(make(100, "dot", tile_n=128, tile_m=64, warps=8, split=2))
             rows += [make(each, "auto") for each in (count, 40, 700)]
@@ -273,7 +250,7 @@ def probes() -> list[dict]:
     """
     blank = dict(k=0, n=0, count=0, group=0, contract="", settings={})
     checks = [(kernel, order) for kernel in ("mma", "dot") for order in ("rows", "groups", "last", "first")]
-    checks += [(kernel, order) for kernel in ("mma joined", "dequantize", "wgmma") for order in ("rows", "groups")]
+    checks += [(kernel, order) for kernel in ("dequantize", "wgmma") for order in ("rows", "groups")]
     large = [dict(rows=count, width=width) for count in (256, 2048) for width in sorted({k for k, _ in SHAPES})]
     return [
         blank | {"kernel": "launch: pallas"},

@@ -137,37 +137,6 @@ def test_mma(
     assert agrees(parts, x, case)
 
 
-JOINED = {
-    # rows of x: settings, of which no split divides the groups
-    1: mma.Settings(along_k=2, split=3),
-    5: mma.Settings(along_k=1, batch=2, split=2, stream=True, ahead=True),
-    8: mma.Settings(along_k=1, along_n=2, split=4, zero="mma", gate=True, ahead=True),
-    9: mma.Settings(along_k=2, tiles=2, split=2),
-    16: mma.Settings(along_k=1, along_n=2, tiles=2, split=3, zero="mma", gate=True, stream=True, ahead=True),
-}
-
-
-@pytest.mark.parametrize("order", ["rows", "groups"])
-@pytest.mark.parametrize("count", JOINED)
-def test_the_last_program_adds_up_the_parts(rng: np.random.Generator, order: str, count: int) -> None:
-    """Bit for bit what the parts give, added in their order and rounded once."""
-    case = random_case(rng, 37, 5 * 128, 128, contract=contract_of(order))
-    data, weight = held(case, order)
-    x, apart = random_x(rng, count, case.width), dataclasses.replace(JOINED[count], ordered=True)
-    found = {}
-    for joined in (False, True):
-        settings = dataclasses.replace(apart, joined=joined)
-        run = jax.jit(lambda x, d, s, cut=settings: mma.product(x, d, s, weight=weight, settings=cut))
-        found[joined] = np.asarray(run(x, data, case.scale))
-    parts, total = found[False], found[True]
-    assert parts.shape == (apart.split, count, 37)
-    assert total.shape == (1, count, 37)
-    assert total.dtype == jnp.bfloat16
-    assert agrees(jnp.asarray(total), x, case)
-    want = functools.reduce(np.add, parts)
-    np.testing.assert_array_equal(total[0], np.asarray(jnp.asarray(want).astype(jnp.bfloat16)))
-
-
 def test_loading_ahead_changes_no_bit(rng: np.random.Generator) -> None:
     case = random_case(rng, 20, 5 * 128, 128)
     data, weight = held(case, "rows")
@@ -180,28 +149,8 @@ def test_loading_ahead_changes_no_bit(rng: np.random.Generator) -> None:
     assert agrees(found[0], x, case)
 
 
-@pytest.mark.parametrize(("order", "group", "count"), [("groups", 128, 3), ("last", 128, 12), ("first", 144, 2)])
-def test_fragments_end_in_zeros_to_count_with(rng: np.random.Generator, order: str, group: int, count: int) -> None:
-    weight, x = Weight(order, 16, 3, group), random_x(rng, count, 3 * group)
-    plain = np.asarray(mma.fragments(x, weight))
-    for counts, more in ((1, 1), (128, 1), (129, 2)):
-        longer = np.asarray(mma.fragments(x, weight, counts))
-        assert longer.shape == (3 + more, *plain.shape[1:])
-        np.testing.assert_array_equal(longer[:3], plain)
-        assert not longer[3:].any()
-
-
-def test_more_blocks_than_one_group_of_zeros_counts(rng: np.random.Generator) -> None:
-    case = random_case(rng, 16 * 130 - 5, 2 * 128, 128, contract="first")
-    data, weight = held(case, "groups")
-    x, cut = random_x(rng, 2, 256), mma.Settings(along_k=1, split=2, ordered=True, joined=True)
-    assert agrees(
-        jax.jit(lambda x, d, s: mma.product(x, d, s, weight=weight, settings=cut))(x, data, case.scale), x, case
-    )
-
-
 def test_shares_are_added_in_their_order() -> None:
-    """In float32, where another order gives other numbers; counts may lie anywhere, and are zero again."""
+    """In float32, where another order gives other numbers; counts are zero again."""
     numbers = jnp.asarray([[1e8], [1.0], [-1e8], [3.0]], jnp.float32)
 
     def kernel(x_ref, counts_in_ref, out_ref, counts_ref, parts_ref):
@@ -211,69 +160,20 @@ def test_shares_are_added_in_their_order() -> None:
         def finish(total: jnp.ndarray) -> None:
             out_ref[...] = total
 
-        shares.add_up_shares(x_ref[share], None, refs, where, 4, finish, (where[1] + 1, where[1] + 2))
+        shares.add_up_shares(x_ref[share], jnp.ones(1, bool), refs, where, 4, finish)
 
-    shapes = [jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((2, 3), jnp.int32)]
+    shapes = [jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)]
     call = compat.call(
         kernel, name="add_up", grid=(1, 4), out_shape=[*shapes, shares.parts_shape(4, 1, (1,))], aliases={1: 1}
     )
-    total, counts, parts = call(numbers, jnp.zeros((2, 3), jnp.int32))
+    total, counts, parts = call(numbers, jnp.zeros(2, jnp.int32))
     np.testing.assert_array_equal(parts[:, 0], numbers)
     np.testing.assert_array_equal(total, functools.reduce(np.add, np.asarray(numbers)))
     assert not counts.any()
 
 
-def table_of(monkeypatch: pytest.MonkeyPatch, order: str, k: int, n: int, **settings: object) -> None:
-    """The only row of any GPU's table."""
-    row = dict(order=order, k=k, n=n, count=16, kernel="mma", settings=settings)
-    monkeypatch.setattr(tuned, "table", lambda kind: [row])
-
-
-def test_a_table_may_ask_for_joined_programs(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a pruned width, too, whose last group is padded."""
-    table_of(monkeypatch, "groups", 384, 36, along_k=1, split=2, ordered=True, joined=True)
-    case = random_case(rng, 36, 300, 128, contract="first")
-    tiles, weight = held(case, "groups")
-    assert tuned.choose(weight, 5, "x") == ("mma", mma.Settings(along_k=1, split=2, ordered=True, joined=True))
-    x = random_x(rng, 5, 300)
-    options = case.options | dict(order="groups", implementation="pallas")
-    assert agrees(jax.jit(lambda x: dequant_matmul(x, tiles, case.scale, **options))(x), x, case)
-
-
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.parametrize("order", ["rows", "groups"])
-@pytest.mark.parametrize("count", [1, 5, 16])
-def test_a_joined_product_is_one_launch_after_its_fragments(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, order: str, count: int
-) -> None:
-    """Taken from a table, lowered for a GPU: a kernel that writes to its own input, and no sum behind it."""
-    pytest.importorskip("jax.experimental.pallas.triton")
-    case = random_case(rng, 100, 512, 128, contract=contract_of(order))
-    data, _ = held(case, order)
-    x = random_x(rng, count, 512)
-    texts = []
-    monkeypatch.setattr(compat, "interpreted", lambda: False)
-    monkeypatch.setattr(compat, "capability", lambda: 8.0)
-    for more in ({}, dict(joined=True)):
-        cut = dict(along_k=2, batch=2, split=2, gate=True, ordered=True, stream=True, ahead=True) | more
-        table_of(monkeypatch, order, 512, 100, **cut)
-        # A function of its own each time: what was traced with the other table must not serve.
-        call = jax.jit(lambda x, d, s: dequant_matmul(x, d, s, implementation="pallas", **case.options, order=order))
-        with nvidia():
-            texts.append(call.trace(x, data, case.scale).lower(lowering_platforms=("cuda",)).as_text())
-    apart, joined = texts
-    assert apart.count("xla.gpu.triton") == joined.count("xla.gpu.triton") == 1
-    assert "stablehlo.reduce" in apart
-    assert "stablehlo.reduce" not in joined
-    alias = "output_operand_alias<output_tuple_indices = [1], operand_index = 0,"
-    assert alias not in apart
-    assert alias in joined
-
-
 def test_mma_refuses(rng: np.random.Generator) -> None:
     for weight, settings, count in (
-        (Weight("rows", 16, 2, 128), mma.Settings(ordered=True, joined=True), 1),
-        (Weight("rows", 16, 2, 128), mma.Settings(split=2, joined=True), 1),
         (Weight("rows", 16, 1, 128), mma.Settings(), 17),
         (Weight("first", 18, 1, 128), mma.Settings(), 1),
         (Weight("last", 16, 1, 112), mma.Settings(), 1),
@@ -491,19 +391,8 @@ def test_a_kernel_that_is_wrong_here_is_not_used(rng: np.random.Generator, monke
         assert chosen is not None
         assert chosen[1][0] == kernel
         wrong.add(kernel)
-    wrong.clear()
-    wrong.add("mma joined")  # alone: the others are still right
-    joined = dict(order="rows", k=256, n=32, count=8, kernel="mma", settings=dict(split=2, ordered=True, joined=True))
-    monkeypatch.setattr(tuned, "table", lambda kind: [joined])
-    chosen = pallas._choose(x, scale, weight)
-    assert chosen is not None
-    assert chosen[1] == tuned.by_rule(tiling.Weight("rows", 32, 2, 128), 4)
-    wrong.clear()
-    chosen = pallas._choose(x, scale, weight)
-    assert chosen is not None
-    assert chosen[1][1].joined
-    monkeypatch.setattr(tuned, "table", lambda kind: [])
     monkeypatch.setattr(compat, "capability", lambda: 9.0)
+    wrong.clear()
     for kernel in ("wgmma", "dequantize", "dense") if compat.mosaic_gpu is not None else ():
         chosen = pallas._choose(jnp.zeros((300, 256), jnp.bfloat16), scale, weight)
         assert chosen is not None
@@ -585,8 +474,7 @@ def test_the_gpus_default_is_what_was_measured(rng: np.random.Generator, monkeyp
 @pytest.mark.parametrize("order", ["last", "first", "rows", "groups"])
 def test_on_the_device(rng: np.random.Generator, order: str) -> None:
     """The compiled kernels: each passes its own check, and what runs by default is right for any number of rows."""
-    tiles = order in tiling.CONTRACTS
-    kernels = ("mma", "mma joined", "dot", "dequantize") if tiles else ("mma", "mma joined", "dot")
+    kernels = ("mma", "dot", "dequantize") if order in tiling.CONTRACTS else ("mma", "dot")
     if order in tiling.CONTRACTS and compat.hopper():
         kernels = (*kernels, "wgmma")
     for kernel in kernels:
@@ -599,28 +487,6 @@ def test_on_the_device(rng: np.random.Generator, order: str) -> None:
         for count in (1, 7, 16, 17, 64, 200, 300):
             x = random_x(rng, count, width)
             assert agrees(call(x, data, case.scale), x, case), (order, features, count)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("order", ["rows", "groups"])
-def test_joined_programs_on_the_device(rng: np.random.Generator, order: str) -> None:
-    """Counts are zero at every call, also where two products share an x that is laid out once; all calls sum alike."""
-    case = random_case(rng, 1000, 4096, 128, contract=contract_of(order))
-    data, weight = held(case, order)
-    for ahead in (False, True):
-        cut = mma.Settings(along_k=2, batch=2, split=3, gate=True, ordered=True, stream=True, joined=True, ahead=ahead)
-
-        @jax.jit
-        def run(x: jnp.ndarray, data: jnp.ndarray, scale: jnp.ndarray, cut: mma.Settings = cut) -> list[jnp.ndarray]:
-            return [mma.product(x, data, each, weight=weight, settings=cut)[0] for each in (scale, scale / 2)]
-
-        for count in (1, 8, 16):
-            x = random_x(rng, count, 4096)
-            first, half = run(x, data, case.scale)
-            assert agrees(first, x, case)
-            np.testing.assert_array_equal(first, 2 * half)
-            for _ in range(50):
-                np.testing.assert_array_equal(run(x, data, case.scale), [first, half])
 
 
 @pytest.mark.parametrize(

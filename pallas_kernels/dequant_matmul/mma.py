@@ -20,14 +20,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
 from pallas_kernels.compat import pl
-from pallas_kernels.dequant_matmul import shares
 from pallas_kernels.dequant_matmul.tiling import Weight
 from pallas_kernels.dequant_matmul.warp import Operand, Threads, gate, multiply, pair, zero_point
 
 MOST = 16
 """Rows of x: two column tiles of the mma."""
-COUNTED = 128
-"""Counts that one group of the fragments' tail is good for: its first word of each thread, in one column tile."""
 STEP = 32
 """Contracted weights that the four lanes of a row hold in one word each: two mma."""
 
@@ -43,7 +40,7 @@ class Settings:
     tiles: int = 1
     """Row tiles of 16 (layout "last", "tiled") or of 32 ("first") a warp computes with the same x."""
     split: int = 1
-    """Programs that share one row tile's contraction; their float32 parts are added by XLA, unless `joined`."""
+    """Programs that share one row tile's contraction; their float32 parts are added by XLA."""
     zero: str = "fma"
     """How the 128 + 8 of a raw pair leaves: "fma", from every pair; "mma", as -136 times the sum of x, once a group."""
     gate: bool = False
@@ -54,8 +51,6 @@ class Settings:
     """x is first laid out as its fragments, by a kernel of XLA's: a warp then reads it in whole lines."""
     stream: bool = False
     """Words leave the first-level cache before x and the scales do."""
-    joined: bool = False
-    """The last of the programs that share a row tile adds up their parts; wants `ordered`, whose array counts them."""
 
 
 # --- the kernel -----------------------------------------------------------------------------------------------------
@@ -259,12 +254,8 @@ def row_tiles(weight: Weight) -> int:
 
 
 def _kernel(*refs: Any, weight: Weight, settings: Settings) -> None:
-    """refs: x [count, K] or its fragments, data, scale, (what the call waits for,) out [split, count, features].
-
-    Where settings are `joined`: out [1, count, features], the fragments once more, to count in, and parts.
-    """
-    x_ref, data_ref, scale_ref = refs[:3]
-    out_ref, *shared = refs[-3:] if settings.joined else refs[-1:]
+    """refs: x [count, K] or its fragments, data, scale, (what the call waits for,) out [split, count, features]."""
+    x_ref, data_ref, scale_ref, out_ref = *refs[:3], refs[-1]
     count = out_ref.shape[1]
     columns = 1 if count <= 8 else 2
     block, share = pl.program_id(0), pl.program_id(1)
@@ -275,46 +266,26 @@ def _kernel(*refs: Any, weight: Weight, settings: Settings) -> None:
     total, slot = add_up(accumulate(x_ref, sources, weight, settings, at, columns, share), settings.along_k)
     at = Threads.make(1, settings.along_n)
     bits, parts = total.ndim - 2, parts_of(weight)
-
-    def finish(total: Array) -> None:
-        column, part, r = slot % columns, slot // columns % parts, slot // (columns * parts)
-        warp = at.warp_n[(..., *(None,) * bits)]
-        tile = (block * settings.along_n + warp) * settings.tiles + r
-        n, m = places(weight, at, tile, part, column, bits)
-        n, m = jnp.broadcast_to(n, total.shape), jnp.broadcast_to(m, total.shape)
-        inside = (m < count) & (n < weight.features) & (r < settings.tiles)
-        compat.store(out_ref, (0 if shared else share, m, n), total, inside)
-
-    if not shared:
-        finish(total)
-        return
-    counts_ref, parts_ref = shared
-    zero = jnp.int32(0)  # an atomic takes no plain number
-    counted = weight.groups + block // COUNTED, zero, zero, block // 4 % 32, block % 4
-    # Rows that x lacks are added up, too: zeros, in the same wide pieces as the others.
-    shares.add_up_shares(total, None, (parts_ref, counts_ref), (share, block), settings.split, finish, counted)
+    column, part, r = slot % columns, slot // columns % parts, slot // (columns * parts)
+    warp = at.warp_n[(..., *(None,) * bits)]
+    tile = (block * settings.along_n + warp) * settings.tiles + r
+    n, m = places(weight, at, tile, part, column, bits)
+    n, m = jnp.broadcast_to(n, total.shape), jnp.broadcast_to(m, total.shape)
+    compat.store(out_ref, (share, m, n), total, (m < count) & (n < weight.features) & (r < settings.tiles))
 
 
-def fragments(
-    x: Float[Array, "count width"], weight: Weight, counts: int = 0
-) -> Int[Array, "groups columns words 32 4"]:
-    """x bf16 as the threads of a warp want it: int32 pairs [group, column tile, word, thread, pair of the word].
-
-    Behind its groups follow as many of zeros as it takes to count in `counts` places, COUNTED in each.
-    """
+def fragments(x: Float[Array, "count width"], weight: Weight) -> Int[Array, "groups columns words 32 4"]:
+    """x bf16 as the threads of a warp want it: int32 pairs [group, column tile, word, thread, pair of the word]."""
     words = weight.group // 8
     columns, steps = -(-x.shape[0] // 8), -(-words // 4)
-    tail = pl.cdiv(counts, COUNTED)
-    groups = weight.groups + tail
-    # Zeros come before anything moves, so that XLA lays them out with x, in one kernel.
-    x = jnp.pad(x, ((0, 8 * columns - x.shape[0]), (0, tail * weight.group))).reshape(columns, 8, groups, words, 8)
+    x = jnp.pad(x, ((0, 8 * columns - x.shape[0]), (0, 0))).reshape(columns, 8, weight.groups, words, 8)
     x = jnp.pad(x, ((0, 0),) * 3 + ((0, 4 * steps - words), (0, 0)))
     if weight.order == "last":  # [column tile, row, group, lane, step, ...]
-        parts = x.reshape(columns, 8, groups, 4, steps, 8).transpose(2, 0, 4, 1, 3, 5)
+        parts = x.reshape(columns, 8, weight.groups, 4, steps, 8).transpose(2, 0, 4, 1, 3, 5)
     else:
-        parts = x.reshape(columns, 8, groups, steps, 4, 8).transpose(2, 0, 3, 1, 4, 5)
+        parts = x.reshape(columns, 8, weight.groups, steps, 4, 8).transpose(2, 0, 3, 1, 4, 5)
     halves = jax.lax.bitcast_convert_type(parts, jnp.uint16).astype(jnp.int32)
-    halves = halves.reshape(groups, columns, steps, 32, 4, 2)
+    halves = halves.reshape(weight.groups, columns, steps, 32, 4, 2)
     # As a bitcast to a wider type, XLA would reduce over the pairs, which on a GPU is another kind of kernel.
     return halves[..., 0] | (halves[..., 1] << 16)
 
@@ -331,8 +302,6 @@ def supported(weight: Weight, settings: Settings, count: int) -> None:
     for number in (settings.along_k, settings.along_n):
         if number & (number - 1):
             raise NotImplementedError("warps are a power of two")
-    if settings.joined and (settings.split == 1 or not settings.ordered):
-        raise NotImplementedError("only programs that share an ordered x's contraction can be joined")
 
 
 def product(
@@ -344,33 +313,21 @@ def product(
     settings: Settings,
     after: Array | None = None,
 ) -> Float[Array, "split count features"]:
-    """x [1..16, groups * group] bf16 times the weight: [1, count, features] bf16, or [split, ...] float32 parts where
-    programs share a contraction and are not `joined`.
+    """x [1..16, groups * group] bf16 times the weight: [1, count, features] bf16, or [split, ...] float32 parts.
 
     The scales of order "rows" may also come as [row tiles, groups, 16]. `after` is an array that the call waits for
     and does not read: what a benchmark chains calls with. Raises NotImplementedError for what the kernel cannot do.
     """
-    count = x.shape[0]
-    supported(weight, settings, count)
-    blocks = pl.cdiv(row_tiles(weight), settings.tiles * settings.along_n)
-    joined, dtype = settings.joined, jnp.float32 if settings.split > 1 and not settings.joined else jnp.bfloat16
-    laid_out = fragments(x, weight, blocks if joined else 0) if settings.ordered else x
+    supported(weight, settings, x.shape[0])
+    span = 32 if weight.order == "first" else 16
+    dtype = jnp.float32 if settings.split > 1 else jnp.bfloat16
+    laid_out = fragments(x, weight) if settings.ordered else x
     refs = (laid_out, data, scale) + (() if after is None else (after,))
-    out = jax.ShapeDtypeStruct((1 if joined else settings.split, count, weight.features), dtype)
-    shared: list[Any] = []
-    if joined:
-        slots = settings.tiles * parts_of(weight) * (1 if count <= 8 else 2)
-        total = (32 * settings.along_n, 4, *(2,) * (slots - 1).bit_length())  # as `add_up` returns it
-        shared = [
-            jax.ShapeDtypeStruct(laid_out.shape, jnp.int32),
-            shares.parts_shape(settings.split, blocks, total),
-        ]
-    call: Callable[..., list[Array]] = compat.call(
+    call: Callable[..., Array] = compat.call(
         functools.partial(_kernel, weight=weight, settings=settings),
         name=f"dequant_mma_{weight.order}",
-        grid=(blocks, settings.split),
-        out_shape=[out, *shared],
+        grid=(pl.cdiv(weight.features, span * settings.tiles * settings.along_n), settings.split),
+        out_shape=jax.ShapeDtypeStruct((settings.split, x.shape[0], weight.features), dtype),
         warps=settings.along_k * settings.along_n,
-        aliases={0: 1} if joined else None,
     )
-    return call(*refs)[0]
+    return call(*refs)

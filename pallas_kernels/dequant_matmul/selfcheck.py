@@ -26,10 +26,7 @@ ROWS, WIDTH = 72, 1024
 
 
 def verify(kernel: str, order: str) -> None:
-    """Raise NotImplementedError when `kernel` is wrong for this order.
-
-    One of "mma", "mma joined" (programs that share a contraction and add up themselves), "dot", "wgmma", "dequantize".
-    """
+    """Raise NotImplementedError when `kernel` ("mma", "dot", "wgmma", "dequantize") is wrong for this order."""
     complaint = _complaint(kernel, order)
     if complaint is not None:
         raise NotImplementedError(complaint)
@@ -58,7 +55,7 @@ def _error(kernel: str, order: str) -> float:
     keys = jax.random.split(jax.random.key(0), 3)
     data = jax.random.randint(keys[0], (ROWS, WIDTH // 8), -(2**31), 2**31 - 1, jnp.int32)
     scale = jax.random.uniform(keys[1], (ROWS, WIDTH // 128), jnp.bfloat16, 0.5, 1.0)
-    x = jax.random.normal(keys[2], (5 if kernel.startswith("mma") else 20, WIDTH), jnp.bfloat16)
+    x = jax.random.normal(keys[2], (5 if kernel == "mma" else 20, WIDTH), jnp.bfloat16)
     dense = packing.dequantize_last(data, scale, bits=4, group=128, width=WIDTH)
     want = jnp.einsum("mk,nk->mn", x.astype(jnp.float32), dense, precision="highest")
     if order in ("first", "groups"):
@@ -70,10 +67,8 @@ def _error(kernel: str, order: str) -> float:
 
 
 def _product(kernel: str, weight: Weight) -> Callable[[Array, Array, Array], Array]:
-    if kernel.startswith("mma"):
+    if kernel == "mma":
         settings = mma.Settings(along_k=2, batch=2, gate=True)
-        if kernel == "mma joined":
-            settings = mma.Settings(along_k=2, gate=True, ordered=True, split=3, joined=True)
         return lambda x, data, scale: mma.product(x, data, scale, weight=weight, settings=settings)[0]
     if kernel == "dot":
         joined = dot.Settings(tile_m=32, join=8 if weight.order in tiling.CONTRACTS else 1)

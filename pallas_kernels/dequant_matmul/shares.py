@@ -32,32 +32,28 @@ def parts_shape(split: int, blocks: int, total: tuple[int, ...]) -> jax.ShapeDty
 
 def add_up_shares(
     total: Float[Array, "..."],
-    inside: Bool[Array, "..."] | None,
+    inside: Bool[Array, "..."],
     refs: tuple[Any, Any] | None,
     place: tuple[Array, Array],
     split: int,
     finish: Callable[[Array], None],
-    counted: tuple[Array, ...] | None = None,
 ) -> None:
-    """Call finish(sum over the shares of `total`) in one program of each block, where only what is `inside` counts
-    (all of it where that is None).
+    """Call finish(sum over the shares of `total`) in one program of each block, where only what is `inside` counts.
 
     refs: parts as `parts_shape` has them, and counts (None where nothing is shared); place: the program's share and its
-    block; counted: where in the counts the block has its own, if not at [block].
+    block.
     """
     if refs is None:
         finish(total)
         return
     (parts_ref, counts_ref), (share, block) = refs, place
     axes = [jax.lax.broadcasted_iota(jnp.int32, total.shape, axis) for axis in range(total.ndim)]
-    # What is known to be whole is stored and loaded in wide pieces.
-    inside = jnp.broadcast_to(True if inside is None else inside, total.shape)
-    counted = (block,) if counted is None else counted
+    inside = jnp.broadcast_to(inside, total.shape)
     compat.store(parts_ref, (share, block, *axes), total, inside)
-    done = compat.count(counts_ref, counted)
+    done = compat.count(counts_ref, (block,))
 
     @pl.when(done == split - 1)
     def _() -> None:
         parts = [compat.load(parts_ref, (i, block, *axes), inside) for i in range(split)]  # no load waits for another
-        counts_ref[counted] = jnp.int32(0)
+        counts_ref[block] = jnp.int32(0)
         finish(sum(parts[1:], parts[0]))
