@@ -68,6 +68,27 @@ def test_a_run_plans_works_and_says_what_next(
     assert "--overwrite" in capsys.readouterr().err
 
 
+def test_recovery_does_what_the_plan_says(
+    hf_folder: Folder, calib: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    argv = [
+        "--ckpt", hf_folder("llama-2-7b"), "--out", out, "--calib", calib, "--calib-length", "32", "--recover", calib,
+        "--recover-rank", "0", "--recover-length", "32", "--recover-batch", "4", "--recover-steps", "3",
+        "--recover-adapt", "2", "--recover-distill", "0.9", "--recover-rates", "uniform", "--recover-tune", "2",
+    ]  # fmt: skip
+    assert _run(*argv) == 0
+    shown = capsys.readouterr().out
+    assert "2 at rate 0, then 3 steps of 4 x 32 tokens" in shown
+    assert "every weight" in shown
+    assert "weighing 90%" in shown
+    assert "2 steps more after quantizing" in shown
+    told = open_checkpoint(out).meta["provenance"]
+    first, second = (told[name]["options"] for name in ("recovery", "tuning"))
+    assert (first["adapt"], first["teacher"], first["batch"], first["rates"]) == (2, "original", 4, "uniform")
+    assert (second["adapt"], second["teacher"], second["steps"], second["rank"]) == (0, "rate 0", 2, 0)
+
+
 def test_an_unfinished_run_in_the_way(
     hf_folder: Folder, calib: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +117,8 @@ def test_without_a_tokenizer_text_is_refused(
         (("--plan", "loss", "--uniform"), "not allowed"),
         (("--recover", "alpaca"), "alpaca"),
         (("--recover-tune", "5"), "wants --recover"),
+        (("--recover", "alpaca", "--recover-rates", "often"), "sandwich"),
+        (("--recover", "alpaca", "--recover-adapt", "-1"), "at least 0"),
         (("--recover", "alpaca", "--recover-tune", "5", "--bits", "16"), "4 or 8 bits"),
         (("--seed", "-1"), "at least 0"),
     ],

@@ -21,7 +21,7 @@ import numpy as np
 import uniql_jax
 from train import examples, lora, rates, recover
 from train.examples import Examples
-from train.loop import TEACHERS, Options, data_mesh, resolved
+from train.loop import TEACHERS, Options, data_mesh, memory_bytes, on_device, resolved
 from train.stack import REMAT
 from uniql_jax import cli, data, elastic
 from uniql_jax.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, reachable_bias, stored
@@ -92,14 +92,9 @@ def load_examples(checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[Exa
 def describe(checkpoint: Checkpoint, out: str, options: Options, learnt: Examples, judged: Examples) -> str:
     """The plan: what will be trained on what, and what it takes."""
     config = checkpoint.config
-    shapes = [(leaf, elastic.shape(config, leaf)) for _, leaf in lora.targets(config)]
-    frozen = sum(math.prod(shape) for _, shape in shapes)
-    trained = sum(options.rank * (math.prod(shape[:-1]) + shape[-1]) for _, shape in shapes) or frozen
-    steps = options.total_steps(len(learnt))
+    trained, frozen = lora.planned(config, options.rank)
     mesh = data_mesh(options.batch // options.accumulate)
     length = learnt.tokens.shape[1]
-    width = 2 if options.compute == "bfloat16" else 4
-    tables = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
     share = learnt.learn.sum() / learnt.learn.size
     rows = [
         ("checkpoint", f"{checkpoint.folder}: {config.model_type}, {len(config.pattern)} layers, sorted"),
@@ -108,12 +103,13 @@ def describe(checkpoint: Checkpoint, out: str, options: Options, learnt: Example
         ("trained", f"{lora.described(options.rank)}, {trained / 1e6:.3g} M numbers for {frozen / 1e6:.4g} M weights"),
         (
             "steps",
-            f"{steps} of {options.batch} x {length} tokens in {options.accumulate} part(s), {options.compute}, "
-            f"learning rate {options.lr:.2g}, on {mesh.size} x {jax.devices()[0].device_kind}",
+            f"{options.planned_steps(len(learnt))} of {options.batch} x {length} tokens in {options.accumulate} "
+            f"part(s), {options.compute}, learning rate {options.lr:.2g}, "
+            f"on {mesh.size} x {jax.devices()[0].device_kind}",
         ),
         (
             "memory",
-            f"about {cli.format_bytes(width * (frozen + tables) + 4 * 5 * trained)} a device for weights and optimizer",
+            f"about {cli.format_bytes(memory_bytes(config, options))} a device for weights and optimizer",
         ),
         ("output", f"{out}, {checkpoint.bits} bits; until it is whole, {work_folder(out).name}"),
     ]
@@ -175,14 +171,6 @@ def finetune(
     return result
 
 
-def _distribution(text: str) -> str:
-    try:
-        rates.probabilities(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
 def parser() -> cli.Parser:
     """The door's arguments."""
     parser = cli.Parser(
@@ -207,7 +195,10 @@ def parser() -> cli.Parser:
     add("--length", type=cli.positive_int, default=LENGTH, metavar="N", help="tokens of an example")
     add("--batch", type=cli.positive_int, default=DEFAULTS.batch, metavar="N", help="examples of a step")
     add("--accumulate", type=cli.positive_int, default=1, metavar="N", help="parts of a step, for less memory")
-    add("--remat", choices=REMAT, default=DEFAULTS.remat, help="what to compute again backward, for less memory")
+    add("--remat", choices=REMAT, help=(
+        "what to compute again backward, for less memory (default: products, which is all but the results of products "
+        "with weights, on GPUs; none on CPUs)"
+    ))  # fmt: skip
     add("--compute", choices=("float32", "bfloat16"), help="activations and frozen weights (default: bfloat16 on GPUs)")
     add(
         "--lr", type=cli.bounded_float(0), metavar="X",
@@ -221,7 +212,7 @@ def parser() -> cli.Parser:
         help="of LoRA (default: 16 at rank 8, else as the rank's root)",
     )
     add("--dropout", type=cli.bounded_float(0, 0.9), default=DEFAULTS.dropout, metavar="X", help="of LoRA's input")
-    add("--rates", type=_distribution, default=DEFAULTS.rates, metavar="HOW", help=(
+    add("--rates", type=rates.distribution, default=DEFAULTS.rates, metavar="HOW", help=(
         "how prune rates are drawn: uniform, sandwich (the ends oftener), low-kept-first, or low-kept-first:FALL; the "
         f"higher the fall (default: {rates.FALL:g}), the oftener the most pruned are trained"
     ))  # fmt: skip
@@ -241,8 +232,9 @@ def parser() -> cli.Parser:
 def main(argv: list[str]) -> None:
     """Run the door; raises UserError."""
     args = parser().parse_args(argv)
-    if args.compute is None:
-        args.compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    for name, value in on_device().items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.alpha is None:
         args.alpha = lora.alpha_of(args.rank)
     chosen = {f.name: getattr(args, f.name) for f in dataclasses.fields(Options) if hasattr(args, f.name)}

@@ -70,7 +70,7 @@ class Options:
     remat: str = "none"
     seed: int = 0
     evaluations: int = 20  # spread over the run
-    patience: int = 5  # evaluations without a better one that end it
+    patience: int = 5  # evaluations in a row, none better than the best after the start, that end it
     held_share: float = 0.05
     held_most: int = 128
 
@@ -78,18 +78,43 @@ class Options:
         """Steps of a run over so many examples."""
         return self.steps if self.steps is not None else max(1, math.ceil(self.epochs * examples / self.batch))
 
+    def planned_steps(self, examples: int) -> str:
+        """The steps of a run, in words."""
+        return (f"{self.adapt} at rate 0, then " if self.adapt else "") + f"{self.total_steps(examples)}"
 
-def usual_lr(config: ModelConfig) -> float:
+
+def on_device() -> dict[str, str]:
+    """The settings that depend on the device: GPUs have 16-bit products, and are sooner done with the cheap parts of a
+    layer computed again than with all of them written to memory and read.
+    """
+    if jax.default_backend() == "cpu":
+        return {"compute": "float32", "remat": "none"}
+    return {"compute": "bfloat16", "remat": "products"}
+
+
+def usual_lr(config: ModelConfig, rank: int = Options.rank) -> float:
     """The paper's 1e-4 at a width of 4096, and for other widths in inverse proportion, as Adam's steps transfer between
     them (Yang et al., arXiv 2203.03466); 2e-3 at most. SmolLM2, 576 wide, won more at 1e-3 than at 3e-4 wherever much
-    is cut (benchmarks/README.md).
+    is cut. Where every weight is trained (rank 0), the rate is a part of a weight's usual size, which itself falls with
+    the root of the width: SmolLM2's 5e-3, and for other widths in inverse proportion to their root
+    (benchmarks/README.md).
     """
-    return min(2e-3, 1e-4 * 4096 / config.hidden_size)
+    width = config.hidden_size
+    return min(2e-3, 1e-4 * 4096 / width) if rank else 5e-3 * math.sqrt(576 / width)
 
 
 def resolved(options: Options, config: ModelConfig) -> Options:
     """The settings with what depends on the model filled in."""
-    return options if options.lr is not None else dataclasses.replace(options, lr=usual_lr(config))
+    return options if options.lr is not None else dataclasses.replace(options, lr=usual_lr(config, options.rank))
+
+
+def memory_bytes(config: ModelConfig, options: Options) -> int:
+    """About what weights, factors and optimizer take on each device; activations come on top."""
+    trained, frozen = lora.planned(config, options.rank)
+    tables = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    # factors, their gradients and three numbers of the optimizer for each, the best state, what came of `adapt`
+    copies = 6 + bool(options.adapt)
+    return jnp.dtype(options.compute).itemsize * (frozen + tables) + 4 * copies * trained
 
 
 def schedule(options: Options, steps: int) -> optax.Schedule:

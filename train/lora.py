@@ -107,6 +107,13 @@ def count(factors: Factors) -> int:
     return sum(factor.size for factor in jax.tree.leaves(factors))
 
 
+def planned(config: ModelConfig, rank: int) -> tuple[int, int]:
+    """(numbers that are trained, weights that they change), known before there are any."""
+    shapes = [elastic.shape(config, leaf) for _, leaf in targets(config)]
+    weights = sum(math.prod(shape) for shape in shapes)
+    return sum(rank * (math.prod(shape[:-1]) + shape[-1]) for shape in shapes) or weights, weights
+
+
 def attach(
     layers: Sequence[Layer],
     factors: Factors,

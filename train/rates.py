@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 
 import jax.numpy as jnp
@@ -39,6 +40,15 @@ def probabilities(distribution: str) -> Float[np.ndarray, " rates"]:
     elif name == "low-kept-first":
         weight = np.exp(-float(fall or FALL) * np.arange(len(RATES)))[::-1]
     return weight / weight.sum()
+
+
+def distribution(text: str) -> str:
+    """Argument type: what `probabilities` knows."""
+    try:
+        probabilities(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def draw(distribution: str, seed: int, step: int) -> float:

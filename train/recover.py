@@ -185,7 +185,8 @@ def _run(
     if found is None:
         start, after = 0, judge(factors)
         before = judge(trainer.fresh()) if options.adapt else after
-        notes = {"before": list(before.values()), "after": list(after.values()), "best_step": 0, "bad": 0}
+        notes: dict[str, Any] = {"before": list(before.values()), "after": list(after.values()), "best_step": 0}
+        notes |= {"lowest": None, "bad": 0}
     else:
         start, arrays, notes = found
         factors, state, best = arrays["factors"], arrays["state"], arrays["best"]
@@ -213,10 +214,12 @@ def _run(
         pending = []
         scores = judge(factors)
         log.write({"step": i + 1, "validation": _by_rate(options.judged, scores.values())})
-        if np.mean(list(scores.values())) < np.mean(notes["after"]):
-            best, notes = factors, notes | {"after": list(scores.values()), "best_step": i + 1, "bad": 0}
-        else:
-            notes = notes | {"bad": notes["bad"] + 1}
+        mean = float(np.mean(list(scores.values())))
+        if mean < np.mean(notes["after"]):
+            best, notes = factors, notes | {"after": list(scores.values()), "best_step": i + 1}
+        # While the learning rate is high a run may be worse than its start, which is no reason to end it.
+        gained = notes["lowest"] is None or mean < notes["lowest"]
+        notes = notes | ({"lowest": mean, "bad": 0} if gained else {"bad": notes["bad"] + 1})
         saved.save(i + 1, {"factors": factors, "state": state, "best": best}, notes)
         if hasattr(bar, "set_postfix_str"):
             text = ", ".join(f"{rate:g}: {score:.3f}" for rate, score in scores.items())

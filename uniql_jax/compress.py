@@ -14,14 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 from safetensors import SafetensorError
 
 from convert.source import Source, open_source
-from train import examples
+from train import examples, rates
 from train import recover as recovery
 from train.loop import Options as RecoveryOptions
-from train.loop import resolved
+from train.loop import on_device, resolved
 from train.lora import alpha_of
 from uniql_jax import cli, data
 from uniql_jax.checkpoint import open_checkpoint
@@ -78,7 +77,8 @@ def load_recovery(
 ) -> Recovery:
     """What `--recover` trains on and is judged by, read with the source's tokenizer; UserError for bad text.
 
-    tune: steps of training after quantizing, with the same settings but dropout; None: none.
+    tune: steps of training after quantizing, with the same settings but dropout, and what was recovered as the teacher;
+    None: none.
     """
     with tempfile.TemporaryDirectory() as folder:
         source.write_side_files(Path(folder))
@@ -90,7 +90,9 @@ def load_recovery(
         list(specs), tokenizer, length, None, vocab_size=config.vocab_size, end=end, seed=options.seed
     )
     learnt, judged = examples.split(found, options.held_share, options.held_most, options.seed)
-    tuning = dataclasses.replace(options, steps=tune, dropout=0.0, adapt=0) if tune is not None else None
+    tuning = None
+    if tune is not None:
+        tuning = dataclasses.replace(options, steps=tune, dropout=0.0, adapt=0, teacher="rate 0")
     return Recovery(learnt, judged, options, tuning)
 
 
@@ -307,12 +309,23 @@ def parser() -> cli.Parser:
         "--recover-length", type=cli.positive_int, default=RECOVER_LENGTH, metavar="N", help="tokens of an example"
     )
     training.add_argument(
+        "--recover-batch", type=cli.positive_int, default=RECOVERY.batch, metavar="N", help="examples of a step"
+    )
+    training.add_argument(
+        "--recover-rates", type=rates.distribution, default=RECOVERY.rates, metavar="HOW",
+        help="how prune rates are drawn: low-kept-first (high rates oftener), sandwich (both ends), uniform",
+    )  # fmt: skip
+    training.add_argument(
         "--recover-distill",
         type=cli.bounded_float(0, 1),
         default=RECOVERY.distill,
         metavar="X",
         help="weight of the unpruned model's own predictions as the target",
     )
+    training.add_argument(
+        "--recover-adapt", type=cli.natural_int, default=RECOVERY.adapt, metavar="N",
+        help="steps at rate 0 that come first: the unpruned model learns the text, and teaches it from then on",
+    )  # fmt: skip
     training.add_argument(
         "--recover-tune",
         type=cli.positive_int,
@@ -378,8 +391,11 @@ def main(argv: list[str]) -> None:
         lr=args.recover_lr,
         rank=args.recover_rank,
         alpha=alpha_of(args.recover_rank),
+        batch=args.recover_batch,
+        rates=args.recover_rates,
         distill=args.recover_distill,
-        compute="float32" if jax.default_backend() == "cpu" else "bfloat16",
+        adapt=args.recover_adapt,
+        **on_device(),
         seed=args.seed,
     )
     start = time.perf_counter()

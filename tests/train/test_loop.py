@@ -235,6 +235,9 @@ def test_learning_rate() -> None:
     wide, narrow = (resolved(Options(), dataclasses.replace(config, hidden_size=width)) for width in (4096, 64))
     assert (wide.lr, narrow.lr) == (1e-4, 2e-3)
     assert usual_lr(dataclasses.replace(config, hidden_size=576)) == pytest.approx(7.1e-4, rel=0.01)
+    every = dataclasses.replace(Options(), rank=0)
+    assert resolved(every, dataclasses.replace(config, hidden_size=576)).lr == pytest.approx(5e-3)
+    assert resolved(every, dataclasses.replace(config, hidden_size=4 * 576)).lr == pytest.approx(2.5e-3)
     assert resolved(PLAIN, config) == PLAIN
     rate = schedule(dataclasses.replace(PLAIN, lr=1.0, warmup=100), 2000)
     assert 0 < float(rate(0)) < 0.02

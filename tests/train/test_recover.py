@@ -158,6 +158,22 @@ def _killed_over_all(count: int):
     return progress
 
 
+@pytest.mark.parametrize(("means", "steps", "best"), [([4, 7, 6, 6, 5, 3], 5, 5), ([4, 3, 5, 5, 5, 2], 4, 1)])
+def test_a_run_that_gets_worse_first_goes_on(
+    means: list[float], steps: int, best: int, rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What patience waits for is a gain over what training itself has reached, not over where it began."""
+    model = cases.model("llama", rng, num_hidden_layers=1)
+    text = from_windows(_walk(rng, 16))
+    options = dataclasses.replace(SHORT, steps=5, evaluations=5, patience=3, judged=(0.0,))
+    scores = iter(means)
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: next(scores))
+    monkeypatch.setattr(Trainer, "step", lambda self, factors, state, *_: (factors, state, 1.0))
+    args = {**_parts(model), "examples": text, "judged": text, "options": options}
+    result = recover.train(**args, folder=tmp_path)
+    assert (result.steps, result.best_step) == (steps, best)
+
+
 def test_the_best_state_is_kept_and_patience_ends_a_run(rng: np.random.Generator, tmp_path: Path) -> None:
     """Random tokens teach nothing that holds elsewhere, so the state to keep is an early one."""
     model = cases.model("llama", rng, num_hidden_layers=1)

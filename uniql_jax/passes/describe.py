@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from train.loop import resolved
+from train.loop import memory_bytes, resolved
 from train.lora import described
 from uniql_jax import cli, data, elastic
 from uniql_jax.int4 import TARGET_GROUP
@@ -105,8 +105,10 @@ def describe(
 def _training(recover: Recovery, source: Source) -> str:
     options, length = resolved(recover.options, source.config), recover.learnt.tokens.shape[1]
     return (
-        f"{options.total_steps(len(recover.learnt))} steps of {options.batch} x {length} tokens at drawn rates, "
-        f"{described(options.rank)}, learning rate {options.lr:.2g}, on {recover.learnt.description}; "
-        f"{len(recover.judged)} held-out examples judge"
+        f"{options.planned_steps(len(recover.learnt))} steps of {options.batch} x {length} tokens at drawn rates, "
+        f"{described(options.rank)}, learning rate {options.lr:.2g}"
+        + (f", the unpruned model's predictions weighing {options.distill:.0%}" if options.distill else "")
+        + f", about {cli.format_bytes(memory_bytes(source.config, options))} a device and the activations, "
+        f"on {recover.learnt.description}; {len(recover.judged)} held-out examples judge"
         + (f"; {recover.tuning.steps} steps more after quantizing" if recover.tuning else "")
     )

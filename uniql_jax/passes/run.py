@@ -64,15 +64,20 @@ def compress(
     tuning = recover is not None and recover.tuning is not None
     name = fingerprint(source, tokens, options, recover)
     prepare(folder, name, resume, disk_bytes(source.config, options, tokens.size, tuning))
+    told, gained, tuned = dict(provenance or {}), None, None
+    # Statistics and what is solved from them want float32 products; training wants fast ones.
     with jax.default_matmul_precision("highest"):
         run = _Run(source, folder, tokens, options, progress, memo)
         run.sort()
-        told = dict(provenance or {})
-        gained = run.recover(recover) if recover is not None else None
+    if recover is not None:
+        gained = run.recover(recover)
+        told["recovery"] = _told(gained, recover.options)
+    with jax.default_matmul_precision("highest"):
         run.finish(positions=tuning)
-        tuned = run.tune(recover) if recover is not None and tuning else None
-        told |= {name: _told(found) for name, found in (("recovery", gained), ("tuning", tuned)) if found}
-        size = run.assemble(told)
+    if recover is not None and recover.tuning is not None:
+        tuned = run.tune(recover)
+        told["tuning"] = _told(tuned, recover.tuning)
+    size = run.assemble(told)
     old = target.with_name(f"{target.name}.partial-old")
     if target.exists():
         target.rename(old)
@@ -82,10 +87,10 @@ def compress(
     return Report(run.plan, tuple(run.influence), size, gained, tuned)
 
 
-def _told(gained: recovery.Result) -> dict[str, Any]:
-    """What a checkpoint says of its recovery: losses in nats by rate."""
+def _told(gained: recovery.Result, options: recovery.Options) -> dict[str, Any]:
+    """What a checkpoint says of its recovery: the settings, and losses in nats by rate."""
     by_rate = {name: {f"{r:g}": v for r, v in getattr(gained, name).items()} for name in ("before", "after")}
-    return by_rate | {"steps": gained.steps, "best_step": gained.best_step}
+    return {"options": dataclasses.asdict(options), **by_rate, "steps": gained.steps, "best_step": gained.best_step}
 
 
 def _with_positions(leaves: Mapping[str, Any], places: Mapping[str, Any]) -> dict[str, Any]:
