@@ -52,6 +52,8 @@ from uniql_jax.passes.work import flatten
 from uniql_jax.plan import Plan
 
 Layers = Sequence[lora.Layer]
+RUN = 13
+"""Tokens in a row that two texts share only where one was taken from the other, or both from a third."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +240,24 @@ class Bench:
         return found
 
 
+def _runs(tokens: np.ndarray) -> np.ndarray:
+    """A number for each RUN tokens in a row of windows [n, t]; equal ones are the same tokens, save by rare chance."""
+    count = tokens.shape[1] - RUN + 1
+    found = np.zeros((len(tokens), count), np.uint64)
+    for i in range(RUN):  # wraps around, as is meant
+        found = found * np.uint64(0x9E3779B97F4A7C15) + tokens[:, i : i + count].astype(np.uint64)
+    return found.ravel()
+
+
+def seen(text: np.ndarray, learnt: Sequence[np.ndarray]) -> float:
+    """The share of a text's runs of RUN tokens that stand in what is learnt as well."""
+    runs = np.unique(_runs(text))
+    known = np.zeros(len(runs), bool)
+    for part in learnt:
+        known |= np.isin(runs, _runs(part))
+    return float(known.mean())
+
+
 def _told(options: TrainOptions, result: recover.Result, start: float) -> dict[str, Any]:
     return {
         "options": dataclasses.asdict(options),
@@ -318,6 +338,7 @@ def prepare(args: argparse.Namespace, work: Path) -> tuple[Bench, dict[str, Any]
         "calibration": calibration.description,
         "training": known.description,
         "texts": {name: found.description for name, found in texts.items()},
+        "seen": {name: seen(found.tokens, [part.tokens for part in trained]) for name, found in texts.items()},
         "sort_seconds": round(sorting, 1),
     }
     # Where files lay on the machine that measured is nobody's business: their names are enough.
@@ -377,6 +398,8 @@ def main() -> None:
         del whole
         record["original"] = bench.original
         print("original", {k: round(v, 3) for k, v in bench.original.items()}, flush=True)
+        if args.json:
+            cli.write_whole(args.json, json.dumps(record, indent=1) + "\n")
         longest = 0.0
         ready = [row for row in table() if args.only is None or row.name in args.only]
         for row in [*ready, *map(custom_row, args.row)]:

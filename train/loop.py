@@ -97,7 +97,7 @@ def usual_lr(config: ModelConfig, rank: int = Options.rank) -> float:
     them (Yang et al., arXiv 2203.03466); 2e-3 at most. SmolLM2, 576 wide, won more at 1e-3 than at 3e-4 wherever much
     is cut. Where every weight is trained (rank 0), the rate is a part of a weight's usual size, which itself falls with
     the root of the width: SmolLM2's 5e-3, and for other widths in inverse proportion to their root
-    (benchmarks/README.md).
+    (benchmarks/recovery.md).
     """
     width = config.hidden_size
     return min(2e-3, 1e-4 * 4096 / width) if rank else 5e-3 * math.sqrt(576 / width)

@@ -60,6 +60,11 @@ examples:
   the same, and then what 4 bits cost as well:
     python -m uniql_jax.compress --ckpt path/to/model --out elastic --recover notes/ alpaca.json --recover-tune 1000
 
+  nearly all of it, with much text (beside your own what the model writes itself: python -m train.own_text), a small
+  model; a large one wants --recover-rank 64 instead:
+    python -m uniql_jax.compress --ckpt path/to/model --out elastic --recover notes/ own.npy --recover-rank 0 \\
+        --recover-adapt 300 --recover-distill 0.9 --recover-steps 3000 --recover-tune 10000
+
   go on after a kill (the same options again; the bytes will be those of a run that was never killed):
     python -m uniql_jax.compress --ckpt path/to/model --out elastic --resume
 
