@@ -69,6 +69,7 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
             for join in (4, 8):
                 split = 8 if k > 8192 else 4 if narrow else 1
                 rows.append(make("dot", tile_n=128, tile_m=16, warps=4, stages=4, split=split, join=join))
+        rows += [make("wgmma", **cut) for cut in wgmma_cuts(n, count)] if narrow and count > 1 else []
         # x as int32 pairs, which nothing in a model makes for free: what a wider load alone would win.
         rows.append(make("mma", wide=True, gate=True, **plain_cut(count, narrow)))
         rows.append(task(k, n, count, "mma", gate=True, **plain_cut(count, narrow)))
@@ -160,6 +161,17 @@ def wgmma_cuts(n: int, count: int) -> list[dict[str, int]]:
             dict(tile_m=256, cluster=2, x_slots=5, word_slots=3),
         ]
     narrow = n <= 8192
+    if count <= 16:
+        tile = 8 if count <= 8 else 16
+        deep = dict(tile_m=tile, x_slots=16, word_slots=8)
+        return [
+            dict(tile_m=tile, tall=2, split=8, x_slots=8, word_slots=7),
+            deep | dict(consumers=4, split=8),
+            deep | dict(consumers=4, split=8, exchange=False),
+            deep | dict(consumers=3, split=6),
+            dict(tile_m=tile, consumers=3, tall=2, split=12, x_slots=12, word_slots=6),
+            dict(tile_m=tile, consumers=4, tall=2, split=16, x_slots=12, word_slots=5),
+        ]
     if count > 128:
         split = 4 if n <= 4096 else 2 if narrow else 1
         return [
@@ -171,7 +183,13 @@ def wgmma_cuts(n: int, count: int) -> list[dict[str, int]]:
     tall = dict(tile_m=64, tall=2, split=2 * split if narrow else 1, x_slots=8, word_slots=4)
     if count > 64:
         return [dict(tile_m=128, split=split, x_slots=6, word_slots=6), tall]
-    return [dict(tile_m=64, split=split, x_slots=8, word_slots=8), tall]
+    return [
+        dict(tile_m=64, split=split, x_slots=8, word_slots=8),
+        tall,
+        dict(tile_m=64, consumers=4, split=split, x_slots=8, word_slots=6),
+        dict(tile_m=64, consumers=4, split=2 * split, x_slots=8, word_slots=6),
+        dict(tile_m=64, consumers=3, split=split, x_slots=8, word_slots=6),
+    ]
 
 
 def plain_cut(count: int, narrow: bool) -> dict[str, Any]:

@@ -91,6 +91,17 @@ def test_plans_cover_every_tile() -> None:
     assert few.clusters == 1
 
 
+@pytest.mark.parametrize("consumers", [2, 3, 4])
+def test_registers_are_those_of_the_launch(consumers: int) -> None:
+    """A thread cannot take what no other gave back: the warpgroup that asks would wait for ever."""
+    copying, multiplying = wgmma.registers_of(consumers)
+    given = 65536 // (128 * (consumers + 1)) // 8 * 8
+    assert copying % 8 == multiplying % 8 == 0
+    assert copying <= given <= multiplying
+    assert copying + consumers * multiplying <= (consumers + 1) * given
+    assert multiplying >= 104
+
+
 def test_what_is_refused(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = Weight("rows", 4096, 32, 128)
     for other, settings, message in (
@@ -101,6 +112,7 @@ def test_what_is_refused(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
         (weight, Settings(tile_m=8), "a tile of 8"),  # unless parts are added up: bf16 is written 16 rows at a time
         (weight, Settings(tile_m=256, tall=2), "2 blocks"),
         (weight, Settings(tile_m=256, x_slots=8), "shared memory"),
+        (weight, Settings(consumers=5), "5 warpgroups"),
     ):
         with pytest.raises(NotImplementedError, match=message):
             wgmma.supported(other, settings)
@@ -117,6 +129,8 @@ LOWERED = [
     ("rows", 72, 3, 100, Settings(tile_m=128, tall=2, split=2, exchange=False, programs=132)),
     ("groups", 512, 8, 16, Settings(tile_m=16, x_slots=16, word_slots=14, programs=132)),
     ("rows", 520, 8, 5, Settings(tile_m=8, split=4, tall=2, x_slots=8, word_slots=7, programs=132)),
+    ("groups", 520, 8, 5, Settings(tile_m=8, split=4, consumers=4, x_slots=16, word_slots=8, programs=132)),
+    ("rows", 500, 4, 64, Settings(tile_m=64, consumers=3, x_slots=8, word_slots=6, programs=132)),
 ]
 
 
@@ -194,6 +208,9 @@ def held(case: Case, order: str) -> tuple[jnp.ndarray, Weight]:
         (72, 3, Settings(tile_m=128, exchange=False)),
         (1001, 9, Settings(tile_m=16, x_slots=16, word_slots=14)),
         (1000, 20, Settings(tile_m=8, split=4, x_slots=16, word_slots=14)),
+        (1000, 20, Settings(tile_m=8, split=4, consumers=4, x_slots=16, word_slots=8)),
+        (1000, 9, Settings(tile_m=64, consumers=3, x_slots=8, word_slots=6)),
+        (520, 5, Settings(tile_m=64, consumers=4, split=2, x_slots=8, word_slots=6)),
         (1000, 20, Settings(tile_m=32, tall=2, split=2, x_slots=8, word_slots=7)),
     ],
     ids=str,

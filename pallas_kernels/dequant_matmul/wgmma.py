@@ -1,7 +1,7 @@
 """Many rows of x times a 4-bit weight on Hopper: unpacked weights are A of wgmma, from registers, and x its B.
 
-A program is three warpgroups: one copies x and packed words to shared memory (TMA, rings of slots, x to a whole cluster
-at once), two multiply, 64 rows of the weight at a time, with all of a tile of x. Weights become bf16, times their
+One warpgroup of a program copies x and packed words to shared memory (TMA, rings of slots, x to a whole cluster at
+once), two or more multiply, 64 rows of the weight at a time, with all of a tile of x. Weights become bf16, times their
 scale, while the tensor cores work on what the warpgroup gave them before.
 
 A tile of `tiling` is the fragment of one warp but for the order of its columns: thread t of a row holds word 4 i + t,
@@ -28,8 +28,6 @@ from pallas_kernels.dequant_matmul import wgmma_registers as registers
 from pallas_kernels.dequant_matmul.tiling import Weight
 from pallas_kernels.dequant_matmul.wgmma_registers import BLOCK, CHUNK, HALF, LEAST
 
-CONSUMERS = 2
-"""Warpgroups that multiply."""
 AHEAD = 2
 """Groups whose scales are on their way to registers."""
 SHARED = 227 * 1024
@@ -56,6 +54,8 @@ class Settings:
     """Threads exchange what they unpack; else x is permuted outside."""
     programs: int = 0
     """Programs at once, each with its share of the tiles; 0 asks the device for its SMs."""
+    consumers: int = 2
+    """Warpgroups that multiply, 2 to 4: more hide more of each other's waiting, with fewer registers each."""
 
 
 class Plan(NamedTuple):
@@ -237,18 +237,27 @@ def _kernel(
 ) -> None:
     """refs: x bf16 [count, K], data [major, minor, 256], scale, out [split, count, N rounded up to 16 bytes]."""
     me = jax.lax.axis_index("warpgroup")
-    # Hopper's registers: 64 Ki a program, in steps of 8 a thread.
-    copying, multiplying = 40, 232
+    copying, multiplying = registers_of(settings.consumers)
 
-    @pl.when(me < CONSUMERS)
+    @pl.when(me < settings.consumers)
     def _multiplying() -> None:
         plgpu.set_max_registers(multiplying, action="increase")
         _multiply(scale_ref, out_ref, rings, plan, weight, settings)
 
-    @pl.when(me == CONSUMERS)
+    @pl.when(me == settings.consumers)
     def _copying() -> None:
         plgpu.set_max_registers(copying, action="decrease")
         _load(x_ref, data_ref, rings, plan, weight, settings)
+
+
+def registers_of(consumers: int) -> tuple[int, int]:
+    """Registers a thread, in steps of 8: of the warpgroup that copies, and of those that multiply.
+
+    A launch gives each thread an equal part of Hopper's 64 Ki; what one gives back, the others may take.
+    """
+    groups, copying = consumers + 1, 40
+    all_of_them = 65536 // (128 * groups) // 8 * 8 * groups
+    return copying, min(232, (all_of_them - copying) // consumers // 8 * 8)
 
 
 def arrange(x: Float[Array, "count width"]) -> Float[Array, "count width"]:
@@ -264,8 +273,8 @@ def arrange(x: Float[Array, "count width"]) -> Float[Array, "count width"]:
 def shared_bytes(settings: Settings, itemsize: int) -> int:
     """Shared memory of a program, barriers aside."""
     x = settings.x_slots * settings.tile_m * HALF * 2
-    words = settings.word_slots * CONSUMERS * settings.tall * BLOCK * tiling.GROUP // 2
-    return x + words + CONSUMERS * 2 * min(CHUNK[itemsize], settings.tile_m) * BLOCK * itemsize
+    words = settings.word_slots * settings.consumers * settings.tall * BLOCK * tiling.GROUP // 2
+    return x + words + settings.consumers * 2 * min(CHUNK[itemsize], settings.tile_m) * BLOCK * itemsize
 
 
 def supported(weight: Weight, settings: Settings | None = None) -> None:
@@ -280,13 +289,15 @@ def supported(weight: Weight, settings: Settings | None = None) -> None:
     size, rows = 4 if settings.split > 1 else 2, settings.tile_m
     if (rows % 64 and (rows & (rows - 1) or rows < LEAST[size])) or not 0 < rows * settings.tall <= 256:
         raise NotImplementedError(f"a tile of {settings.tile_m} rows of x and {settings.tall} blocks of the weight")
+    if not 2 <= settings.consumers <= 4:
+        raise NotImplementedError(f"{settings.consumers} warpgroups that multiply")
     if shared_bytes(settings, size) > SHARED - 2048:
         raise NotImplementedError(f"{settings} needs more shared memory than there is")
 
 
 def plan_of(count: int, weight: Weight, settings: Settings) -> Plan:
     """How a launch is cut."""
-    rows = CONSUMERS * BLOCK * settings.tall
+    rows = settings.consumers * BLOCK * settings.tall
     along_m, along_n = -(-count // settings.tile_m), -(-weight.features // (rows * settings.cluster))
     programs = settings.programs or compat.cores()
     clusters = min(max(1, programs // settings.cluster), along_m * along_n * settings.split)
@@ -323,18 +334,18 @@ def product(
         ),
         words=plgpu.SMEM((settings.word_slots, plan.rows // tiling.ROWS, 256), jnp.int32),
         out=plgpu.SMEM(
-            (CONSUMERS, 2, BLOCK // line, min(CHUNK[dtype.itemsize], settings.tile_m), line),
+            (settings.consumers, 2, BLOCK // line, min(CHUNK[dtype.itemsize], settings.tile_m), line),
             dtype,
             transforms=(plgpu.SwizzleTransform(128),),
         ),
         x_full=plgpu.Barrier(num_barriers=settings.x_slots),
         x_free=plgpu.ClusterBarrier(
-            collective_axes=("neighbour",), num_arrivals=CONSUMERS, num_barriers=settings.x_slots
+            collective_axes=("neighbour",), num_arrivals=settings.consumers, num_barriers=settings.x_slots
         )
         if settings.cluster > 1
-        else plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=settings.x_slots),
+        else plgpu.Barrier(num_arrivals=settings.consumers, num_barriers=settings.x_slots),
         words_full=plgpu.Barrier(num_barriers=settings.word_slots),
-        words_free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=settings.word_slots),
+        words_free=plgpu.Barrier(num_arrivals=settings.consumers, num_barriers=settings.word_slots),
     )
     clustered = dict(cluster=(settings.cluster,), cluster_names=("neighbour",)) if settings.cluster > 1 else {}
     call = plgpu.kernel(
@@ -343,7 +354,7 @@ def product(
         scratch_types=(rings,),
         grid=(plan.clusters,),
         grid_names=("program",),
-        num_threads=CONSUMERS + 1,
+        num_threads=settings.consumers + 1,
         thread_name="warpgroup",
         kernel_name=f"dequant_wgmma_{weight.order}",
         compiler_params=plgpu.CompilerParams(
