@@ -414,7 +414,7 @@ def worker(path: str, threads: int, quick: bool) -> None:
     import warnings
 
     warnings.simplefilter("ignore")
-    from benchmarks.record import environment
+    from uniql_jax.timing import environment
 
     say({"environment": environment() | {"copy_bytes_per_s": copy_speed()}})
     work(json.loads(Path(path).read_text()), threads, quick, say)

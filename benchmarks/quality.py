@@ -25,7 +25,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.record import environment
 from convert.source import open_source
 from uniql_jax import cli, data
 from uniql_jax.int4 import dense
@@ -35,6 +34,7 @@ from uniql_jax.passes.options import Options
 from uniql_jax.passes.run import compress
 from uniql_jax.plan import Plan
 from uniql_jax.sort.ssm import CHANNEL_METHODS, STATE_METHODS
+from uniql_jax.timing import environment
 
 RATES = (0.0, 0.15, 0.25, 0.35)
 PUBLISHED = dict(mlp_score="leverage", pair_score="published", value_output="published", plan="influence")

@@ -32,7 +32,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.quality import RATES
-from benchmarks.record import environment
 from convert.source import open_source
 from train import lora, rates, recover, stack
 from train.examples import Examples, from_windows, split
@@ -50,6 +49,7 @@ from uniql_jax.passes.options import Options
 from uniql_jax.passes.run import _Run, compress
 from uniql_jax.passes.work import flatten
 from uniql_jax.plan import Plan
+from uniql_jax.timing import environment
 
 Layers = Sequence[lora.Layer]
 RUN = 13

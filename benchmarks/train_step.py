@@ -26,7 +26,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.record import environment
 from train import lora, rates
 from train.examples import from_windows
 from train.loop import Options, Trainer
@@ -34,6 +33,7 @@ from uniql_jax import cli, elastic
 from uniql_jax.config import ModelConfig
 from uniql_jax.plan import make_plan
 from uniql_jax.random_model import random_model, read_config
+from uniql_jax.timing import environment
 
 VARIANTS = ("1 products", "2 products", "4 none", "1 all")
 """Parts of a batch, and what is computed again backward."""

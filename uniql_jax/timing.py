@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -261,8 +262,9 @@ def device_name() -> str:
     return f"CPU ({platform.machine()}, {os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
 
 
-def environment(command: Sequence[str]) -> dict[str, Any]:
-    """Where a measurement came from: device, versions, the environment variables that matter, command and date.
+def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Where a measurement came from: device, versions, the environment variables that matter, command (None: the script
+    that runs) and date.
 
     Of files only names are kept: where they lay is nobody's business.
     """
@@ -277,9 +279,11 @@ def environment(command: Sequence[str]) -> dict[str, Any]:
         "device": device_name(),
         "driver": jax.devices()[0].client.platform_version.splitlines()[-1],
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "flax")},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "flax", "transformers")
+        },
         "variables": {name: " ".join(map(short, value.split())) for name, value in found.items()},
         "kernels": dispatch.default("dequant_matmul"),
-        "command": " ".join(map(short, command)),
+        "command": " ".join(map(short, ["python", *sys.argv] if command is None else command)),
         "date": datetime.date.today().isoformat(),
     }
