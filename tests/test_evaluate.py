@@ -14,7 +14,7 @@ import pytest
 
 import uniql_jax
 from tests import tiny
-from uniql_jax import cli, evaluate, plot
+from uniql_jax import cli, evaluate, likelihood, plot
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.errors import UserError
 from uniql_jax.model import CausalLM
@@ -47,7 +47,7 @@ def test_perplexity_is_its_definition(
     count: int, batch_size: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also when logits come in chunks that do not divide the tokens, and the last batch is not full."""
-    monkeypatch.setattr(evaluate, "LOGITS", tiny.VOCAB * 17)
+    monkeypatch.setattr(likelihood, "LOGITS", tiny.VOCAB * 17)
     model = tiny.model(rng)
     windows = rng.integers(0, tiny.VOCAB, (count, 21)).astype(np.int32)
     found = evaluate.perplexity(model, windows, batch_size)
@@ -167,7 +167,6 @@ def test_windows_are_no_longer_than_the_model_reads(folder: Path, text: Path) ->
         (["--text", "missing.txt"], "missing.txt"),
         (["--window", "1"], "--window"),
         (["--batch-size", "0"], "at least 1"),
-        (["--tasks", "piqa"], "eval extra"),
         (["--json", "no/such/folder/rows.json"], "no/such/folder"),
         (["--ckpt", "nowhere"], "nowhere"),
     ],

@@ -1,11 +1,10 @@
-"""Door: perplexity of an elastic checkpoint at each prune rate, beside its size and the original's.
+"""Door: what an elastic checkpoint is worth at each prune rate: perplexity and zero-shot tasks, beside its size.
 
-python -m uniql_jax.evaluate --ckpt DIR --prune-rates 0,0.15,0.25,0.35 --text FILE ... [--json FILE] [--plot FILE]
+python -m uniql_jax.evaluate --ckpt DIR --prune-rates 0,0.15 [--text FILE ...] [--tasks NAME ...] [--json FILE]
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -14,33 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
-from uniql_jax import cli, data, plot
+from uniql_jax import cli, data, plot, tasks
 from uniql_jax.errors import UserError
-from uniql_jax.model import CausalLM, hidden_states, logits
+from uniql_jax.likelihood import rows_at_once, token_nll
+from uniql_jax.model import CausalLM
 
-LOGITS = 2**25  # logits held at a time: 128 MB in float32, about three times that while they are reduced
+PERPLEXITY = "perplexity"
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
-
-
-@functools.partial(jax.jit, static_argnames="rows")
-def _window_nll(model: CausalLM, tokens: Int[Array, "b t"], rows: int) -> Float[Array, " b"]:
-    """Sum of -log p(token | tokens before it in its window) per window, in float32, `rows` positions at a time."""
-    hidden = hidden_states(model, tokens)[:, :-1]
-    batch, length, width = hidden.shape
-    count = batch * length
-    spare = -count % rows
-    hidden = jnp.pad(hidden.reshape(count, width), ((0, spare), (0, 0)))
-    targets = jnp.pad(tokens[:, 1:].reshape(count), (0, spare))
-
-    def part(chunk: tuple[Array, Array]) -> Array:
-        x, target = chunk
-        scores = logits(model, x)
-        return jax.nn.logsumexp(scores, axis=-1) - jnp.take_along_axis(scores, target[:, None], axis=-1)[:, 0]
-
-    nll = jax.lax.map(part, (hidden.reshape(-1, rows, width), targets.reshape(-1, rows)))
-    return nll.reshape(-1)[:count].reshape(batch, length).sum(axis=1)
 
 
 def perplexity(
@@ -60,7 +41,7 @@ def perplexity(
         raise UserError(f"windows must be [count, at least 2 tokens], not {list(windows.shape)}")
     count, length = windows.shape
     batch_size = min(batch_size, count)
-    rows = max(1, min(batch_size * (length - 1), LOGITS // model.config.vocab_size))
+    rows = rows_at_once(model.config.vocab_size, batch_size * (length - 1))
     starts: Iterable[int] = range(0, count, batch_size)
     if progress is not None:
         starts = progress(starts, desc, -(-count // batch_size))
@@ -69,7 +50,7 @@ def perplexity(
         batch = windows[start : start + batch_size]
         # the last batch is filled up, so that one shape is compiled
         full = np.pad(batch, ((0, batch_size - len(batch)), (0, 0)))
-        total += float(np.asarray(_window_nll(model, full, rows), np.float64)[: len(batch)].sum())
+        total += float(np.asarray(token_nll(model, jnp.asarray(full), rows)[0], np.float64)[: len(batch)].sum())
     mean = total / (count * (length - 1))
     if not math.isfinite(mean) or mean > 700:
         raise UserError("the model's output is not finite; the checkpoint may be damaged")
@@ -85,12 +66,16 @@ def evaluate(
     max_tokens: int | None = None,
     batch_size: int = 4,
     baseline: str | None = None,
+    zero_shot: Sequence[str] = (),
+    limit: int | None = None,
     progress: Progress | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Perplexity on every text at every rate: rows {"prune_rate", "source", "metric", "value", "weight_bytes",
     "kept_fraction"}; `baseline`, the original CKPT, gives rows with prune_rate None, measured on the same windows.
 
+    zero_shot: tasks that lm-eval knows, or .yaml files of tasks; their rows have metrics such as "acc" and "acc_norm",
+    and "stderr" as well. limit: so many questions of each at most.
     weight_bytes: all tensors as stored (the original's at its own dtype). kept_fraction: of the prunable parameters.
     """
     from uniql_jax.checkpoint import open_checkpoint
@@ -101,7 +86,10 @@ def evaluate(
     # asked first: a rate that cannot be served is refused before long work
     sizes = {float(rate): checkpoint.weight_bytes(float(rate)) for rate in prune_rates}
     window = min(window, config.max_position)
+    names, manager = tasks.named(zero_shot) if zero_shot else ([], None)
     tokenizer = data.load_tokenizer(ckpt)
+    if names and tokenizer is None:
+        raise UserError(f"{ckpt} has no tokenizer, which tasks need")
     vocabulary = config.vocab_size
     sources = {
         text: data.evaluation_windows([text], tokenizer, window, max_tokens, vocab_size=vocabulary) for text in texts
@@ -112,17 +100,20 @@ def evaluate(
     def measure(model: CausalLM, rate: float | None, weight_bytes: int, kept: float, name: str) -> list[dict[str, Any]]:
         if model.config.vocab_size != vocabulary:
             raise UserError(f"the original has {model.config.vocab_size} tokens, the checkpoint {vocabulary}")
-        return [
+        found = [
             {
-                "prune_rate": rate,
                 "source": text,
-                "metric": "perplexity",
-                "value": perplexity(model, found.tokens, batch_size, progress, f"{name}, {text}"),
-                "weight_bytes": weight_bytes,
-                "kept_fraction": kept,
+                "metric": PERPLEXITY,
+                "value": perplexity(model, windows.tokens, batch_size, progress, f"{name}, {text}"),
             }
-            for text, found in sources.items()
+            for text, windows in sources.items()
         ]
+        if names:
+            found += tasks.measure(
+                model, tokenizer, names, manager, window=window, batch_tokens=batch_size * window, limit=limit,
+                progress=progress, desc=f"{name}, tasks",
+            )  # fmt: skip
+        return [{"prune_rate": rate, **one, "weight_bytes": weight_bytes, "kept_fraction": kept} for one in found]
 
     rows = []
     if baseline is not None:
@@ -136,12 +127,41 @@ def evaluate(
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table for people, with ratios to the original's perplexity (or rate 0's)."""
+    """The rows as tables for people: perplexity with ratios to the original's (or rate 0's), then tasks by metric."""
+    text = [row for row in rows if row["metric"] == PERPLEXITY and "stderr" not in row]
+    asked = [row for row in rows if "stderr" in row]
+    return "\n\n".join([*([_perplexities(text)] if text else []), *_answers(asked)])
+
+
+def _name(rate: float | None) -> str:
+    return "original" if rate is None else f"{rate:g}"
+
+
+def _answers(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of each metric: a line for each rate, a column for each task, and their mean."""
+    tables = []
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        some = [row for row in rows if row["metric"] == metric]
+        names = list(dict.fromkeys(row["source"] for row in some))
+        lines = []
+        for rate in dict.fromkeys(row["prune_rate"] for row in some):
+            at = [row for row in some if row["prune_rate"] == rate]
+            kept, size = f"{at[0]['kept_fraction']:.3f}", cli.format_bytes(at[0]["weight_bytes"])
+            values = [row["value"] for row in at]
+            if len(names) > 1:
+                values.append(sum(values) / len(values))
+            lines.append([_name(rate), kept, size, *(f"{value:.4f}" for value in values)])
+        header = ["rate", "kept", "weights", *names, *(["mean"] if len(names) > 1 else [])]
+        tables.append(f"{metric}\n{cli.table(lines, header)}")
+    return tables
+
+
+def _perplexities(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     several = len({row["source"] for row in rows}) > 1
     for row in rows:
         found = plot.reference(rows, row["source"])
-        name = "original" if row["prune_rate"] is None else f"{row['prune_rate']:g}"
+        name = _name(row["prune_rate"])
         size = cli.format_bytes(row["weight_bytes"])
         ratio = f"{row['value'] / found[0]:.3f}" if found else None
         lines.append([name, f"{row['kept_fraction']:.3f}", size, f"{row['value']:.2f}", ratio])
@@ -156,7 +176,7 @@ def parser() -> cli.Parser:
     """The door's arguments."""
     parser = cli.Parser(
         prog="python -m uniql_jax.evaluate",
-        description="Perplexity of an elastic checkpoint at each prune rate, beside its size and the original's.",
+        description="Perplexity and zero-shot accuracy of an elastic checkpoint at each prune rate, beside its size.",
     )
     parser.add_argument("--ckpt", required=True, metavar="DIR", help="elastic checkpoint made by uniql_jax.compress")
     parser.add_argument(
@@ -169,7 +189,11 @@ def parser() -> cli.Parser:
         help="held-out text, each measured by itself: a file, a folder, .jsonl, a datasets name, sotu:from-1981, "
         "docs:NAME, or a .npy of int32 token ids [samples, length]",
     )
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="zero-shot tasks (not available yet)")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="NAME",
+        help="zero-shot tasks of lm-eval, such as arc_easy hellaswag piqa, or .yaml files that describe some",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=cli.positive_int, metavar="N", help="the first N questions of each task alone")
     parser.add_argument("--baseline", metavar="CKPT", help="the original model, measured beside: folder, .gguf, demo")
     parser.add_argument("--window", type=cli.positive_int, default=1024, metavar="N", help="tokens a window")
     parser.add_argument("--max-tokens", type=cli.positive_int, metavar="N", help="at most so many tokens of each text")
@@ -183,10 +207,12 @@ def parser() -> cli.Parser:
 def main(argv: list[str]) -> None:
     """Run the door; raises UserError."""
     args = parser().parse_args(argv)
+    if not args.text and not args.tasks:
+        raise UserError("name held-out text with --text, or zero-shot tasks with --tasks (see --help)")
     if args.tasks:
-        raise UserError("--tasks is not available yet: zero-shot tasks need the eval extra; use --text")
-    if not args.text:
-        raise UserError("name held-out text with --text (see --help)")
+        tasks.require()
+    if args.plot and not args.text:
+        raise UserError("--plot draws perplexity, which wants --text")
     if args.window < 2:
         raise UserError("--window must be at least 2: a window's first token is not predicted")
     for path in (args.json, args.plot):
@@ -196,11 +222,13 @@ def main(argv: list[str]) -> None:
     rows = evaluate(
         args.ckpt,
         args.prune_rates,
-        args.text,
+        args.text or [],
         window=args.window,
         max_tokens=args.max_tokens,
         batch_size=args.batch_size,
         baseline=args.baseline,
+        zero_shot=args.tasks or [],
+        limit=args.limit,
         progress=cli.progress,
         say=print,
     )
@@ -208,7 +236,7 @@ def main(argv: list[str]) -> None:
     if args.json:
         cli.write_whole(args.json, json.dumps(rows, indent=1, allow_nan=False) + "\n")
     if args.plot:
-        plot.rate_curve(rows, args.plot)
+        plot.rate_curve([row for row in rows if "stderr" not in row], args.plot)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,190 @@
+"""Zero-shot tasks: likelihoods of continuations against their definition, and lm-eval judging a task of our own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import uniql_jax
+from tests import tiny
+from uniql_jax import cli, evaluate, likelihood, tasks
+from uniql_jax.errors import UserError
+from uniql_jax.model import CausalLM
+
+YAML = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+doc_to_target: {target}
+{more}
+"""
+CHOICE = "doc_to_choice: choices\nmetric_list:\n  - metric: acc\n  - metric: acc_norm"
+
+
+whole_logits = jax.jit(lambda model, tokens: model(tokens))
+
+
+def by_definition(model: CausalLM, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """In float64 from the logits of this one text."""
+    row = [*context, *continuation]
+    filled = jnp.asarray([row + [0] * (64 - len(row))])  # of one length: compiled once; nothing looks behind itself
+    logits = np.asarray(whole_logits(model, filled), np.float64)[0, len(context) - 1 : len(row) - 1]
+    log_chances = logits - np.asarray(jax.nn.logsumexp(logits, axis=-1))[:, None]
+    return float(log_chances[np.arange(len(continuation)), continuation].sum()), bool(
+        (logits.argmax(-1) == continuation).all()
+    )
+
+
+def test_continuations_are_their_definition(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any length, in batches that are not full, logits in chunks that do not divide them."""
+    monkeypatch.setattr(likelihood, "LOGITS", tiny.VOCAB * 17)
+    model = tiny.model(rng)
+    pairs = [
+        (rng.integers(0, tiny.VOCAB, a).tolist(), rng.integers(0, tiny.VOCAB, b).tolist())
+        for a, b in ((1, 1), (5, 9), (30, 2), (31, 1), (40, 20), (3, 60))
+    ]
+    likeliest = int(np.asarray(model(jnp.asarray([pairs[1][0]])))[0, -1].argmax())
+    pairs.append((pairs[1][0], [likeliest]))
+    shown: list[int] = []
+    found = likelihood.continuations(model, pairs, 64, 100, lambda batches: shown.append(len(batches)) or batches)
+    assert shown == [2 + 2]  # two of up to 64 tokens, one at a time; five of up to 32, three at a time
+    for (value, greedy), pair in zip(found, pairs, strict=True):
+        want, first = by_definition(model, *pair)
+        assert value == pytest.approx(want, rel=1e-4)
+        assert greedy == first
+    assert found[-1][1]
+
+
+def test_of_a_long_text_the_end_is_seen(rng: np.random.Generator) -> None:
+    model = tiny.model(rng)
+    context, continuation = rng.integers(0, tiny.VOCAB, 50).tolist(), rng.integers(0, tiny.VOCAB, 10).tolist()
+    [(value, _)] = likelihood.continuations(model, [(context, continuation)], 32)
+    assert value == pytest.approx(by_definition(model, context[-22:], continuation)[0], rel=1e-4)
+    [(value, _)] = likelihood.continuations(model, [(context, continuation)], 6)  # not even the continuation has room
+    assert value == pytest.approx(by_definition(model, continuation[4:5], continuation[5:])[0], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.checkpoint(tmp_path_factory.mktemp("tiny") / "model", np.random.default_rng(12))
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes a task of our own: its .yaml."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+
+    def write(name: str, docs: list[dict[str, Any]], kind: str = "multiple_choice", **given: str) -> Path:
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(f"{json.dumps(doc)}\n" for doc in docs))
+        values = {"target": "answer", "more": CHOICE} | given
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(YAML.format(name=name, data=data, kind=kind, **values))
+        return path
+
+    return write
+
+
+def door(*argv: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.run(evaluate.main, [str(a) for a in argv])
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def test_accuracy_is_how_often_the_right_choice_is_likeliest(
+    folder: Path, task: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = sorted({word for line in tiny.LINES for word in line.split()})
+    rng = np.random.default_rng(0)
+    docs = [
+        {
+            "question": " ".join(rng.choice(words, 4)),
+            "choices": [" ".join(rng.choice(words, count)) for count in (1, 2, 4)],
+            "answer": int(rng.integers(3)),
+        }
+        for _ in range(12)
+    ]
+    path, other = task("ours", docs), task("theirs", docs[:5])
+    out = tmp_path / "rows.json"
+    argv = ["--ckpt", folder, "--prune-rates", "0,0.25", "--tasks", path, other, "--json", out, "--limit", 10]
+    assert door(*argv) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads(out.read_text())
+    assert {(row["prune_rate"], row["source"], row["metric"]) for row in rows} == {
+        (rate, name, metric) for rate in (0.0, 0.25) for name in ("ours", "theirs") for metric in ("acc", "acc_norm")
+    }
+    tokenizer = tiny.tokenizer()
+    for rate in (0.0, 0.25):
+        model = uniql_jax.load(str(folder), rate)
+        right: dict[str, list[bool]] = {"acc": [], "acc_norm": []}
+        for doc in docs[:10]:
+            scores = []
+            for choice in doc["choices"]:
+                context = tokenizer(doc["question"])["input_ids"]
+                whole = tokenizer(f"{doc['question']} {choice}")["input_ids"]
+                scores.append(by_definition(model, context, whole[len(context) :])[0])
+            lengths = [len(choice) for choice in doc["choices"]]
+            right["acc"].append(int(np.argmax(scores)) == doc["answer"])
+            right["acc_norm"].append(int(np.argmax(np.divide(scores, lengths))) == doc["answer"])
+        for metric, found in right.items():
+            [row] = [row for row in rows if (row["prune_rate"], row["source"], row["metric"]) == (rate, "ours", metric)]
+            assert row["value"] == pytest.approx(np.mean(found))
+            assert row["stderr"] > 0
+            assert row["weight_bytes"] > 0
+            assert f"{row['value']:.4f}" in printed
+    assert "mean" in printed
+
+
+def test_text_is_rated_whole(rng: np.random.Generator, task: Any) -> None:
+    """What perplexity tasks ask: log p of a text, longer than the model reads at a time."""
+    model, tokenizer = tiny.model(rng), tiny.tokenizer()
+    ours = tasks.harness_model(model, tokenizer, 16, 64)
+    text = " ".join(tiny.LINES[:3])
+    ids = [ours.prefix_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    [found] = ours.loglikelihood_rolling([types.SimpleNamespace(args=(text,))])
+    rest = (len(ids) - 1) % 15  # the last window reaches back as far as it can
+    want = sum(by_definition(model, ids[at : at + 1], ids[at + 1 : at + 16])[0] for at in range(0, len(ids) - 15, 15))
+    want += by_definition(model, ids[-16:-rest], ids[-rest:])[0]
+    assert found == pytest.approx(want, rel=1e-4)
+
+
+def test_what_cannot_be_asked_is_said(folder: Path, task: Any, tmp_path: Path, capsys: Any) -> None:
+    docs = [{"question": "the", "choices": ["a", "b"], "answer": 0}]
+    writing = task("writing", docs, "generate_until", target="question", more="metric_list:\n  - metric: exact_match")
+    nameless = tmp_path / "nameless.yaml"
+    nameless.write_text("dataset_path: json\n")
+    gone = task("gone", docs)
+    (tmp_path / "gone.jsonl").unlink()
+    for name, says in (
+        ("no_such_task", "no_such_task"),
+        (tmp_path / "none.yaml", "none.yaml"),
+        (nameless, "names no task"),
+        (writing, "not supported"),
+        (gone, "gone"),
+    ):
+        assert door("--ckpt", folder, "--prune-rates", "0", "--tasks", name) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ")
+        assert says in error
+
+
+def test_lm_eval_is_asked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
+    with pytest.raises(UserError, match="eval"):
+        tasks.named(["piqa"])
