@@ -38,8 +38,8 @@ examples:
     python -m train.finetune --ckpt sorted --out recovered --data alpaca.json
     python -m uniql_jax.evaluate --ckpt recovered --text held-out.txt --prune-rates 0,0.15,0.25,0.35
 
-  plain text, with the unpruned model as its own teacher:
-    python -m train.finetune --ckpt sorted --out recovered --data notes/ docs:numpy --distill 0.5
+  plain text, which the unpruned model learns first and then teaches:
+    python -m train.finetune --ckpt sorted --out recovered --data notes/ docs:numpy --adapt 300 --distill 0.9
 
   go on after a kill (the same options again; the numbers will be those of a run that was never killed):
     python -m train.finetune --ckpt sorted --out recovered --data alpaca.json --resume
@@ -202,7 +202,8 @@ def parser() -> cli.Parser:
     add("--compute", choices=("float32", "bfloat16"), help="activations and frozen weights (default: bfloat16 on GPUs)")
     add(
         "--lr", type=cli.bounded_float(0), metavar="X",
-        help="highest learning rate (default: 1e-4 at a width of 4096, more for narrower models)",
+        help="highest learning rate (default: 1e-4 at a width of 4096, more for narrower models; where every weight is "
+        "trained, parts of its usual size: 5e-3 at a width of 576)",
     )  # fmt: skip
     add("--rank", type=cli.natural_int, default=DEFAULTS.rank, metavar="N", help="of LoRA; 0: every weight is trained")
     add(
@@ -219,13 +220,13 @@ def parser() -> cli.Parser:
     add("--distill", type=cli.bounded_float(0, 1), default=DEFAULTS.distill, metavar="X", help="weight of the teacher")
     add(
         "--teacher", choices=TEACHERS, default=DEFAULTS.teacher,
-        help="the unpruned model: as it was, or as it has become at rate 0 meanwhile (default: %(default)s)",
+        help="the unpruned model: as it was, or as it has become at rate 0 meanwhile",
     )  # fmt: skip
     add(
         "--adapt", type=cli.natural_int, default=DEFAULTS.adapt, metavar="N",
         help="steps at rate 0 that come first; what they make of the unpruned model is then the teacher",
     )  # fmt: skip
-    add("--patience", type=cli.positive_int, default=DEFAULTS.patience, metavar="N", help="evaluations without gain")
+    add("--patience", type=cli.positive_int, default=DEFAULTS.patience, metavar="N", help="evaluations in a row without gain that end a run")
     return parser
 
 

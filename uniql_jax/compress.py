@@ -304,7 +304,8 @@ def parser() -> cli.Parser:
     )
     training.add_argument(
         "--recover-lr", type=cli.bounded_float(0), metavar="X",
-        help="highest learning rate (default: 1e-4 at a width of 4096, more for narrower models)",
+        help="highest learning rate (default: 1e-4 at a width of 4096, more for narrower models; where every weight is "
+        "trained, parts of its usual size: 5e-3 at a width of 576)",
     )  # fmt: skip
     training.add_argument(
         "--recover-rank", type=cli.natural_int, default=RECOVERY.rank, metavar="N",
