@@ -226,7 +226,10 @@ def parser() -> cli.Parser:
         "--adapt", type=cli.natural_int, default=DEFAULTS.adapt, metavar="N",
         help="steps at rate 0 that come first; what they make of the unpruned model is then the teacher",
     )  # fmt: skip
-    add("--patience", type=cli.positive_int, default=DEFAULTS.patience, metavar="N", help="evaluations in a row without gain that end a run")
+    add(
+        "--patience", type=cli.positive_int, default=DEFAULTS.patience, metavar="N",
+        help="evaluations in a row without gain that end a run",
+    )  # fmt: skip
     return parser
 
 
