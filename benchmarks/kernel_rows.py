@@ -188,7 +188,7 @@ def wgmma_cuts(n: int, count: int) -> list[dict[str, int]]:
         tall,
         dict(tile_m=64, consumers=4, split=split, x_slots=8, word_slots=6),
         dict(tile_m=64, consumers=4, split=2 * split, x_slots=8, word_slots=6),
-        dict(tile_m=64, consumers=3, split=split, x_slots=8, word_slots=6),
+        dict(tile_m=64, consumers=3, split=3 * split // 2, x_slots=8, word_slots=6),
     ]
 
 
