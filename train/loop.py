@@ -69,7 +69,7 @@ class Options:
     compute: str = "float32"
     remat: str = "none"
     seed: int = 0
-    evaluations: int = 20  # spread over the run
+    evaluations: int = 20  # spread over the run; fewer where they would cost more than training does
     patience: int = 5  # evaluations in a row, none better than the best after the start, that end it
     held_share: float = 0.05
     held_most: int = 128

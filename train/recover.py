@@ -161,6 +161,16 @@ def train(
         saved.close()
 
 
+def evaluations(options: Options, steps: int, judged: int) -> int:
+    """Evaluations of a run: as many as asked, but no more than cost what training does; one at least.
+
+    A step is one forward and one backward pass over a batch, an evaluation a forward pass over all examples that judge,
+    at each rate.
+    """
+    affordable = 3 * options.batch * steps // (judged * len(options.judged))
+    return max(1, min(options.evaluations, affordable))
+
+
 def _run(
     trainer: Trainer,
     plan: Plan,
@@ -174,7 +184,7 @@ def _run(
 ) -> Result:
     batches = trainer.evaluation_batches(judged)
     keeps = {rate: rates.keep_arrays(plan, rate) for rate in {*rates.RATES, *options.judged}}
-    every = max(1, steps // options.evaluations)
+    every = max(1, steps // evaluations(options, steps, len(judged)))
 
     def judge(factors: Factors) -> dict[float, float]:
         return {rate: trainer.evaluate(factors, batches, keeps[rate]) for rate in options.judged}

@@ -158,6 +158,13 @@ def _killed_over_all(count: int):
     return progress
 
 
+def test_judging_costs_no_more_than_training() -> None:
+    options = Options(batch=4, evaluations=20, judged=(0.0, 0.15, 0.25, 0.35))
+    assert recover.evaluations(options, 3000, 128) == 20
+    assert recover.evaluations(options, 100, 128) == 2  # 1,200 rows' worth of passes, 512 rows each
+    assert recover.evaluations(options, 4, 128) == 1
+
+
 @pytest.mark.parametrize(("means", "steps", "best"), [([4, 7, 6, 6, 5, 3], 5, 5), ([4, 3, 5, 5, 5, 2], 4, 1)])
 def test_a_run_that_gets_worse_first_goes_on(
     means: list[float], steps: int, best: int, rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
