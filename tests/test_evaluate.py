@@ -166,6 +166,7 @@ def test_windows_are_no_longer_than_the_model_reads(folder: Path, text: Path) ->
         (["--prune-rates", "0,0.9"], "prune rate must be"),
         (["--text", "missing.txt"], "missing.txt"),
         (["--window", "1"], "--window"),
+        (["--limit", "5"], "--tasks"),
         (["--batch-size", "0"], "at least 1"),
         (["--json", "no/such/folder/rows.json"], "no/such/folder"),
         (["--ckpt", "nowhere"], "nowhere"),

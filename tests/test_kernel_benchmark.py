@@ -1,4 +1,4 @@
-"""The worker behind benchmarks/kernels.py, on a CPU: what it times is right, and what fails costs its own row."""
+"""The worker behind benchmarks/kernels.py, on a CPU: it times, and what fails costs its own row."""
 
 from __future__ import annotations
 

@@ -168,12 +168,18 @@ def test_what_cannot_be_asked_is_said(folder: Path, task: Any, tmp_path: Path, c
     writing = task("writing", docs, "generate_until", target="question", more="metric_list:\n  - metric: exact_match")
     nameless = tmp_path / "nameless.yaml"
     nameless.write_text("dataset_path: json\n")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00task")
+    blank = tmp_path / "blank.yaml"
+    blank.write_text(task("blank", docs).read_text().replace("question", "nothing.there"))
     gone = task("gone", docs)
     (tmp_path / "gone.jsonl").unlink()
     for name, says in (
         ("no_such_task", "no_such_task"),
         (tmp_path / "none.yaml", "none.yaml"),
         (nameless, "names no task"),
+        (binary, "names no task"),
+        (blank, "undefined"),
         (writing, "not supported"),
         (gone, "gone"),
     ):
@@ -181,6 +187,13 @@ def test_what_cannot_be_asked_is_said(folder: Path, task: Any, tmp_path: Path, c
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ")
         assert says in error
+
+
+def test_a_damaged_model_answers_nothing(rng: np.random.Generator) -> None:
+    model = tiny.model(rng)
+    model.params["norm"] = model.params["norm"] * np.nan
+    with pytest.raises(UserError, match="not finite"):
+        likelihood.continuations(model, [([1, 2], [3])], 32)
 
 
 def test_lm_eval_is_asked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from uniql_jax import cli, data, plot, tasks
 from uniql_jax.errors import UserError
-from uniql_jax.likelihood import rows_at_once, token_nll
+from uniql_jax.likelihood import BROKEN, rows_at_once, token_nll
 from uniql_jax.model import CausalLM
 
 PERPLEXITY = "perplexity"
@@ -53,7 +53,7 @@ def perplexity(
         total += float(np.asarray(token_nll(model, jnp.asarray(full), rows)[0], np.float64)[: len(batch)].sum())
     mean = total / (count * (length - 1))
     if not math.isfinite(mean) or mean > 700:
-        raise UserError("the model's output is not finite; the checkpoint may be damaged")
+        raise UserError(BROKEN)
     return math.exp(mean)
 
 
@@ -211,6 +211,8 @@ def main(argv: list[str]) -> None:
         raise UserError("name held-out text with --text, or zero-shot tasks with --tasks (see --help)")
     if args.tasks:
         tasks.require()
+    elif args.limit:
+        raise UserError("--limit counts the questions of --tasks; text is cut by --max-tokens")
     if args.plot and not args.text:
         raise UserError("--plot draws perplexity, which wants --text")
     if args.window < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from uniql_jax.errors import UserError
 from uniql_jax.model import CausalLM, hidden_states, logits
 
 LOGITS = 2**25
 """Logits held at a time: 128 MB in float32, about three times that while they are reduced."""
 LEAST = 32
 """Tokens of the shortest shape that is compiled for continuations; longer ones double."""
+BROKEN = "the model's output is not finite; the checkpoint may be damaged"
 Pair = tuple[Sequence[int], Sequence[int]]
 
 
@@ -59,7 +62,8 @@ def continuations(
     """(log p of the continuation after its context, nats; whether every token of it is the likeliest) of every pair of
     token ids. The context has one token at least; of more tokens than `window` the last ones are seen.
 
-    Rows are padded behind, where nothing looks, to few lengths, about `batch_tokens` a batch: few programs.
+    Rows are padded behind, where nothing looks, to few lengths, about `batch_tokens` a batch: few programs. Raises
+    UserError when the model's output is not finite.
     """
     whole = [([*context, *continuation])[-window:] for context, continuation in pairs]
     counts = [min(len(continuation), len(row) - 1) for (_, continuation), row in zip(pairs, whole, strict=True)]
@@ -84,4 +88,6 @@ def continuations(
             end = len(whole[i]) - 1
             part = slice(end - counts[i], end)
             found[i] = -float(np.asarray(nll[place, part], np.float64).sum()), bool(first[place, part].all())
+            if not math.isfinite(found[i][0]):
+                raise UserError(BROKEN)
     return found

@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from uniql_jax.errors import UserError
 from uniql_jax.likelihood import continuations
 from uniql_jax.model import CausalLM
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
-SECONDARY = "_stderr"
-FETCHING = (OSError, ValueError, LookupError)
+SPREAD = "_stderr"
+UNUSABLE = (OSError, ValueError, LookupError, TemplateError)
 """What lm-eval and datasets raise for data that is not there or not as described."""
+WRITING = "a task that has text written is not supported, only those that choose or rate text"
 
 
 def require() -> None:
@@ -65,7 +68,7 @@ def harness_model(
             return found
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            raise UserError("a task that has text written is not supported, only those that choose or rate text")
+            raise UserError(WRITING)
 
     return Elastic()
 
@@ -76,7 +79,7 @@ def _shown(progress: Progress | None, desc: str, batches: Sequence[Any]) -> Iter
 
 def named(tasks: Sequence[str]) -> tuple[list[str], Any]:
     """(names, lm-eval's TaskManager) of names that it knows, or paths of .yaml files that describe tasks; their data is
-    fetched here. Raises UserError for other names, and where data cannot be had.
+    fetched here. Raises UserError for other names, where data cannot be had, and for tasks that have text written.
     """
     require()
     from lm_eval.tasks import TaskManager
@@ -87,7 +90,7 @@ def named(tasks: Sequence[str]) -> tuple[list[str], Any]:
         if path.suffix in (".yaml", ".yml"):
             if not path.is_file():
                 raise UserError(f"no task file {task}")
-            found = re.search(r"^task:\s*(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            found = re.search(r"^task:\s*(\S+)", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
             if found is None:
                 raise UserError(f"{task} names no task")
             names.append(found.group(1))
@@ -101,14 +104,16 @@ def named(tasks: Sequence[str]) -> tuple[list[str], Any]:
         raise UserError(f"lm-eval knows no task {', '.join(unknown)}; lm-eval ls tasks lists those it knows")
     for name in names:
         try:
-            manager.load(name)
-        except FETCHING as error:
+            found = manager.load(name)["tasks"]
+        except UNUSABLE as error:
             raise _refusal(name, error) from None
+        if any(task.get_config("output_type") == "generate_until" for task in found.values()):
+            raise UserError(f"{name}: {WRITING}")
     return names, manager
 
 
 def _refusal(name: str, error: Exception) -> UserError:
-    return UserError(f"task {name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+    return UserError(f"task {name}: {type(error).__name__}: {str(error).strip()}".splitlines()[0])
 
 
 def measure(
@@ -135,7 +140,7 @@ def measure(
             wrapped, tasks=list(names), num_fewshot=0, limit=limit, task_manager=manager, log_samples=False,
             bootstrap_iters=100,
         )  # fmt: skip
-    except FETCHING as error:
+    except UNUSABLE as error:
         raise _refusal(", ".join(names), error) from None
     rows = []
     results = found["results"]
@@ -144,8 +149,8 @@ def measure(
         values = results[name]
         for key, value in values.items():
             metric, _, kind = key.partition(",")
-            if kind and not metric.endswith(SECONDARY) and isinstance(value, (int, float)):
-                spread = values.get(f"{metric}{SECONDARY},{kind}")
+            if kind and not metric.endswith(SPREAD) and isinstance(value, (int, float)):
+                spread = values.get(f"{metric}{SPREAD},{kind}")
                 metric = metric if kind == "none" else f"{metric} ({kind})"
                 error = float(spread) if isinstance(spread, (int, float)) else None
                 rows.append({"source": name, "metric": metric, "value": float(value), "stderr": error})

@@ -55,7 +55,7 @@ class Settings:
     programs: int = 0
     """Programs at once, each with its share of the tiles; 0 asks the device for its SMs."""
     consumers: int = 2
-    """Warpgroups that multiply, 2 to 4: more hide more of each other's waiting, with fewer registers each."""
+    """Warpgroups that multiply, 2 to 4; the more there are, the fewer registers each has."""
 
 
 class Plan(NamedTuple):
