@@ -87,6 +87,10 @@ def test_recovery_does_what_the_plan_says(
     first, second = (told[name]["options"] for name in ("recovery", "tuning"))
     assert (first["adapt"], first["teacher"], first["batch"], first["rates"]) == (2, "original", 4, "uniform")
     assert (second["adapt"], second["teacher"], second["steps"], second["rank"]) == (0, "rate 0", 2, 0)
+    assert _run(*argv, "--resume") == 0
+    assert "nothing to resume" in capsys.readouterr().out
+    assert _run(*argv, "--resume", "--recover-steps", "4") == 2  # that is another run
+    assert "--overwrite" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_in_the_way(

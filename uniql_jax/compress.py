@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import math
 import os
 import tempfile
@@ -24,6 +25,7 @@ from train.loop import on_device, resolved
 from train.lora import alpha_of
 from uniql_jax import cli, data
 from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.files import check_output, check_space
 from uniql_jax.model import cache_bytes
@@ -77,27 +79,34 @@ The checkpoint holds every prune rate from 0 to {MAX_PRUNE_RATE}: the rate is ch
 """
 
 
+def recovery_settings(
+    config: ModelConfig, options: RecoveryOptions, tune: int | None
+) -> tuple[RecoveryOptions, RecoveryOptions | None]:
+    """Settings before quantizing, and for `tune` steps after it (None: none): the same but for dropout, and with what
+    was recovered as the teacher.
+    """
+    options = resolved(options, config)
+    if tune is None:
+        return options, None
+    return options, dataclasses.replace(options, steps=tune, dropout=0.0, adapt=0, teacher="rate 0")
+
+
 def load_recovery(
     source: Source, specs: Sequence[str], options: RecoveryOptions, length: int, tune: int | None = None
 ) -> Recovery:
-    """What `--recover` trains on and is judged by, read with the source's tokenizer; UserError for bad text.
-
-    tune: steps of training after quantizing, with the same settings but dropout, and what was recovered as the teacher;
-    None: none.
+    """What `--recover` trains on and is judged by, read with the source's tokenizer, and its `recovery_settings`;
+    UserError for bad text.
     """
     with tempfile.TemporaryDirectory() as folder:
         source.write_side_files(Path(folder))
         tokenizer = data.load_tokenizer(folder)
     config = source.config
-    options = resolved(options, config)
+    options, tuning = recovery_settings(config, options, tune)
     end = config.eos_ids[0] if config.eos_ids else getattr(tokenizer, "eos_token_id", None)
     found = examples.load(
         list(specs), tokenizer, length, None, vocab_size=config.vocab_size, end=end, seed=options.seed
     )
     learnt, judged = examples.split(found, options.held_share, options.held_most, options.seed)
-    tuning = None
-    if tune is not None:
-        tuning = dataclasses.replace(options, steps=tune, dropout=0.0, adapt=0, teacher="rate 0")
     return Recovery(learnt, judged, options, tuning)
 
 
@@ -114,7 +123,9 @@ def refuse_early(out: str | Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"cannot write {out}: {place} is no folder that you may write to")
 
 
-def is_done(out: str | Path, name: str, options: Options, recovered: bool = False, tuned: bool = False) -> bool:
+def is_done(
+    out: str | Path, name: str, options: Options, training: Sequence[RecoveryOptions | None] = (None, None)
+) -> bool:
     """Whether `out` is what this very run would make: its last act was the rename, and --resume has nothing to do."""
     if work_folder(out).exists() or not Path(out).expanduser().is_dir():
         return False
@@ -123,7 +134,10 @@ def is_done(out: str | Path, name: str, options: Options, recovered: bool = Fals
     except UserError:
         return False
     told = meta.get("provenance", {})
-    same = told.get("source") == Path(name).name and ("recovery" in told, "tuning" in told) == (recovered, tuned)
+    found = [told.get(part, {}).get("options") for part in ("recovery", "tuning")]
+    # as they were written: a tuple is a list there
+    wanted = json.loads(json.dumps([dataclasses.asdict(one) if one else None for one in training]))
+    same = told.get("source") == Path(name).name and found == wanted
     return same and meta.get("options") == dataclasses.asdict(options)
 
 
@@ -187,7 +201,8 @@ def compress(
     source = None
     if resume and Path(out).expanduser().exists() and not overwrite:
         source = open_source(ckpt)
-        if is_done(out, source.name, options, bool(recover), recover_tune is not None):
+        training = recovery_settings(source.config, recover_options, recover_tune) if recover else (None, None)
+        if is_done(out, source.name, options, training):
             say(f"{out} is whole already: nothing to resume")
             return None
     refuse_early(out, resume, overwrite)
