@@ -31,6 +31,7 @@ SANITIZED = {
     "product: dot": ("test_pallas_tiles.py", "test_dot"),
     "product: dequantize": ("test_pallas_tiles.py", "test_dequantizing_is_exact or test_the_product_takes_tiles"),
     "product: wgmma": ("test_pallas_wgmma.py", "test_on_the_device and (1001-5 or 1480-9)"),
+    "product: cluster": ("test_pallas_cluster.py", "test_on_the_device and (1001-5 or 1480-9)"),
     "product: every order": ("test_pallas_tiles.py", "test_on_the_device"),
     "product: plain": ("test_pallas_dequant_matmul.py", "pallas and (test_agrees_with_float64 or test_groups_and)"),
     "fused read": ("test_pallas_fused.py", "test_read_takes_several_weights or test_gate_and_up"),

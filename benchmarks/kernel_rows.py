@@ -63,29 +63,22 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
             settings |= dict(stream=True) if "s" in options else {}
             settings |= dict(ahead=True) if "a" in options else {}
             rows.append(make("mma", **settings))
-            if tiles == "rows" and "t" in options:
-                rows.append(make("mma", **settings, scale_tiles=True))
         if count == 16:
             for join in (4, 8):
                 split = 8 if k > 8192 else 4 if narrow else 1
                 rows.append(make("dot", tile_n=128, tile_m=16, warps=4, stages=4, split=split, join=join))
-        rows += [make("wgmma", **cut) for cut in wgmma_cuts(n, count)] if narrow and count > 1 else []
-        # x as int32 pairs, which nothing in a model makes for free: what a wider load alone would win.
-        rows.append(make("mma", wide=True, gate=True, **plain_cut(count, narrow)))
+        rows += [make("wgmma", **cut) for cut in wgmma_cuts(k, n, count)] if narrow and count > 1 else []
+        rows += [make("cluster", **cut) for cut in cluster_cuts(n, count)]
         rows.append(task(k, n, count, "mma", gate=True, **plain_cut(count, narrow)))
     elif count <= 128:
         split = 8 if k > 8192 else 4 if narrow else 1
         tile_m = min(count, 128)
-        for tile_n, warps, stages, parts, join, fold in (
-            (128, 8, 3, split, 8, False),
-            (128, 8, 3, split, 4, False),
-            (128, 8, 3, split, 8, True),
-            (64, 4, 3, split, 8, False),
-        ):
+        for tile_n, warps, stages, parts, join, fold in ((128, 8, 3, split, 8, True), (64, 4, 3, split, 8, False)):
             cut = dict(tile_n=tile_n, tile_m=tile_m, warps=warps, stages=stages, split=parts, join=join)
             rows.append(make("dot", **cut, **(dict(fold=True) if fold else {})))
         rows.append(task(k, n, count, "dot", tile_n=128, tile_m=tile_m, warps=8, stages=3, split=split, join=8))
-        rows += [make("wgmma", **cut) for cut in wgmma_cuts(n, count)]
+        rows += [make("wgmma", **cut) for cut in wgmma_cuts(k, n, count)]
+        rows += [make("cluster", **cut) for cut in cluster_cuts(n, count)] if count <= 64 else []
         rows.append(make("dequantize"))
     else:
         # Up to 256 rows of x at once, so that a weight is unpacked once; registers then hold folded sums alone.
@@ -100,7 +93,7 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
                 rows.append(make("dot", **cut, fold=fold, rows_inner=True))
         for groups, warps in ((4, 4), (8, 4), (2, 2)):
             rows.append(make("dequantize", groups=groups, warps=warps))
-        rows += [make("wgmma", **cut) for cut in wgmma_cuts(n, count)]
+        rows += [make("wgmma", **cut) for cut in wgmma_cuts(k, n, count)]
         rows.append(make("unpack"))
         rows += [make("dense"), task(k, n, count, "dense")]
     plain = [task(k, n, count, "auto")] if count in (1, 64) else []
@@ -108,8 +101,7 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
 
 
 Cut = tuple[int, int, int, int, int, str]
-"""along_k, batch, tiles, along_n, split, and letters: g gate, m zero="mma", o ordered, s stream, a ahead; t asks for
-the same once more with the scales of a tile side by side."""
+"""along_k, batch, tiles, along_n, split, and letters: g gate, m zero="mma", o ordered, s stream, a ahead."""
 
 
 def few_rows_cuts(count: int, narrow: bool) -> list[Cut]:
@@ -117,42 +109,32 @@ def few_rows_cuts(count: int, narrow: bool) -> list[Cut]:
     # fmt: off
     if count == 1 and narrow:
         return [
-            (1, 2, 1, 2, 8, "gmt"), (8, 2, 1, 1, 1, "gt"), (16, 1, 1, 1, 1, "g"), (8, 2, 1, 1, 1, ""),
-            (8, 2, 1, 1, 1, "gos"), (2, 2, 1, 1, 8, "gs"), (4, 2, 1, 1, 4, "g"), (2, 2, 1, 2, 4, "gm"),
+            (8, 2, 1, 1, 1, "g"), (16, 1, 1, 1, 1, "g"), (8, 2, 1, 1, 1, "gs"), (4, 2, 1, 1, 4, "g"),
+            (1, 2, 1, 2, 8, "gm"), (2, 2, 1, 1, 8, "gs"),
         ]
     if count == 1:
-        return [
-            (2, 2, 1, 1, 1, "t"), (4, 1, 1, 1, 1, "gt"), (4, 2, 1, 1, 1, "g"), (2, 2, 1, 1, 1, "s"),
-            (4, 1, 1, 1, 1, "gst"), (2, 2, 1, 1, 1, "o"), (4, 1, 1, 2, 1, "g"),
-        ]
+        return [(2, 2, 1, 1, 1, "s"), (4, 1, 1, 1, 1, "g"), (4, 2, 1, 1, 1, "g"), (2, 2, 1, 1, 1, "")]
     if count <= 8 and narrow:
         return [
-            (1, 2, 1, 2, 8, "gm"), (1, 2, 1, 2, 8, "gmot"), (8, 2, 1, 1, 1, "ot"), (8, 2, 1, 1, 1, "go"),
-            (16, 1, 1, 1, 1, "go"), (2, 2, 1, 1, 4, "go"), (4, 2, 1, 1, 2, "gos"), (1, 2, 2, 1, 8, "gmo"),
-            (2, 2, 1, 2, 4, "gmos"), (1, 2, 1, 4, 8, "gmo"), (8, 1, 1, 2, 1, "gmosa"),
+            (8, 2, 1, 1, 1, "g"), (16, 1, 1, 1, 1, "g"), (16, 1, 1, 1, 1, "go"), (1, 2, 1, 4, 8, "gmo"),
+            (2, 2, 1, 2, 4, "gmos"),
         ]
     if count <= 8:
         return [
-            (2, 2, 1, 1, 1, "t"), (2, 2, 1, 1, 1, "ot"), (2, 2, 1, 1, 1, "go"), (2, 2, 1, 1, 1, "gost"),
-            (2, 1, 2, 1, 1, "mot"), (2, 1, 2, 1, 1, "gmo"), (4, 1, 1, 1, 1, "os"), (4, 2, 1, 1, 1, "o"),
-            (2, 2, 1, 2, 1, "ost"), (4, 1, 2, 1, 1, "mos"), (1, 2, 2, 4, 1, "mo"), (2, 1, 1, 2, 1, "mo"),
+            (2, 2, 1, 2, 1, "os"), (4, 2, 1, 1, 1, "o"), (4, 1, 2, 1, 1, "mos"), (2, 2, 1, 2, 1, "s"),
+            (2, 2, 1, 1, 1, "g"),
         ]
     if narrow:
         return [
-            (4, 1, 2, 1, 1, "gm"), (4, 1, 2, 1, 1, "gmot"), (4, 2, 1, 1, 1, "gmo"), (8, 1, 2, 1, 1, "gmos"),
-            (1, 2, 2, 1, 8, "gmot"), (1, 2, 2, 2, 8, "gmo"), (1, 1, 4, 1, 8, "gmo"), (2, 1, 2, 1, 4, "gmos"),
-            (1, 1, 4, 2, 4, "gmo"), (1, 1, 2, 4, 8, "gmos"), (1, 2, 1, 2, 8, "gmo"), (4, 1, 2, 2, 2, "gmos"),
-            (16, 1, 2, 1, 1, "gmosa"),
+            (16, 1, 2, 1, 1, "gmosa"), (8, 1, 2, 1, 1, "gmos"), (4, 1, 2, 2, 2, "gmos"), (4, 1, 2, 1, 1, "gm"),
         ]
     return [
-        (2, 1, 2, 2, 1, "gm"), (2, 1, 2, 1, 1, "gmot"), (2, 1, 2, 1, 1, "mo"), (2, 1, 2, 2, 1, "gmot"),
-        (2, 1, 2, 2, 1, "gmost"), (2, 1, 4, 1, 1, "gmot"), (1, 1, 4, 2, 1, "gmo"), (4, 1, 2, 1, 1, "gmos"),
-        (2, 1, 2, 1, 1, "go"), (1, 1, 2, 4, 1, "gmost"), (2, 1, 4, 1, 2, "gmo"), (1, 2, 2, 2, 1, "gmo"),
+        (2, 1, 2, 2, 1, "gmos"), (4, 1, 2, 1, 1, "gmos"), (1, 1, 2, 4, 1, "gmos"), (2, 1, 2, 2, 1, "gm"),
     ]
     # fmt: on
 
 
-def wgmma_cuts(n: int, count: int) -> list[dict[str, int]]:
+def wgmma_cuts(k: int, n: int, count: int) -> list[dict[str, Any]]:
     """Cuts of the wgmma kernel: the fastest so far, and what came close."""
     if count > 512:
         return [
@@ -162,33 +144,72 @@ def wgmma_cuts(n: int, count: int) -> list[dict[str, int]]:
         ]
     narrow = n <= 8192
     if count <= 16:
-        tile = 8 if count <= 8 else 16
-        deep = dict(tile_m=tile, x_slots=16, word_slots=8)
-        return [
-            dict(tile_m=tile, tall=2, split=8, x_slots=8, word_slots=7),
-            deep | dict(consumers=4, split=8),
-            deep | dict(consumers=4, split=8, exchange=False),
-            deep | dict(consumers=3, split=6),
-            dict(tile_m=tile, consumers=3, tall=2, split=12, x_slots=12, word_slots=6),
-            dict(tile_m=tile, consumers=4, tall=2, split=16, x_slots=12, word_slots=5),
-        ]
+        return []
     if count > 128:
         split = 4 if n <= 4096 else 2 if narrow else 1
         return [
             dict(tile_m=256, split=split, x_slots=4, word_slots=4),
             dict(tile_m=256, cluster=2, split=split, x_slots=4, word_slots=4),
             dict(tile_m=128, split=2 if n <= 4096 else 1, x_slots=6, word_slots=6),
+            dict(tile_m=128, x_slots=4, word_slots=4, **joined(2)),
         ]
     split = 4 if n <= 4096 else 2 if narrow else 1
-    tall = dict(tile_m=64, tall=2, split=2 * split if narrow else 1, x_slots=8, word_slots=4)
-    if count > 64:
-        return [dict(tile_m=128, split=split, x_slots=6, word_slots=6), tall]
+    tile = dict(tile_m=64 if count <= 64 else 128)
+    if not narrow:
+        if count > 64:
+            return [tile | dict(x_slots=6, word_slots=6), tile | dict(x_slots=4, word_slots=4, consumers=4)]
+        return [
+            tile | dict(x_slots=8, word_slots=8),
+            tile | dict(tall=2, x_slots=8, word_slots=4),
+            tile | dict(x_slots=8, word_slots=6, consumers=4),
+            tile | dict(x_slots=6, word_slots=4, consumers=4),
+        ]
+    deep = 8 if count <= 64 else 6
     return [
-        dict(tile_m=64, split=split, x_slots=8, word_slots=8),
-        tall,
-        dict(tile_m=64, consumers=4, split=split, x_slots=8, word_slots=6),
-        dict(tile_m=64, consumers=4, split=2 * split, x_slots=8, word_slots=6),
-        dict(tile_m=64, consumers=3, split=3 * split // 2, x_slots=8, word_slots=6),
+        tile | dict(split=split, x_slots=deep, word_slots=deep),
+        tile | dict(x_slots=8, word_slots=6, consumers=4, split=2 * split),
+        tile | dict(x_slots=4, word_slots=4, **joined(2)),
+        tile | dict(x_slots=4, word_slots=3, consumers=3, **joined(4)),
+        tile | dict(x_slots=4, word_slots=4, consumers=4, along_k=2, **joined(2)),
+        tile | dict(x_slots=8, word_slots=4, consumers=4, along_k=2, **joined(2)),
+        tile | dict(x_slots=4, word_slots=4, consumers=2, along_k=2, **joined(2)),
+        tile | dict(x_slots=8, word_slots=4, consumers=2, along_k=2, **joined(2)),
+        tile | dict(x_slots=8, word_slots=4, consumers=4, along_k=4, **joined(2)),
+        tile | dict(x_slots=4, word_slots=4, consumers=4, along_k=2, **joined(4)),
+    ]
+
+
+def joined(programs: int) -> dict[str, Any]:
+    """Settings of programs that share a contraction and add up themselves."""
+    return dict(split=programs, joined=True)
+
+
+def cluster_cuts(n: int, count: int) -> list[dict[str, Any]]:
+    """Cuts of the kernel whose clusters share a contraction."""
+    if count > 16:
+        return [
+            dict(slots=8, folded=True),
+            dict(slots=4, folded=True),
+            dict(along_k=2, slots=4, folded=True),
+            dict(along_k=2, slots=6, folded=True),
+        ]
+    if n > 8192:
+        return [
+            dict(slots=8),
+            dict(tall=2, slots=8),
+            dict(cluster=4, tall=3, slots=8),
+            dict(cluster=4, tall=2, slots=8),
+        ]
+    return [
+        dict(slots=8),
+        dict(slots=4),
+        dict(slots=12),
+        dict(along_k=2, slots=6),
+        dict(along_k=2, along_n=2, slots=6),
+        dict(tall=2, slots=8),
+        dict(slots=8, folded=True),
+        dict(cluster=4, tall=2, along_k=2, along_n=2, slots=4),
+        dict(cluster=4, tall=3, slots=8),
     ]
 
 

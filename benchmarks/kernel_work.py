@@ -47,7 +47,7 @@ def multiply(row: dict, x: Any, data: Any, scale: Any, after: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.dequant_matmul import dequant_matmul, dequantize, dot, mma, pallas, plain, wgmma
+    from pallas_kernels.dequant_matmul import cluster, dequant_matmul, dequantize, dot, mma, pallas, plain, wgmma
     from pallas_kernels.dequant_matmul.tiling import Weight
 
     k, n, group, contract = row["k"], row["n"], row["group"], row["contract"]
@@ -76,7 +76,10 @@ def multiply(row: dict, x: Any, data: Any, scale: Any, after: Any) -> Any:
         parts = dot.product(x, data, scale, weight=weight, settings=dot.Settings(**settings))
     elif row["kernel"] == "wgmma":
         weight = Weight(order, n, k // group, group)
-        parts = wgmma.product(x, data, scale, weight=weight, settings=wgmma.Settings(**settings))
+        parts = wgmma.product(x, data, scale, weight=weight, settings=wgmma.Settings(**settings), after=after)
+    elif row["kernel"] == "cluster":
+        weight = Weight(order, n, k // group, group)
+        parts = cluster.product(x, data, scale, weight=weight, settings=cluster.Settings(**settings), after=after)
     elif row["kernel"] == "auto":
         run = functools.partial(dequant_matmul, bits=4, group=group, contract=contract, width=k, order=held)
         return run(x, data, scale, implementation="pallas")
@@ -95,7 +98,11 @@ def multiply(row: dict, x: Any, data: Any, scale: Any, after: Any) -> Any:
 
 def waits_by_operand(row: dict) -> bool:
     """Whether the kernel is all there is, so that an operand it does not read can chain it."""
-    return row["kernel"] == "mma" and row["settings"].get("split", 1) == 1 and not row["settings"].get("ordered")
+    settings = row["settings"]
+    alone = settings.get("joined") or settings.get("split", 1) == 1
+    if row["kernel"] in ("cluster", "wgmma"):
+        return alone and settings.get("exchange", True) and row["count"] % 8 == 0
+    return row["kernel"] == "mma" and alone and not settings.get("ordered")
 
 
 def chain(row: dict, length: int) -> Any:
@@ -152,7 +159,8 @@ def chain(row: dict, length: int) -> Any:
             # Or XLA would dequantize a weight once for all calls that use it.
             if row["kernel"] in ("dense", "auto", "dequantize", "unpack"):
                 operands = jax.lax.optimization_barrier(operands)
-            y = one(*operands, None)
+            # Or XLA would compute no more of y than the addition reads, of parts to add up above all.
+            y = jax.lax.optimization_barrier(one(*operands, None))
         return y
 
     return run

@@ -30,6 +30,7 @@ from pallas_kernels.dequant_matmul import (
     tuned,
     wgmma,
 )
+from pallas_kernels.dequant_matmul import hopper as hopper_kernels
 from pallas_kernels.dequant_matmul.tiling import Weight
 from tests.pallas_cases import Case, nvidia, random_case, relative
 
@@ -301,7 +302,7 @@ def test_wgmma_is_for_tiles_of_hopper_alone(hopper: None, monkeypatch: pytest.Mo
         monkeypatch.setattr(compat, "capability", lambda capability=capability: capability)
         assert tuned.choose(weight, 2048, H100) == ("dequantize", dequantize.Settings(groups=4, warps=4))
     monkeypatch.setattr(compat, "capability", lambda: 9.0)
-    monkeypatch.setattr(wgmma, "plgpu", None)
+    monkeypatch.setattr(hopper_kernels, "plgpu", None)
     assert tuned.choose(weight, 2048, H100)[0] == "dequantize"
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from pallas_kernels.dequant_matmul import dequant_matmul, tiling, wgmma, wgmma_registers
+from pallas_kernels.dequant_matmul import dequant_matmul, hopper, tiling, wgmma, wgmma_registers
+from pallas_kernels.dequant_matmul.handover import Handover
 from pallas_kernels.dequant_matmul.tiling import Weight
 from pallas_kernels.dequant_matmul.wgmma import Settings
 from tests.pallas_cases import Case, nvidia, random_case, relative
@@ -23,7 +24,7 @@ LANES = np.arange(32)
 
 
 @pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Hopper GPU to lower for, if not to run on."""
     if compat.mosaic_gpu is None:
         pytest.skip("this JAX has no Mosaic GPU")
@@ -85,8 +86,11 @@ def test_unpacking_is_exact() -> None:
 def test_plans_cover_every_tile() -> None:
     settings = Settings(tile_m=128, cluster=2, split=3, programs=132)
     plan = wgmma.plan_of(1000, Weight("rows", 4100, 32, 128), settings)
-    assert plan == (8, 17, 11, 66, 128)
+    assert plan == (8, 17, 11, 66, 128, None)
     assert plan.tiles == 8 * 17
+    joined = wgmma.plan_of(100, Weight("rows", 6144, 32, 128), Settings(split=4, joined=True, programs=132))
+    assert joined[:5] == (1, 48, 8, 30, 128)
+    assert joined.handover == Handover(4, 1, 2, 1, 16, buffers=2)
     few = wgmma.plan_of(64, Weight("rows", 72, 3, 128), dataclasses.replace(settings, split=1))
     assert few.clusters == 1
 
@@ -94,7 +98,7 @@ def test_plans_cover_every_tile() -> None:
 @pytest.mark.parametrize("consumers", [2, 3, 4])
 def test_registers_are_those_of_the_launch(consumers: int) -> None:
     """A thread cannot take what no other gave back: the warpgroup that asks would wait for ever."""
-    copying, multiplying = wgmma.registers_of(consumers)
+    copying, multiplying = hopper.registers_of(consumers)
     given = 65536 // (128 * (consumers + 1)) // 8 * 8
     assert copying % 8 == multiplying % 8 == 0
     assert copying <= given <= multiplying
@@ -102,17 +106,21 @@ def test_registers_are_those_of_the_launch(consumers: int) -> None:
     assert multiplying >= 104
 
 
-def test_what_is_refused(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = Weight("rows", 4096, 32, 128)
     for other, settings, message in (
         (Weight("last", 4096, 32, 128), Settings(), "only tiles"),
         (Weight("rows", 4096, 32, 64), Settings(), "only tiles"),
         (weight, Settings(tile_m=96), "a tile of 96"),
-        (weight, Settings(tile_m=24), "a tile of 24"),
-        (weight, Settings(tile_m=8), "a tile of 8"),  # unless parts are added up: bf16 is written 16 rows at a time
+        (weight, Settings(tile_m=32), "a tile of 32"),
         (weight, Settings(tile_m=256, tall=2), "2 blocks"),
         (weight, Settings(tile_m=256, x_slots=8), "shared memory"),
         (weight, Settings(consumers=5), "5 warpgroups"),
+        (weight, Settings(joined=True), "cluster of 1"),
+        (weight, Settings(joined=True, split=2, cluster=2), "cluster of 2"),
+        (weight, Settings(joined=True, split=2, tile_m=256), "shared memory"),
+        (weight, Settings(along_k=2), "in turn"),
+        (weight, Settings(joined=True, split=2, along_k=2, x_slots=6), "in turn"),
     ):
         with pytest.raises(NotImplementedError, match=message):
             wgmma.supported(other, settings)
@@ -127,16 +135,16 @@ LOWERED = [
     ("rows", 512, 4, 64, Settings(tile_m=64, programs=4)),
     ("groups", 1001, 5, 301, Settings(tile_m=256, cluster=2, programs=4)),
     ("rows", 72, 3, 100, Settings(tile_m=128, tall=2, split=2, exchange=False, programs=132)),
-    ("groups", 512, 8, 16, Settings(tile_m=16, x_slots=16, word_slots=14, programs=132)),
-    ("rows", 520, 8, 5, Settings(tile_m=8, split=4, tall=2, x_slots=8, word_slots=7, programs=132)),
-    ("groups", 520, 8, 5, Settings(tile_m=8, split=4, consumers=4, x_slots=16, word_slots=8, programs=132)),
+    ("groups", 520, 8, 5, Settings(tile_m=64, split=4, consumers=4, x_slots=8, word_slots=4, programs=132)),
+    ("groups", 512, 8, 16, Settings(tile_m=64, split=2, joined=True, x_slots=8, programs=132)),
+    ("rows", 1001, 9, 100, Settings(tile_m=64, split=4, joined=True, consumers=4, along_k=2, programs=8)),
     ("rows", 500, 4, 64, Settings(tile_m=64, consumers=3, x_slots=8, word_slots=6, programs=132)),
 ]
 
 
 @pytest.mark.parametrize(("order", "features", "groups", "count", "settings"), LOWERED, ids=str)
 def test_it_lowers_for_hopper(
-    hopper: None, order: str, features: int, groups: int, count: int, settings: Settings
+    on_hopper: None, order: str, features: int, groups: int, count: int, settings: Settings
 ) -> None:
     weight = Weight(order, features, groups, 128)
     row_tiles = -(-features // 16)
@@ -148,8 +156,9 @@ def test_it_lowers_for_hopper(
             jax.ShapeDtypeStruct((*shape, 2, 32, 4), jnp.int32),
             jax.ShapeDtypeStruct((features, groups) if order == "rows" else (groups, features), jnp.bfloat16),
         ).lower(lowering_platforms=("cuda",))
-    assert lowered.out_info.shape == (settings.split, count, features)
-    assert lowered.out_info.dtype == (jnp.float32 if settings.split > 1 else jnp.bfloat16)
+    parts = 1 if settings.joined else settings.split
+    assert lowered.out_info.shape == (parts, count, features)
+    assert lowered.out_info.dtype == (jnp.float32 if parts > 1 else jnp.bfloat16)
     assert lowered.as_text().count("mosaic_gpu_v2") == 1
 
 
@@ -157,7 +166,7 @@ def test_it_lowers_for_hopper(
 @pytest.mark.parametrize("order", ["rows", "groups"])
 @pytest.mark.parametrize(("count", "features"), [(20, 200), (256, 1000), (2048, 4096)])
 def test_the_product_lowers_for_hopper(
-    monkeypatch: pytest.MonkeyPatch, hopper: None, order: str, count: int, features: int
+    monkeypatch: pytest.MonkeyPatch, on_hopper: None, order: str, count: int, features: int
 ) -> None:
     """The whole product, with a padded last group: alone, under vmap, and its gradient, which needs no kernel."""
     pytest.importorskip("jax.experimental.pallas.triton")
@@ -206,12 +215,14 @@ def held(case: Case, order: str) -> tuple[jnp.ndarray, Weight]:
         (1000, 5, Settings(tile_m=128, tall=2, x_slots=6)),
         (1000, 5, Settings(tile_m=64, x_slots=8, word_slots=8, split=7)),
         (72, 3, Settings(tile_m=128, exchange=False)),
-        (1001, 9, Settings(tile_m=16, x_slots=16, word_slots=14)),
-        (1000, 20, Settings(tile_m=8, split=4, x_slots=16, word_slots=14)),
-        (1000, 20, Settings(tile_m=8, split=4, consumers=4, x_slots=16, word_slots=8)),
+        (1000, 20, Settings(tile_m=64, split=4, consumers=4, x_slots=8, word_slots=4)),
+        (1001, 9, Settings(tile_m=64, split=2, joined=True)),
+        (1001, 20, Settings(tile_m=128, split=4, joined=True, consumers=3, word_slots=3)),
+        (1480, 21, Settings(tile_m=64, split=2, joined=True, consumers=4, along_k=2, programs=4)),  # several tiles
+        (1480, 3, Settings(tile_m=64, split=4, joined=True, along_k=2, x_slots=8)),  # a share without groups
+        (520, 33, Settings(tile_m=64, split=2, joined=True, consumers=4, along_k=4, x_slots=8)),
         (1000, 9, Settings(tile_m=64, consumers=3, x_slots=8, word_slots=6)),
         (520, 5, Settings(tile_m=64, consumers=4, split=2, x_slots=8, word_slots=6)),
-        (1000, 20, Settings(tile_m=32, tall=2, split=2, x_slots=8, word_slots=7)),
     ],
     ids=str,
 )
@@ -224,6 +235,6 @@ def test_on_the_device(rng: np.random.Generator, order: str, features: int, grou
     for count in (5, 20, 64, 100, 513):
         x = jnp.asarray(rng.normal(size=(count, case.width)), jnp.bfloat16)
         parts = call(x, data, case.scale)
-        assert parts.shape == (settings.split, count, features)
+        assert parts.shape == (1 if settings.joined else settings.split, count, features)
         want = np.asarray(x).astype(np.float64) @ case.dense.T
         assert relative(parts.astype(jnp.float32).sum(0), want) < ROUNDING, count

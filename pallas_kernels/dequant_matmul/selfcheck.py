@@ -1,8 +1,8 @@
 """Whether a kernel computes the right product on this device, by a small one that is run once a process.
 
-Which elements a thread holds is a property of Triton's layouts, not a promise, and mma.py rests on it, as wgmma.py does
-on what is no public interface of JAX; the other kernels are checked with the same few lines, so that a compiler that
-gets one wrong costs time and not sense.
+Which elements a thread holds is a property of Triton's layouts, not a promise, and mma.py rests on it, as wgmma.py and
+cluster.py do on what is no public interface of JAX; the other kernels are checked with the same few lines, so that a
+compiler that gets one wrong costs time and not sense.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import compat, packing
-from pallas_kernels.dequant_matmul import dequantize, dot, mma, tiling, wgmma
+from pallas_kernels.dequant_matmul import cluster, dequantize, dot, mma, tiling, wgmma
 from pallas_kernels.dequant_matmul.tiling import Weight
 
 BOUND = 1e-2
@@ -26,7 +26,7 @@ ROWS, WIDTH = 72, 1024
 
 
 def verify(kernel: str, order: str) -> None:
-    """Raise NotImplementedError when `kernel` ("mma", "dot", "wgmma", "dequantize") is wrong for this order."""
+    """Raise NotImplementedError when `kernel` (mma, dot, cluster, wgmma, dequantize) is wrong for this order."""
     complaint = _complaint(kernel, order)
     if complaint is not None:
         raise NotImplementedError(complaint)
@@ -42,8 +42,8 @@ def _complaint(kernel: str, order: str) -> str | None:
     except NotImplementedError as refusal:
         return str(refusal)
     except Exception as failure:
-        # Whatever a newer JAX has against wgmma.py; elsewhere, what is not the compiler's is a mistake of ours.
-        if kernel != "wgmma" and not isinstance(failure, jax.errors.JaxRuntimeError):
+        # Whatever a newer JAX has against Hopper's two; elsewhere, what is not the compiler's is a mistake of ours.
+        if kernel not in ("wgmma", "cluster") and not isinstance(failure, jax.errors.JaxRuntimeError):
             raise
         what = f"does not compile or run ({(str(failure) or type(failure).__name__).splitlines()[0][:200]})"
     complaint = f"the {kernel} kernel {what} for data ordered {order!r} on this device"
@@ -73,14 +73,23 @@ def _product(kernel: str, weight: Weight) -> Callable[[Array, Array, Array], Arr
     if kernel == "dot":
         joined = dot.Settings(tile_m=32, join=8 if weight.order in tiling.CONTRACTS else 1)
         return lambda x, data, scale: dot.product(x, data, scale, weight=weight, settings=joined)[0]
-    if kernel == "wgmma":
-        # Half of the rows by each way to store a sum, one of them by programs that load together.
-        halves = wgmma.Settings(tile_m=256, cluster=2), wgmma.Settings(tile_m=64, split=2)
+    if kernel in ("wgmma", "cluster"):
+        # Each way to store a sum has its share of the rows, one of them by programs that load together.
+        ways = {
+            "wgmma": (
+                (wgmma, wgmma.Settings(tile_m=256, cluster=2)),
+                (wgmma, wgmma.Settings(tile_m=64, split=2)),
+                (wgmma, wgmma.Settings(tile_m=64, split=2, joined=True, along_k=2)),
+            ),
+            "cluster": ((cluster, cluster.Settings()), (cluster, cluster.Settings(folded=True, along_k=2, slots=4))),
+        }[kernel]
 
-        def both(x: Array, data: Array, scale: Array) -> Array:
-            parts = zip(jnp.split(x, 2), halves, strict=True)
-            sums = [wgmma.product(x, data, scale, weight=weight, settings=each).sum(0) for x, each in parts]
+        def each_way(x: Array, data: Array, scale: Array) -> Array:
+            parts = zip(jnp.array_split(x, len(ways)), ways, strict=True)
+            sums = [
+                module.product(part, data, scale, weight=weight, settings=cut).sum(0) for part, (module, cut) in parts
+            ]
             return jnp.concatenate([each.astype(x.dtype) for each in sums])
 
-        return both
+        return each_way
     return lambda x, data, scale: dequantize.product(x, data, scale, weight)

@@ -7,6 +7,7 @@ those of wgmma.py: how many programs they make is what counts, and that is known
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -19,7 +20,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import compat
-from pallas_kernels.dequant_matmul import dequantize, dot, mma, wgmma
+from pallas_kernels.dequant_matmul import cluster, dequantize, dot, hopper, mma, tiling, wgmma
 from pallas_kernels.dequant_matmul.tiling import CONTRACTS, Weight
 
 FOLDER = Path(__file__).parent / "tuned"
@@ -27,11 +28,15 @@ FOLDER = Path(__file__).parent / "tuned"
 SETTINGS: dict[str, Any] = {
     "mma": mma.Settings,
     "dot": dot.Settings,
+    "cluster": cluster.Settings,
     "wgmma": wgmma.Settings,
     "dequantize": dequantize.Settings,
     "dense": dict,
 }
 """Kernel -> what its settings are. "dequantize" is a kernel, then XLA's product; "dense" is XLA's alone."""
+
+HOPPER: dict[str, Any] = {"cluster": cluster, "wgmma": wgmma}
+"""Kernels that only Hopper runs."""
 
 MOST_DOT = {"last": 256, "rows": 256, "first": 128, "groups": 128}
 """Rows of x up to which, by rule, unpacking in every tile of x beats dequantizing once. On an H100 `dot` won at 256 for
@@ -49,6 +54,24 @@ PARTS_US = (3.1, 1.2)
 """Of adding up parts: the launch, and each million numbers."""
 SLOTS = {(256, 1): (4, 4), (128, 1): (6, 6), (64, 1): (8, 8), (64, 2): (8, 4)}
 """tile_m and tall -> x_slots and word_slots."""
+
+CLUSTER_US = (2.2, 1.7)
+"""Of the kernel of clusters: the launch, and each tile after another."""
+BLOCK_US = (0.08, 0.0425)
+"""Of a group of 64 rows of the weight in a program: its words, and each eight rows of x."""
+BYTES_US = 2.9e6
+"""Bytes of a weight that memory yields in a microsecond."""
+FEW_CUTS = (
+    cluster.Settings(slots=8),
+    cluster.Settings(tall=2, slots=8),
+    cluster.Settings(cluster=4, tall=3, slots=8),
+    cluster.Settings(cluster=4, tall=2, along_k=2, along_n=2, slots=4),
+)
+MORE_CUTS = (
+    cluster.Settings(along_k=2, slots=4, folded=True),
+    cluster.Settings(cluster=4, tall=1, along_k=2, slots=4, folded=True),
+)
+"""Cuts to choose from, up to 16 rows of x and from 17 on."""
 
 FAR = math.log(4)
 """A table's shape whose sides are further off than this factor, taken together, says nothing about another shape."""
@@ -79,7 +102,7 @@ def choices(weight: Weight, count: int, device_kind: str | None = None) -> list[
     rows = table(device_kind or jax.devices()[0].device_kind)
     found = [
         nearest(rows, weight, count) or on_hopper(weight, count),
-        nearest([row for row in rows if row["kernel"] != "wgmma"], weight, count),
+        nearest([row for row in rows if row["kernel"] not in HOPPER], weight, count),
         by_rule(weight, count),
         by_rule(weight, max(count, mma.MOST + 1)),
     ]
@@ -94,8 +117,8 @@ def _supported(choice: Choice, weight: Weight, count: int) -> bool:
     try:
         if kernel == "mma":
             mma.supported(weight, settings, count)
-        elif kernel == "wgmma":
-            wgmma.supported(weight, settings)
+        elif kernel in HOPPER:
+            HOPPER[kernel].supported(weight, settings, count)
         elif kernel in ("dot", "dequantize"):
             (dot if kernel == "dot" else dequantize).supported(weight)
     except NotImplementedError:
@@ -117,10 +140,13 @@ def nearest(rows: list[dict[str, Any]], weight: Weight, count: int) -> Choice | 
         return None
     row = best[1]
     settings = SETTINGS[row["kernel"]](**row["settings"])
-    if row["kernel"] == "wgmma":
+    if row["kernel"] in HOPPER:
         measured = dataclasses.replace(weight, features=row["n"], groups=row["k"] // weight.group)
-        if wgmma.plan_of(row["count"], measured, settings) != wgmma.plan_of(count, weight, settings):
-            settings = hopper_cut(weight, count)
+        plan_of = HOPPER[row["kernel"]].plan_of
+        # A kernel for few rows computes no more of them than there are; that alone is no other cut.
+        asked = row["count"] if row["kernel"] == "cluster" else count
+        if plan_of(row["count"], measured, settings) != plan_of(asked, weight, settings):
+            settings = (cluster_cut if row["kernel"] == "cluster" else hopper_cut)(weight, count)
     return row["kernel"], settings
 
 
@@ -144,6 +170,25 @@ def hopper_cut(weight: Weight, count: int) -> wgmma.Settings:
     splits = [split for split in (1, 2, 4, 8) if split <= weight.groups]
     cuts = itertools.starmap(settings, itertools.product(tiles, splits))
     return min(cuts, key=functools.partial(hopper_us, weight, count))
+
+
+def cluster_cut(weight: Weight, count: int) -> cluster.Settings:
+    """How the kernel of clusters should take the least time, by what it took on an H100."""
+    able = []
+    for cut in FEW_CUTS if count <= mma.MOST else MORE_CUTS:
+        with contextlib.suppress(NotImplementedError):
+            cluster.supported(weight, cut, count)
+            able.append(cut)
+    return min(able or [MORE_CUTS[0]], key=functools.partial(cluster_us, weight, count))
+
+
+def cluster_us(weight: Weight, count: int, cut: cluster.Settings) -> float:
+    """Microseconds that the kernel of clusters takes on an H100, roughly."""
+    plan = cluster.plan_of(count, weight, cut)
+    rounds = -(-plan.tiles // plan.clusters)
+    work = rounds * plan.per_share * plan.rows / hopper.BLOCK * (BLOCK_US[0] + BLOCK_US[1] * plan.columns)
+    memory = weight.features * weight.groups * (tiling.GROUP / 2 + 2) / BYTES_US
+    return CLUSTER_US[0] + rounds * CLUSTER_US[1] + max(work, memory)
 
 
 def hopper_us(weight: Weight, count: int, cut: wgmma.Settings) -> float:

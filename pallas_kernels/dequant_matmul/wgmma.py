@@ -23,15 +23,12 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import compat
 from pallas_kernels.compat import mosaic_gpu as plgpu
 from pallas_kernels.compat import pl
-from pallas_kernels.dequant_matmul import tiling
+from pallas_kernels.dequant_matmul import hopper, tiling
 from pallas_kernels.dequant_matmul import wgmma_registers as registers
+from pallas_kernels.dequant_matmul.handover import Handover
+from pallas_kernels.dequant_matmul.hopper import AHEAD, BARRIERS, BLOCK, SHARED, fitting, registers_of
 from pallas_kernels.dequant_matmul.tiling import Weight
-from pallas_kernels.dequant_matmul.wgmma_registers import BLOCK, CHUNK, HALF, LEAST
-
-AHEAD = 2
-"""Groups whose scales are on their way to registers."""
-SHARED = 227 * 1024
-"""Bytes of shared memory that a program of Hopper may have."""
+from pallas_kernels.dequant_matmul.wgmma_registers import CHUNK, HALF
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Settings:
     """How the work is cut, and how far ahead it is loaded."""
 
     tile_m: int = 128
-    """Rows of x of a program: 8 (where the contraction is shared), 16, 32, or a multiple of 64 up to 256."""
+    """Rows of x of a program: a multiple of 64 up to 256."""
     tall: int = 1
     """Blocks of 64 weight rows that each multiplying warpgroup holds; tile_m * tall is at most 256."""
     x_slots: int = 4
@@ -56,6 +53,10 @@ class Settings:
     """Programs at once, each with its share of the tiles; 0 asks the device for its SMs."""
     consumers: int = 2
     """Warpgroups that multiply, 2 to 4; the more there are, the fewer registers each has."""
+    joined: bool = False
+    """The programs that share a contraction are a cluster and add up themselves (handover.py)."""
+    along_k: int = 1
+    """Multiplying warpgroups of a joined program that take its groups in turn; the others are beside each other."""
 
 
 class Plan(NamedTuple):
@@ -70,6 +71,8 @@ class Plan(NamedTuple):
     """Clusters that run at once."""
     rows: int
     """Weight rows of a program."""
+    handover: Handover | None
+    """Of programs that are joined."""
 
     @property
     def tiles(self) -> int:
@@ -82,6 +85,7 @@ class Rings(NamedTuple):
     x: Any
     words: Any
     out: Any
+    """Staged on their way to memory, or the Box of a Handover."""
     x_full: Any
     x_free: Any
     words_full: Any
@@ -89,12 +93,12 @@ class Rings(NamedTuple):
 
 
 def _each_tile(plan: Plan, weight: Weight, settings: Settings, body: Callable[..., Array]) -> Array:
-    """body(m, n, share, first group, groups, groups before) for each tile of this program, m fastest.
+    """body(number here, m, n, share, first group, groups, groups before) for each tile of this program, m fastest.
 
     It returns the groups up to here, which say where in the rings the next ones are; so does this function at last.
     """
     program = jax.lax.axis_index("program")
-    total = plan.tiles * settings.split
+    total = plan.tiles * (1 if plan.handover else settings.split)
 
     def one(index: Array, done: Array) -> Array:
         tile = program + index * plan.clusters
@@ -102,9 +106,11 @@ def _each_tile(plan: Plan, weight: Weight, settings: Settings, body: Callable[..
         n, m = jax.lax.div(tile, plan.along_m), jax.lax.rem(tile, plan.along_m)
         if settings.cluster > 1:
             n = n * settings.cluster + jax.lax.axis_index("neighbour")
+        if plan.handover:
+            share = jax.lax.axis_index("rank")
         first = share * plan.per_share
         groups = jnp.clip(weight.groups - first, 0, plan.per_share)
-        return body(m * settings.tile_m, n * plan.rows, share, first, groups, done)
+        return body(index, m * settings.tile_m, n * plan.rows, share, first, groups, done)
 
     mine = jax.lax.div(total - program + plan.clusters - 1, plan.clusters)
     return jax.lax.fori_loop(0, mine, one, jnp.int32(0))
@@ -114,7 +120,7 @@ def _load(x_ref: Any, data_ref: Any, rings: Rings, plan: Plan, weight: Weight, s
     """What the copying warpgroup does."""
     row_tiles = plan.rows // tiling.ROWS
 
-    def one_tile(m: Array, n: Array, share: Array, first: Array, groups: Array, done: Array) -> Array:
+    def one_tile(_: Array, m: Array, n: Array, share: Array, first: Array, groups: Array, done: Array) -> Array:
         tiles = pl.ds(jax.lax.div(n, tiling.ROWS), row_tiles)
 
         def one_group(index: Array, _: Array) -> Array:
@@ -146,6 +152,9 @@ def _load(x_ref: Any, data_ref: Any, rings: Rings, plan: Plan, weight: Weight, s
         jax.lax.fori_loop(0, groups, one_group, jnp.int32(0))
         return done + groups
 
+    if plan.handover:
+        plan.handover.around(rings.out, lambda: _each_tile(plan, weight, settings, one_tile))
+        return
     done = _each_tile(plan, weight, settings, one_tile)
     if settings.cluster == 1:
         return
@@ -160,49 +169,68 @@ def _load(x_ref: Any, data_ref: Any, rings: Rings, plan: Plan, weight: Weight, s
 
 def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: Weight, settings: Settings) -> None:
     """What a multiplying warpgroup does."""
-    tall, tile_m = settings.tall, settings.tile_m
+    tall, tile_m, along_k = settings.tall, settings.tile_m, settings.along_k
     me = jax.lax.axis_index("warpgroup")
+    k_part, n_part = jax.lax.rem(me, along_k), jax.lax.div(me, along_k)
     load_words = registers.words_of(tall, settings.exchange)
-    load_scales, unpack = registers.scales_of(tall, weight), registers.weights_of(tall)
-    chunk = min(CHUNK[out_ref.dtype.itemsize], tile_m)
+    load_scales, unpack = hopper.scales_of(tall, weight), registers.weights_of(tall)
+    chunk = CHUNK[out_ref.dtype.itemsize]
 
     def free(number: Array) -> None:
         plgpu.barrier_arrive(rings.x_free.at[jax.lax.rem(number, settings.x_slots)])
 
-    def one_tile(m: Array, n: Array, share: Array, first: Array, groups: Array, done: Array) -> Array:
-        n = n + me * BLOCK * tall
+    def one_tile(number: Array, m: Array, n: Array, share: Array, first: Array, groups: Array, done: Array) -> Array:
+        whole, n = n, n + n_part * BLOCK * tall
+        # Groups are dealt in turn, through all tiles, so that a slot is always the same warpgroups'.
+        skip = jax.lax.rem(k_part + along_k - jax.lax.rem(done, along_k), along_k)
+        rounds = jax.lax.div(jnp.maximum(groups - skip, 0) + along_k - 1, along_k)
 
         def accumulate(sum_ref: Any) -> Array:
-            def scales_of(group: Array) -> Array:
+            def scales_at(number: Array) -> Array:
+                group = first + skip + number * along_k
                 return load_scales(scale_ref, n, jnp.minimum(group, weight.groups - 1))
 
-            def one_group(index: Array, ahead: tuple[Array, ...]) -> tuple[Array, ...]:
-                at, group = done + index, first + index
-                scales, *later = *ahead, scales_of(group + AHEAD)
+            def one_group(number: Array, scales: Array) -> Array:
+                at = done + skip + number * along_k
                 slot = jax.lax.rem(at, settings.word_slots)
                 plgpu.barrier_wait(rings.words_full.at[slot])
-                words = load_words(rings.words.at[slot, pl.ds(4 * tall * me, 4 * tall)])
+                words = load_words(rings.words.at[slot, pl.ds(4 * tall * n_part, 4 * tall)])
                 for half in (0, 1):
-                    number = 2 * at + half
                     weights = unpack(words[half], scales)
-                    x_slot = jax.lax.rem(number, settings.x_slots)
+                    if half:
+                        scales = scales_at(number + AHEAD)
+                    x_slot = jax.lax.rem(2 * at + half, settings.x_slots)
                     plgpu.barrier_wait(rings.x_full.at[x_slot])
                     plgpu.wgmma(sum_ref, weights, rings.x.at[x_slot].transpose((1, 0)))
                     # The half before is done: its x, and the registers of its weights, are free.
                     plgpu.wgmma_wait(1)
                     if half:
-                        free(number - 1)
+                        free(2 * at)
                         plgpu.barrier_arrive(rings.words_free.at[slot])
                     else:
-                        pl.when(index > 0)(functools.partial(free, number - 1))
-                return tuple(later)
+                        pl.when(number > 0)(functools.partial(free, 2 * (at - along_k) + 1))
+                return scales
 
-            jax.lax.fori_loop(0, groups, one_group, tuple(scales_of(first + i) for i in range(AHEAD)))
+            def some_groups(number: Array, scales: tuple[Array, ...]) -> tuple[Array, ...]:
+                # Each load lands where the scales just used were: to hand them on would wait for them.
+                return tuple(one_group(AHEAD * number + i, each) for i, each in enumerate(scales))
+
+            def last_group(number: Array, scales: tuple[Array, ...]) -> tuple[Array, ...]:
+                one_group(number, scales[0])
+                return (*scales[1:], scales[-1])
+
+            pairs = jax.lax.div(rounds, AHEAD)
+            scales = tuple(scales_at(jnp.int32(i)) for i in range(AHEAD))
+            scales = jax.lax.fori_loop(0, pairs, some_groups, scales)
+            jax.lax.fori_loop(AHEAD * pairs, rounds, last_group, scales)
             plgpu.wgmma_wait(0)
-            pl.when(groups > 0)(lambda: free(2 * (done + groups) - 1))
+            pl.when(rounds > 0)(lambda: free(2 * (done + skip + (rounds - 1) * along_k) + 1))
             return sum_ref[...]
 
         total = pl.run_scoped(accumulate, plgpu.ACC((BLOCK * tall, tile_m), jnp.float32))
+        if plan.handover:
+            plan.handover.finish(rings.out, out_ref, number, m, whole, total)
+            return done + groups
         stores = [(block, start) for block in range(tall) for start in range(0, tile_m, chunk)]
         for number, (block, start) in enumerate(stores):
             buffer = rings.out.at[me, number % 2]
@@ -221,43 +249,30 @@ def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: We
         return done + groups
 
     _each_tile(plan, weight, settings, one_tile)
-    plgpu.wait_smem_to_gmem(0)
+    if not plan.handover:
+        plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(
-    x_ref: Any,
-    data_ref: Any,
-    scale_ref: Any,
-    out_ref: Any,
-    rings: Rings,
-    *,
-    plan: Plan,
-    weight: Weight,
-    settings: Settings,
-) -> None:
-    """refs: x bf16 [count, K], data [major, minor, 256], scale, out [split, count, N rounded up to 16 bytes]."""
+def _kernel(*refs: Any, plan: Plan, weight: Weight, settings: Settings) -> None:
+    """refs: x bf16 [count, K], data [major, minor, 256], scale, (what the call waits for,) out, Rings.
+
+    out: [split, count, N rounded up to 16 bytes], or [count, N] of joined programs.
+    """
+    x_ref, data_ref, scale_ref, *_, out_ref, rings = refs
     me = jax.lax.axis_index("warpgroup")
     copying, multiplying = registers_of(settings.consumers)
 
     @pl.when(me < settings.consumers)
     def _multiplying() -> None:
         plgpu.set_max_registers(multiplying, action="increase")
+        if plan.handover:
+            plan.handover.open(rings.out)
         _multiply(scale_ref, out_ref, rings, plan, weight, settings)
 
     @pl.when(me == settings.consumers)
     def _copying() -> None:
         plgpu.set_max_registers(copying, action="decrease")
         _load(x_ref, data_ref, rings, plan, weight, settings)
-
-
-def registers_of(consumers: int) -> tuple[int, int]:
-    """Registers a thread, in steps of 8: of the warpgroup that copies, and of those that multiply.
-
-    A launch gives each thread an equal part of Hopper's 64 Ki; what one gives back, the others may take.
-    """
-    groups, copying = consumers + 1, 40
-    all_of_them = 65536 // (128 * groups) // 8 * 8 * groups
-    return copying, min(232, (all_of_them - copying) // consumers // 8 * 8)
 
 
 def arrange(x: Float[Array, "count width"]) -> Float[Array, "count width"]:
@@ -270,38 +285,52 @@ def arrange(x: Float[Array, "count width"]) -> Float[Array, "count width"]:
     return parts.transpose(0, 1, 3, 4, 2, 5).reshape(x.shape)
 
 
-def shared_bytes(settings: Settings, itemsize: int) -> int:
+def shared_bytes(settings: Settings, itemsize: int, handover: Handover | None) -> int:
     """Shared memory of a program, barriers aside."""
     x = settings.x_slots * settings.tile_m * HALF * 2
-    words = settings.word_slots * settings.consumers * settings.tall * BLOCK * tiling.GROUP // 2
-    return x + words + settings.consumers * 2 * min(CHUNK[itemsize], settings.tile_m) * BLOCK * itemsize
+    words = settings.word_slots * settings.consumers // settings.along_k * settings.tall * BLOCK * tiling.GROUP // 2
+    if handover:
+        return x + words + handover.buffers * handover.bytes
+    return x + words + settings.consumers * 2 * CHUNK[itemsize] * BLOCK * itemsize
 
 
-def supported(weight: Weight, settings: Settings | None = None) -> None:
-    """Raise NotImplementedError for what the kernel cannot do."""
+def supported(weight: Weight, settings: Settings | None = None, count: int = 1) -> None:
+    """Raise NotImplementedError for what the kernel cannot do with `count` rows of x."""
     settings = settings or Settings()
-    if plgpu is None:
-        raise NotImplementedError(f"JAX {jax.__version__} has no Pallas Mosaic GPU backend")
-    if not compat.hopper():
-        raise NotImplementedError("wgmma is Hopper's alone")
-    if weight.order not in tiling.CONTRACTS or weight.group != tiling.GROUP:
-        raise NotImplementedError(f"only tiles of groups of {tiling.GROUP}, not {weight}")
+    hopper.supported(weight)
     size, rows = 4 if settings.split > 1 else 2, settings.tile_m
-    if (rows % 64 and (rows & (rows - 1) or rows < LEAST[size])) or not 0 < rows * settings.tall <= 256:
+    blocks = 4 * settings.tall * settings.consumers // settings.along_k
+    in_turn = settings.consumers % settings.along_k or settings.word_slots % settings.along_k
+    if settings.along_k > 1 and (not settings.joined or in_turn or settings.x_slots % (2 * settings.along_k)):
+        raise NotImplementedError(f"{settings.along_k} warpgroups that take groups in turn, in {settings}")
+    if settings.joined and (settings.split not in (2, 4, 8) or blocks % settings.split or settings.cluster > 1):
+        raise NotImplementedError(f"a cluster of {settings.split} programs that share a contraction of {settings}")
+    if rows % 64 or not 0 < rows * settings.tall <= 256:
         raise NotImplementedError(f"a tile of {settings.tile_m} rows of x and {settings.tall} blocks of the weight")
     if not 2 <= settings.consumers <= 4:
         raise NotImplementedError(f"{settings.consumers} warpgroups that multiply")
-    if shared_bytes(settings, size) > SHARED - 2048:
+    if shared_bytes(settings, size, plan_of(count, weight, settings).handover) > SHARED - BARRIERS:
         raise NotImplementedError(f"{settings} needs more shared memory than there is")
 
 
 def plan_of(count: int, weight: Weight, settings: Settings) -> Plan:
     """How a launch is cut."""
-    rows = settings.consumers * BLOCK * settings.tall
+    rows = settings.consumers // settings.along_k * BLOCK * settings.tall
     along_m, along_n = -(-count // settings.tile_m), -(-weight.features // (rows * settings.cluster))
     programs = settings.programs or compat.cores()
-    clusters = min(max(1, programs // settings.cluster), along_m * along_n * settings.split)
-    return Plan(along_m, along_n, -(-weight.groups // settings.split), clusters, rows)
+    per_share, work = -(-weight.groups // settings.split), along_m * along_n
+    if settings.joined:
+        clusters = min(max(1, fitting(programs, settings.split)), work)
+        handover = handover_of(settings, 1 if work <= clusters else 2)
+        return Plan(along_m, along_n, per_share, clusters, rows, handover)
+    clusters = min(max(1, programs // settings.cluster), work * settings.split)
+    return Plan(along_m, along_n, per_share, clusters, rows, None)
+
+
+def handover_of(settings: Settings, buffers: int) -> Handover:
+    """How joined programs add up."""
+    beside = settings.consumers // settings.along_k
+    return Handover(settings.split, settings.along_k, beside, settings.tall, settings.tile_m // 8, buffers)
 
 
 # Compiled once for all weights of equal sizes, as a kernel's trace and lowering take their time.
@@ -313,19 +342,24 @@ def product(
     *,
     weight: Weight,
     settings: Settings,
+    after: Array | None = None,
 ) -> Float[Array, "split count features"]:
     """x [count, groups * 128] bf16 times the weight: [1, count, features] bf16, or [split, ...] float32 parts.
 
-    Raises NotImplementedError for what the kernel cannot do.
+    Parts only where those who share a contraction are not joined. `after` is an array that the call waits for and does
+    not read: what a benchmark chains calls with. Raises NotImplementedError for what the kernel cannot do.
     """
-    supported(weight, settings)
     count = x.shape[0]
+    supported(weight, settings, count)
     if count % 8:  # wgmma's tiles of x, which TMA cannot cut
         x = jnp.pad(x, ((0, -count % 8), (0, 0)))
     plan = plan_of(count, weight, settings)
-    dtype = jnp.dtype(jnp.float32 if settings.split > 1 else jnp.bfloat16)
+    parts = 1 if settings.joined else settings.split
+    dtype = jnp.dtype(jnp.float32 if parts > 1 else jnp.bfloat16)
     whole = 16 // dtype.itemsize  # TMA's rows are multiples of 16 bytes
-    features, line = -(-weight.features // whole) * whole, 128 // dtype.itemsize
+    features = weight.features if settings.joined else -(-weight.features // whole) * whole
+    line = 128 // dtype.itemsize
+    readers = settings.consumers // settings.along_k
     rings = Rings(
         x=plgpu.SMEM(
             (settings.x_slots, settings.tile_m, HALF),
@@ -333,24 +367,27 @@ def product(
             transforms=(plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(128)),
         ),
         words=plgpu.SMEM((settings.word_slots, plan.rows // tiling.ROWS, 256), jnp.int32),
-        out=plgpu.SMEM(
-            (settings.consumers, 2, BLOCK // line, min(CHUNK[dtype.itemsize], settings.tile_m), line),
+        out=plan.handover.scratch()
+        if plan.handover
+        else plgpu.SMEM(
+            (settings.consumers, 2, BLOCK // line, CHUNK[dtype.itemsize], line),
             dtype,
             transforms=(plgpu.SwizzleTransform(128),),
         ),
         x_full=plgpu.Barrier(num_barriers=settings.x_slots),
-        x_free=plgpu.ClusterBarrier(
-            collective_axes=("neighbour",), num_arrivals=settings.consumers, num_barriers=settings.x_slots
-        )
+        x_free=plgpu.ClusterBarrier(collective_axes=("neighbour",), num_arrivals=readers, num_barriers=settings.x_slots)
         if settings.cluster > 1
-        else plgpu.Barrier(num_arrivals=settings.consumers, num_barriers=settings.x_slots),
+        else plgpu.Barrier(num_arrivals=readers, num_barriers=settings.x_slots),
         words_full=plgpu.Barrier(num_barriers=settings.word_slots),
-        words_free=plgpu.Barrier(num_arrivals=settings.consumers, num_barriers=settings.word_slots),
+        words_free=plgpu.Barrier(num_arrivals=readers, num_barriers=settings.word_slots),
     )
-    clustered = dict(cluster=(settings.cluster,), cluster_names=("neighbour",)) if settings.cluster > 1 else {}
+    clustered: dict[str, Any] = {}
+    if settings.cluster > 1 or plan.handover:
+        size, name = (settings.split, "rank") if plan.handover else (settings.cluster, "neighbour")
+        clustered = dict(cluster=(size,), cluster_names=(name,))
     call = plgpu.kernel(
         functools.partial(_kernel, plan=plan, weight=weight, settings=settings),
-        out_type=jax.ShapeDtypeStruct((settings.split, count, features), dtype),
+        out_type=jax.ShapeDtypeStruct((count, features) if plan.handover else (parts, count, features), dtype),
         scratch_types=(rings,),
         grid=(plan.clusters,),
         grid_names=("program",),
@@ -364,9 +401,8 @@ def product(
         **clustered,
     )
     # Under vmap, one call after another: how a batch would become part of the grid of clusters was never tried.
-    out = jax.custom_batching.sequential_vmap(call)(
-        x if settings.exchange else arrange(x),
-        data.reshape(*data.shape[:2], -1),
-        scale,
-    )
+    refs = (x if settings.exchange else arrange(x), data.reshape(*data.shape[:2], -1), scale)
+    out = jax.custom_batching.sequential_vmap(call)(*refs, *(() if after is None else (after,)))
+    if plan.handover:
+        return out[None]
     return out[..., : weight.features] if features != weight.features else out

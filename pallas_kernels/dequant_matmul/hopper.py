@@ -1,0 +1,99 @@
+"""What the two kernels for Hopper share: what fits on the device, and how a thread loads its scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels import compat
+from pallas_kernels.compat import arith, ir
+from pallas_kernels.compat import mosaic_gpu as plgpu
+from pallas_kernels.dequant_matmul import tiling
+from pallas_kernels.dequant_matmul.ptx import add, array, asm, bits, place, thread, times, together, value
+from pallas_kernels.dequant_matmul.tiling import Weight
+
+BLOCK = 64
+"""Rows of the weight that a warpgroup works on at once."""
+AHEAD = 2
+"""Groups of a warpgroup whose scales are on their way to registers."""
+SHARED = 227 * 1024
+"""Bytes of shared memory that a program of Hopper may have."""
+BARRIERS = 2048
+"""Bytes of it that are left to barriers."""
+
+
+def supported(weight: Weight) -> None:
+    """Raise NotImplementedError where neither kernel can be used."""
+    if plgpu is None:
+        raise NotImplementedError(f"JAX {jax.__version__} has no Pallas Mosaic GPU backend")
+    if not compat.hopper():
+        raise NotImplementedError("these kernels are for Hopper alone")
+    if weight.order not in tiling.CONTRACTS or weight.group != tiling.GROUP:
+        raise NotImplementedError(f"only tiles of groups of {tiling.GROUP}, not {weight}")
+
+
+def fitting(programs: int, cluster: int) -> int:
+    """Clusters that run at once on as many multiprocessors.
+
+    Two always share a unit of the chip; of larger clusters an H100 was seen to hold 30 of 4 and 15 of 8 on its 132, as
+    its parts have 16 or 18 each, or fewer.
+    """
+    return programs // cluster if cluster <= 2 else programs * 10 // 11 // cluster
+
+
+def registers_of(consumers: int) -> tuple[int, int]:
+    """Registers a thread, in steps of 8: of the warpgroup that copies, and of those that multiply.
+
+    A launch gives each thread an equal part of Hopper's 64 Ki; what one gives back, the others may take.
+    """
+    groups, copying = consumers + 1, 40
+    all_of_them = 65536 // (128 * groups) // 8 * 8 * groups
+    return copying, min(232, (all_of_them - copying) // consumers // 8 * 8)
+
+
+def scales_of(tall: int, weight: Weight) -> Callable[[Any, Any, Any], Int[Array, " rows"]]:
+    """The scales of a group (16 bits each) for rows r and r + 8 of each warp, straight from memory."""
+    kind = plgpu.ShapeDtypeStruct((BLOCK * tall,), jnp.int32, plgpu.Layout.WGMMA.reduce(1))
+    scalar = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), scalar, scalar), return_type=kind)
+    def load(_: Any, ref: Any, row: Any, group: Any) -> Any:
+        lane, warp = thread()
+        first, group = add(row.registers.item(), times(warp, 16), bits(lane, 7, 2)), group.registers.item()
+        held = []
+        for late in range(0, BLOCK * tall, 8):
+            if late % BLOCK > 8:
+                continue
+            n = arith.minui(add(first, late), value(weight.features - 1))  # what lies beyond is not stored
+            if weight.order == "rows":
+                at = add(times(n, weight.groups), group)
+            else:
+                at = add(times(group, weight.features), n)
+            # With an effect, so that it is issued here, long before its use.
+            address = place(ref, at, ir.IntegerType.get_signless(16))
+            held.append(together(asm("ld.global.nc.u16 $0, [$1];", address, effects=True)))
+        return array(held, kind)
+
+    return load
+
+
+def unpacked(word: Any, pair: int) -> Any:
+    """Pair `pair` of a word, less 8, as two bf16; inside `inline_mgpu`, like the next two."""
+    # bf16 has eight bits of mantissa: 128 + q is an `or` with the exponent of 128.
+    word = arith.shrui(word, value(4 * pair)) if pair else word
+    raw = asm("lop3.b32 $0, $1, $2, $3, 0xEA;", word, 0x000F000F, 0x43004300)
+    return asm("fma.rn.bf16x2 $0, $1, $2, $3;", raw, 0x3F803F80, 0xC308C308)
+
+
+def twice(half: Any) -> Any:
+    """The lower 16 bits in both halves."""
+    return asm("prmt.b32 $0, $1, $1, 0x1010;", half)
+
+
+def scaled(pair: Any, factor: Any) -> Any:
+    """Two bf16 times two others, rounded once."""
+    return asm("fma.rn.bf16x2 $0, $1, $2, $3;", pair, factor, 0x80008000)
