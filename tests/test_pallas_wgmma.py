@@ -232,7 +232,7 @@ def test_on_the_device(rng: np.random.Generator, order: str, features: int, grou
     case = random_case(rng, features, groups * 128, 128, contract=tiling.CONTRACTS[order])
     data, weight = held(case, order)
     call = jax.jit(lambda x, d, s: wgmma.product(x, d, s, weight=weight, settings=settings))
-    for count in (5, 20, 64, 100, 513):
+    for count in (5, 100, 301):
         x = jnp.asarray(rng.normal(size=(count, case.width)), jnp.bfloat16)
         parts = call(x, data, case.scale)
         assert parts.shape == (1 if settings.joined else settings.split, count, features)
