@@ -62,13 +62,9 @@ def multiply(row: dict, x: Any, data: Any, scale: Any, after: Any) -> Any:
     if order == contract and n % 16:
         data = data[: n * k // 8]
     data = data.reshape(shapes[order])
-    if settings.pop("scale_tiles", False):
-        scale = scale.reshape(n // 16, k // group, 16)
-    else:
-        scale = scale.reshape((n, k // group) if order in ("last", "rows") else (k // group, n))
+    scale = scale.reshape((n, k // group) if order in ("last", "rows") else (k // group, n))
     held = "plain" if order == contract else order
     if row["kernel"] == "mma":
-        settings.pop("wide", None)
         weight = Weight(order, n, k // group, group)
         parts = mma.product(x, data, scale, weight=weight, settings=mma.Settings(**settings), after=after)
     elif row["kernel"] == "dot":
@@ -273,7 +269,6 @@ def check_rope(row: dict) -> float:
 
 def check(row: dict, y: Any, x: Any, data: Any, scale: Any) -> float:
     """Relative error of a sample of outputs against float64 of the dequantized weights."""
-    import jax
     import jax.numpy as jnp
     import numpy as np
 
@@ -289,15 +284,11 @@ def check(row: dict, y: Any, x: Any, data: Any, scale: Any) -> float:
     else:
         data = data[: n * k // 8].reshape((n, k // 8) if contract == "last" else (k // 8, n))
     data = data if contract == "last" else data.T
-    if row["settings"].get("scale_tiles"):
-        scale = scale.reshape(-1, k // group, 16).swapaxes(1, 2)
     scale = scale.reshape(n, k // group) if contract == "last" else scale.reshape(k // group, n).T
     generator = np.random.default_rng(0)
     sample = np.unique(np.concatenate([np.arange(40), np.arange(n - 40, n), generator.integers(0, n, 100)]))
     words, scales = np.asarray(data[jnp.asarray(sample)]), np.asarray(scale[jnp.asarray(sample)], np.float64)
     codes = ((words[:, :, None] >> np.asarray(SHIFTS, np.int32)) & 15).reshape(len(sample), k) - 8
-    if x.dtype == jnp.int32:
-        x = jax.lax.bitcast_convert_type(x, jnp.bfloat16).reshape(row["count"], k)
     want = np.asarray(x, np.float64) @ (codes * np.repeat(scales, group, axis=1)).T
     got = np.asarray(y[:, jnp.asarray(sample)], np.float64)
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
@@ -345,8 +336,6 @@ def arguments(row: dict) -> tuple[Any, ...]:
         return rope_arguments(row["k"], row["n"], row["group"], row["count"])
     held = pool(row["k"], row["n"], row["group"], copies_of(row))
     x = jax.random.normal(jax.random.key(7), (row["count"], row["k"]), jnp.bfloat16)
-    if row["settings"].get("wide"):
-        x = jax.lax.bitcast_convert_type(x.reshape(row["count"], -1, 2), jnp.int32)
     weights = held.dense if row["kernel"] == "bf16" else held.data
     return x, weights, held.scale
 

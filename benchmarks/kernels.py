@@ -229,21 +229,24 @@ def summarize(rows: list[dict], bandwidth: float) -> list[str]:
 
 
 def write_tuned(rows: list[dict], environment: dict, folder: Path) -> Path:
-    """The fastest right variant of each order, shape and M, as tuned.py reads it, and where it was measured; of wgmma,
-    which a GPU may lack, and of the others one each, the faster first.
+    """The fastest right variant of each order, shape and M, as tuned.py reads it, and where it was measured.
+
+    Where that is a kernel that only Hopper has, the fastest of the others stands behind it.
     """
     from pallas_kernels.dequant_matmul import tuned
 
     best: dict[Any, dict] = {}
     for row in rows:
-        # What was given x in a form that the product does not get it in says nothing about the product.
-        if row["kernel"] in tuned.SETTINGS and not {"wide", "scale_tiles"} & set(row["settings"]):
+        if row["kernel"] in tuned.SETTINGS:
             key = row["settings"].get("order", row["contract"]), row["k"], row["n"], row["count"]
-            key = *key, row["kernel"] == "wgmma"
+            key = *key, row["kernel"] in tuned.HOPPER
             if "net_us" in row and row.get("error", 1) < 4e-3 and row["net_us"] < best.get(key, row)["net_us"] + 1e-9:
                 best[key] = row
     found = []
-    for (order, k, n, count, _), row in sorted(best.items(), key=lambda item: (*item[0][:4], item[1]["net_us"])):
+    for (order, k, n, count, special), row in sorted(best.items(), key=lambda item: (*item[0][:4], item[1]["net_us"])):
+        other = best.get((order, k, n, count, False))
+        if special and other is not None and other["net_us"] <= row["net_us"]:
+            continue
         settings = {key: value for key, value in row["settings"].items() if key != "order"}
         us = round(row["net_us"], 2)
         found.append(dict(order=order, k=k, n=n, count=count, kernel=row["kernel"], settings=settings, us=us))

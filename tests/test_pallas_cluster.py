@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from pallas_kernels.dequant_matmul import cluster, hopper, tiling, tuned
+from pallas_kernels.dequant_matmul import cluster, hopper, tiling
 from pallas_kernels.dequant_matmul.cluster import Settings
 from pallas_kernels.dequant_matmul.handover import Handover
 from pallas_kernels.dequant_matmul.tiling import Weight
@@ -134,17 +134,6 @@ def test_it_lowers_for_hopper(
     assert lowered.as_text().count("mosaic_gpu_v2") == 1
 
 
-@pytest.mark.parametrize("count", [2, 8, 16, 40, 64])
-@pytest.mark.parametrize("order", ["rows", "groups"])
-@pytest.mark.parametrize(("features", "groups"), [(200, 1), (576, 9), (4096, 32), (6144, 32), (4096, 91)])
-def test_the_rule_fits(on_hopper: None, count: int, order: str, features: int, groups: int) -> None:
-    """Whatever a weight's size, the cut that the rule finds is one that the kernel can do."""
-    weight = Weight(order, features, groups, 128)
-    cut = tuned.cluster_cut(weight, count)
-    cluster.supported(weight, cut, count)
-    assert tuned.cluster_us(weight, count, cut) > 0
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("order", ["rows", "groups"])
 @pytest.mark.parametrize(
@@ -153,7 +142,7 @@ def test_the_rule_fits(on_hopper: None, count: int, order: str, features: int, g
         (128, 4, Settings()),
         (1001, 5, Settings(cluster=4, tall=2, slots=4)),
         (1001, 21, Settings(slots=12)),
-        (1480, 9, Settings(cluster=4, tall=2, programs=8)),  # several tiles a cluster
+        (1480, 9, Settings(cluster=4, tall=2, slots=4, programs=8)),  # several tiles a cluster
         (1480, 9, Settings(along_k=2, slots=4, folded=True, programs=4)),
         (1000, 20, Settings(cluster=8, tall=2)),
         (1000, 20, Settings(cluster=4, along_k=2, along_n=2, slots=4)),
@@ -169,7 +158,7 @@ def test_on_the_device(rng: np.random.Generator, order: str, features: int, grou
     case = random_case(rng, features, groups * 128, 128, contract=tiling.CONTRACTS[order])
     data, weight = tiling.tile(case.data, case.contract), Weight(order, features, groups, 128)
     call = jax.jit(lambda x, d, s: cluster.product(x, d, s, weight=weight, settings=settings))
-    for count in (5, 16, 40):
+    for count in (5, 16, 24):
         x = jnp.asarray(rng.normal(size=(count, case.width)), jnp.bfloat16)
         want = np.asarray(x).astype(np.float64) @ case.dense.T
         for _ in range(3):  # what a program left to the next one must not matter

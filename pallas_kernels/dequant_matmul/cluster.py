@@ -237,7 +237,7 @@ def product(
     plan = plan_of(count, weight, settings)
     consumers = settings.along_k * settings.along_n
     shared = Shared(
-        x=plgpu.SMEM((settings.slots, 8 * plan.columns, tiling.GROUP), jnp.bfloat16, transforms=(registers.LINES,)),
+        x=plgpu.SMEM((settings.slots, 8 * plan.columns, tiling.GROUP), jnp.bfloat16, transforms=(registers.lines(),)),
         words=plgpu.SMEM((settings.slots, plan.rows // tiling.ROWS, 256), jnp.int32),
         box=plan.handover.scratch(),
         slots_full=plgpu.Barrier(num_arrivals=2, num_barriers=settings.slots),

@@ -18,9 +18,12 @@ from pallas_kernels.compat import mosaic_gpu as plgpu
 from pallas_kernels.dequant_matmul.hopper import BLOCK, scaled, twice, unpacked
 from pallas_kernels.dequant_matmul.ptx import add, array, fma, part, place, thread, times, together, value
 
-LINES = plgpu.TilingTransform((8, 32)) if plgpu is not None else None
-"""How x lies in shared memory: the rows of a column, 32 contracted weights of each, which is what a warp reads at once
-(the four threads of a row hold one word of 8 each)."""
+
+def lines() -> Any:
+    """How x lies in shared memory: the rows of a column, 32 contracted weights of each, which is what a warp reads at
+    once (the four threads of a row hold one word of 8 each).
+    """
+    return plgpu.TilingTransform((8, 32))
 
 
 def _four() -> Any:
@@ -64,7 +67,7 @@ def multiplied(tall: int, columns: int, folded: bool) -> Callable[..., Float[Arr
     scales_kind = plgpu.Layout.WGMMA.reduce(1)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType((LINES,)), scales_kind, plgpu.Layout.WGMMA), return_type=kind
+        arg_types=(plgpu.RefType(), plgpu.RefType((lines(),)), scales_kind, plgpu.Layout.WGMMA), return_type=kind
     )
     def step(_: Any, words: Any, x: Any, scales: Any, total: Any) -> Any:
         lane, warp = thread()
@@ -82,7 +85,7 @@ def multiplied(tall: int, columns: int, folded: bool) -> Callable[..., Float[Arr
         ]
         spread = [[twice(part(factors[block, late], 0)) for late in (0, 1)] for block in range(tall)]
         for i in range(4):
-            lines = [
+            pieces = [
                 llvm.load(_four(), place(x, add(lane, 32 * (4 * column + i)), _four())) for column in range(columns)
             ]
             for block, half in itertools.product(range(tall), (0, 1)):
@@ -93,7 +96,7 @@ def multiplied(tall: int, columns: int, folded: bool) -> Callable[..., Float[Arr
                         number = scaled(number, spread[block][late])
                     a.append(number)
                 for column in range(columns):
-                    b = [part(lines[column], 2 * half + late_k) for late_k in (0, 1)]
+                    b = [part(pieces[column], 2 * half + late_k) for late_k in (0, 1)]
                     at = block * columns + column
                     products[at] = _mma(a, b, products[at])
         registers = []

@@ -92,7 +92,7 @@ class Handover:
         """Make the barriers ready and tell the cluster so: each warpgroup once, those that multiply first of all."""
         _opened(self)(box.full)
 
-    def around(self, box: Box, load: Callable[[], None]) -> None:
+    def around(self, box: Box, load: Callable[[], Any]) -> None:
         """`open`, `load` and `meet` for the warpgroup that copies, loading first where it can.
 
         With more than one tile it cannot: those that multiply would wait for it in `finish`, and it for their slots.

@@ -95,7 +95,7 @@ def _words(source: Source, weight: Weight, at: Threads, group: Array, settings: 
 def _x(x_ref: Any, weight: Weight, at: Threads, group: Array, column: int) -> list[list[Operand]]:
     """x for one column tile: [word of the thread][half of the word], the first of two registers each.
 
-    One 16-byte load a word where x comes as int32 pairs, two of 8 bytes where it is bf16.
+    One 16-byte load a word of `fragments`, two of 8 bytes else.
     """
     loaded: list[list[Operand]] = []
     if x_ref.ndim == 5:  # as `fragments` lays it out
@@ -109,18 +109,18 @@ def _x(x_ref: Any, weight: Weight, at: Threads, group: Array, column: int) -> li
             loaded.append([(piece, 0) for piece in pieces])
         return loaded
     m = jnp.minimum(at.row + 8 * column, x_ref.shape[0] - 1)
-    words, wide = weight.group // 8, x_ref.dtype == jnp.int32
+    words = weight.group // 8
     for i in range(-(-words // 4)):
         word = 4 * at.lane + i if weight.order == "last" else 4 * i + at.lane
-        first = (group * words + word) * (4 if wide else 8) + at.element
+        first = (group * words + word) * 8 + at.element
         pieces = []
-        for start in (0,) if wide else (0, 4):
+        for start in (0, 4):
             if weight.order == "first" and 4 * i + 4 > words:
                 mask = jnp.broadcast_to(word < words, (at.row.shape[0], 4))
                 pieces.append(compat.load(x_ref, (m, first + start), mask))
             else:
                 pieces.append(x_ref[m, first + start])
-        loaded.append([(pieces[0], 0), (pieces[0], 2)] if wide else [(piece, 0) for piece in pieces])
+        loaded.append([(piece, 0) for piece in pieces])
     return loaded
 
 
@@ -145,8 +145,6 @@ def _scales(source: Source, weight: Weight, at: Threads, group: Array) -> list[A
     else:
         rows = [16 * tile + at.row, 16 * tile + at.row + 8]
     of_row = []
-    if scale_ref.ndim == 3:  # [row tile, group, row]: the 16 of a tile side by side
-        rows, of_row = [], [scale_ref[tile, group, at.row + late].astype(jnp.float32) for late in (0, 8)]
     for n in rows:
         n = jnp.minimum(n, weight.features - 1)
         index = (group, n) if weight.order in ("first", "groups") else (n, group)
@@ -315,8 +313,8 @@ def product(
 ) -> Float[Array, "split count features"]:
     """x [1..16, groups * group] bf16 times the weight: [1, count, features] bf16, or [split, ...] float32 parts.
 
-    The scales of order "rows" may also come as [row tiles, groups, 16]. `after` is an array that the call waits for
-    and does not read: what a benchmark chains calls with. Raises NotImplementedError for what the kernel cannot do.
+    `after` is an array that the call waits for and does not read: what a benchmark chains calls with. Raises
+    NotImplementedError for what the kernel cannot do.
     """
     supported(weight, settings, x.shape[0])
     span = 32 if weight.order == "first" else 16

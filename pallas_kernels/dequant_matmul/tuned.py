@@ -2,15 +2,13 @@
 
 `tuned/<gpu>.json` is what `benchmarks/kernels.py --tune` wrote: the fastest variant per order, shape and rows of x. A
 shape that is not in the table (a pruned one, say) takes the kernel of the nearest that is, and its settings, but for
-those of wgmma.py: how many programs they make is what counts, and that is known for any shape.
+those of Hopper's kernels: how many programs they make is what counts, and that is known for any shape (hopper_cuts.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import re
@@ -20,7 +18,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import compat
-from pallas_kernels.dequant_matmul import cluster, dequantize, dot, hopper, mma, tiling, wgmma
+from pallas_kernels.dequant_matmul import cluster, dequantize, dot, hopper_cuts, mma, wgmma
 from pallas_kernels.dequant_matmul.tiling import CONTRACTS, Weight
 
 FOLDER = Path(__file__).parent / "tuned"
@@ -41,37 +39,6 @@ HOPPER: dict[str, Any] = {"cluster": cluster, "wgmma": wgmma}
 MOST_DOT = {"last": 256, "rows": 256, "first": 128, "groups": 128}
 """Rows of x up to which, by rule, unpacking in every tile of x beats dequantizing once. On an H100 `dot` won at 256 for
 "last" and lost for "first"; tiles, not measured there yet, take after the layout they come from."""
-
-FEW, SMALL = 64, 8192
-"""Rows of x up to which, by rule, a weight with more outputs than SMALL goes to `dot` on Hopper, too."""
-
-GROUP_US = {(256, 1): 1.40, (128, 1): 0.87, (64, 1): 0.76, (64, 2): 1.30}
-"""Of wgmma: tile_m and tall -> microseconds of a group in a program. With the other three, fitted to the 50 times from
-64 rows on of benchmarks/results/kernels-wgmma-h100.json, each of which they give to 20 %, all but two to 9 %."""
-TILE_US, LAUNCH_US = 0.55, 0.8
-"""Of a tile beside its groups, and of the launch."""
-PARTS_US = (3.1, 1.2)
-"""Of adding up parts: the launch, and each million numbers."""
-SLOTS = {(256, 1): (4, 4), (128, 1): (6, 6), (64, 1): (8, 8), (64, 2): (8, 4)}
-"""tile_m and tall -> x_slots and word_slots."""
-
-CLUSTER_US = (2.2, 1.7)
-"""Of the kernel of clusters: the launch, and each tile after another."""
-BLOCK_US = (0.08, 0.0425)
-"""Of a group of 64 rows of the weight in a program: its words, and each eight rows of x."""
-BYTES_US = 2.9e6
-"""Bytes of a weight that memory yields in a microsecond."""
-FEW_CUTS = (
-    cluster.Settings(slots=8),
-    cluster.Settings(tall=2, slots=8),
-    cluster.Settings(cluster=4, tall=3, slots=8),
-    cluster.Settings(cluster=4, tall=2, along_k=2, along_n=2, slots=4),
-)
-MORE_CUTS = (
-    cluster.Settings(along_k=2, slots=4, folded=True),
-    cluster.Settings(cluster=4, tall=1, along_k=2, slots=4, folded=True),
-)
-"""Cuts to choose from, up to 16 rows of x and from 17 on."""
 
 FAR = math.log(4)
 """A table's shape whose sides are further off than this factor, taken together, says nothing about another shape."""
@@ -101,7 +68,7 @@ def choices(weight: Weight, count: int, device_kind: str | None = None) -> list[
     """The same, and what to take in its stead where it turns out wrong, in that order."""
     rows = table(device_kind or jax.devices()[0].device_kind)
     found = [
-        nearest(rows, weight, count) or on_hopper(weight, count),
+        nearest(rows, weight, count) or hopper_cuts.choice(weight, count),
         nearest([row for row in rows if row["kernel"] not in HOPPER], weight, count),
         by_rule(weight, count),
         by_rule(weight, max(count, mma.MOST + 1)),
@@ -146,57 +113,8 @@ def nearest(rows: list[dict[str, Any]], weight: Weight, count: int) -> Choice | 
         # A kernel for few rows computes no more of them than there are; that alone is no other cut.
         asked = row["count"] if row["kernel"] == "cluster" else count
         if plan_of(row["count"], measured, settings) != plan_of(asked, weight, settings):
-            settings = (cluster_cut if row["kernel"] == "cluster" else hopper_cut)(weight, count)
+            settings = hopper_cuts.cut(row["kernel"], weight, count)
     return row["kernel"], settings
-
-
-def on_hopper(weight: Weight, count: int) -> Choice | None:
-    """wgmma for so many rows that it served better than what `by_rule` says, on one Hopper GPU."""
-    few = mma.MOST if weight.features <= SMALL else FEW
-    return ("wgmma", hopper_cut(weight, count)) if count > few else None
-
-
-def hopper_cut(weight: Weight, count: int) -> wgmma.Settings:
-    """How wgmma should take the least time, by what its programs took on an H100."""
-
-    def settings(tile: tuple[int, int], split: int) -> wgmma.Settings:
-        (tile_m, tall), (x_slots, word_slots) = tile, SLOTS[tile]
-        # Clusters read x once for two programs: worth it where there is much of it.
-        cluster = 2 if tile_m == 256 and count >= 1024 else 1
-        return wgmma.Settings(tile_m, tall, x_slots, word_slots, split, cluster)
-
-    # Tiles of 64 rows were timed alone, not several of them, which read a weight as often.
-    tiles = [tile for tile in SLOTS if tile[0] > 64 or count <= 128]
-    splits = [split for split in (1, 2, 4, 8) if split <= weight.groups]
-    cuts = itertools.starmap(settings, itertools.product(tiles, splits))
-    return min(cuts, key=functools.partial(hopper_us, weight, count))
-
-
-def cluster_cut(weight: Weight, count: int) -> cluster.Settings:
-    """How the kernel of clusters should take the least time, by what it took on an H100."""
-    able = []
-    for cut in FEW_CUTS if count <= mma.MOST else MORE_CUTS:
-        with contextlib.suppress(NotImplementedError):
-            cluster.supported(weight, cut, count)
-            able.append(cut)
-    return min(able or [MORE_CUTS[0]], key=functools.partial(cluster_us, weight, count))
-
-
-def cluster_us(weight: Weight, count: int, cut: cluster.Settings) -> float:
-    """Microseconds that the kernel of clusters takes on an H100, roughly."""
-    plan = cluster.plan_of(count, weight, cut)
-    rounds = -(-plan.tiles // plan.clusters)
-    work = rounds * plan.per_share * plan.rows / hopper.BLOCK * (BLOCK_US[0] + BLOCK_US[1] * plan.columns)
-    memory = weight.features * weight.groups * (tiling.GROUP / 2 + 2) / BYTES_US
-    return CLUSTER_US[0] + rounds * CLUSTER_US[1] + max(work, memory)
-
-
-def hopper_us(weight: Weight, count: int, cut: wgmma.Settings) -> float:
-    """Microseconds that wgmma takes on an H100, roughly."""
-    plan = wgmma.plan_of(count, weight, cut)
-    rounds = -(-plan.tiles * cut.split // plan.clusters)
-    parts = PARTS_US[0] + PARTS_US[1] * cut.split * count * weight.features / 1e6 if cut.split > 1 else 0.0
-    return LAUNCH_US + rounds * (plan.per_share * GROUP_US[cut.tile_m, cut.tall] + TILE_US) + parts
 
 
 def by_rule(weight: Weight, count: int) -> Choice:

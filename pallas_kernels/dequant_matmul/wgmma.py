@@ -179,7 +179,7 @@ def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: We
     def free(number: Array) -> None:
         plgpu.barrier_arrive(rings.x_free.at[jax.lax.rem(number, settings.x_slots)])
 
-    def one_tile(number: Array, m: Array, n: Array, share: Array, first: Array, groups: Array, done: Array) -> Array:
+    def one_tile(tile: Array, m: Array, n: Array, share: Array, first: Array, groups: Array, done: Array) -> Array:
         whole, n = n, n + n_part * BLOCK * tall
         # Groups are dealt in turn, through all tiles, so that a slot is always the same warpgroups'.
         skip = jax.lax.rem(k_part + along_k - jax.lax.rem(done, along_k), along_k)
@@ -229,7 +229,7 @@ def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: We
 
         total = pl.run_scoped(accumulate, plgpu.ACC((BLOCK * tall, tile_m), jnp.float32))
         if plan.handover:
-            plan.handover.finish(rings.out, out_ref, number, m, whole, total)
+            plan.handover.finish(rings.out, out_ref, tile, m, whole, total)
             return done + groups
         stores = [(block, start) for block in range(tall) for start in range(0, tile_m, chunk)]
         for number, (block, start) in enumerate(stores):

@@ -1,0 +1,98 @@
+"""The rule that cuts Hopper's kernels: it gives the times that were recorded, and picks what was about the fastest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pallas_kernels import compat
+from pallas_kernels.dequant_matmul import hopper_cuts, tuned
+from pallas_kernels.dequant_matmul.tiling import Weight
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+@pytest.fixture(autouse=True)
+def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for here is asked for an H100."""
+    if compat.mosaic_gpu is None:
+        pytest.skip("this JAX has no Mosaic GPU")
+    monkeypatch.setattr(compat, "capability", lambda: 9.0)
+    monkeypatch.setattr(compat, "cores", lambda: 132)
+
+
+@dataclasses.dataclass
+class Judged:
+    """What the records say of a rule."""
+
+    off: list[float]
+    """Of each recorded time: by what share the rule's is longer or shorter."""
+    slower: list[float]
+    """Of each shape and number of rows: time of the rule's pick over the least time."""
+
+
+def judged(kernel: str, alike: dict[str, Any], us: Callable[..., float], pick: Callable[..., Any]) -> Judged:
+    """Cuts that differ in the settings `alike` alone are one to the rule."""
+    times: dict[tuple[int, int, int], dict[Any, float]] = {}
+    off = []
+    for name in ("kernels-h100.json", "kernels-m128-h100.json"):
+        for row in json.loads((RESULTS / name).read_text())["rows"]:
+            if row["kernel"] != kernel or "net_us" not in row or row["count"] == 1:
+                continue
+            cut = tuned.SETTINGS[kernel](**{key: value for key, value in row["settings"].items() if key != "order"})
+            weight = Weight("rows", row["n"], row["k"] // 128, 128)
+            try:
+                off.append(us(weight, row["count"], cut) / row["net_us"] - 1)
+            except LookupError:
+                continue  # a tile that the rule leaves out
+            of_shape = times.setdefault((row["k"], row["n"], row["count"]), {})
+            cut = dataclasses.replace(cut, **alike)
+            of_shape[cut] = min(row["net_us"], of_shape.get(cut, row["net_us"]))
+    slower = []
+    for (k, n, count), of_shape in times.items():
+        cut = dataclasses.replace(pick(Weight("rows", n, k // 128, 128), count), **alike)
+        if cut in of_shape:
+            slower.append(of_shape[cut] / min(of_shape.values()))
+    return Judged(off, slower)
+
+
+def test_wgmma() -> None:
+    """Times of one run: the same cut was seen to differ by a fifth from one to another, so a few may be far off."""
+    found = judged("wgmma", dict(x_slots=4, word_slots=4, cluster=1), hopper_cuts.wgmma_us, hopper_cuts.wgmma_cut)
+    assert len(found.off) > 70
+    assert len(found.slower) > 15
+    assert np.mean(np.abs(found.off)) < 0.06
+    assert np.quantile(np.abs(found.off), 0.9) < 0.15
+    assert np.mean(found.slower) < 1.05
+    assert max(found.slower) < 1.25
+
+
+def test_cluster() -> None:
+    found = judged("cluster", dict(slots=8, folded=False), hopper_cuts.cluster_us, hopper_cuts.cluster_cut)
+    assert len(found.off) > 80
+    assert len(found.slower) == 15
+    assert np.mean(np.abs(found.off)) < 0.15
+    assert np.mean(found.slower) < 1.05
+    assert max(found.slower) < 1.2
+
+
+@pytest.mark.parametrize("order", ["rows", "groups"])
+@pytest.mark.parametrize("count", [2, 8, 16, 17, 40, 64, 65, 128, 1000])
+@pytest.mark.parametrize(("features", "groups"), [(64, 1), (576, 9), (4096, 32), (6144, 32), (4096, 91)])
+def test_whatever_it_chooses_can_run(order: str, count: int, features: int, groups: int) -> None:
+    weight = Weight(order, features, groups, 128)
+    found = hopper_cuts.choice(weight, count)
+    assert found is not None
+    kernel, cut = found
+    tuned.HOPPER[kernel].supported(weight, cut, count)
+
+
+def test_what_it_leaves_to_others() -> None:
+    for features, count in ((4096, 1), (28672, 16), (128256, 64)):
+        assert hopper_cuts.choice(Weight("rows", features, 32, 128), count) is None
