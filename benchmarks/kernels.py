@@ -3,7 +3,7 @@ is installed), and RoPE against gathered tables and a copy, in one run; writes a
 
     python benchmarks/kernels.py --json benchmarks/results/kernels-h100.json
     python benchmarks/kernels.py --only 4096x28672 M=1 --quick
-    python benchmarks/kernels.py --kernels bf16 wgmma --only M=256 --json benchmarks/results/kernels-m256-h100.json
+    python benchmarks/kernels.py --kernels bf16 wgmma --only M=128 --json benchmarks/results/kernels-m128-h100.json
     python benchmarks/kernels.py --record RESULT.json --tune pallas_kernels/dequant_matmul/tuned
 
 A time is the median of several runs of one jit that holds a chain of calls over distinct weights (more than the caches
