@@ -87,6 +87,17 @@ def rng(request: pytest.FixtureRequest, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(request.node.nodeid.encode())])
 
 
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 to choose and to lower for, if not to run on."""
+    from pallas_kernels import compat
+
+    if compat.mosaic_gpu is None:
+        pytest.skip("this JAX has no Mosaic GPU")
+    monkeypatch.setattr(compat, "capability", lambda: 9.0)
+    monkeypatch.setattr(compat, "cores", lambda: 132)
+
+
 @pytest.fixture(scope="session")
 def hf_folder(tmp_path_factory: pytest.TempPathFactory, seed: int) -> Callable[[str], Path]:
     """name of a published config -> folder of its tiny random model, saved by transformers, hub-style config.json.

@@ -21,14 +21,6 @@ ROUNDING = 4e-3
 LANES = np.arange(32)
 
 
-@pytest.fixture
-def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Hopper GPU to lower for, if not to run on."""
-    if compat.mosaic_gpu is None:
-        pytest.skip("this JAX has no Mosaic GPU")
-    monkeypatch.setattr(compat, "capability", lambda: 9.0)
-
-
 def test_a_warp_multiplies_words_as_they_lie(rng: np.random.Generator) -> None:
     """m16n8k16: lane 4 r + t holds rows r and r + 8 of A and row r of x, columns 2 t, 2 t + 1 and 8 further on."""
     case = random_case(rng, 16, 128, 128)

@@ -11,20 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pallas_kernels import compat
 from pallas_kernels.dequant_matmul import hopper_cuts, tuned
 from pallas_kernels.dequant_matmul.tiling import Weight
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
-@pytest.fixture(autouse=True)
-def h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked for here is asked for an H100."""
-    if compat.mosaic_gpu is None:
-        pytest.skip("this JAX has no Mosaic GPU")
-    monkeypatch.setattr(compat, "capability", lambda: 9.0)
-    monkeypatch.setattr(compat, "cores", lambda: 132)
+pytestmark = pytest.mark.usefixtures("on_hopper")
 
 
 @dataclasses.dataclass

@@ -235,16 +235,7 @@ def test_the_product_takes_tiles(rng: np.random.Generator, monkeypatch: pytest.M
 H100 = "NVIDIA H100 80GB HBM3"
 
 
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked for here is asked for an H100."""
-    if compat.mosaic_gpu is None:
-        pytest.skip("this JAX has no Mosaic GPU")
-    monkeypatch.setattr(compat, "capability", lambda: 9.0)
-    monkeypatch.setattr(compat, "cores", lambda: 132)
-
-
-def test_every_shipped_table_says_where_it_is_from_and_can_run(hopper: None) -> None:
+def test_every_shipped_table_says_where_it_is_from_and_can_run(on_hopper: None) -> None:
     paths = sorted(tuned.FOLDER.glob("*.json"))
     assert paths
     for path in paths:
@@ -286,7 +277,7 @@ def test_every_size_has_a_kernel(order: str, gpu: str, capability: float, monkey
             assert tuned.choose(weight, count, gpu)[0] in (("wgmma",) if hopper else others)
 
 
-def test_wgmma_is_for_tiles_of_hopper_alone(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wgmma_is_for_tiles_of_hopper_alone(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = Weight("groups", 4096, 32, 128)
     for gpu in (H100, "an unknown GPU"):
         assert tuned.choose(weight, 2048, gpu)[0] == "wgmma"
@@ -304,7 +295,7 @@ def test_wgmma_is_for_tiles_of_hopper_alone(hopper: None, monkeypatch: pytest.Mo
     assert tuned.choose(weight, 2048, H100)[0] == "dequantize"
 
 
-def test_few_rows_share_the_contraction_of_narrow_weights_alone(hopper: None) -> None:
+def test_few_rows_share_the_contraction_of_narrow_weights_alone(on_hopper: None) -> None:
     """On a Hopper GPU of which no table says anything."""
     for features, groups in ((28672, 32), (128256, 32)):
         weight = Weight("rows", features, groups, 128)
@@ -317,7 +308,7 @@ def test_few_rows_share_the_contraction_of_narrow_weights_alone(hopper: None) ->
         assert tuned.choose(weight, 64, "an unknown GPU")[0] in ("cluster", "wgmma")
 
 
-def test_a_measured_cut_serves_the_same_programs_only(hopper: None) -> None:
+def test_a_measured_cut_serves_the_same_programs_only(on_hopper: None) -> None:
     here = dict(order="groups", k=4096, n=4096, count=2048, kernel="wgmma")
     [row] = [row for row in tuned.table(tuned.slug(H100)) if here.items() <= row.items()]
     measured = wgmma.Settings(**row["settings"])

@@ -23,14 +23,6 @@ ROUNDING = 4e-3
 LANES = np.arange(32)
 
 
-@pytest.fixture
-def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Hopper GPU to lower for, if not to run on."""
-    if compat.mosaic_gpu is None:
-        pytest.skip("this JAX has no Mosaic GPU")
-    monkeypatch.setattr(compat, "capability", lambda: 9.0)
-
-
 def exchanged(words: np.ndarray) -> np.ndarray:
     """`_exchanged` for the 32 lanes of a warp, in numpy."""
     odd, upper = LANES % 2, LANES // 2 % 2

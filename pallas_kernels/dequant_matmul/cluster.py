@@ -158,8 +158,7 @@ def _multiply(scale_ref: Any, out_ref: Any, shared: Shared, plan: Plan, weight: 
 
     def one_tile(index: Array, n: Array, first: Array, groups: Array, done: Array) -> None:
         mine = n + n_part * BLOCK * tall
-        # Groups are dealt to the warpgroups in turn, through all tiles, so that a slot is always the same one's.
-        skip = jax.lax.rem(k_part + along_k - jax.lax.rem(done, along_k), along_k)
+        skip, rounds = hopper.dealt(k_part, along_k, done, groups)
 
         def scales_at(number: Array) -> Array:
             return load_scales(scale_ref, mine, jnp.minimum(first + skip + number * along_k, weight.groups - 1))
@@ -173,23 +172,7 @@ def _multiply(scale_ref: Any, out_ref: Any, shared: Shared, plan: Plan, weight: 
             plgpu.barrier_arrive(shared.slots_free.at[slot])
             return total, scales_at(number + AHEAD)
 
-        def some_groups(number: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            total, *scales = carry
-            # Each load lands where the scales just used were: to hand them from one to the next would wait for them.
-            for i in range(AHEAD):
-                total, scales[i] = one_group(AHEAD * number + i, total, scales[i])
-            return total, *scales
-
-        def last_group(number: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            total, scales, *later = carry
-            total, _ = one_group(number, total, scales)
-            return total, *later, later[-1]
-
-        rounds = jax.lax.div(jnp.maximum(groups - skip, 0) + along_k - 1, along_k)
-        whole = jax.lax.div(rounds, AHEAD)
-        carry = (nothing(), *(scales_at(jnp.int32(i)) for i in range(AHEAD)))
-        carry = jax.lax.fori_loop(0, whole, some_groups, carry)
-        total = jax.lax.fori_loop(AHEAD * whole, rounds, last_group, carry)[0]
+        total = hopper.in_turn(rounds, scales_at, one_group, nothing())
         plan.handover.finish(shared.box, out_ref, index, jnp.int32(0), n, total)
 
     _each_tile(plan, weight, settings, one_tile)

@@ -55,6 +55,41 @@ def registers_of(consumers: int) -> tuple[int, int]:
     return copying, min(232, (all_of_them - copying) // consumers // 8 * 8)
 
 
+def dealt(part: Array, parts: int, before: Array, groups: Array) -> tuple[Array, Array]:
+    """Of groups that `parts` warpgroups take in turn: which is the first of this one, and how many it takes.
+
+    `before` groups of other tiles were dealt already, in one series, so that a slot is always the same warpgroup's.
+    """
+    skip = jax.lax.rem(part + parts - jax.lax.rem(before, parts), parts)
+    return skip, jax.lax.div(jnp.maximum(groups - skip, 0) + parts - 1, parts)
+
+
+def in_turn(
+    rounds: Array, scales_at: Callable[[Array], Array], turn: Callable[..., tuple[Any, Array]], carry: Any
+) -> Any:
+    """turn(number, carry, scales) -> (carry, scales_at(number + AHEAD)) for each number below `rounds`; the last carry.
+
+    AHEAD turns are written out, so that a load lands where the scales just used were: to hand scales from one turn to
+    the next would wait for them.
+    """
+
+    def some(number: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        carry, *scales = state
+        for i in range(AHEAD):
+            carry, scales[i] = turn(AHEAD * number + i, carry, scales[i])
+        return carry, *scales
+
+    def last(number: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        carry, scales, *later = state
+        carry, _ = turn(number, carry, scales)
+        return carry, *later, later[-1]
+
+    whole = jax.lax.div(rounds, AHEAD)
+    state = (carry, *(scales_at(jnp.int32(i)) for i in range(AHEAD)))
+    state = jax.lax.fori_loop(0, whole, some, state)
+    return jax.lax.fori_loop(AHEAD * whole, rounds, last, state)[0]
+
+
 def scales_of(tall: int, weight: Weight) -> Callable[[Any, Any, Any], Int[Array, " rows"]]:
     """The scales of a group (16 bits each) for rows r and r + 8 of each warp, straight from memory."""
     kind = plgpu.ShapeDtypeStruct((BLOCK * tall,), jnp.int32, plgpu.Layout.WGMMA.reduce(1))

@@ -181,16 +181,14 @@ def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: We
 
     def one_tile(tile: Array, m: Array, n: Array, share: Array, first: Array, groups: Array, done: Array) -> Array:
         whole, n = n, n + n_part * BLOCK * tall
-        # Groups are dealt in turn, through all tiles, so that a slot is always the same warpgroups'.
-        skip = jax.lax.rem(k_part + along_k - jax.lax.rem(done, along_k), along_k)
-        rounds = jax.lax.div(jnp.maximum(groups - skip, 0) + along_k - 1, along_k)
+        skip, rounds = hopper.dealt(k_part, along_k, done, groups)
 
         def accumulate(sum_ref: Any) -> Array:
             def scales_at(number: Array) -> Array:
                 group = first + skip + number * along_k
                 return load_scales(scale_ref, n, jnp.minimum(group, weight.groups - 1))
 
-            def one_group(number: Array, scales: Array) -> Array:
+            def one_group(number: Array, nothing: tuple[()], scales: Array) -> tuple[tuple[()], Array]:
                 at = done + skip + number * along_k
                 slot = jax.lax.rem(at, settings.word_slots)
                 plgpu.barrier_wait(rings.words_full.at[slot])
@@ -209,20 +207,9 @@ def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: We
                         plgpu.barrier_arrive(rings.words_free.at[slot])
                     else:
                         pl.when(number > 0)(functools.partial(free, 2 * (at - along_k) + 1))
-                return scales
+                return nothing, scales
 
-            def some_groups(number: Array, scales: tuple[Array, ...]) -> tuple[Array, ...]:
-                # Each load lands where the scales just used were: to hand them on would wait for them.
-                return tuple(one_group(AHEAD * number + i, each) for i, each in enumerate(scales))
-
-            def last_group(number: Array, scales: tuple[Array, ...]) -> tuple[Array, ...]:
-                one_group(number, scales[0])
-                return (*scales[1:], scales[-1])
-
-            pairs = jax.lax.div(rounds, AHEAD)
-            scales = tuple(scales_at(jnp.int32(i)) for i in range(AHEAD))
-            scales = jax.lax.fori_loop(0, pairs, some_groups, scales)
-            jax.lax.fori_loop(AHEAD * pairs, rounds, last_group, scales)
+            hopper.in_turn(rounds, scales_at, one_group, ())
             plgpu.wgmma_wait(0)
             pl.when(rounds > 0)(lambda: free(2 * (done + skip + (rounds - 1) * along_k) + 1))
             return sum_ref[...]
