@@ -165,18 +165,16 @@ def wgmma_cuts(k: int, n: int, count: int) -> list[dict[str, Any]]:
             tile | dict(x_slots=6, word_slots=4, consumers=4),
         ]
     deep = 8 if count <= 64 else 6
-    return [
+    cuts = [
         tile | dict(split=split, x_slots=deep, word_slots=deep),
-        tile | dict(x_slots=8, word_slots=6, consumers=4, split=2 * split),
         tile | dict(x_slots=4, word_slots=4, **joined(2)),
         tile | dict(x_slots=4, word_slots=3, consumers=3, **joined(4)),
-        tile | dict(x_slots=4, word_slots=4, consumers=4, along_k=2, **joined(2)),
-        tile | dict(x_slots=8, word_slots=4, consumers=4, along_k=2, **joined(2)),
-        tile | dict(x_slots=4, word_slots=4, consumers=2, along_k=2, **joined(2)),
         tile | dict(x_slots=8, word_slots=4, consumers=2, along_k=2, **joined(2)),
-        tile | dict(x_slots=8, word_slots=4, consumers=4, along_k=4, **joined(2)),
-        tile | dict(x_slots=4, word_slots=4, consumers=4, along_k=2, **joined(4)),
     ]
+    if count <= 64:
+        cuts.append(tile | dict(x_slots=8, word_slots=6, consumers=4, split=2 * split))
+        cuts.append(tile | dict(x_slots=8, word_slots=4, consumers=4, along_k=2, **joined(2)))
+    return cuts
 
 
 def joined(programs: int) -> dict[str, Any]:
@@ -188,28 +186,19 @@ def cluster_cuts(n: int, count: int) -> list[dict[str, Any]]:
     """Cuts of the kernel whose clusters share a contraction."""
     if count > 16:
         return [
-            dict(slots=8, folded=True),
-            dict(slots=4, folded=True),
             dict(along_k=2, slots=4, folded=True),
             dict(along_k=2, slots=6, folded=True),
+            dict(slots=4, folded=True),
         ]
     if n > 8192:
-        return [
-            dict(slots=8),
-            dict(tall=2, slots=8),
-            dict(cluster=4, tall=3, slots=8),
-            dict(cluster=4, tall=2, slots=8),
-        ]
+        return [dict(cluster=4, tall=3, slots=8), dict(cluster=4, tall=2, slots=8), dict(tall=2, slots=8)]
     return [
         dict(slots=8),
-        dict(slots=4),
         dict(slots=12),
-        dict(along_k=2, slots=6),
-        dict(along_k=2, along_n=2, slots=6),
-        dict(tall=2, slots=8),
         dict(slots=8, folded=True),
+        dict(along_k=2, slots=6),
+        dict(tall=2, slots=8),
         dict(cluster=4, tall=2, along_k=2, along_n=2, slots=4),
-        dict(cluster=4, tall=3, slots=8),
     ]
 
 
@@ -250,6 +239,9 @@ def odd_sizes() -> list[dict]:
                 rows.append(make(64, "dequantize"))
                 rows.append(make(100, "wgmma", tile_m=64, tall=2, split=3, x_slots=8))
                 rows.append(make(301, "wgmma", tile_m=256, cluster=2))
+                rows.append(make(100, "wgmma", tile_m=64, x_slots=8, consumers=4, along_k=2, **joined(4)))
+                rows.append(make(count, "cluster"))
+                rows.append(make(40, "cluster", cluster=4, along_k=2, slots=4, folded=True))
     rows = [row | {"check_only": True} for row in rows]
     return list({name(row): row for row in rows}.values())
 
@@ -289,7 +281,7 @@ def probes() -> list[dict]:
     """
     blank = dict(k=0, n=0, count=0, group=0, contract="", settings={})
     checks = [(kernel, order) for kernel in ("mma", "dot") for order in ("rows", "groups", "last", "first")]
-    checks += [(kernel, order) for kernel in ("dequantize", "wgmma") for order in ("rows", "groups")]
+    checks += [(kernel, order) for kernel in ("dequantize", "cluster", "wgmma") for order in ("rows", "groups")]
     large = [dict(rows=count, width=width) for count in (256, 2048) for width in sorted({k for k, _ in SHAPES})]
     return [
         blank | {"kernel": "launch: pallas"},
