@@ -22,7 +22,7 @@ from pallas_kernels.compat import pl
 from pallas_kernels.dequant_matmul import cluster_registers as registers
 from pallas_kernels.dequant_matmul import hopper, tiling
 from pallas_kernels.dequant_matmul.handover import Box, Handover
-from pallas_kernels.dequant_matmul.hopper import AHEAD, BARRIERS, BLOCK, SHARED, fitting, registers_of
+from pallas_kernels.dequant_matmul.hopper import BARRIERS, BLOCK, SHARED, fitting, registers_of
 from pallas_kernels.dequant_matmul.tiling import Weight
 
 MOST = 64
@@ -163,14 +163,14 @@ def _multiply(scale_ref: Any, out_ref: Any, shared: Shared, plan: Plan, weight: 
         def scales_at(number: Array) -> Array:
             return load_scales(scale_ref, mine, jnp.minimum(first + skip + number * along_k, weight.groups - 1))
 
-        def one_group(number: Array, total: Array, scales: Array) -> tuple[Array, Array]:
+        def one_group(number: Array, total: Array, scales: Array, load: Callable[[], Array]) -> tuple[Array, Array]:
             group = skip + number * along_k
             slot = jax.lax.rem(done + group, settings.slots)
             plgpu.barrier_wait(shared.slots_full.at[slot])
             words = shared.words.at[slot, pl.ds(4 * tall * n_part, 4 * tall)]
             total = step(words, shared.x.at[slot], scales, total)
             plgpu.barrier_arrive(shared.slots_free.at[slot])
-            return total, scales_at(number + AHEAD)
+            return total, load()
 
         total = hopper.in_turn(rounds, scales_at, one_group, nothing())
         plan.handover.finish(shared.box, out_ref, index, jnp.int32(0), n, total)

@@ -65,28 +65,43 @@ def dealt(part: Array, parts: int, before: Array, groups: Array) -> tuple[Array,
 
 
 def in_turn(
-    rounds: Array, scales_at: Callable[[Array], Array], turn: Callable[..., tuple[Any, Array]], carry: Any
+    rounds: Array,
+    scales_at: Callable[[Array], Array],
+    turn: Callable[..., tuple[Any, Array]],
+    carry: Any,
+    written_out: bool = True,
 ) -> Any:
-    """turn(number, carry, scales) -> (carry, scales_at(number + AHEAD)) for each number below `rounds`; the last carry.
+    """turn(number, carry, scales, load) -> (carry, load()) for each number below `rounds`; returns the last carry.
 
-    AHEAD turns are written out, so that a load lands where the scales just used were: to hand scales from one turn to
-    the next would wait for them.
+    `load` asks for the scales of AHEAD turns later. To hand loaded scales from one turn to the next waits for them,
+    which short turns feel: then AHEAD of them are written out, so that a load lands where the scales just used were.
+    That is three times as much to compile.
     """
+    first = [scales_at(jnp.int32(i)) for i in range(AHEAD)]
+
+    def one(number: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        carry, scales, *later = state
+        loaded = scales_at(number + AHEAD)
+        carry, _ = turn(number, carry, scales, lambda: loaded)
+        return carry, *later, loaded
+
+    if not written_out:
+        return jax.lax.fori_loop(0, rounds, one, (carry, *first))[0]
 
     def some(number: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
         carry, *scales = state
         for i in range(AHEAD):
-            carry, scales[i] = turn(AHEAD * number + i, carry, scales[i])
+            at = AHEAD * number + i
+            carry, scales[i] = turn(at, carry, scales[i], lambda at=at: scales_at(at + AHEAD))
         return carry, *scales
 
     def last(number: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
         carry, scales, *later = state
-        carry, _ = turn(number, carry, scales)
+        carry, _ = turn(number, carry, scales, lambda: scales)
         return carry, *later, later[-1]
 
     whole = jax.lax.div(rounds, AHEAD)
-    state = (carry, *(scales_at(jnp.int32(i)) for i in range(AHEAD)))
-    state = jax.lax.fori_loop(0, whole, some, state)
+    state = jax.lax.fori_loop(0, whole, some, (carry, *first))
     return jax.lax.fori_loop(AHEAD * whole, rounds, last, state)[0]
 
 

@@ -26,7 +26,7 @@ from pallas_kernels.compat import pl
 from pallas_kernels.dequant_matmul import hopper, tiling
 from pallas_kernels.dequant_matmul import wgmma_registers as registers
 from pallas_kernels.dequant_matmul.handover import Handover
-from pallas_kernels.dequant_matmul.hopper import AHEAD, BARRIERS, BLOCK, SHARED, fitting, registers_of
+from pallas_kernels.dequant_matmul.hopper import BARRIERS, BLOCK, SHARED, fitting, registers_of
 from pallas_kernels.dequant_matmul.tiling import Weight
 from pallas_kernels.dequant_matmul.wgmma_registers import CHUNK, HALF
 
@@ -188,7 +188,9 @@ def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: We
                 group = first + skip + number * along_k
                 return load_scales(scale_ref, n, jnp.minimum(group, weight.groups - 1))
 
-            def one_group(number: Array, nothing: tuple[()], scales: Array) -> tuple[tuple[()], Array]:
+            def one_group(
+                number: Array, nothing: tuple[()], scales: Array, load: Callable[[], Array]
+            ) -> tuple[tuple[()], Array]:
                 at = done + skip + number * along_k
                 slot = jax.lax.rem(at, settings.word_slots)
                 plgpu.barrier_wait(rings.words_full.at[slot])
@@ -196,7 +198,7 @@ def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: We
                 for half in (0, 1):
                     weights = unpack(words[half], scales)
                     if half:
-                        scales = scales_at(number + AHEAD)
+                        scales = load()
                     x_slot = jax.lax.rem(2 * at + half, settings.x_slots)
                     plgpu.barrier_wait(rings.x_full.at[x_slot])
                     plgpu.wgmma(sum_ref, weights, rings.x.at[x_slot].transpose((1, 0)))
@@ -209,7 +211,8 @@ def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: We
                         pl.when(number > 0)(functools.partial(free, 2 * (at - along_k) + 1))
                 return nothing, scales
 
-            hopper.in_turn(rounds, scales_at, one_group, ())
+            # With 256 rows of x a turn takes longer than memory does to yield scales.
+            hopper.in_turn(rounds, scales_at, one_group, (), written_out=tile_m < 256)
             plgpu.wgmma_wait(0)
             pl.when(rounds > 0)(lambda: free(2 * (done + skip + (rounds - 1) * along_k) + 1))
             return sum_ref[...]
