@@ -47,7 +47,8 @@ def multiply(row: dict, x: Any, data: Any, scale: Any, after: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.dequant_matmul import cluster, dequant_matmul, dequantize, dot, mma, pallas, plain, wgmma
+    from pallas_kernels.dequant_matmul import dequant_matmul, dequantize, dot, mma, pallas, plain
+    from pallas_kernels.dequant_matmul.hopper import cluster, wgmma
     from pallas_kernels.dequant_matmul.tiling import Weight
 
     k, n, group, contract = row["k"], row["n"], row["group"], row["contract"]

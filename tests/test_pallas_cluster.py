@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from pallas_kernels.dequant_matmul import cluster, hopper, tiling
-from pallas_kernels.dequant_matmul.cluster import Settings
-from pallas_kernels.dequant_matmul.handover import Handover
+from pallas_kernels.dequant_matmul import tiling
+from pallas_kernels.dequant_matmul.hopper import cluster, common
+from pallas_kernels.dequant_matmul.hopper.cluster import Settings
+from pallas_kernels.dequant_matmul.hopper.handover import Handover
 from pallas_kernels.dequant_matmul.tiling import Weight
 from tests.pallas_cases import nvidia, random_case, relative
 
@@ -74,7 +75,7 @@ def test_plans(on_hopper: None) -> None:
 
 
 def test_clusters_of_more_than_two_do_not_fit_everywhere() -> None:
-    assert [hopper.fitting(132, size) for size in (2, 4, 8)] == [66, 30, 15]
+    assert [common.fitting(132, size) for size in (2, 4, 8)] == [66, 30, 15]
 
 
 def test_what_is_refused(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:

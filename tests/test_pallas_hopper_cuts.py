@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pallas_kernels.dequant_matmul import hopper_cuts, tuned
+from pallas_kernels.dequant_matmul import tuned
+from pallas_kernels.dequant_matmul.hopper import cuts
 from pallas_kernels.dequant_matmul.tiling import Weight
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -57,7 +58,7 @@ def judged(kernel: str, alike: dict[str, Any], us: Callable[..., float], pick: C
 
 def test_wgmma() -> None:
     """Times of one run: the same cut was seen to differ by a fifth from one to another, so a few may be far off."""
-    found = judged("wgmma", dict(x_slots=4, word_slots=4, cluster=1), hopper_cuts.wgmma_us, hopper_cuts.wgmma_cut)
+    found = judged("wgmma", dict(x_slots=4, word_slots=4, cluster=1), cuts.wgmma_us, cuts.wgmma_cut)
     assert len(found.off) > 70
     assert len(found.slower) > 15
     assert np.mean(np.abs(found.off)) < 0.06
@@ -67,7 +68,7 @@ def test_wgmma() -> None:
 
 
 def test_cluster() -> None:
-    found = judged("cluster", dict(slots=8, folded=False), hopper_cuts.cluster_us, hopper_cuts.cluster_cut)
+    found = judged("cluster", dict(slots=8, folded=False), cuts.cluster_us, cuts.cluster_cut)
     assert len(found.off) > 80
     assert len(found.slower) == 15
     assert np.mean(np.abs(found.off)) < 0.15
@@ -80,7 +81,7 @@ def test_cluster() -> None:
 @pytest.mark.parametrize(("features", "groups"), [(64, 1), (576, 9), (4096, 32), (6144, 32), (4096, 91)])
 def test_whatever_it_chooses_can_run(order: str, count: int, features: int, groups: int) -> None:
     weight = Weight(order, features, groups, 128)
-    found = hopper_cuts.choice(weight, count)
+    found = cuts.choice(weight, count)
     assert found is not None
     kernel, cut = found
     tuned.HOPPER[kernel].supported(weight, cut, count)
@@ -88,4 +89,4 @@ def test_whatever_it_chooses_can_run(order: str, count: int, features: int, grou
 
 def test_what_it_leaves_to_others() -> None:
     for features, count in ((4096, 1), (28672, 16), (128256, 64)):
-        assert hopper_cuts.choice(Weight("rows", features, 32, 128), count) is None
+        assert cuts.choice(Weight("rows", features, 32, 128), count) is None

@@ -16,11 +16,9 @@ from hypothesis import strategies as st
 from pallas_kernels import compat, dispatch
 from pallas_kernels.dequant_matmul import (
     api,
-    cluster,
     dequant_matmul,
     dequantize,
     dot,
-    hopper_cuts,
     mma,
     pallas,
     reference,
@@ -28,9 +26,8 @@ from pallas_kernels.dequant_matmul import (
     shares,
     tiling,
     tuned,
-    wgmma,
 )
-from pallas_kernels.dequant_matmul import hopper as hopper_kernels
+from pallas_kernels.dequant_matmul.hopper import cluster, common, cuts, wgmma
 from pallas_kernels.dequant_matmul.tiling import Weight
 from tests.pallas_cases import Case, nvidia, random_case, relative
 
@@ -214,7 +211,7 @@ def test_dequantizing_is_exact(rng: np.random.Generator, order: str) -> None:
 def test_the_product_takes_tiles(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """A padded last group, many rows, and the reference's gradient."""
     monkeypatch.setattr(tuned, "MOST_DOT", dict.fromkeys(tuned.MOST_DOT, 16))
-    monkeypatch.setattr(hopper_cuts, "choice", lambda *_: None)
+    monkeypatch.setattr(cuts, "choice", lambda *_: None)
     case = random_case(rng, 30, 300, 128, contract="first")
     tiles, _ = held(case, "groups")
     x, options = random_x(rng, 18, 300), case.options | dict(order="groups")
@@ -291,7 +288,7 @@ def test_wgmma_is_for_tiles_of_hopper_alone(on_hopper: None, monkeypatch: pytest
         monkeypatch.setattr(compat, "capability", lambda capability=capability: capability)
         assert tuned.choose(weight, 2048, H100) == ("dequantize", dequantize.Settings(groups=4, warps=4))
     monkeypatch.setattr(compat, "capability", lambda: 9.0)
-    monkeypatch.setattr(hopper_kernels, "plgpu", None)
+    monkeypatch.setattr(common, "plgpu", None)
     assert tuned.choose(weight, 2048, H100)[0] == "dequantize"
 
 
@@ -312,18 +309,18 @@ def test_a_measured_cut_serves_the_same_programs_only(on_hopper: None) -> None:
     here = dict(order="groups", k=4096, n=4096, count=2048, kernel="wgmma")
     [row] = [row for row in tuned.table(tuned.slug(H100)) if here.items() <= row.items()]
     measured = wgmma.Settings(**row["settings"])
-    assert measured != hopper_cuts.wgmma_cut(Weight("groups", 4096, 32, 128), 2048)
+    assert measured != cuts.wgmma_cut(Weight("groups", 4096, 32, 128), 2048)
     for features, count, same in ((4096, 2048, True), (4090, 1800, True), (4096, 300, False), (3000, 2048, False)):
         weight = Weight("groups", features, 32, 128)
-        cut = measured if same else hopper_cuts.wgmma_cut(weight, count)
+        cut = measured if same else cuts.wgmma_cut(weight, count)
         assert tuned.choose(weight, count, H100) == ("wgmma", cut)
     # Sixteen tiles of the weight would leave most of the GPU alone.
-    assert hopper_cuts.wgmma_cut(Weight("groups", 2048, 32, 128), 64).split > 1
-    assert hopper_cuts.wgmma_cut(Weight("groups", 2048, 1, 128), 64).split == 1
+    assert cuts.wgmma_cut(Weight("groups", 2048, 32, 128), 64).split > 1
+    assert cuts.wgmma_cut(Weight("groups", 2048, 1, 128), 64).split == 1
     # Pruned rows need other clusters, as do pruned contractions; fewer rows of x do not.
     for features, groups, count, same in ((4096, 112, 16, True), (4096, 112, 11, True), (4096, 73, 16, False)):
         weight = Weight("groups", features, groups, 128)
-        cut = cluster.Settings(folded=True) if same else hopper_cuts.cluster_cut(weight, count)
+        cut = cluster.Settings(folded=True) if same else cuts.cluster_cut(weight, count)
         assert tuned.choose(weight, count, H100) == ("cluster", cut)
 
 

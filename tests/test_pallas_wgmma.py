@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from pallas_kernels.dequant_matmul import dequant_matmul, hopper, tiling, wgmma, wgmma_registers
-from pallas_kernels.dequant_matmul.handover import Handover
+from pallas_kernels.dequant_matmul import dequant_matmul, tiling
+from pallas_kernels.dequant_matmul.hopper import common, wgmma, wgmma_registers
+from pallas_kernels.dequant_matmul.hopper.handover import Handover
+from pallas_kernels.dequant_matmul.hopper.wgmma import Settings
 from pallas_kernels.dequant_matmul.tiling import Weight
-from pallas_kernels.dequant_matmul.wgmma import Settings
 from tests.pallas_cases import Case, nvidia, random_case, relative
 
 ROUNDING = 4e-3
@@ -90,7 +91,7 @@ def test_plans_cover_every_tile() -> None:
 @pytest.mark.parametrize("consumers", [2, 3, 4])
 def test_registers_are_those_of_the_launch(consumers: int) -> None:
     """A thread cannot take what no other gave back: the warpgroup that asks would wait for ever."""
-    copying, multiplying = hopper.registers_of(consumers)
+    copying, multiplying = common.registers_of(consumers)
     given = 65536 // (128 * (consumers + 1)) // 8 * 8
     assert copying % 8 == multiplying % 8 == 0
     assert copying <= given <= multiplying

@@ -1,8 +1,8 @@
 """The GPU's product: picks the kernel for this weight and number of rows, and gives all of them one gradient.
 
-bf16 rows times 4 bits go to mma.py, dot.py, cluster.py or wgmma.py or, from some hundreds of rows where there is no
-wgmma, to XLA over a weight dequantized once (tuned.py decides, selfcheck.py may overrule it); every other dtype, 8 bits
-and odd groups to plain.py.
+bf16 rows times 4 bits go to mma.py, dot.py, hopper/cluster.py or hopper/wgmma.py or, from some hundreds of rows where
+there is no wgmma, to XLA over a weight dequantized once (tuned.py decides, selfcheck.py may overrule it); every other
+dtype, 8 bits and odd groups to plain.py.
 """
 
 from __future__ import annotations
@@ -16,18 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, packing
-from pallas_kernels.dequant_matmul import (
-    cluster,
-    dequantize,
-    dot,
-    mma,
-    plain,
-    reference,
-    selfcheck,
-    tiling,
-    tuned,
-    wgmma,
-)
+from pallas_kernels.dequant_matmul import dequantize, dot, mma, plain, reference, selfcheck, tiling, tuned
+from pallas_kernels.dequant_matmul.hopper import cluster, wgmma
 from pallas_kernels.dequant_matmul.plain import Weight
 from pallas_kernels.dequant_matmul.tiling import Weight as Tiled
 

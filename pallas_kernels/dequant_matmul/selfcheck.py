@@ -1,7 +1,7 @@
 """Whether a kernel computes the right product on this device, by a small one that is run once a process.
 
-Which elements a thread holds is a property of Triton's layouts, not a promise, and mma.py rests on it, as wgmma.py and
-cluster.py do on what is no public interface of JAX; the other kernels are checked with the same few lines, so that a
+Which elements a thread holds is a property of Triton's layouts, not a promise, and mma.py rests on it, as what is in
+hopper/ does on what is no public interface of JAX; the other kernels are checked with the same few lines, so that a
 compiler that gets one wrong costs time and not sense.
 """
 
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import compat, packing
-from pallas_kernels.dequant_matmul import cluster, dequantize, dot, mma, tiling, wgmma
+from pallas_kernels.dequant_matmul import dequantize, dot, mma, tiling
+from pallas_kernels.dequant_matmul.hopper import cluster, wgmma
 from pallas_kernels.dequant_matmul.tiling import Weight
 
 BOUND = 1e-2

@@ -2,7 +2,7 @@
 
 `tuned/<gpu>.json` is what `benchmarks/kernels.py --tune` wrote: the fastest variant per order, shape and rows of x. A
 shape that is not in the table (a pruned one, say) takes the kernel of the nearest that is, and its settings, but for
-those of Hopper's kernels: how many programs they make is what counts, and that is known for any shape (hopper_cuts.py).
+those of Hopper's kernels: how many programs they make is what counts, and that is known for any shape (cuts.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import jax
 
 from pallas_kernels import compat
-from pallas_kernels.dequant_matmul import cluster, dequantize, dot, hopper_cuts, mma, wgmma
+from pallas_kernels.dequant_matmul import dequantize, dot, mma
+from pallas_kernels.dequant_matmul.hopper import cluster, cuts, wgmma
 from pallas_kernels.dequant_matmul.tiling import CONTRACTS, Weight
 
 FOLDER = Path(__file__).parent / "tuned"
@@ -68,7 +69,7 @@ def choices(weight: Weight, count: int, device_kind: str | None = None) -> list[
     """The same, and what to take in its stead where it turns out wrong, in that order."""
     rows = table(device_kind or jax.devices()[0].device_kind)
     found = [
-        nearest(rows, weight, count) or hopper_cuts.choice(weight, count),
+        nearest(rows, weight, count) or cuts.choice(weight, count),
         nearest([row for row in rows if row["kernel"] not in HOPPER], weight, count),
         by_rule(weight, count),
         by_rule(weight, max(count, mma.MOST + 1)),
@@ -113,7 +114,7 @@ def nearest(rows: list[dict[str, Any]], weight: Weight, count: int) -> Choice | 
         # A kernel for few rows computes no more of them than there are; that alone is no other cut.
         asked = row["count"] if row["kernel"] == "cluster" else count
         if plan_of(row["count"], measured, settings) != plan_of(asked, weight, settings):
-            settings = hopper_cuts.cut(row["kernel"], weight, count)
+            settings = cuts.cut(row["kernel"], weight, count)
     return row["kernel"], settings
 
 

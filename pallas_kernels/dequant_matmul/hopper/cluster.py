@@ -19,10 +19,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import compat
 from pallas_kernels.compat import mosaic_gpu as plgpu
 from pallas_kernels.compat import pl
-from pallas_kernels.dequant_matmul import cluster_registers as registers
-from pallas_kernels.dequant_matmul import hopper, tiling
-from pallas_kernels.dequant_matmul.handover import Box, Handover
-from pallas_kernels.dequant_matmul.hopper import BARRIERS, BLOCK, SHARED, fitting, registers_of
+from pallas_kernels.dequant_matmul import tiling
+from pallas_kernels.dequant_matmul.hopper import cluster_registers as registers
+from pallas_kernels.dequant_matmul.hopper import common
+from pallas_kernels.dequant_matmul.hopper.common import BARRIERS, BLOCK, SHARED, fitting, registers_of
+from pallas_kernels.dequant_matmul.hopper.handover import Box, Handover
 from pallas_kernels.dequant_matmul.tiling import Weight
 
 MOST = 64
@@ -95,7 +96,7 @@ def shared_bytes(plan: Plan, settings: Settings) -> int:
 
 def supported(weight: Weight, settings: Settings, count: int) -> None:
     """Raise NotImplementedError for what the kernel cannot do."""
-    hopper.supported(weight)
+    common.supported(weight)
     if not 0 < count <= MOST:
         raise NotImplementedError(f"up to {MOST} rows of x, not {count}")
     if settings.cluster not in (2, 4, 8) or (4 * settings.tall * settings.along_n) % settings.cluster:
@@ -152,13 +153,13 @@ def _multiply(scale_ref: Any, out_ref: Any, shared: Shared, plan: Plan, weight: 
     me = jax.lax.axis_index("warpgroup")
     along_k, tall = settings.along_k, settings.tall
     k_part, n_part = jax.lax.rem(me, along_k), jax.lax.div(me, along_k)
-    load_scales = hopper.scales_of(tall, weight)
+    load_scales = common.scales_of(tall, weight)
     nothing = registers.nothing(tall, plan.columns)
     step = registers.multiplied(tall, plan.columns, settings.folded)
 
     def one_tile(index: Array, n: Array, first: Array, groups: Array, done: Array) -> None:
         mine = n + n_part * BLOCK * tall
-        skip, rounds = hopper.dealt(k_part, along_k, done, groups)
+        skip, rounds = common.dealt(k_part, along_k, done, groups)
 
         def scales_at(number: Array) -> Array:
             return load_scales(scale_ref, mine, jnp.minimum(first + skip + number * along_k, weight.groups - 1))
@@ -172,7 +173,7 @@ def _multiply(scale_ref: Any, out_ref: Any, shared: Shared, plan: Plan, weight: 
             plgpu.barrier_arrive(shared.slots_free.at[slot])
             return total, load()
 
-        total = hopper.in_turn(rounds, scales_at, one_group, nothing())
+        total = common.in_turn(rounds, scales_at, one_group, nothing())
         plan.handover.finish(shared.box, out_ref, index, jnp.int32(0), n, total)
 
     _each_tile(plan, weight, settings, one_tile)

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.compat import arith, ir, llvm
 from pallas_kernels.compat import mosaic_gpu as plgpu
-from pallas_kernels.dequant_matmul.hopper import BLOCK, scaled, twice, unpacked
-from pallas_kernels.dequant_matmul.ptx import add, array, fma, part, place, thread, times, together, value
+from pallas_kernels.dequant_matmul.hopper.common import BLOCK, scaled, twice, unpacked
+from pallas_kernels.dequant_matmul.hopper.ptx import add, array, fma, part, place, thread, times, together, value
 
 
 def lines() -> Any:

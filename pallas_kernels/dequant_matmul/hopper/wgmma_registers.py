@@ -15,8 +15,20 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.compat import arith, ir, llvm, vector
 from pallas_kernels.compat import mosaic_gpu as plgpu
-from pallas_kernels.dequant_matmul.hopper import BLOCK, scaled, twice, unpacked
-from pallas_kernels.dequant_matmul.ptx import add, array, asm, bits, do, part, place, thread, times, together, value
+from pallas_kernels.dequant_matmul.hopper.common import BLOCK, scaled, twice, unpacked
+from pallas_kernels.dequant_matmul.hopper.ptx import (
+    add,
+    array,
+    asm,
+    bits,
+    do,
+    part,
+    place,
+    thread,
+    times,
+    together,
+    value,
+)
 
 HALF = 64
 """Contracted weights of one batch of wgmma: half a group, and one 128-byte line of x."""

@@ -13,7 +13,7 @@ from pallas_kernels import compat
 from pallas_kernels.compat import arith, ir
 from pallas_kernels.compat import mosaic_gpu as plgpu
 from pallas_kernels.dequant_matmul import tiling
-from pallas_kernels.dequant_matmul.ptx import add, array, asm, bits, place, thread, times, together, value
+from pallas_kernels.dequant_matmul.hopper.ptx import add, array, asm, bits, place, thread, times, together, value
 from pallas_kernels.dequant_matmul.tiling import Weight
 
 BLOCK = 64

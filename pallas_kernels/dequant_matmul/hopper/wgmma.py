@@ -23,12 +23,13 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import compat
 from pallas_kernels.compat import mosaic_gpu as plgpu
 from pallas_kernels.compat import pl
-from pallas_kernels.dequant_matmul import hopper, tiling
-from pallas_kernels.dequant_matmul import wgmma_registers as registers
-from pallas_kernels.dequant_matmul.handover import Handover
-from pallas_kernels.dequant_matmul.hopper import BARRIERS, BLOCK, SHARED, fitting, registers_of
+from pallas_kernels.dequant_matmul import tiling
+from pallas_kernels.dequant_matmul.hopper import common
+from pallas_kernels.dequant_matmul.hopper import wgmma_registers as registers
+from pallas_kernels.dequant_matmul.hopper.common import BARRIERS, BLOCK, SHARED, fitting, registers_of
+from pallas_kernels.dequant_matmul.hopper.handover import Handover
+from pallas_kernels.dequant_matmul.hopper.wgmma_registers import CHUNK, HALF
 from pallas_kernels.dequant_matmul.tiling import Weight
-from pallas_kernels.dequant_matmul.wgmma_registers import CHUNK, HALF
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +174,7 @@ def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: We
     me = jax.lax.axis_index("warpgroup")
     k_part, n_part = jax.lax.rem(me, along_k), jax.lax.div(me, along_k)
     load_words = registers.words_of(tall, settings.exchange)
-    load_scales, unpack = hopper.scales_of(tall, weight), registers.weights_of(tall)
+    load_scales, unpack = common.scales_of(tall, weight), registers.weights_of(tall)
     chunk = CHUNK[out_ref.dtype.itemsize]
 
     def free(number: Array) -> None:
@@ -181,7 +182,7 @@ def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: We
 
     def one_tile(tile: Array, m: Array, n: Array, share: Array, first: Array, groups: Array, done: Array) -> Array:
         whole, n = n, n + n_part * BLOCK * tall
-        skip, rounds = hopper.dealt(k_part, along_k, done, groups)
+        skip, rounds = common.dealt(k_part, along_k, done, groups)
 
         def accumulate(sum_ref: Any) -> Array:
             def scales_at(number: Array) -> Array:
@@ -212,7 +213,7 @@ def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: We
                 return nothing, scales
 
             # With 256 rows of x a turn takes longer than memory does to yield scales.
-            hopper.in_turn(rounds, scales_at, one_group, (), written_out=tile_m < 256)
+            common.in_turn(rounds, scales_at, one_group, (), written_out=tile_m < 256)
             plgpu.wgmma_wait(0)
             pl.when(rounds > 0)(lambda: free(2 * (done + skip + (rounds - 1) * along_k) + 1))
             return sum_ref[...]
@@ -287,7 +288,7 @@ def shared_bytes(settings: Settings, itemsize: int, handover: Handover | None) -
 def supported(weight: Weight, settings: Settings | None = None, count: int = 1) -> None:
     """Raise NotImplementedError for what the kernel cannot do with `count` rows of x."""
     settings = settings or Settings()
-    hopper.supported(weight)
+    common.supported(weight)
     size, rows = 4 if settings.split > 1 else 2, settings.tile_m
     blocks = 4 * settings.tall * settings.consumers // settings.along_k
     in_turn = settings.consumers % settings.along_k or settings.word_slots % settings.along_k

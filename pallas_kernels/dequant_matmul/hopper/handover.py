@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.compat import arith, ir, llvm, pl
 from pallas_kernels.compat import mosaic as mgpu
 from pallas_kernels.compat import mosaic_gpu as plgpu
-from pallas_kernels.dequant_matmul.ptx import (
+from pallas_kernels.dequant_matmul.hopper.ptx import (
     add,
     asm,
     below,

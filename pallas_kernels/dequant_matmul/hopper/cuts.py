@@ -11,7 +11,8 @@ import functools
 import itertools
 from typing import Any, NamedTuple
 
-from pallas_kernels.dequant_matmul import cluster, hopper, mma, tiling, wgmma
+from pallas_kernels.dequant_matmul import mma, tiling
+from pallas_kernels.dequant_matmul.hopper import cluster, common, wgmma
 from pallas_kernels.dequant_matmul.tiling import Weight
 
 SMALL = 8192
@@ -97,7 +98,7 @@ def cluster_us(weight: Weight, count: int, cut: cluster.Settings) -> float:
     """Microseconds that the kernel of clusters takes on an H100, roughly."""
     plan = cluster.plan_of(count, weight, cut)
     rounds = -(-plan.tiles // plan.clusters)
-    blocks = rounds * plan.per_share * plan.rows // hopper.BLOCK
+    blocks = rounds * plan.per_share * plan.rows // common.BLOCK
     memory = weight.features * weight.groups * (tiling.GROUP // 2 + 2) / BYTES_US
     return CLUSTER_US[0] + rounds * CLUSTER_US[1] + max(blocks * (BLOCK_US[0] + BLOCK_US[1] * plan.columns), memory)
 
