@@ -300,8 +300,9 @@ def test_few_rows_share_the_contraction_of_narrow_weights_alone(on_hopper: None)
         assert kernels == ["mma", "mma", "mma", "dot", "wgmma"]
     for features, groups in ((4096, 112), (4096, 32), (6144, 32), (4096, 91), (3968, 32)):
         weight = Weight("groups", features, groups, 128)
-        kernels = [tuned.choose(weight, count, "an unknown GPU")[0] for count in (1, 2, 8, 16, 65, 256)]
-        assert kernels == ["mma", "cluster", "cluster", "cluster", "wgmma", "wgmma"]
+        kernels = [tuned.choose(weight, count, "an unknown GPU")[0] for count in (1, 4, 5, 16, 65, 256)]
+        assert kernels == ["mma", "mma", "cluster", "cluster", "wgmma", "wgmma"]
+        assert [tuned.choose(weight, count, H100)[0] for count in (1, 4, 5, 16)] == ["mma", "mma", "cluster", "cluster"]
         assert tuned.choose(weight, 64, "an unknown GPU")[0] in ("cluster", "wgmma")
 
 

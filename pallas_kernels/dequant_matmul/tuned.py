@@ -68,6 +68,8 @@ def choose(weight: Weight, count: int, device_kind: str | None = None) -> Choice
 def choices(weight: Weight, count: int, device_kind: str | None = None) -> list[Choice]:
     """The same, and what to take in its stead where it turns out wrong, in that order."""
     rows = table(device_kind or jax.devices()[0].device_kind)
+    if count < cuts.LEAST:
+        rows = [row for row in rows if row["kernel"] != "cluster"]
     found = [
         nearest(rows, weight, count) or cuts.choice(weight, count),
         nearest([row for row in rows if row["kernel"] not in HOPPER], weight, count),

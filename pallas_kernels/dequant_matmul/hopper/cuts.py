@@ -17,6 +17,9 @@ from pallas_kernels.dequant_matmul.tiling import Weight
 
 SMALL = 8192
 """Outputs of a weight up to which few rows of x find too few programs without sharing its contraction."""
+LEAST = 5
+"""Rows of x from which clusters are for them: they take eights, padded by a launch of its own, and one row, so padded,
+took a fifth to two fifths longer than by mma.py."""
 FEW = 64
 """Rows of x up to which a weight with more outputs than that goes to a kernel of another file."""
 
@@ -69,7 +72,7 @@ MORE_CUTS = (cluster.Settings(along_k=2, slots=4, folded=True),)
 
 def choice(weight: Weight, count: int) -> tuple[str, Any] | None:
     """Kernel and settings for `count` rows of x; None where kernels of other files served as well or better."""
-    if count == 1 or (weight.features > SMALL and count <= FEW):
+    if count < LEAST or (weight.features > SMALL and count <= FEW):
         return None
     options: list[tuple[float, str, Any]] = []
     if count <= cluster.MOST:
