@@ -15,7 +15,7 @@ SHAPES = {
     (4096, 4096): "first",  # o
     (4096, 128256): "last",  # head
 }
-COUNTS = (16, 8, 64, 256, 1, 2048, 128)
+COUNTS = (16, 8, 64, 256, 1, 128, 4, 2048)
 """Rows of x, in the order of their urgency: time may run out."""
 GROUP = 128
 DISTINCT = 190e6
