@@ -399,7 +399,8 @@ def work(tasks: list[dict], threads: int, quick: bool, say: Any) -> None:
                 except Exception as error:
                     text = str(error).strip() or type(error).__name__
                     row["failed"] = f"{type(error).__name__}: {text.splitlines()[0][:300]}"
-                    row["trace"] = "".join(traceback.format_exception(error))[-3000:]
+                    if not isinstance(error, NotImplementedError):
+                        row["trace"] = "".join(traceback.format_exception(error))[-3000:]
                 say({"row": row})
             del calls
 

@@ -297,6 +297,8 @@ def main() -> None:
             f"{key} {row[key]:.3g}" for key in ("us", "error", "compile_s") if row.get(key) is not None
         )
         print(f"{name(row)}: {said[:200]}", flush=True)
+        # Where it failed is for whoever runs this, and full of their paths: no part of the record.
+        print(row.pop("trace", ""), end="", flush=True)
 
     deadline = time.time() + 60 * args.minutes
     rows, environment = supervise(tasks, args.quick, deadline, report)
