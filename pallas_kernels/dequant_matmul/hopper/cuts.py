@@ -119,8 +119,10 @@ def wgmma_cut(weight: Weight, count: int) -> wgmma.Settings:
     # Tiles of 64 rows were timed alone, not several of them, which read a weight as often.
     tiles = [tile for tile in TILES if tile.tile_m > 64 or count <= 128]
     splits = [split for split in (1, 2, 4, 8) if split <= weight.groups]
-    cuts = itertools.starmap(settings, itertools.product(tiles, splits, (False, True)))
-    able = [each for each in cuts if each.split <= 4 or not each.joined if _fits(wgmma, weight, each, count)]
+    cuts = list(itertools.starmap(settings, itertools.product(tiles, splits, (False,))))
+    # Clusters of eight were not timed.
+    cuts += itertools.starmap(settings, itertools.product(tiles, [split for split in splits if split <= 4], (True,)))
+    able = [each for each in cuts if _fits(wgmma, weight, each, count)]
     return min(able or [wgmma.Settings()], key=functools.partial(wgmma_us, weight, count))
 
 
