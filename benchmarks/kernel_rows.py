@@ -67,7 +67,6 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
             for join in (4, 8):
                 split = 8 if k > 8192 else 4 if narrow else 1
                 rows.append(make("dot", tile_n=128, tile_m=16, warps=4, stages=4, split=split, join=join))
-        rows += [make("wgmma", **cut) for cut in wgmma_cuts(k, n, count)] if narrow and count > 1 else []
         rows += [make("cluster", **cut) for cut in cluster_cuts(n, count)]
         rows.append(task(k, n, count, "mma", gate=True, **plain_cut(count, narrow)))
     elif count <= 128:
@@ -77,7 +76,7 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
             cut = dict(tile_n=tile_n, tile_m=tile_m, warps=warps, stages=stages, split=parts, join=join)
             rows.append(make("dot", **cut, **(dict(fold=True) if fold else {})))
         rows.append(task(k, n, count, "dot", tile_n=128, tile_m=tile_m, warps=8, stages=3, split=split, join=8))
-        rows += [make("wgmma", **cut) for cut in wgmma_cuts(k, n, count)]
+        rows += [make("wgmma", **cut) for cut in wgmma_cuts(n, count)]
         rows += [make("cluster", **cut) for cut in cluster_cuts(n, count)] if count <= 64 else []
         rows.append(make("dequantize"))
     else:
@@ -93,7 +92,7 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
                 rows.append(make("dot", **cut, fold=fold, rows_inner=True))
         for groups, warps in ((4, 4), (8, 4), (2, 2)):
             rows.append(make("dequantize", groups=groups, warps=warps))
-        rows += [make("wgmma", **cut) for cut in wgmma_cuts(k, n, count)]
+        rows += [make("wgmma", **cut) for cut in wgmma_cuts(n, count)]
         rows.append(make("unpack"))
         rows += [make("dense"), task(k, n, count, "dense")]
     plain = [task(k, n, count, "auto")] if count in (1, 64) else []
@@ -134,7 +133,7 @@ def few_rows_cuts(count: int, narrow: bool) -> list[Cut]:
     # fmt: on
 
 
-def wgmma_cuts(k: int, n: int, count: int) -> list[dict[str, Any]]:
+def wgmma_cuts(n: int, count: int) -> list[dict[str, Any]]:
     """Cuts of the wgmma kernel: the fastest so far, and what came close."""
     if count > 512:
         return [
@@ -143,8 +142,6 @@ def wgmma_cuts(k: int, n: int, count: int) -> list[dict[str, Any]]:
             dict(tile_m=256, cluster=2, x_slots=5, word_slots=3),
         ]
     narrow = n <= 8192
-    if count <= 16:
-        return []
     if count > 128:
         split = 4 if n <= 4096 else 2 if narrow else 1
         return [

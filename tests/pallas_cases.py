@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+
+from pallas_kernels.dequant_matmul.tiling import Weight
 
 OFFSETS = {0: 0, 2: 4, 4: 8, 6: 12, 1: 16, 3: 20, 5: 24, 7: 28}
 """Weight of a word -> its bit offset: the even ones in the low half, the odd ones in the high half."""
@@ -65,6 +69,21 @@ def nvidia() -> AbstractContextManager:
 
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
     return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+def lowered_for_nvidia(product: Callable[..., jax.Array], weight: Weight, count: int, settings: Any) -> Any:
+    """A kernel's product with `count` rows of x, lowered for an NVIDIA GPU; its weight comes in tiles."""
+    row_tiles = -(-weight.features // 16)
+    rows = weight.order == "rows"
+    shape = (row_tiles, weight.groups) if rows else (weight.groups, row_tiles)
+    scales = (weight.features, weight.groups) if rows else (weight.groups, weight.features)
+    call = jax.jit(lambda x, d, s: product(x, d, s, weight=weight, settings=settings))
+    with nvidia():
+        return call.trace(
+            jax.ShapeDtypeStruct((count, weight.groups * weight.group), jnp.bfloat16),
+            jax.ShapeDtypeStruct((*shape, 2, 32, 4), jnp.int32),
+            jax.ShapeDtypeStruct(scales, jnp.bfloat16),
+        ).lower(lowering_platforms=("cuda",))
 
 
 def relative(got: jnp.ndarray, want: np.ndarray) -> float:

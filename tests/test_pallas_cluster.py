@@ -15,7 +15,7 @@ from pallas_kernels.dequant_matmul.hopper import cluster, common
 from pallas_kernels.dequant_matmul.hopper.cluster import Settings
 from pallas_kernels.dequant_matmul.hopper.handover import Handover
 from pallas_kernels.dequant_matmul.tiling import Weight
-from tests.pallas_cases import nvidia, random_case, relative
+from tests.pallas_cases import lowered_for_nvidia, random_case, relative
 
 ROUNDING = 4e-3
 """Relative error: the output is rounded to bf16, and so are folded weights."""
@@ -113,15 +113,7 @@ LOWERED = [
 def test_it_lowers_for_hopper(
     on_hopper: None, order: str, features: int, groups: int, count: int, settings: Settings
 ) -> None:
-    weight, row_tiles = Weight(order, features, groups, 128), -(-features // 16)
-    shape = (row_tiles, groups) if order == "rows" else (groups, row_tiles)
-    call = jax.jit(lambda x, d, s: cluster.product(x, d, s, weight=weight, settings=settings))
-    with nvidia():
-        lowered = call.trace(
-            jax.ShapeDtypeStruct((count, groups * 128), jnp.bfloat16),
-            jax.ShapeDtypeStruct((*shape, 2, 32, 4), jnp.int32),
-            jax.ShapeDtypeStruct((features, groups) if order == "rows" else (groups, features), jnp.bfloat16),
-        ).lower(lowering_platforms=("cuda",))
+    lowered = lowered_for_nvidia(cluster.product, Weight(order, features, groups, 128), count, settings)
     assert lowered.out_info.shape == (1, count, features)
     assert lowered.out_info.dtype == jnp.bfloat16
     assert lowered.as_text().count("mosaic_gpu_v2") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -32,44 +33,40 @@ class Judged:
 
 
 def judged(kernel: str, alike: dict[str, Any], us: Callable[..., float], pick: Callable[..., Any]) -> Judged:
-    """Cuts that differ in the settings `alike` alone are one to the rule."""
+    """Cuts that differ in the settings `alike` alone are one to the rule; the least of their times counts."""
     times: dict[tuple[int, int, int], dict[Any, float]] = {}
-    off = []
-    for name in ("kernels-h100.json", "kernels-m128-h100.json"):
+    for name in ("kernels-h100.json", "kernels-m64-h100.json", "kernels-m128-h100.json"):
         for row in json.loads((RESULTS / name).read_text())["rows"]:
             if row["kernel"] != kernel or "net_us" not in row or row["count"] == 1:
                 continue
             cut = tuned.SETTINGS[kernel](**{key: value for key, value in row["settings"].items() if key != "order"})
-            weight = Weight("rows", row["n"], row["k"] // 128, 128)
-            try:
-                off.append(us(weight, row["count"], cut) / row["net_us"] - 1)
-            except LookupError:
-                continue  # a tile that the rule leaves out
-            of_shape = times.setdefault((row["k"], row["n"], row["count"]), {})
-            cut = dataclasses.replace(cut, **alike)
+            cut, of_shape = dataclasses.replace(cut, **alike), times.setdefault((row["k"], row["n"], row["count"]), {})
             of_shape[cut] = min(row["net_us"], of_shape.get(cut, row["net_us"]))
-    slower = []
+    found = Judged([], [])
     for (k, n, count), of_shape in times.items():
-        cut = dataclasses.replace(pick(Weight("rows", n, k // 128, 128), count), **alike)
+        weight = Weight("rows", n, k // 128, 128)
+        for cut, least in of_shape.items():
+            with contextlib.suppress(LookupError):  # a tile that the rule leaves out
+                found.off.append(us(weight, count, cut) / least - 1)
+        cut = dataclasses.replace(pick(weight, count), **alike)
         if cut in of_shape:
-            slower.append(of_shape[cut] / min(of_shape.values()))
-    return Judged(off, slower)
+            found.slower.append(of_shape[cut] / min(of_shape.values()))
+    return found
 
 
 def test_wgmma() -> None:
-    """Times of one run: the same cut was seen to differ by a fifth from one to another, so a few may be far off."""
     found = judged("wgmma", dict(x_slots=4, word_slots=4, cluster=1), cuts.wgmma_us, cuts.wgmma_cut)
-    assert len(found.off) > 70
-    assert len(found.slower) > 15
-    assert np.mean(np.abs(found.off)) < 0.06
-    assert np.quantile(np.abs(found.off), 0.9) < 0.15
+    assert len(found.off) >= 55
+    assert len(found.slower) >= 19
+    assert np.mean(np.abs(found.off)) < 0.05
+    assert max(np.abs(found.off)) < 0.2
     assert np.mean(found.slower) < 1.05
-    assert max(found.slower) < 1.25
+    assert max(found.slower) < 1.15
 
 
 def test_cluster() -> None:
     found = judged("cluster", dict(slots=8, folded=False), cuts.cluster_us, cuts.cluster_cut)
-    assert len(found.off) > 80
+    assert len(found.off) > 60
     assert len(found.slower) == 15
     assert np.mean(np.abs(found.off)) < 0.15
     assert np.mean(found.slower) < 1.05

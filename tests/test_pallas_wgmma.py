@@ -17,7 +17,7 @@ from pallas_kernels.dequant_matmul.hopper import common, wgmma, wgmma_registers
 from pallas_kernels.dequant_matmul.hopper.handover import Handover
 from pallas_kernels.dequant_matmul.hopper.wgmma import Settings
 from pallas_kernels.dequant_matmul.tiling import Weight
-from tests.pallas_cases import Case, nvidia, random_case, relative
+from tests.pallas_cases import Case, lowered_for_nvidia, nvidia, random_case, relative
 
 ROUNDING = 4e-3
 """Relative error: weights are scaled in bf16, which rounds by up to 2e-3, and so is the output."""
@@ -139,16 +139,7 @@ LOWERED = [
 def test_it_lowers_for_hopper(
     on_hopper: None, order: str, features: int, groups: int, count: int, settings: Settings
 ) -> None:
-    weight = Weight(order, features, groups, 128)
-    row_tiles = -(-features // 16)
-    shape = (row_tiles, groups) if order == "rows" else (groups, row_tiles)
-    call = jax.jit(lambda x, d, s: wgmma.product(x, d, s, weight=weight, settings=settings))
-    with nvidia():
-        lowered = call.trace(
-            jax.ShapeDtypeStruct((count, groups * 128), jnp.bfloat16),
-            jax.ShapeDtypeStruct((*shape, 2, 32, 4), jnp.int32),
-            jax.ShapeDtypeStruct((features, groups) if order == "rows" else (groups, features), jnp.bfloat16),
-        ).lower(lowering_platforms=("cuda",))
+    lowered = lowered_for_nvidia(wgmma.product, Weight(order, features, groups, 128), count, settings)
     parts = 1 if settings.joined else settings.split
     assert lowered.out_info.shape == (parts, count, features)
     assert lowered.out_info.dtype == (jnp.float32 if parts > 1 else jnp.bfloat16)
@@ -225,7 +216,7 @@ def test_on_the_device(rng: np.random.Generator, order: str, features: int, grou
     case = random_case(rng, features, groups * 128, 128, contract=tiling.CONTRACTS[order])
     data, weight = held(case, order)
     call = jax.jit(lambda x, d, s: wgmma.product(x, d, s, weight=weight, settings=settings))
-    for count in (5, 100, 301):
+    for count in (5, 20, 64, 100, 513):
         x = jnp.asarray(rng.normal(size=(count, case.width)), jnp.bfloat16)
         parts = call(x, data, case.scale)
         assert parts.shape == (1 if settings.joined else settings.split, count, features)

@@ -1,4 +1,4 @@
-"""What the two kernels for Hopper share: what fits on the device, and how a thread loads its scales."""
+"""What the two kernels for Hopper share: what fits, how groups are dealt, scales loaded and words unpacked."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """How the kernels for Hopper are cut where no table says: by the time that a cut's programs take, roughly.
 
-The times were fitted to one H100's (benchmarks/results/kernels-h100.json and kernels-m128-h100.json, JAX 0.11.2); what
-counts is how many programs there are, how many tiles each has, and what is left to add up.
+The times were fitted to one H100's (kernels-h100.json, kernels-m64-h100.json and kernels-m128-h100.json in
+benchmarks/results, JAX 0.11.2); what counts is how many programs there are, how many tiles each has, and what is left
+to add up.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ PARTS_US = (3.64, 0.8)
 JOINED_US = 1.91
 """Of adding up within a cluster, each tile."""
 
-CLUSTER_US = (2.66, 1.72)
+CLUSTER_US = (2.71, 1.69)
 """Of the kernel of clusters: the launch, and each tile of a program beside its groups."""
-BLOCK_US = (0.086, 0.046)
+BLOCK_US = (0.091, 0.045)
 """Of a group of 64 rows of the weight in a program: itself, and each eight rows of x."""
-BYTES_US = 3.5e6
+BYTES_US = 3.46e6
 """Bytes of a weight that come in a microsecond, what was read ahead included."""
 FEW_CUTS = (
     cluster.Settings(slots=8),

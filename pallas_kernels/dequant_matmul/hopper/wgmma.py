@@ -86,7 +86,9 @@ class Rings(NamedTuple):
     x: Any
     words: Any
     out: Any
-    """Staged on their way to memory, or the Box of a Handover."""
+    """Staged on their way to memory; None where programs are joined."""
+    box: Any
+    """A Box, of programs that are joined."""
     x_full: Any
     x_free: Any
     words_full: Any
@@ -154,7 +156,7 @@ def _load(x_ref: Any, data_ref: Any, rings: Rings, plan: Plan, weight: Weight, s
         return done + groups
 
     if plan.handover:
-        plan.handover.around(rings.out, lambda: _each_tile(plan, weight, settings, one_tile))
+        plan.handover.around(rings.box, lambda: _each_tile(plan, weight, settings, one_tile))
         return
     done = _each_tile(plan, weight, settings, one_tile)
     if settings.cluster == 1:
@@ -220,7 +222,7 @@ def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: We
 
         total = pl.run_scoped(accumulate, plgpu.ACC((BLOCK * tall, tile_m), jnp.float32))
         if plan.handover:
-            plan.handover.finish(rings.out, out_ref, tile, m, whole, total)
+            plan.handover.finish(rings.box, out_ref, tile, m, whole, total)
             return done + groups
         stores = [(block, start) for block in range(tall) for start in range(0, tile_m, chunk)]
         for number, (block, start) in enumerate(stores):
@@ -257,7 +259,7 @@ def _kernel(*refs: Any, plan: Plan, weight: Weight, settings: Settings) -> None:
     def _multiplying() -> None:
         plgpu.set_max_registers(multiplying, action="increase")
         if plan.handover:
-            plan.handover.open(rings.out)
+            plan.handover.open(rings.box)
         _multiply(scale_ref, out_ref, rings, plan, weight, settings)
 
     @pl.when(me == settings.consumers)
@@ -358,13 +360,14 @@ def product(
             transforms=(plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(128)),
         ),
         words=plgpu.SMEM((settings.word_slots, plan.rows // tiling.ROWS, 256), jnp.int32),
-        out=plan.handover.scratch()
+        out=None
         if plan.handover
         else plgpu.SMEM(
             (settings.consumers, 2, BLOCK // line, CHUNK[dtype.itemsize], line),
             dtype,
             transforms=(plgpu.SwizzleTransform(128),),
         ),
+        box=plan.handover.scratch() if plan.handover else None,
         x_full=plgpu.Barrier(num_barriers=settings.x_slots),
         x_free=plgpu.ClusterBarrier(collective_axes=("neighbour",), num_arrivals=readers, num_barriers=settings.x_slots)
         if settings.cluster > 1
