@@ -75,21 +75,20 @@ def _product(kernel: str, weight: Weight) -> Callable[[Array, Array, Array], Arr
         joined = dot.Settings(tile_m=32, join=8 if weight.order in tiling.CONTRACTS else 1)
         return lambda x, data, scale: dot.product(x, data, scale, weight=weight, settings=joined)[0]
     if kernel in ("wgmma", "cluster"):
+        module = wgmma if kernel == "wgmma" else cluster
         # Each way to store a sum has its share of the rows, one of them by programs that load together.
         ways = {
             "wgmma": (
-                (wgmma, wgmma.Settings(tile_m=256, cluster=2)),
-                (wgmma, wgmma.Settings(tile_m=64, split=2)),
-                (wgmma, wgmma.Settings(tile_m=64, split=2, joined=True, along_k=2)),
+                wgmma.Settings(tile_m=256, cluster=2),
+                wgmma.Settings(tile_m=64, split=2),
+                wgmma.Settings(tile_m=64, split=2, joined=True, along_k=2),
             ),
-            "cluster": ((cluster, cluster.Settings()), (cluster, cluster.Settings(folded=True, along_k=2, slots=4))),
+            "cluster": (cluster.Settings(), cluster.Settings(folded=True, along_k=2, slots=4)),
         }[kernel]
 
         def each_way(x: Array, data: Array, scale: Array) -> Array:
             parts = zip(jnp.array_split(x, len(ways)), ways, strict=True)
-            sums = [
-                module.product(part, data, scale, weight=weight, settings=cut).sum(0) for part, (module, cut) in parts
-            ]
+            sums = [module.product(part, data, scale, weight=weight, settings=cut).sum(0) for part, cut in parts]
             return jnp.concatenate([each.astype(x.dtype) for each in sums])
 
         return each_way

@@ -2,7 +2,8 @@
 
 `tuned/<gpu>.json` is what `benchmarks/kernels.py --tune` wrote: the fastest variant per order, shape and rows of x. A
 shape that is not in the table (a pruned one, say) takes the kernel of the nearest that is, and its settings, but for
-those of Hopper's kernels: how many programs they make is what counts, and that is known for any shape (cuts.py).
+those of Hopper's kernels: how many programs they make is what counts, and that is known for any shape
+(hopper/cuts.py).
 """
 
 from __future__ import annotations
