@@ -24,17 +24,28 @@ ROUNDING = 4e-3
 LANES = np.arange(32)
 
 
-def exchanged(words: np.ndarray) -> np.ndarray:
+def exchanged(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`_exchanged` for the 32 lanes of a warp, in numpy."""
-    odd, upper = LANES % 2, LANES // 2 % 2
-    shift, keep = np.array(wgmma_registers.SHIFT, np.uint64)[odd], np.array(wgmma_registers.KEEP, np.uint32)[odd]
-    other = words[LANES ^ 1].astype(np.uint64)
-    other = ((other << shift | other >> np.uint64(32) - shift) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-    words = (words & keep) | (other & ~keep)
-    both = np.stack([words, words[LANES ^ 2]], axis=1).view(np.uint8).reshape(32, 8)
-    selectors = np.array(wgmma_registers.SELECT)[upper]
-    picked = [both[LANES, selectors >> 4 * i & 7] for i in range(4)]
-    return np.ascontiguousarray(np.stack(picked, axis=1)).view(np.uint32)[:, 0]
+    there, back, keep = (np.array(each, np.uint64)[LANES % 2] for each in wgmma_registers.ODD)
+    keep = keep.astype(np.uint32)
+
+    def rotated(word: np.ndarray, by: np.ndarray) -> np.ndarray:
+        wide = word.astype(np.uint64)
+        return ((wide << by | wide >> np.uint64(32) - by) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+
+    def chosen(kept: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return (kept & keep) | (other & ~keep)
+
+    def bytes_of(a: np.ndarray, b: np.ndarray, number: int) -> np.ndarray:
+        both = np.stack([a, b], axis=1).view(np.uint8).reshape(32, 8)
+        selectors = np.array(wgmma_registers.UPPER[number])[LANES // 2 % 2]
+        picked = [both[LANES, selectors >> 4 * i & 7] for i in range(4)]
+        return np.ascontiguousarray(np.stack(picked, axis=1)).view(np.uint32)[:, 0]
+
+    other = chosen(rotated(second, back), first)[LANES ^ 1]
+    first, second = chosen(first, rotated(other, there)), chosen(second, other)
+    other = bytes_of(first, second, 0)[LANES ^ 2]
+    return bytes_of(first, other, 1), bytes_of(second, other, 2)
 
 
 def multiplied(tile: np.ndarray, x: np.ndarray, exchange: bool) -> np.ndarray:
@@ -45,15 +56,15 @@ def multiplied(tile: np.ndarray, x: np.ndarray, exchange: bool) -> np.ndarray:
     """
     words = tile.view(np.uint32)
     total = np.zeros((16, x.shape[0]))
-    for i in range(4):
-        held = [exchanged(words[late, :, i]) if exchange else words[late, :, i] for late in (0, 1)]
-        for s in range(2):
-            a = np.zeros((16, 16))
-            for j, late, e in itertools.product((0, 1), (0, 1), (0, 1)):
-                codes = held[late] >> np.uint32(4 * (2 * s + j) + 16 * e) & np.uint32(15)
-                a[LANES // 4 + 8 * late, 2 * (LANES % 4) + e + 8 * j] = codes.astype(np.int64) - 8
-            step = 2 * i + s
-            total += a @ x[:, 16 * step : 16 * step + 16].T
+    for i, s in itertools.product(range(4), range(2)):
+        pair = slice(i // 2 * 2, i // 2 * 2 + 2)
+        held = [exchanged(*words[late, :, pair].T)[i % 2] if exchange else words[late, :, i] for late in (0, 1)]
+        a = np.zeros((16, 16))
+        for j, late, e in itertools.product((0, 1), (0, 1), (0, 1)):
+            codes = held[late] >> np.uint32(4 * (2 * s + j) + 16 * e) & np.uint32(15)
+            a[LANES // 4 + 8 * late, 2 * (LANES % 4) + e + 8 * j] = codes.astype(np.int64) - 8
+        step = 2 * i + s
+        total += a @ x[:, 16 * step : 16 * step + 16].T
     return total
 
 
@@ -67,13 +78,22 @@ def test_registers_are_the_fragments_of_wgmma(rng: np.random.Generator, exchange
     np.testing.assert_array_equal(multiplied(tile, seen, exchange), codes @ x.T)
 
 
-def test_unpacking_is_exact() -> None:
-    """128 + q in bf16, less 136, is q - 8; 0x43004300 and the other constants of `weights_of` say so."""
-    codes = np.arange(16, dtype=np.uint16)
-    raw = (codes | 0x4300).view(ml_dtypes.bfloat16).astype(np.float32)
-    less = np.uint16(0xC308).view(ml_dtypes.bfloat16).astype(np.float32)
-    np.testing.assert_array_equal(raw + less, codes.astype(np.float32) - 8)
-    assert np.uint16(0x3F80).view(ml_dtypes.bfloat16) == 1
+def test_unpacking_rounds_once() -> None:
+    """What `weights` adds up is exact, for scales of every mantissa, sign and all exponents it promises, and zero."""
+    factors = [np.uint16(of & 0xFFFF).view(ml_dtypes.bfloat16).astype(np.float64) for of in common.UNSCALED]
+    bits = np.arange(2**16, dtype=np.uint16)
+    numbers = bits[bits & 0x7F80 < 0x7F80].view(ml_dtypes.bfloat16)
+    size = np.abs(numbers.astype(np.float64))
+    scales = numbers[(size == 0) | ((size >= 2.0 ** (common.LIFT - 126)) & (size < 2.0**27))]
+    even, odd, centre = (
+        (scales.astype(np.float64) * factor).astype(ml_dtypes.bfloat16).astype(np.float64) for factor in factors
+    )
+    for code in range(16):
+        want = (code - 8) * scales.astype(np.float64) * 2.0**-common.LIFT
+        for place, factor in ((0, even), (4, odd)):
+            raw = np.uint16(code << place).view(ml_dtypes.bfloat16).astype(np.float64)
+            np.testing.assert_array_equal(raw * factor + centre, want)
+            assert np.all(np.abs(want[want != 0]) >= 2.0**-126)
 
 
 def test_plans_cover_every_tile() -> None:

@@ -174,7 +174,8 @@ def _multiply(scale_ref: Any, out_ref: Any, shared: Shared, plan: Plan, weight: 
             return total, load()
 
         total = common.in_turn(rounds, scales_at, one_group, nothing())
-        plan.handover.finish(shared.box, out_ref, index, jnp.int32(0), n, total)
+        lifted = total * jnp.float32(2.0**common.LIFT)
+        plan.handover.finish(shared.box, out_ref, index, jnp.int32(0), n, lifted)
 
     _each_tile(plan, weight, settings, one_tile)
 

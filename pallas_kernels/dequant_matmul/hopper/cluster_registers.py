@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.compat import arith, ir, llvm
 from pallas_kernels.compat import mosaic_gpu as plgpu
-from pallas_kernels.dequant_matmul.hopper.common import BLOCK, scaled, twice, unpacked
+from pallas_kernels.dequant_matmul.hopper.common import BLOCK, UNSCALED, factors, weights
 from pallas_kernels.dequant_matmul.hopper.ptx import add, array, fma, part, place, thread, times, together, value
 
 
@@ -71,7 +71,7 @@ def multiplied(tall: int, columns: int, folded: bool) -> Callable[..., Float[Arr
     )
     def step(_: Any, words: Any, x: Any, scales: Any, total: Any) -> Any:
         lane, warp = thread()
-        factors = scales.registers.reshape(-1, 2)
+        of = scales.registers.reshape(-1, 2)
         sums = [[part(held, e) for held in pair for e in (0, 1)] for pair in total.registers.reshape(-1, 2)]
         real = ir.F32Type.get()
         zero = arith.constant(real, ir.FloatAttr.get(real, 0.0))
@@ -83,29 +83,29 @@ def multiplied(tall: int, columns: int, folded: bool) -> Callable[..., Float[Arr
             ]
             for block in range(tall)
         ]
-        spread = [[twice(part(factors[block, late], 0)) for late in (0, 1)] for block in range(tall)]
+        of_rows = [
+            [factors(part(of[block, late], 0)) if folded else tuple(map(value, UNSCALED)) for late in (0, 1)]
+            for block in range(tall)
+        ]
         for i in range(4):
             pieces = [
                 llvm.load(_four(), place(x, add(lane, 32 * (4 * column + i)), _four())) for column in range(columns)
             ]
-            for block, half in itertools.product(range(tall), (0, 1)):
-                a = []
-                for late_k, late in itertools.product((0, 1), (0, 1)):
-                    number = unpacked(part(held[block][late], i), 2 * half + late_k)
-                    if folded:
-                        number = scaled(number, spread[block][late])
-                    a.append(number)
-                for column in range(columns):
-                    b = [part(pieces[column], 2 * half + late_k) for late_k in (0, 1)]
-                    at = block * columns + column
-                    products[at] = _mma(a, b, products[at])
+            for block in range(tall):
+                pairs = [weights(part(held[block][late], i), of_rows[block][late]) for late in (0, 1)]
+                for half in (0, 1):
+                    a = [pairs[late][2 * half + late_k] for late_k, late in itertools.product((0, 1), (0, 1))]
+                    for column in range(columns):
+                        b = [part(pieces[column], 2 * half + late_k) for late_k in (0, 1)]
+                        at = block * columns + column
+                        products[at] = _mma(a, b, products[at])
         registers = []
         for block, column in itertools.product(range(tall), range(columns)):
             product, before = products[block * columns + column], sums[block * columns + column]
             for late in (0, 1):
                 pair = product[2 * late : 2 * late + 2]
                 if not folded:
-                    factor = arith.bitcast(real, arith.shli(part(factors[block, late], 0), value(16)))
+                    factor = arith.bitcast(real, arith.shli(part(of[block, late], 0), value(16)))
                     pair = [
                         fma(new, factor, old) for new, old in zip(pair, before[2 * late : 2 * late + 2], strict=True)
                     ]

@@ -24,6 +24,12 @@ SHARED = 227 * 1024
 """Bytes of shared memory that a program of Hopper may have."""
 BARRIERS = 2048
 """Bytes of it that are left to barriers."""
+LIFT = 32
+"""Binary orders of magnitude by which unpacked weights are too small, and sums must be lifted.
+
+What a scale is multiplied with below must not overflow, so scales are below 2**27, a billion in weights."""
+UNSCALED = (0x72007200, 0x70007000, 0xB100B100)
+"""`weights`'s factors for a scale of one, as bf16 twice: 2**(133 - LIFT), 2**(129 - LIFT) and -8 * 2**-LIFT."""
 
 
 def supported(weight: Weight) -> None:
@@ -131,19 +137,28 @@ def scales_of(tall: int, weight: Weight) -> Callable[[Any, Any, Any], Int[Array,
     return load
 
 
-def unpacked(word: Any, pair: int) -> Any:
-    """Pair `pair` of a word, less 8, as two bf16; inside `inline_mgpu`, like the next two."""
-    # bf16 has eight bits of mantissa: 128 + q is an `or` with the exponent of 128.
-    word = arith.shrui(word, value(4 * pair)) if pair else word
-    raw = asm("lop3.b32 $0, $1, $2, $3, 0xEA;", word, 0x000F000F, 0x43004300)
-    return asm("fma.rn.bf16x2 $0, $1, $2, $3;", raw, 0x3F803F80, 0xC308C308)
-
-
 def twice(half: Any) -> Any:
-    """The lower 16 bits in both halves."""
+    """The lower 16 bits in both halves; inside `inline_mgpu`, like the next two."""
     return asm("prmt.b32 $0, $1, $1, 0x1010;", half)
 
 
-def scaled(pair: Any, factor: Any) -> Any:
-    """Two bf16 times two others, rounded once."""
-    return asm("fma.rn.bf16x2 $0, $1, $2, $3;", pair, factor, 0x80008000)
+def factors(half: Any) -> tuple[Any, Any, Any]:
+    """What `weights` takes for weights times a scale, bf16 in the lower 16 bits."""
+    pair = twice(half)
+    even, odd, centre = (asm("fma.rn.bf16x2 $0, $1, $2, $3;", pair, each, 0x80008000) for each in UNSCALED)
+    return even, odd, centre
+
+
+def weights(word: Any, of: tuple[Any, Any, Any]) -> list[Any]:
+    """The four pairs of a word, two bf16 each: (q - 8) * scale * 2**-LIFT, rounded once.
+
+    Four bits at the foot of a bf16 are that multiple of its least number, 2**-133, and sixteen times as much four
+    places up, whose highest bit is the exponent's lowest: numbers below twice the least normal one are evenly spaced.
+    So one shift serves a word, and one fma both centres and scales.
+    """
+    even, odd, centre = of
+    pairs = []
+    for held in (word, arith.shrui(word, value(8))):
+        for mask, factor in ((0x000F000F, even), (0x00F000F0, odd)):
+            pairs.append(asm("fma.rn.bf16x2 $0, $1, $2, $3;", arith.andi(held, value(mask)), factor, centre))
+    return pairs

@@ -176,7 +176,8 @@ def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: We
     me = jax.lax.axis_index("warpgroup")
     k_part, n_part = jax.lax.rem(me, along_k), jax.lax.div(me, along_k)
     load_words = registers.words_of(tall, settings.exchange)
-    load_scales, unpack = common.scales_of(tall, weight), registers.weights_of(tall)
+    load_scales, spread = common.scales_of(tall, weight), registers.factors_of(tall)
+    unpack = registers.weights_of(tall)
     chunk = CHUNK[out_ref.dtype.itemsize]
 
     def free(number: Array) -> None:
@@ -198,8 +199,9 @@ def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: We
                 slot = jax.lax.rem(at, settings.word_slots)
                 plgpu.barrier_wait(rings.words_full.at[slot])
                 words = load_words(rings.words.at[slot, pl.ds(4 * tall * n_part, 4 * tall)])
+                factors = spread(scales)
                 for half in (0, 1):
-                    weights = unpack(words[half], scales)
+                    weights = unpack(words[half], *factors)
                     if half:
                         scales = load()
                     x_slot = jax.lax.rem(2 * at + half, settings.x_slots)
@@ -218,7 +220,7 @@ def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: We
             common.in_turn(rounds, scales_at, one_group, (), written_out=tile_m < 256)
             plgpu.wgmma_wait(0)
             pl.when(rounds > 0)(lambda: free(2 * (done + skip + (rounds - 1) * along_k) + 1))
-            return sum_ref[...]
+            return sum_ref[...] * jnp.float32(2.0**common.LIFT)
 
         total = pl.run_scoped(accumulate, plgpu.ACC((BLOCK * tall, tile_m), jnp.float32))
         if plan.handover:

@@ -7,7 +7,7 @@ holds is what it is about.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.compat import arith, ir, llvm, vector
 from pallas_kernels.compat import mosaic_gpu as plgpu
-from pallas_kernels.dequant_matmul.hopper.common import BLOCK, scaled, twice, unpacked
+from pallas_kernels.dequant_matmul.hopper.common import BLOCK, factors, weights
 from pallas_kernels.dequant_matmul.hopper.ptx import (
     add,
     array,
@@ -35,20 +35,36 @@ HALF = 64
 CHUNK = {2: 64, 4: 32}
 """Bytes of an output element -> rows of y that are written at once: 8 KiB a warpgroup."""
 
-SHIFT, KEEP, SELECT = (4, 28), (0x0F0F0F0F, 0xF0F0F0F0), (0x6240, 0x3715)
-"""Of an even and an odd thread, and of the lower and the upper two: how `_exchanged` rotates, keeps and selects."""
+ODD = ((4, 28), (28, 4), (0x0F0F0F0F, 0xF0F0F0F0))
+"""What `_exchanged` needs, for an even and an odd thread of a row: rotations there and back, and the bits kept."""
+UPPER = ((0x7531, 0x6420), (0x5240, 0x3514), (0x7260, 0x3716))
+"""And for the lower and the upper two: bytes to send, and those of the first and of the second word from both."""
 
 
-def _exchanged(word: Any, shift: Any, keep: Any, select: Any) -> Any:
-    """Pair t of each of four words, for thread t of a row, from the four pairs of its own: a 4 x 4 transpose.
+def _exchanged(first: Any, second: Any, odd: Sequence[Any], upper: Sequence[Any]) -> tuple[Any, Any]:
+    """Pair t of each of four words, for thread t of a row, from the four pairs of its own: a 4 x 4 transpose, twice.
 
-    Neighbours swap pairs, then pairs of neighbours swap pairs of pairs.
+    Neighbours swap pairs, then pairs of neighbours swap pairs of pairs: half of each of two words at a time.
     """
-    other = asm("shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;", word, effects=True)
-    other = asm("shf.l.wrap.b32 $0, $1, $1, $2;", other, shift)
-    word = asm("lop3.b32 $0, $1, $2, $3, 0xCA;", keep, word, other)
-    other = asm("shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;", word, effects=True)
-    return asm("prmt.b32 $0, $1, $2, $3;", word, other, select)
+
+    def swapped(word: Any, lane: int) -> Any:
+        return asm(f"shfl.sync.bfly.b32 $0, $1, {lane}, 0x1f, 0xffffffff;", word, effects=True)
+
+    def rotated(word: Any, by: Any) -> Any:
+        return asm("shf.l.wrap.b32 $0, $1, $1, $2;", word, by)
+
+    def chosen(kept: Any, other: Any) -> Any:
+        return asm("lop3.b32 $0, $1, $2, $3, 0xCA;", keep, kept, other)
+
+    def bytes_of(a: Any, b: Any, select: Any) -> Any:
+        return asm("prmt.b32 $0, $1, $2, $3;", a, b, select)
+
+    there, back, keep = odd
+    other = swapped(chosen(rotated(second, back), first), 1)
+    first, second = chosen(first, rotated(other, there)), chosen(second, other)
+    send, of_first, of_second = upper
+    other = swapped(bytes_of(first, second, send), 2)
+    return bytes_of(first, other, of_first), bytes_of(second, other, of_second)
 
 
 def words_of(tall: int, exchange: bool) -> Callable[[Any], tuple[Int[Array, "rows 8"], Int[Array, "rows 8"]]]:
@@ -62,11 +78,13 @@ def words_of(tall: int, exchange: bool) -> Callable[[Any], tuple[Int[Array, "row
     def load(_: Any, ref: Any) -> Any:
         four = ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
         lane, warp = thread()
-        odd, upper = (arith.cmpi(arith.CmpIPredicate.ne, bits(lane, mask), value(0)) for mask in (1, 2))
-        of_thread = [
-            arith.select(which, value(high), value(low))
-            for which, (low, high) in ((odd, SHIFT), (odd, KEEP), (upper, SELECT))
-        ]
+        odd, upper = (
+            [
+                arith.select(arith.cmpi(arith.CmpIPredicate.ne, bits(lane, mask), value(0)), *map(value, pair[::-1]))
+                for pair in of
+            ]
+            for mask, of in ((1, ODD), (2, UPPER))
+        )
         halves: tuple[list[Any], list[Any]] = ([], [])
         for block in range(tall):
             tile = times(add(warp, 4 * block), 64)
@@ -74,26 +92,40 @@ def words_of(tall: int, exchange: bool) -> Callable[[Any], tuple[Int[Array, "row
             for half in (0, 1):
                 for late in (0, 1):
                     pair = [part(held[late], 2 * half + i) for i in (0, 1)]
-                    halves[half].append(together(*(_exchanged(w, *of_thread) if exchange else w for w in pair)))
+                    halves[half].append(together(*(_exchanged(*pair, odd, upper) if exchange else pair)))
         return tuple(array(half, kind) for half in halves)
 
     return load
 
 
-def weights_of(tall: int) -> Callable[[Int[Array, "rows 8"], Int[Array, " rows"]], Float[Array, "rows 64"]]:
-    """Half a group's words and their scales -> (q - 8) * scale in bf16, rounded once, as the A of four k16 steps."""
+def factors_of(tall: int) -> Callable[[Int[Array, " rows"]], tuple[Int[Array, " rows"], ...]]:
+    """A group's scales -> what `weights_of` makes of them weights with."""
+    kind = plgpu.ShapeDtypeStruct((BLOCK * tall,), jnp.int32, plgpu.Layout.WGMMA.reduce(1))
+
+    @plgpu.inline_mgpu(arg_types=(kind.layout,), return_type=(kind,) * 3)
+    def spread(_: Any, scales: Any) -> Any:
+        of_rows = [factors(part(held, 0)) for held in scales.registers.reshape(-1)]
+        return tuple(array([together(of_row[i]) for of_row in of_rows], kind) for i in range(3))
+
+    return spread
+
+
+def weights_of(tall: int) -> Callable[..., Float[Array, "rows 64"]]:
+    """Half a group's words and its three factors -> weights * 2**-LIFT in bf16, as the A of four k16 steps."""
     kind = plgpu.ShapeDtypeStruct((BLOCK * tall, HALF), jnp.bfloat16, plgpu.Layout.WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)), return_type=kind)
-    def unpack(_: Any, words: Any, scales: Any) -> Any:
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, *[plgpu.Layout.WGMMA.reduce(1)] * 3), return_type=kind)
+    def unpack(_: Any, words: Any, *of: Any) -> Any:
         pair = ir.VectorType.get((2,), ir.BF16Type.get())
-        held, factors = words.registers.reshape(-1, 2), scales.registers.reshape(-1, 2)
+        held, of_rows = words.registers.reshape(-1, 2), [each.registers.reshape(-1, 2) for each in of]
         registers: list[Any] = []
-        for block in range(tall):
-            spread = [twice(part(factors[block, late], 0)) for late in (0, 1)]
-            for i, j, late in itertools.product((0, 1), range(4), (0, 1)):
-                number = unpacked(part(held[block, late], i), j)
-                registers.append(vector.bitcast(pair, together(scaled(number, spread[late]))))
+        for block, i in itertools.product(range(tall), (0, 1)):
+            pairs = [
+                weights(part(held[block, late], i), tuple(part(each[block, late], 0) for each in of_rows))
+                for late in (0, 1)
+            ]
+            for j, late in itertools.product(range(4), (0, 1)):
+                registers.append(vector.bitcast(pair, together(pairs[late][j])))
         return array(registers, kind)
 
     return unpack
