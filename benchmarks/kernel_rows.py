@@ -15,7 +15,7 @@ SHAPES = {
     (4096, 4096): "first",  # o
     (4096, 128256): "last",  # head
 }
-COUNTS = (16, 8, 64, 256, 1, 128, 4, 2048)
+COUNTS = (16, 8, 64, 1, 256, 128, 2048, 32, 4)
 """Rows of x, in the order of their urgency: time may run out."""
 GROUP = 128
 DISTINCT = 190e6
@@ -63,38 +63,27 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
             settings |= dict(stream=True) if "s" in options else {}
             settings |= dict(ahead=True) if "a" in options else {}
             rows.append(make("mma", **settings))
-        if count == 16:
-            for join in (4, 8):
-                split = 8 if k > 8192 else 4 if narrow else 1
-                rows.append(make("dot", tile_n=128, tile_m=16, warps=4, stages=4, split=split, join=join))
+        if count == 16 and not narrow:
+            rows += [make("dot", tile_n=128, tile_m=16, warps=4, stages=4, split=1, join=join) for join in (4, 8)]
         rows += [make("cluster", **cut) for cut in cluster_cuts(n, count)]
         rows.append(task(k, n, count, "mma", gate=True, **plain_cut(count, narrow)))
     elif count <= 128:
         split = 8 if k > 8192 else 4 if narrow else 1
         tile_m = min(count, 128)
-        for tile_n, warps, stages, parts, join, fold in ((128, 8, 3, split, 8, True), (64, 4, 3, split, 8, False)):
-            cut = dict(tile_n=tile_n, tile_m=tile_m, warps=warps, stages=stages, split=parts, join=join)
+        for tile_n, warps, fold in ((128, 8, True), (64, 4, False)):
+            cut = dict(tile_n=tile_n, tile_m=tile_m, warps=warps, stages=3, split=split, join=8)
             rows.append(make("dot", **cut, **(dict(fold=True) if fold else {})))
         rows.append(task(k, n, count, "dot", tile_n=128, tile_m=tile_m, warps=8, stages=3, split=split, join=8))
         rows += [make("wgmma", **cut) for cut in wgmma_cuts(n, count)]
-        rows += [make("cluster", **cut) for cut in cluster_cuts(n, count)] if count <= 64 else []
-        rows.append(make("dequantize"))
+        rows += [make("cluster", **cut) for cut in cluster_cuts(n, count)] if count <= 64 and narrow else []
     else:
-        # Up to 256 rows of x at once, so that a weight is unpacked once; registers then hold folded sums alone.
-        splits = ((4, 8) if k > 8192 else (2, 4) if narrow else (1,)) if count <= 512 else (1,)
-        for tile_n, tile_m, warps, stages, join, fold in (
-            (128, 256, 8, 3, 8, True),
-            (128, 256, 8, 3, 4, True),
-            (64, 128, 4, 3, 8, False),
-        ):
-            for split in splits:
-                cut = dict(tile_n=tile_n, tile_m=tile_m, warps=warps, stages=stages, join=join, split=split)
-                rows.append(make("dot", **cut, fold=fold, rows_inner=True))
-        for groups, warps in ((4, 4), (8, 4), (2, 2)):
-            rows.append(make("dequantize", groups=groups, warps=warps))
+        # 256 rows of x at once, so that a weight is unpacked once; registers then hold folded sums alone.
+        split = (4 if k > 8192 else 2 if narrow else 1) if count <= 512 else 1
+        cut = dict(tile_n=128, tile_m=256, warps=8, stages=3, join=4, split=split)
+        rows.append(make("dot", **cut, fold=True, rows_inner=True))
+        rows.append(make("dequantize", groups=4, warps=4))
         rows += [make("wgmma", **cut) for cut in wgmma_cuts(n, count)]
-        rows.append(make("unpack"))
-        rows += [make("dense"), task(k, n, count, "dense")]
+        rows.append(task(k, n, count, "dense"))
     plain = [task(k, n, count, "auto")] if count in (1, 64) else []
     return [*rows, *plain, make("auto")]
 
@@ -107,50 +96,29 @@ def few_rows_cuts(count: int, narrow: bool) -> list[Cut]:
     """Cuts of the mma kernel. The first of each list was the fastest so far."""
     # fmt: off
     if count == 1 and narrow:
-        return [
-            (8, 2, 1, 1, 1, "g"), (16, 1, 1, 1, 1, "g"), (8, 2, 1, 1, 1, "gs"), (4, 2, 1, 1, 4, "g"),
-            (1, 2, 1, 2, 8, "gm"), (2, 2, 1, 1, 8, "gs"),
-        ]
+        return [(8, 2, 1, 1, 1, "g"), (16, 1, 1, 1, 1, "g"), (2, 2, 1, 1, 8, "gs")]
     if count == 1:
         return [(2, 2, 1, 1, 1, "s"), (4, 1, 1, 1, 1, "g"), (4, 2, 1, 1, 1, "g"), (2, 2, 1, 1, 1, "")]
     if count <= 8 and narrow:
-        return [
-            (8, 2, 1, 1, 1, "g"), (16, 1, 1, 1, 1, "g"), (16, 1, 1, 1, 1, "go"), (1, 2, 1, 4, 8, "gmo"),
-            (2, 2, 1, 2, 4, "gmos"),
-        ]
+        return [(8, 2, 1, 1, 1, "g"), (16, 1, 1, 1, 1, "g"), (1, 2, 1, 4, 8, "gmo"), (2, 2, 1, 2, 4, "gmos")]
     if count <= 8:
-        return [
-            (2, 2, 1, 2, 1, "os"), (4, 2, 1, 1, 1, "o"), (4, 1, 2, 1, 1, "mos"), (2, 2, 1, 2, 1, "s"),
-            (2, 2, 1, 1, 1, "g"),
-        ]
+        return [(2, 2, 1, 2, 1, "os"), (4, 2, 1, 1, 1, "o"), (4, 1, 2, 1, 1, "mos"), (2, 2, 1, 2, 1, "s")]
     if narrow:
-        return [
-            (16, 1, 2, 1, 1, "gmosa"), (8, 1, 2, 1, 1, "gmos"), (4, 1, 2, 2, 2, "gmos"), (4, 1, 2, 1, 1, "gm"),
-        ]
-    return [
-        (2, 1, 2, 2, 1, "gmos"), (4, 1, 2, 1, 1, "gmos"), (1, 1, 2, 4, 1, "gmos"), (2, 1, 2, 2, 1, "gm"),
-    ]
+        return [(8, 1, 2, 1, 1, "gmos"), (4, 1, 2, 2, 2, "gmos")]
+    return [(2, 1, 2, 2, 1, "gmos"), (4, 1, 2, 1, 1, "gmos")]
     # fmt: on
 
 
 def wgmma_cuts(n: int, count: int) -> list[dict[str, Any]]:
     """Cuts of the wgmma kernel: the fastest so far, and what came close."""
+    wide = dict(tile_m=256, x_slots=4, word_slots=4)
     if count > 512:
-        return [
-            dict(tile_m=256, cluster=2, x_slots=4, word_slots=4),
-            dict(tile_m=256, x_slots=4, word_slots=4),
-            dict(tile_m=256, cluster=2, x_slots=5, word_slots=3),
-        ]
+        return [wide | dict(cluster=2), wide]
     narrow = n <= 8192
-    if count > 128:
-        split = 4 if n <= 4096 else 2 if narrow else 1
-        return [
-            dict(tile_m=256, split=split, x_slots=4, word_slots=4),
-            dict(tile_m=256, cluster=2, split=split, x_slots=4, word_slots=4),
-            dict(tile_m=128, split=2 if n <= 4096 else 1, x_slots=6, word_slots=6),
-            dict(tile_m=128, x_slots=4, word_slots=4, **joined(2)),
-        ]
     split = 4 if n <= 4096 else 2 if narrow else 1
+    if count > 128:
+        cuts = [wide | dict(split=split), dict(tile_m=128, split=split // 2 or 1, x_slots=6, word_slots=6)]
+        return [*cuts, dict(tile_m=128, x_slots=4, word_slots=4, **joined(2)) if narrow else wide | dict(cluster=2)]
     tile = dict(tile_m=64 if count <= 64 else 128)
     if not narrow:
         if count > 64:
@@ -159,16 +127,15 @@ def wgmma_cuts(n: int, count: int) -> list[dict[str, Any]]:
             tile | dict(x_slots=8, word_slots=8),
             tile | dict(tall=2, x_slots=8, word_slots=4),
             tile | dict(x_slots=8, word_slots=6, consumers=4),
-            tile | dict(x_slots=6, word_slots=4, consumers=4),
         ]
     deep = 8 if count <= 64 else 6
     cuts = [
         tile | dict(split=split, x_slots=deep, word_slots=deep),
         tile | dict(x_slots=4, word_slots=4, **joined(2)),
-        tile | dict(x_slots=4, word_slots=3, consumers=3, **joined(4)),
         tile | dict(x_slots=8, word_slots=4, consumers=2, along_k=2, **joined(2)),
     ]
     if count <= 64:
+        cuts.append(tile | dict(x_slots=4, word_slots=3, **joined(2)))
         cuts.append(tile | dict(x_slots=8, word_slots=6, consumers=4, split=2 * split))
         cuts.append(tile | dict(x_slots=8, word_slots=4, consumers=4, along_k=2, **joined(2)))
     return cuts
@@ -180,21 +147,18 @@ def joined(programs: int) -> dict[str, Any]:
 
 
 def cluster_cuts(n: int, count: int) -> list[dict[str, Any]]:
-    """Cuts of the kernel whose clusters share a contraction."""
+    """Cuts of the kernel whose clusters share a contraction: none for one row, which mma serves better."""
     if count > 16:
-        return [
-            dict(along_k=2, slots=4, folded=True),
-            dict(along_k=2, slots=6, folded=True),
-            dict(slots=4, folded=True),
-        ]
+        return [dict(along_k=2, slots=4, folded=True), dict(along_k=2, slots=6, folded=True)]
+    if count == 1:
+        return []
     if n > 8192:
         return [dict(cluster=4, tall=3, slots=8), dict(cluster=4, tall=2, slots=8), dict(tall=2, slots=8)]
     return [
         dict(slots=8),
-        dict(slots=12),
         dict(slots=8, folded=True),
-        dict(along_k=2, slots=6),
         dict(tall=2, slots=8),
+        dict(tall=2, slots=8, folded=True),
         dict(cluster=4, tall=2, along_k=2, along_n=2, slots=4),
     ]
 
