@@ -28,8 +28,10 @@ def task(k: int, n: int, count: int, kernel: str, group: int = GROUP, contract: 
     return dict(k=k, n=n, count=count, kernel=kernel, group=group, contract=contract, settings=settings)
 
 
-PEERS = ("bf16", "unpack", "torch int4")
-"""Kernels that are compared with, or are half of one."""
+PEERS = ("bf16", "torch int4")
+"""Kernels that are compared with."""
+BESIDE = task(4096, 4096, 1, "mma", order="groups", along_k=16, batch=1, tiles=1, gate=True)
+"""What a probe chains both ways, to tell what an addition costs beside it."""
 
 
 def name(row: dict) -> str:
@@ -96,7 +98,7 @@ def few_rows_cuts(count: int, narrow: bool) -> list[Cut]:
     """Cuts of the mma kernel. The first of each list was the fastest so far."""
     # fmt: off
     if count == 1 and narrow:
-        return [(8, 2, 1, 1, 1, "g"), (16, 1, 1, 1, 1, "g"), (2, 2, 1, 1, 8, "gs")]
+        return [(8, 2, 1, 1, 1, "g"), (16, 1, 1, 1, 1, "g"), (8, 2, 1, 1, 1, "gs"), (2, 2, 1, 1, 8, "gs")]
     if count == 1:
         return [(2, 2, 1, 1, 1, "s"), (4, 1, 1, 1, 1, "g"), (4, 2, 1, 1, 1, "g"), (2, 2, 1, 1, 1, "")]
     if count <= 8 and narrow:
@@ -237,8 +239,9 @@ def rope_rows() -> list[dict]:
 
 
 def probes() -> list[dict]:
-    """What a launch costs: chains of tiny dependent kernels, and of the addition that chains XLA's products (of a row,
-    and of x where it is large); and whether each kernel passes its self-check from inside a trace, as in a model.
+    """What a launch costs: chains of tiny dependent kernels, of the addition that chains XLA's products (of a row, and
+    of x where it is large), and of one kernel with and without it; and whether each kernel passes its self-check from
+    inside a trace, as in a model.
     """
     blank = dict(k=0, n=0, count=0, group=0, contract="", settings={})
     checks = [(kernel, order) for kernel in ("mma", "dot") for order in ("rows", "groups", "last", "first")]
@@ -247,6 +250,7 @@ def probes() -> list[dict]:
     return [
         blank | {"kernel": "launch: pallas"},
         *(blank | {"kernel": "launch: xla add", "settings": of} for of in ({}, *large)),
+        *(blank | {"kernel": "launch: mma", "settings": dict(by=by)} for by in ("operand", "add")),
         *(blank | {"kernel": f"self-check: {' '.join(each)}", "check_only": True} for each in checks),
     ]
 

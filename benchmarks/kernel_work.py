@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernel_rows import DISTINCT, copies_of, floor_us, is_rope, name
+from benchmarks.kernel_rows import BESIDE, DISTINCT, copies_of, floor_us, is_rope, name
 
 
 @dataclasses.dataclass
@@ -80,11 +80,9 @@ def multiply(row: dict, x: Any, data: Any, scale: Any, after: Any) -> Any:
     elif row["kernel"] == "auto":
         run = functools.partial(dequant_matmul, bits=4, group=group, contract=contract, width=k, order=held)
         return run(x, data, scale, implementation="pallas")
-    elif row["kernel"] in ("dequantize", "unpack"):
+    elif row["kernel"] == "dequantize":
         weight, cut = Weight(order, n, k // group, group), dequantize.Settings(**settings)
-        if row["kernel"] == "dequantize":
-            return dequantize.product(x, data, scale, weight, cut)
-        return dequantize.dense(data, scale, weight, cut)[:, :1].T
+        return dequantize.product(x, data, scale, weight, cut)
     else:
         held_as = plain.Weight(bits=4, group=group, contract=contract, width=k, order=held)
         return pallas.dense(x, data, scale, held_as)
@@ -127,10 +125,6 @@ def chain(row: dict, length: int) -> Any:
         )
         return lambda x, data, scale: functools.reduce(lambda y, _: one(y), range(length), x)
 
-    def tied(x: Any, y: Any) -> Any:
-        # One kernel that neither side can absorb.
-        return jax.lax.optimization_barrier(x + 0 * y[:, :1])
-
     if row["kernel"] == "launch: xla add":
 
         def adds(x: Any, data: Any, scale: Any) -> Any:
@@ -140,9 +134,25 @@ def chain(row: dict, length: int) -> Any:
 
         return adds
 
+    if row["kernel"] == "launch: mma":
+        return products(BESIDE, length, row["settings"]["by"] == "operand")
     if is_rope(row):
         return rope_chain(row, length)
-    by_operand = waits_by_operand(row)
+    return products(row, length, waits_by_operand(row))
+
+
+def tied(x: Any, y: Any) -> Any:
+    """x, in one kernel that neither side can absorb, and that waits for y."""
+    import jax
+
+    return jax.lax.optimization_barrier(x + 0 * y[:, :1])
+
+
+def products(row: dict, length: int, by_operand: bool) -> Any:
+    """The chain of a product, each call waiting for the one before."""
+    import jax
+    import jax.numpy as jnp
+
     # One trace and one lowering, whatever the length.
     one = jax.jit(functools.partial(multiply, row))
 
@@ -154,7 +164,7 @@ def chain(row: dict, length: int) -> Any:
                 continue
             operands = x if i == 0 else tied(x, y), data[i % len(data)], scale[i % len(data)]
             # Or XLA would dequantize a weight once for all calls that use it.
-            if row["kernel"] in ("dense", "auto", "dequantize", "unpack"):
+            if row["kernel"] in ("dense", "auto", "dequantize"):
                 operands = jax.lax.optimization_barrier(operands)
             # Or XLA would compute no more of y than the addition reads, of parts to add up above all.
             y = jax.lax.optimization_barrier(one(*operands, None))
@@ -338,6 +348,8 @@ def arguments(row: dict) -> tuple[Any, ...]:
         return jnp.zeros((of["rows"], of["width"]), jnp.bfloat16), None, None
     if is_rope(row):
         return rope_arguments(row["k"], row["n"], row["group"], row["count"])
+    if row["kernel"] == "launch: mma":
+        row = BESIDE
     held = pool(row["k"], row["n"], row["group"], copies_of(row))
     x = jax.random.normal(jax.random.key(7), (row["count"], row["k"]), jnp.bfloat16)
     weights = held.dense if row["kernel"] == "bf16" else held.data
@@ -390,7 +402,7 @@ def work(tasks: list[dict], threads: int, quick: bool, say: Any) -> None:
                         row["error"] = 0.0  # its trace went through
                     elif is_rope(row):
                         row["error"] = 0.0 if row["kernel"] == "rope copy" else check_rope(row)
-                    elif row["k"] and row["kernel"] not in ("bf16", "unpack"):
+                    elif row["k"] and row["kernel"] != "bf16":
                         last = (length_of(row) - 1) % len(args[1])
                         row["error"] = check(row, y, args[0], args[1][last], args[2][last])
                     if not row.get("check_only"):

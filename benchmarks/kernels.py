@@ -3,13 +3,15 @@ is installed), and RoPE against gathered tables and a copy, in one run; writes a
 
     python benchmarks/kernels.py --json benchmarks/results/kernels-h100.json
     python benchmarks/kernels.py --only 4096x28672 M=1 --quick
-    python benchmarks/kernels.py --kernels bf16 wgmma --only M=128 --json benchmarks/results/kernels-m128-h100.json
+    python benchmarks/kernels.py --kernels bf16 wgmma --only M=128 --minutes 1.5
     python benchmarks/kernels.py --record RESULT.json --tune pallas_kernels/dequant_matmul/tuned
 
 A time is the median of several runs of one jit that holds a chain of calls over distinct weights (more than the caches
 hold), divided by their number; no profiler, so CUDA graphs are on. Kernels wait for the call before through an operand
 they do not read; what needs XLA beside the kernel, and bf16 itself, waits through an addition to x, whose own chain,
-over as large an x where that takes longer than a launch, is timed and taken off. Errors are relative, against float64
+over as large an x where that takes longer than a launch, is timed and taken off. Beside a longer kernel an addition
+costs less than in that chain: one kernel is timed both ways, and for all but bf16 only that difference taken off, so
+that what is in doubt speaks for bf16. Errors are relative, against float64
 of the dequantized weights, on a sample of outputs.
 
 Every variant is compiled and timed in a worker process, so that one that fails or crashes costs its own row.
@@ -182,9 +184,12 @@ def summarize(rows: list[dict], bandwidth: float) -> list[str]:
     """Best variant of each shape and M beside bf16, fractions of the floor, and what failed."""
     probe = [row for row in rows if not row["k"] and "us" in row]
     adds = {tuple(row["settings"].values()): row["us"] for row in probe if row["kernel"] == "launch: xla add"}
+    ways = {row["settings"]["by"]: row["us"] for row in probe if row["kernel"] == "launch: mma"}
+    small = adds.get((), 0.0)
+    less = max(0.0, small - (ways["add"] - ways["operand"])) if len(ways) == 2 else 0.0
     for row in rows:
         if "us" in row and row["k"]:
-            add = adds.get((row["count"], row["k"]), adds.get((), 0.0))
+            add = adds.get((row["count"], row["k"]), small) - (0.0 if row["kernel"] in PEERS else less)
             row["net_us"] = row["us"] - (add if row.get("adds") else 0.0)
     lines = []
     for row in probe:
