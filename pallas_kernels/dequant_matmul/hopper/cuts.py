@@ -1,8 +1,7 @@
 """How the kernels for Hopper are cut where no table says: by the time that a cut's programs take, roughly.
 
-The times were fitted to one H100's (kernels-h100.json, kernels-m64-h100.json and kernels-m128-h100.json in
-benchmarks/results, JAX 0.11.2); what counts is how many programs there are, how many tiles each has, and what is left
-to add up.
+The times were fitted to one H100's (benchmarks/results/kernels-h100.json, JAX 0.11.2); what counts is how many programs
+there are, how many tiles each has, and what is left to add up.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from pallas_kernels.dequant_matmul.tiling import Weight
 SMALL = 8192
 """Outputs of a weight up to which few rows of x find too few programs without sharing its contraction."""
 LEAST = 5
-"""Rows of x from which clusters are for them: they take eights, padded by a launch of its own, and one row, so padded,
-took a fifth to two fifths longer than by mma.py."""
-FEW = 64
+"""Rows of x from which clusters are for them: they take eights, padded by a launch of its own, and four rows so padded
+took up to a quarter longer than by mma.py."""
+FEW = 32
 """Rows of x up to which a weight with more outputs than that goes to a kernel of another file."""
 
 
@@ -39,27 +38,29 @@ class Tile(NamedTuple):
 
 
 TILES = (
-    Tile(256, 1, 2, 1, 4, 4, 1.37),
-    Tile(128, 1, 2, 1, 6, 6, 0.83),
-    Tile(128, 1, 4, 1, 4, 4, 1.75),
+    Tile(256, 1, 2, 1, 4, 4, 1.42),
+    Tile(128, 1, 2, 1, 6, 6, 0.81),
+    Tile(128, 1, 4, 1, 4, 4, 1.80),
     Tile(128, 1, 2, 2, 8, 4, 0.97),
-    Tile(64, 1, 2, 1, 8, 8, 0.57),
-    Tile(64, 1, 4, 1, 8, 6, 1.11),
-    Tile(64, 2, 2, 1, 8, 4, 1.14),
-    Tile(64, 1, 2, 2, 8, 4, 0.64),
+    Tile(64, 1, 2, 1, 8, 8, 0.56),
+    Tile(64, 1, 4, 1, 8, 6, 1.04),
+    Tile(64, 2, 2, 1, 8, 4, 1.02),
+    Tile(64, 1, 2, 2, 8, 4, 0.75),
 )
-LAUNCH_US, TILE_US = 1.35, 3.18
+LAUNCH_US, TILE_US = 1.11, 2.13
 """Of wgmma: the launch, and each tile of a program beside its groups."""
-PARTS_US = (3.64, 0.8)
+PARTLY_US = 1.1
+"""And of one that x does not fill, as 32 rows do not one of 64."""
+PARTS_US = (1.94, 1.86)
 """Of adding up parts: the launch, and each million numbers."""
-JOINED_US = 1.91
+JOINED_US = 1.0
 """Of adding up within a cluster, each tile."""
 
-CLUSTER_US = (2.71, 1.69)
+CLUSTER_US = (3.13, 0.61)
 """Of the kernel of clusters: the launch, and each tile of a program beside its groups."""
-BLOCK_US = (0.091, 0.045)
+BLOCK_US = (0.030, 0.054)
 """Of a group of 64 rows of the weight in a program: itself, and each eight rows of x."""
-BYTES_US = 3.46e6
+BYTES_US = 2.66e6
 """Bytes of a weight that come in a microsecond, what was read ahead included."""
 FEW_CUTS = (
     cluster.Settings(slots=8),
@@ -138,7 +139,8 @@ def wgmma_us(weight: Weight, count: int, cut: wgmma.Settings) -> float:
         add_up = JOINED_US * rounds
     elif cut.split > 1:
         add_up = PARTS_US[0] + PARTS_US[1] * cut.split * count * weight.features / 1e6
-    return LAUNCH_US + rounds * (-(-plan.per_share // cut.along_k) * group_us + TILE_US) + add_up
+    tile_us = TILE_US + (PARTLY_US if count < cut.tile_m else 0.0)
+    return LAUNCH_US + rounds * (-(-plan.per_share // cut.along_k) * group_us + tile_us) + add_up
 
 
 def _fits(module: Any, weight: Weight, settings: Any, count: int) -> bool:
