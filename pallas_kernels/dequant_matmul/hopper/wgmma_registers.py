@@ -78,21 +78,23 @@ def words_of(tall: int, exchange: bool) -> Callable[[Any], tuple[Int[Array, "row
     def load(_: Any, ref: Any) -> Any:
         four = ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
         lane, warp = thread()
-        odd, upper = (
-            [
-                arith.select(arith.cmpi(arith.CmpIPredicate.ne, bits(lane, mask), value(0)), *map(value, pair[::-1]))
-                for pair in of
-            ]
-            for mask, of in ((1, ODD), (2, UPPER))
-        )
+
+        def where(bit: int, of: Sequence[tuple[int, int]]) -> list[Any]:
+            """The second of each two for threads whose number has the bit."""
+            which = arith.cmpi(arith.CmpIPredicate.ne, bits(lane, bit), value(0))
+            return [arith.select(which, value(high), value(low)) for low, high in of]
+
+        odd, upper = where(1, ODD), where(2, UPPER)
         halves: tuple[list[Any], list[Any]] = ([], [])
         for block in range(tall):
             tile = times(add(warp, 4 * block), 64)
             held = [llvm.load(four, place(ref, add(tile, 32 * late, lane), four), alignment=16) for late in (0, 1)]
             for half in (0, 1):
                 for late in (0, 1):
-                    pair = [part(held[late], 2 * half + i) for i in (0, 1)]
-                    halves[half].append(together(*(_exchanged(*pair, odd, upper) if exchange else pair)))
+                    first, second = (part(held[late], 2 * half + i) for i in (0, 1))
+                    if exchange:
+                        first, second = _exchanged(first, second, odd, upper)
+                    halves[half].append(together(first, second))
         return tuple(array(half, kind) for half in halves)
 
     return load
