@@ -11,8 +11,8 @@ hold), divided by their number; no profiler, so CUDA graphs are on. Kernels wait
 they do not read; what needs XLA beside the kernel, and bf16 itself, waits through an addition to x, whose own chain,
 over as large an x where that takes longer than a launch, is timed and taken off. Beside a longer kernel an addition
 costs less than in that chain: one kernel is timed both ways, and for all but bf16 only that difference taken off, so
-that what is in doubt speaks for bf16. Errors are relative, against float64
-of the dequantized weights, on a sample of outputs.
+that what is in doubt speaks for bf16. Errors are relative, against float64 of the dequantized weights, on a sample of
+outputs.
 
 Every variant is compiled and timed in a worker process, so that one that fails or crashes costs its own row.
 """
