@@ -239,10 +239,12 @@ def write_tuned(rows: list[dict], environment: dict, folder: Path) -> Path:
     Where that is a kernel that only Hopper has, the fastest of the others stands behind it.
     """
     from pallas_kernels.dequant_matmul import tuned
+    from pallas_kernels.dequant_matmul.hopper import cuts
 
     best: dict[Any, dict] = {}
     for row in rows:
-        if row["kernel"] in tuned.SETTINGS:
+        unused = row["kernel"] == "cluster" and row["count"] < cuts.LEAST
+        if row["kernel"] in tuned.SETTINGS and not unused:
             key = row["settings"].get("order", row["contract"]), row["k"], row["n"], row["count"]
             key = *key, row["kernel"] in tuned.HOPPER
             if "net_us" in row and row.get("error", 1) < 4e-3 and row["net_us"] < best.get(key, row)["net_us"] + 1e-9:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -296,7 +297,7 @@ def test_few_rows_share_the_contraction_of_narrow_weights_alone(on_hopper: None)
     """On a Hopper GPU of which no table says anything."""
     for features, groups in ((28672, 32), (128256, 32)):
         weight = Weight("rows", features, groups, 128)
-        kernels = [tuned.choose(weight, count, "an unknown GPU")[0] for count in (1, 8, 16, 64, 65)]
+        kernels = [tuned.choose(weight, count, "an unknown GPU")[0] for count in (1, 8, 16, 32, 33)]
         assert kernels == ["mma", "mma", "mma", "dot", "wgmma"]
     for features, groups in ((4096, 112), (4096, 32), (6144, 32), (4096, 91), (3968, 32)):
         weight = Weight("groups", features, groups, 128)
@@ -306,7 +307,7 @@ def test_few_rows_share_the_contraction_of_narrow_weights_alone(on_hopper: None)
         assert tuned.choose(weight, 64, "an unknown GPU")[0] in ("cluster", "wgmma")
 
 
-def test_a_measured_cut_serves_the_same_programs_only(on_hopper: None) -> None:
+def test_a_measured_cut_serves_the_same_programs_only(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     here = dict(order="groups", k=4096, n=4096, count=2048, kernel="wgmma")
     [row] = [row for row in tuned.table(tuned.slug(H100)) if here.items() <= row.items()]
     measured = wgmma.Settings(**row["settings"])
@@ -319,10 +320,26 @@ def test_a_measured_cut_serves_the_same_programs_only(on_hopper: None) -> None:
     assert cuts.wgmma_cut(Weight("groups", 2048, 32, 128), 64).split > 1
     assert cuts.wgmma_cut(Weight("groups", 2048, 1, 128), 64).split == 1
     # Pruned rows need other clusters, as do pruned contractions; fewer rows of x do not.
+    own = cluster.Settings(folded=True)
+    here = dict(order="groups", k=14336, n=4096, count=16, kernel="cluster", settings=dataclasses.asdict(own))
+    monkeypatch.setattr(tuned, "table", lambda kind: [here])
     for features, groups, count, same in ((4096, 112, 16, True), (4096, 112, 11, True), (4096, 73, 16, False)):
         weight = Weight("groups", features, groups, 128)
-        cut = cluster.Settings(folded=True) if same else cuts.cluster_cut(weight, count)
+        cut = own if same else cuts.cluster_cut(weight, count)
+        assert cuts.cluster_cut(weight, count) != own
         assert tuned.choose(weight, count, H100) == ("cluster", cut)
+
+
+def test_another_shapes_kernel_comes_after_hoppers_rule(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dict(order="rows", k=4096, n=6144, count=32, kernel="dot", settings={})
+    monkeypatch.setattr(tuned, "table", lambda kind: [row])
+    assert tuned.choose(Weight("rows", 6144, 32, 128), 32, "x") == ("dot", dot.Settings())
+    pruned = tuned.choices(Weight("rows", 4096, 32, 128), 32, "x")
+    assert [kernel for kernel, _ in pruned[:2]] == ["cluster", "dot"]
+    # The rule has no say: many outputs, another order.
+    assert tuned.choose(Weight("rows", 9000, 32, 128), 32, "x") == ("dot", dot.Settings())
+    monkeypatch.setattr(tuned, "table", lambda kind: [row | dict(order="last")])
+    assert tuned.choose(Weight("last", 4096, 32, 128), 32, "x") == ("dot", dot.Settings())
 
 
 def test_the_nearest_row_serves_until_it_is_too_far(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,8 @@
 
 `tuned/<gpu>.json` is what `benchmarks/kernels.py --tune` wrote: the fastest variant per order, shape and rows of x. A
 shape that is not in the table (a pruned one, say) takes the kernel of the nearest that is, and its settings, but for
-those of Hopper's kernels: how many programs they make is what counts, and that is known for any shape
-(hopper/cuts.py).
+Hopper's kernels: how many programs they make is what counts, and that is known for any shape (hopper/cuts.py). So there
+the rule comes before another kernel of another shape.
 """
 
 from __future__ import annotations
@@ -71,8 +71,11 @@ def choices(weight: Weight, count: int, device_kind: str | None = None) -> list[
     rows = table(device_kind or jax.devices()[0].device_kind)
     if count < cuts.LEAST:
         rows = [row for row in rows if row["kernel"] != "cluster"]
+    first, rule = nearest(rows, weight, count), cuts.choice(weight, count)
+    if first is None or (rule is not None and first[0] not in HOPPER and not measured(rows, weight)):
+        first = rule
     found = [
-        nearest(rows, weight, count) or cuts.choice(weight, count),
+        first,
         nearest([row for row in rows if row["kernel"] not in HOPPER], weight, count),
         by_rule(weight, count),
         by_rule(weight, max(count, mma.MOST + 1)),
@@ -97,6 +100,12 @@ def _supported(choice: Choice, weight: Weight, count: int) -> bool:
     return True
 
 
+def measured(rows: list[dict[str, Any]], weight: Weight) -> bool:
+    """Whether the table has this very shape."""
+    shape = weight.order, weight.groups * weight.group, weight.features
+    return any((row["order"], row["k"], row["n"]) == shape for row in rows)
+
+
 def nearest(rows: list[dict[str, Any]], weight: Weight, count: int) -> Choice | None:
     """The row of the next larger M whose shape is nearest, the first of several such, or None."""
     counts = sorted({row["count"] for row in rows if row["order"] == weight.order and row["count"] >= count})
@@ -112,11 +121,11 @@ def nearest(rows: list[dict[str, Any]], weight: Weight, count: int) -> Choice | 
     row = best[1]
     settings = SETTINGS[row["kernel"]](**row["settings"])
     if row["kernel"] in HOPPER:
-        measured = dataclasses.replace(weight, features=row["n"], groups=row["k"] // weight.group)
+        own = dataclasses.replace(weight, features=row["n"], groups=row["k"] // weight.group)
         plan_of = HOPPER[row["kernel"]].plan_of
         # A kernel for few rows computes no more of them than there are; that alone is no other cut.
         asked = row["count"] if row["kernel"] == "cluster" else count
-        if plan_of(row["count"], measured, settings) != plan_of(asked, weight, settings):
+        if plan_of(row["count"], own, settings) != plan_of(asked, weight, settings):
             settings = cuts.cut(row["kernel"], weight, count)
     return row["kernel"], settings
 
