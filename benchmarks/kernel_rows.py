@@ -63,7 +63,6 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
             settings |= dict(zero="mma") if "m" in options else {}
             settings |= dict(ordered=True) if "o" in options else {}
             settings |= dict(stream=True) if "s" in options else {}
-            settings |= dict(ahead=True) if "a" in options else {}
             rows.append(make("mma", **settings))
         if count == 16 and not narrow:
             rows += [make("dot", tile_n=128, tile_m=16, warps=4, stages=4, split=1, join=join) for join in (4, 8)]
@@ -91,7 +90,7 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
 
 
 Cut = tuple[int, int, int, int, int, str]
-"""along_k, batch, tiles, along_n, split, and letters: g gate, m zero="mma", o ordered, s stream, a ahead."""
+"""along_k, batch, tiles, along_n, split, and letters: g gate, m zero="mma", o ordered, s stream."""
 
 
 def few_rows_cuts(count: int, narrow: bool) -> list[Cut]:

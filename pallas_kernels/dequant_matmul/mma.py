@@ -45,8 +45,6 @@ class Settings:
     """How the 128 + 8 of a raw pair leaves: "fma", from every pair; "mma", as -136 times the sum of x, once a group."""
     gate: bool = False
     """Compute waits for a barrier that follows all loads of the batch; else ptxas sinks loads to their uses."""
-    ahead: bool = False
-    """Words of the next batch are loaded before this one is computed."""
     ordered: bool = False
     """x is first laid out as its fragments, by a kernel of XLA's: a warp then reads it in whole lines."""
     stream: bool = False
@@ -170,15 +168,11 @@ def accumulate(
         """The groups of a batch, and whether each exists; a batch past the end repeats the last."""
         start = (index * settings.split + share) * stride + at.warp_k
         groups = [start + u * settings.along_k for u in range(settings.batch)]
-        return [
-            (jnp.minimum(g, weight.groups - 1) if ragged or settings.ahead else g, g < weight.groups) for g in groups
-        ]
+        return [(jnp.minimum(g, weight.groups - 1) if ragged else g, g < weight.groups) for g in groups]
 
-    def words_of(index: Array) -> list[list[list[Array]]]:
-        return [[_words(source, weight, at, group, settings) for source in sources] for group, _ in groups_of(index)]
-
-    def compute(index: Array, words: list[list[list[Array]]], sums: Sequence[Array]) -> list[Array]:
+    def step(index: Array, sums: Sequence[Array]) -> list[Array]:
         groups, sums = groups_of(index), list(sums)
+        words = [[_words(source, weight, at, group, settings) for source in sources] for group, _ in groups]
         scales = [[_scales(source, weight, at, group) for source in sources] for group, _ in groups]
         xs = [[_x(x_ref, weight, at, group, column) for column in range(columns)] for group, _ in groups]
         mask = gate(index, threads) if settings.gate else None
@@ -196,16 +190,8 @@ def accumulate(
                         slot += 1
         return sums
 
-    def step(index: Array, carry: Any) -> Any:
-        words, sums = carry
-        if not settings.ahead:
-            return (), compute(index, words_of(index), sums)
-        return words_of(index + 1), compute(index, words, sums)
-
     rounds = pl.cdiv(weight.groups, stride * settings.split)
-    first = words_of(jnp.int32(0)) if settings.ahead else ()
-    _, totals = jax.lax.fori_loop(0, rounds, step, (first, [zeros] * (len(sources) * parts * columns)))
-    return totals
+    return jax.lax.fori_loop(0, rounds, step, [zeros] * (len(sources) * parts * columns))
 
 
 def add_up(totals: Sequence[Float[Array, "threads 4"]], along_k: int) -> tuple[Float[Array, "..."], Int[Array, "..."]]:

@@ -137,14 +137,9 @@ def scales_of(tall: int, weight: Weight) -> Callable[[Any, Any, Any], Int[Array,
     return load
 
 
-def twice(half: Any) -> Any:
-    """The lower 16 bits in both halves; inside `inline_mgpu`, like the next two."""
-    return asm("prmt.b32 $0, $1, $1, 0x1010;", half)
-
-
-def factors(half: Any) -> tuple[Any, Any, Any]:
-    """What `weights` takes for weights times a scale, bf16 in the lower 16 bits."""
-    pair = twice(half)
+def factors(scale: Any) -> tuple[Any, Any, Any]:
+    """What `weights` takes for a scale, bf16 in the lower 16 bits; both are called inside `inline_mgpu`."""
+    pair = asm("prmt.b32 $0, $1, $1, 0x1010;", scale)
     even, odd, centre = (asm("fma.rn.bf16x2 $0, $1, $2, $3;", pair, each, 0x80008000) for each in UNSCALED)
     return even, odd, centre
 
