@@ -19,12 +19,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.decode_profile import shortened
-from pallas_kernels import ahead
-from pallas_kernels.ahead import Budget
-from uniql_jax import timing
-from uniql_jax.layers import fused
-from uniql_jax.random_model import random_model, read_config
-from uniql_jax.timing import environment
+from uniql_jax.evaluation import timing
+from uniql_jax.evaluation.random_model import random_model, read_config
+from uniql_jax.evaluation.timing import environment
+from uniql_jax.model.layers import fused
+from uniql_jax.pallas_kernels import ahead
+from uniql_jax.pallas_kernels.ahead import Budget
 
 BUDGETS = ("0,0,0", "1,4e,1", "2,8e,2", "4,4e,4", "4,8e,0", "0,8e,4", "4,8e,4", "4,12e,4", "8,16e,8", "4,8,4")
 

@@ -27,13 +27,13 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pallas_kernels.attention import decode_pallas
-from pallas_kernels.attention.decode import Caches, Place, Token
-from pallas_kernels.dequant_matmul import fused
-from pallas_kernels.dequant_matmul.fused import Job, Stream
-from pallas_kernels.dequant_matmul.mma import Settings
-from pallas_kernels.dequant_matmul.tiling import Weight
-from uniql_jax.timing import environment
+from uniql_jax.evaluation.timing import environment
+from uniql_jax.pallas_kernels.attention import decode_pallas
+from uniql_jax.pallas_kernels.attention.decode import Caches, Place, Token
+from uniql_jax.pallas_kernels.dequant_matmul import fused
+from uniql_jax.pallas_kernels.dequant_matmul.fused import Job, Stream
+from uniql_jax.pallas_kernels.dequant_matmul.mma import Settings
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS = 32, 4096, 14336, 32, 8
 NORM, TURNS = 1e-5, 10

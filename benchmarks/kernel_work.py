@@ -47,9 +47,9 @@ def multiply(row: dict, x: Any, data: Any, scale: Any, after: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.dequant_matmul import dequant_matmul, dequantize, dot, mma, pallas, plain
-    from pallas_kernels.dequant_matmul.hopper import cluster, wgmma
-    from pallas_kernels.dequant_matmul.tiling import Weight
+    from uniql_jax.pallas_kernels.dequant_matmul import dequant_matmul, dequantize, dot, mma, pallas, plain
+    from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster, wgmma
+    from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
     k, n, group, contract = row["k"], row["n"], row["group"], row["contract"]
     settings = dict(row["settings"])
@@ -106,7 +106,7 @@ def chain(row: dict, length: int) -> Any:
     import jax.numpy as jnp
 
     if row["kernel"].startswith("self-check: "):
-        from pallas_kernels.dequant_matmul import selfcheck
+        from uniql_jax.pallas_kernels.dequant_matmul import selfcheck
 
         def checked(x: Any, data: Any, scale: Any) -> Any:
             selfcheck.verify(*row["kernel"].removeprefix("self-check: ").split())
@@ -115,7 +115,7 @@ def chain(row: dict, length: int) -> Any:
         return checked
 
     if row["kernel"] == "launch: pallas":
-        from pallas_kernels import compat
+        from uniql_jax.pallas_kernels import compat
 
         def bump(x_ref: Any, out_ref: Any) -> None:
             out_ref[...] = x_ref[...] + 1
@@ -196,7 +196,7 @@ def turn(row: dict) -> Any:
     import jax.numpy as jnp
     import numpy as np
 
-    from pallas_kernels.rope import pallas, rope_qk
+    from uniql_jax.pallas_kernels.rope import pallas, rope_qk
 
     pairs, kv_heads, way = row["k"] // 2, row["group"], row["kernel"].removeprefix("rope ")
     base = 500000.0 ** (-np.arange(pairs) / pairs)
@@ -283,8 +283,8 @@ def check(row: dict, y: Any, x: Any, data: Any, scale: Any) -> float:
     import jax.numpy as jnp
     import numpy as np
 
-    from pallas_kernels.dequant_matmul import tiling
-    from pallas_kernels.packing import SHIFTS
+    from uniql_jax.pallas_kernels.dequant_matmul import tiling
+    from uniql_jax.pallas_kernels.packing import SHIFTS
 
     k, n, group, contract = row["k"], row["n"], row["group"], row["contract"]
     order = row["settings"].get("order", contract)
@@ -428,7 +428,7 @@ def worker(path: str, threads: int, quick: bool) -> None:
     import warnings
 
     warnings.simplefilter("ignore")
-    from uniql_jax.timing import environment
+    from uniql_jax.evaluation.timing import environment
 
     say({"environment": environment() | {"copy_bytes_per_s": copy_speed()}})
     work(json.loads(Path(path).read_text()), threads, quick, say)

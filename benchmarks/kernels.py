@@ -238,8 +238,8 @@ def write_tuned(rows: list[dict], environment: dict, folder: Path) -> Path:
 
     Where that is a kernel that only Hopper has, the fastest of the others stands behind it.
     """
-    from pallas_kernels.dequant_matmul import tuned
-    from pallas_kernels.dequant_matmul.hopper import cuts
+    from uniql_jax.pallas_kernels.dequant_matmul import tuned
+    from uniql_jax.pallas_kernels.dequant_matmul.hopper import cuts
 
     best: dict[Any, dict] = {}
     for row in rows:

@@ -25,24 +25,24 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from convert.source import open_source
-from uniql_jax import cli, data
-from uniql_jax.int4 import dense
-from uniql_jax.loading import load, load_source
-from uniql_jax.model import CausalLM, hidden_states, logits
-from uniql_jax.passes.options import Options
-from uniql_jax.passes.run import compress
+from uniql_jax import console, data
+from uniql_jax.compression.math.ssm import CHANNEL_METHODS, STATE_METHODS
+from uniql_jax.compression.pipeline import compress
+from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.convert.source import open_source
+from uniql_jax.evaluation.timing import environment
+from uniql_jax.model.causal_lm import CausalLM, hidden_states, logits
 from uniql_jax.plan import Plan
-from uniql_jax.sort.ssm import CHANNEL_METHODS, STATE_METHODS
-from uniql_jax.timing import environment
+from uniql_jax.runtime.loading import load, load_source
+from uniql_jax.weights.quantized import dense
 
 RATES = (0.0, 0.15, 0.25, 0.35)
 PUBLISHED = dict(mlp_score="leverage", pair_score="published", value_output="published", plan="influence")
 
 
-def scores() -> dict[str, Options]:
+def scores() -> dict[str, CompressionSettings]:
     """Sorting and planning, 16 bits, no refit; every row but the named part uses the defaults."""
-    base = Options(bits=32)
+    base = CompressionSettings(bits=32)
     replace = dataclasses.replace
     rows = {"default": base, "published scores": replace(base, **PUBLISHED)}
     for method in ("greedy", "fisher_diagonal", "energy", "energy_weight", "leverage", "magnitude", "random"):
@@ -63,9 +63,9 @@ def scores() -> dict[str, Options]:
     return rows
 
 
-def refits() -> dict[str, Options]:
+def refits() -> dict[str, CompressionSettings]:
     """The nested refit at 16 bits: share of unpruned windows, target and ridge."""
-    base = Options(bits=32)
+    base = CompressionSettings(bits=32)
     rows = {"no refit": base}
     for share in (0.2, 0.4, 0.6, 0.8):
         rows[f"refit {share} stream"] = dataclasses.replace(base, refit=share)
@@ -76,9 +76,9 @@ def refits() -> dict[str, Options]:
     return rows
 
 
-def bits() -> dict[str, Options]:
+def bits() -> dict[str, CompressionSettings]:
     """Quantization at 4 and 8 bits."""
-    base = Options(bits=4)
+    base = CompressionSettings(bits=4)
     return {
         "nearest, max-abs scale": dataclasses.replace(base, rounding="nearest", scale_search=False, rotate=False),
         "nearest, searched scale": dataclasses.replace(base, rounding="nearest", rotate=False),
@@ -93,9 +93,9 @@ def bits() -> dict[str, Options]:
     } | {f"gptq, rotated, embed_mix {mix}": dataclasses.replace(base, embed_mix=mix) for mix in (0.01, 1.0)}
 
 
-def ssm() -> dict[str, Options]:
+def ssm() -> dict[str, CompressionSettings]:
     """State-space blocks and hybrids: scores of channels and states, plans, refit, 16 and 4 bits."""
-    base = Options(bits=32)
+    base = CompressionSettings(bits=32)
     replace = dataclasses.replace
     rows = {"default": base}
     for method in CHANNEL_METHODS:
@@ -229,7 +229,7 @@ def main() -> None:
                 print(f"{table:8s} {name:34s} {text:8s} {ratios}  {taken:5.1f}s", flush=True)
             if args.json:
                 record = {"environment": environment(), "original": base, "calibration": calibration.description}
-                cli.write_whole(args.json, json.dumps(record | {"rows": rows}, indent=1) + "\n")
+                console.write_whole(args.json, json.dumps(record | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,24 +32,24 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.quality import RATES
-from convert.source import open_source
-from train import lora, rates, recover, stack
-from train.examples import Examples, from_windows, split
-from train.loop import Options as TrainOptions
-from train.loop import Trainer
-from train.losses import head_losses
-from uniql_jax import cli, data, elastic
+from uniql_jax import console, data, elastic
 from uniql_jax.checkpoint import is_elastic, open_checkpoint
+from uniql_jax.compression.artifacts import flatten
+from uniql_jax.compression.contract import Recovery
+from uniql_jax.compression.pipeline import _Run, compress
+from uniql_jax.compression.settings import Options
 from uniql_jax.config import ModelConfig
-from uniql_jax.int4 import dense
-from uniql_jax.layers.context import full_context
-from uniql_jax.model import embed
-from uniql_jax.passes.contract import Recovery
-from uniql_jax.passes.options import Options
-from uniql_jax.passes.run import _Run, compress
-from uniql_jax.passes.work import flatten
+from uniql_jax.convert.source import open_source
+from uniql_jax.evaluation.timing import environment
+from uniql_jax.model.causal_lm import embed
+from uniql_jax.model.layers.context import full_context
 from uniql_jax.plan import Plan
-from uniql_jax.timing import environment
+from uniql_jax.train import lora, rates, recover, stack
+from uniql_jax.train.examples import Examples, from_windows, split
+from uniql_jax.train.loop import Options as TrainOptions
+from uniql_jax.train.loop import Trainer
+from uniql_jax.train.losses import head_losses
+from uniql_jax.weights.quantized import dense
 
 Layers = Sequence[lora.Layer]
 RUN = 13
@@ -185,7 +185,7 @@ class Bench:
                 )
             result = recover.train(
                 model.config, model.layers, model.embeddings, model.plan, self.learnt, self.judged, options,
-                self.work / f"row-{len(self.trained)}", lambda steps: cli.progress(steps, row.name),
+                self.work / f"row-{len(self.trained)}", lambda steps: console.progress(steps, row.name),
                 self.trainers[program],
             )  # fmt: skip
             factors = jax.device_get(result.factors)
@@ -216,7 +216,7 @@ class Bench:
                 run.finish(positions=tune is not None)
                 if tune is not None:
                     start, settings = time.perf_counter(), self.options_of(tune)
-                    run.progress = lambda items, _: cli.progress(items, f"{name}, tuned")
+                    run.progress = lambda items, _: console.progress(items, f"{name}, tuned")
                     with jax.default_matmul_precision("default"):
                         result = run.tune(Recovery(self.learnt, self.judged, settings, settings))
                     told = _told(settings, result, start)
@@ -292,7 +292,7 @@ def _setting(text: str) -> Any:
 
 
 def custom_row(words: Sequence[str]) -> Row:
-    """NAME KEY=VALUE ...: keys are the settings of `train.loop.Options`, `bits` (such as 16,4), `refit`, and with
+    """NAME KEY=VALUE ...: keys are the settings of `train.loop.RecoverySettings`, `bits` (such as 16,4), `refit`, and with
     `tune.` before them the settings of a training that goes on after quantizing to 4 bits (such as tune.steps=500).
     """
     settings = {key: value for key, _, value in (word.partition("=") for word in words[1:])}
@@ -318,7 +318,7 @@ def prepare(args: argparse.Namespace, work: Path) -> tuple[Bench, dict[str, Any]
     start = time.perf_counter()
     if opened is not None:
         ckpt = work / "sorted"
-        compress(opened, ckpt, calibration.tokens, Options(bits=32), progress=cli.progress)
+        compress(opened, ckpt, calibration.tokens, Options(bits=32), progress=console.progress)
     sorting = time.perf_counter() - start
     trained = [data.token_windows([spec], tokenizer, args.train_length, None, vocab_size=vocab) for spec in args.train]
     texts = {}
@@ -399,7 +399,7 @@ def main() -> None:
         record["original"] = bench.original
         print("original", {k: round(v, 3) for k, v in bench.original.items()}, flush=True)
         if args.json:
-            cli.write_whole(args.json, json.dumps(record, indent=1) + "\n")
+            console.write_whole(args.json, json.dumps(record, indent=1) + "\n")
         longest = 0.0
         ready = [row for row in table() if args.only is None or row.name in args.only]
         for row in [*ready, *map(custom_row, args.row)]:
@@ -429,7 +429,7 @@ def main() -> None:
                     print(f"{row.name:24s} {bits:2d} bits  {text:12s} {ratios}", flush=True)
                 record["seconds"] = round(time.perf_counter() - begun, 1)
                 if args.json:
-                    cli.write_whole(args.json, json.dumps(record, indent=1) + "\n")
+                    console.write_whole(args.json, json.dumps(record, indent=1) + "\n")
             longest = max(longest, time.perf_counter() - start)
 
 

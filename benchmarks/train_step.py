@@ -26,20 +26,20 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train import lora, rates
-from train.examples import from_windows
-from train.loop import Options, Trainer
-from uniql_jax import cli, elastic
+from uniql_jax import console, elastic
 from uniql_jax.config import ModelConfig
+from uniql_jax.evaluation.random_model import random_model, read_config
+from uniql_jax.evaluation.timing import environment
 from uniql_jax.plan import make_plan
-from uniql_jax.random_model import random_model, read_config
-from uniql_jax.timing import environment
+from uniql_jax.train import lora, rates
+from uniql_jax.train.examples import from_windows
+from uniql_jax.train.loop import RecoverySettings, Trainer
 
 VARIANTS = ("1 products", "2 products", "4 none", "1 all")
 """Parts of a batch, and what is computed again backward."""
 
 
-def needed_flops(config: ModelConfig, options: Options, rows: int, length: int) -> dict[str, float]:
+def needed_flops(config: ModelConfig, options: RecoverySettings, rows: int, length: int) -> dict[str, float]:
     """Floating-point operations that a step cannot do without, by part.
 
     A multiply-add is two. Frozen weights: one product forward and one back, to the input; factors: one more each, to
@@ -133,7 +133,7 @@ def main() -> None:
     add("--json", type=Path)
     args = parser.parse_args()
     config = read_config(args.config)
-    base = Options(
+    base = RecoverySettings(
         rank=args.rank, alpha=lora.alpha_of(args.rank), batch=args.batch, dropout=args.dropout, distill=args.distill,
         compute="bfloat16", steps=1000,
     )  # fmt: skip
@@ -164,13 +164,13 @@ def main() -> None:
             found |= {"fits": True, "fraction": total / found["median_seconds"] / peak}
             print(
                 f"{words:10s} {1e3 * found['median_seconds']:8.1f} ms, {100 * found['fraction']:5.1f} % of peak, "
-                f"{cli.format_bytes(found['program_bytes'] or 0)}, traced in {found['trace_seconds']} s, "
+                f"{console.format_bytes(found['program_bytes'] or 0)}, traced in {found['trace_seconds']} s, "
                 f"compiled in {found['compile_seconds']} s, loss {found['losses'][0]:.3f} to {found['losses'][-1]:.3f}",
                 flush=True,
             )
         record["variants"][words] = found
         if args.json:
-            cli.write_whole(args.json, json.dumps(record, indent=1) + "\n")
+            console.write_whole(args.json, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 
-from convert import tables
-from convert.source import open_source
-from convert.to_hf import DTYPES
-from uniql_jax import cli, elastic
+from uniql_jax import console, elastic
 from uniql_jax.checkpoint import CheckpointWriter, reachable_bias, stored
+from uniql_jax.convert import tables
+from uniql_jax.convert.source import open_source
+from uniql_jax.convert.to_hf import DTYPES
 from uniql_jax.files import check_output, check_space, staged_output
 
 
@@ -23,7 +22,9 @@ def convert(ckpt: str, out: str, overwrite: bool = False) -> None:
     config = source.config
     dtype = config.dtype if config.dtype in DTYPES else "bfloat16"
     size = sum(math.prod(s) for s in tables.expected(config, source.table).values()) * DTYPES[dtype].itemsize
-    print(f"{source.name} -> {out}: {len(config.pattern)} layers, {dtype}, about {cli.format_bytes(size)}", flush=True)
+    print(
+        f"{source.name} -> {out}: {len(config.pattern)} layers, {dtype}, about {console.format_bytes(size)}", flush=True
+    )
     with staged_output(out, overwrite) as staging:
         check_space(staging, size)
         meta = {"bits": 8 * DTYPES[dtype].itemsize, "plan": None, "source": source.name}
@@ -31,7 +32,7 @@ def convert(ckpt: str, out: str, overwrite: bool = False) -> None:
         top = source.top()
         writer.add_top({name: stored(elastic.TOP[name], value, DTYPES[dtype]) for name, value in top.items()})
         del top
-        for i in cli.progress(range(len(config.pattern)), "convert", len(config.pattern)):
+        for i in console.progress(range(len(config.pattern)), "convert", len(config.pattern)):
             layer = {
                 kind: {name: stored(elastic.BLOCKS[kind][name], value, DTYPES[dtype]) for name, value in block.items()}
                 for kind, block in source.layer(i).items()
@@ -41,15 +42,7 @@ def convert(ckpt: str, out: str, overwrite: bool = False) -> None:
         writer.finish()
 
 
-def main(argv: list[str]) -> None:
-    """The command line."""
-    parser = cli.Parser(prog="python -m convert.from_hf", description=__doc__)
-    parser.add_argument("checkpoint", metavar="CKPT", help="model folder, .gguf file, hub id, or the word demo")
-    parser.add_argument("out", metavar="DIR", help="folder to create")
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is a model folder")
-    args: argparse.Namespace = parser.parse_args(argv)
-    convert(args.checkpoint, args.out, args.overwrite)
-
-
 if __name__ == "__main__":
-    cli.run(main)
+    from uniql_jax.commands import run
+
+    run("from-hf")

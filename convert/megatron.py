@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-from convert.sentencepiece_model import Vocabulary, vocabulary
+from uniql_jax.convert.sentencepiece_model import Vocabulary, vocabulary
 from uniql_jax.errors import UserError
 
 NAMES = {

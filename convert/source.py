@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from convert import tables
-from convert.gguf import GgufReader
-from convert.megatron import MegatronReader
 from uniql_jax import config as configs
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
+from uniql_jax.convert import tables
+from uniql_jax.convert.gguf import GgufReader
+from uniql_jax.convert.megatron import MegatronReader
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader, copy_side_files
 

@@ -6,7 +6,6 @@ The result has the shapes of the original model and computes exactly what our pr
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,13 +15,14 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int
 
-from convert import tables
-from uniql_jax import cli, elastic, int4
+from uniql_jax import console, elastic
 from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.config import ModelConfig
+from uniql_jax.convert import tables
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardWriter, check_output, check_space, copy_side_files, staged_output
-from uniql_jax.sort.value_output import value_bias
+from uniql_jax.value_bias import value_bias
+from uniql_jax.weights import quantized as int4
 
 Tensors = dict[str, Float[np.ndarray, "..."]]
 Block = Mapping[str, Any]
@@ -196,7 +196,7 @@ def export(
     kept_part = sum(a for a, _ in pairs) / sum(b for _, b in pairs)
     print(
         f"{folder} at prune rate {prune_rate:g} ({kept_part:.1%} of the prunable parameters kept) "
-        f"-> {out}: {len(config.pattern)} layers, {dtype}, about {cli.format_bytes(size)}",
+        f"-> {out}: {len(config.pattern)} layers, {dtype}, about {console.format_bytes(size)}",
         flush=True,
     )
     with staged_output(out, overwrite) as staging:
@@ -210,7 +210,7 @@ def export(
         for name, value in top_to_hf(config, top, table).items():
             writer.add(name, _cast(name, value, dtype))
         del top
-        for i in cli.progress(range(len(config.pattern)), "export", len(config.pattern)):
+        for i in console.progress(range(len(config.pattern)), "export", len(config.pattern)):
             for name, value in layer_to_hf(config, i, checkpoint.layer(i, keep[i]), table).items():
                 writer.add(name, _cast(name, value, dtype))
         writer.finish()
@@ -226,18 +226,7 @@ def _cast(name: str, value: Float[np.ndarray, "..."], dtype: str) -> Float[np.nd
     return out
 
 
-def main(argv: list[str]) -> None:
-    """The command line."""
-    parser = cli.Parser(prog="python -m convert.to_hf", description=__doc__)
-    parser.add_argument("checkpoint", metavar="DIR", help="elastic checkpoint, as uniql_jax.compress writes it")
-    parser.add_argument("out", metavar="OUT", help="folder to create")
-    parser.add_argument("--prune-rate", type=cli.prune_rate, default=0.0, metavar="R", help="0 to 0.35")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="number format (default: the original model's)")
-    parser.add_argument("--max-shard-size", type=cli.memory_size, default="5GB", metavar="SIZE", help="of one file")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model folder")
-    args: argparse.Namespace = parser.parse_args(argv)
-    export(args.checkpoint, args.out, args.prune_rate, args.dtype, args.max_shard_size, args.overwrite)
-
-
 if __name__ == "__main__":
-    cli.run(main)
+    from uniql_jax.commands import run
+
+    run("export")

@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from uniql_jax import cli
+from uniql_jax.commands import cli
 
 PROMPT = "The three things a good teacher should never forget are"
 
@@ -49,7 +49,7 @@ def door(name: str, *argv: object) -> None:
     """Print a door's command and call its main function in this process; JAX starts once for all of them."""
     words = [str(word) for word in argv]
     print(f"$ python -m {name} {shlex.join(words)}", flush=True)
-    code = importlib.import_module(name).main(words)
+    code = importlib.import_module(name.replace("uniql_jax", "uniql_jax.commands")).main(words)
     if code:
         sys.exit(code)
 

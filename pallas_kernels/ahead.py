@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels import compat, pointer
+from uniql_jax.pallas_kernels import compat, pointer
 
 LINE = 128
 """Stretches begin and end on whole cache lines."""

@@ -7,7 +7,7 @@ from typing import Any
 import jaxtyping
 import pytest
 
-from uniql_jax import timing
+from uniql_jax.evaluation import timing
 
 
 @pytest.fixture

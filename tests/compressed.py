@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert.source import open_source
 from tests import published, reference
-from uniql_jax.passes.options import Options
-from uniql_jax.passes.run import compress
+from uniql_jax.compression.pipeline import compress
+from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.convert.source import open_source
 
 TWO = {"num_hidden_layers": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -49,7 +49,7 @@ class Made:
         model = reference.build(config, self.seed + zlib.crc32(family.encode()))
         return reference.save(model, self.root / f"{family}-hub", config)
 
-    def _checkpoint(self, family: str, options: Options) -> Path:
+    def _checkpoint(self, family: str, options: CompressionSettings) -> Path:
         out = self.root / f"{family}-{zlib.crc32(repr(options).encode()):08x}"
         rng = np.random.default_rng([self.seed, zlib.crc32(family.encode())])
         compress(open_source(self.source(family)), out, tokens(rng, 12, 48), options)

@@ -32,7 +32,7 @@ if os.environ.get("UNIQL_TYPECHECK", "1") != "0":
 
     import tests.typecheck  # noqa: F401  the hook finds it by name, but does not import it
 
-    install_import_hook(["uniql_jax", "pallas_kernels", "convert", "train"], "tests.typecheck.check")
+    install_import_hook(["uniql_jax", "tools"], "tests.typecheck.check")
 
 # A first example compiles, so no deadline; few examples, since a new shape is a new compilation.
 settings.register_profile(
@@ -90,7 +90,7 @@ def rng(request: pytest.FixtureRequest, seed: int) -> np.random.Generator:
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """An H100 to choose and to lower for, if not to run on."""
-    from pallas_kernels import compat
+    from uniql_jax.pallas_kernels import compat
 
     if compat.mosaic_gpu is None:
         pytest.skip("this JAX has no Mosaic GPU")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.dequant_matmul.tiling import Weight
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
 OFFSETS = {0: 0, 2: 4, 4: 8, 6: 12, 1: 16, 3: 20, 5: 24, 7: 28}
 """Weight of a word -> its bit offset: the even ones in the low half, the odd ones in the high half."""

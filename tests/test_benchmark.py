@@ -15,11 +15,12 @@ import pytest
 
 from tests import tiny
 from tests.ahead_of_time import ahead_of_time  # noqa: F401  a fixture
-from uniql_jax import benchmark, benchmark_report, cli, random_model, timing
 from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.commands import benchmark, cli
+from uniql_jax.compression.estimate import parameter_count
 from uniql_jax.errors import UserError
-from uniql_jax.passes.estimate import parameter_count
-from uniql_jax.timing import Timing
+from uniql_jax.evaluation import benchmark_report, random_model, timing
+from uniql_jax.evaluation.timing import Timing
 
 pytestmark = pytest.mark.usefixtures("ahead_of_time")
 WORK = ("--prompt-len", 8, "--gen-len", 3, "--repeats", 2)
@@ -310,7 +311,7 @@ COMPILE_TWICE = """
 import importlib
 import sys
 from pathlib import Path
-benchmark, generate = (importlib.import_module(f"uniql_jax.{name}") for name in ("benchmark", "generate"))
+benchmark, generate = (importlib.import_module(f"uniql_jax.commands.{name}") for name in ("benchmark", "generate"))
 cache, folder = Path(sys.argv[1]), sys.argv[2]
 benchmark.main(["--ckpt", folder, "--ttft", "--no-dense", "--prune-rates", "0", "--prompt-len", "16", "--gen-len", "3",
                 "--repeats", "1", "--compilation-cache", str(cache)])

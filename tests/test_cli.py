@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from uniql_jax import cli
+from uniql_jax import console
+from uniql_jax.commands import cli
 from uniql_jax.errors import UserError
 from uniql_jax.plan import MAX_PRUNE_RATE
 
@@ -173,11 +174,11 @@ def test_numbers_with_bounds() -> None:
     ],
 )
 def test_format_bytes(count: float, text: str) -> None:
-    assert cli.format_bytes(count) == text
+    assert console.format_bytes(count) == text
 
 
 def test_table_aligns() -> None:
-    text = cli.table([["mean", 1.0, None], ["a longer name", 123.456, 7]], ["what", "value", "n"])
+    text = console.table([["mean", 1.0, None], ["a longer name", 123.456, 7]], ["what", "value", "n"])
     assert text.splitlines() == [
         "what           value  n",
         "-------------  -----  -",
@@ -187,7 +188,7 @@ def test_table_aligns() -> None:
 
 
 def test_progress_passes_everything_on(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(cli.progress(iter("abc"), "letters", 3)) == ["a", "b", "c"]
+    assert list(console.progress(iter("abc"), "letters", 3)) == ["a", "b", "c"]
     out, err = capsys.readouterr()
     assert out == ""
     assert "letters" in err
@@ -195,7 +196,7 @@ def test_progress_passes_everything_on(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_files_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.json"
-    cli.write_whole(path, "old")
+    console.write_whole(path, "old")
     assert path.read_text() == "old"
     assert path.stat().st_mode & 0o444
 
@@ -205,7 +206,7 @@ def test_files_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(cli.os, "fdopen", lambda handle, mode: Full(handle, "wb"))
     with pytest.raises(UserError, match="No space left"):
-        cli.write_whole(path, "new")
+        console.write_whole(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
     assert path.read_text() == "old"
 
@@ -213,12 +214,12 @@ def test_files_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_output_files_are_checked_before_the_work(tmp_path: Path) -> None:
     there = tmp_path / "there.json"
     there.write_text("mine")
-    cli.check_output_file(None)
-    cli.check_output_file(tmp_path / "new.json")
-    cli.check_output_file(there, overwrite=True)
+    console.check_output_file(None)
+    console.check_output_file(tmp_path / "new.json")
+    console.check_output_file(there, overwrite=True)
     with pytest.raises(UserError, match="--overwrite"):
-        cli.check_output_file(there)
+        console.check_output_file(there)
     with pytest.raises(UserError, match="folder of"):
-        cli.check_output_file(tmp_path / "none" / "new.json")
+        console.check_output_file(tmp_path / "none" / "new.json")
     with pytest.raises(UserError, match="is a folder"):
-        cli.check_output_file(tmp_path, overwrite=True)
+        console.check_output_file(tmp_path, overwrite=True)

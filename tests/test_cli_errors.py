@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from uniql_jax import cli
+from uniql_jax.commands import cli
 
 Folder = Callable[[str], Path]
 Refuse = Callable[..., str]
@@ -43,7 +43,7 @@ def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
 
     def check(door: str, *argv: object) -> str:
         before = _listing(tmp_path)
-        main = importlib.import_module(door).main
+        main = importlib.import_module(command_module(door)).main
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             cli.run(main, [str(a) for a in argv])
@@ -58,6 +58,12 @@ def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
         return said[0]
 
     return check
+
+
+def command_module(command: str) -> str:
+    """The module behind `python -m COMMAND`."""
+    verb = {"convert.to_hf": "export"}.get(command, command.rpartition(".")[2])
+    return f"uniql_jax.commands.{verb}"
 
 
 def _listing(folder: Path) -> dict[str, tuple[int, int]]:

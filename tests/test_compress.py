@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert.source import open_source
 from tests import published, tiny
-from uniql_jax import cli
 from uniql_jax import config as model_config
+from uniql_jax import console
 from uniql_jax.checkpoint import open_checkpoint
-from uniql_jax.passes import estimate
-from uniql_jax.passes.options import Options
+from uniql_jax.commands import cli
+from uniql_jax.commands import compress as command
+from uniql_jax.compression import compress, describe, estimate, pipeline
+from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.convert.source import open_source
 
-compress = importlib.import_module("uniql_jax.compress")
 QUICK = ("--rounding", "nearest", "--no-rotate")
 Folder = Callable[[str], Path]
 
@@ -34,7 +34,7 @@ def calib(tmp_path: Path, rng: np.random.Generator) -> Path:
 
 def _run(*argv: object) -> int:
     with pytest.raises(SystemExit) as stop:
-        cli.run(compress.main, [str(a) for a in argv])
+        cli.run(command.main, [str(a) for a in argv])
     return int(stop.value.code or 0)
 
 
@@ -54,10 +54,10 @@ def test_a_run_plans_works_and_says_what_next(
     for row in ("model", "weights", "cuts", "calibration", "checkpoint", "disk", "memory", "time"):
         assert re.search(rf"^{row} +\S", shown, re.MULTILINE), row
     assert "note" in shown  # a tiny model is cut finer than hardware likes
-    for rate in compress.RATES:
-        assert cli.format_bytes(checkpoint.weight_bytes(rate)) in shown
-    for command in ("uniql_jax.evaluate", "uniql_jax.generate", "convert.to_hf"):
-        assert f"python -m {command}" in shown
+    for rate in command.RATES:
+        assert console.format_bytes(checkpoint.weight_bytes(rate)) in shown
+    for name in ("uniql_jax.evaluate", "uniql_jax.generate", "convert.to_hf"):
+        assert f"python -m {name}" in shown
     assert sorted(p.name for p in tmp_path.iterdir()) == ["calib.npy", "out"]
 
     before = (out / "model.safetensors").stat().st_mtime_ns
@@ -164,7 +164,7 @@ def test_text_becomes_windows_that_the_model_can_read(
 def test_estimates_of_real_models(name: str) -> None:
     """Sizes known without weights: 4 bits are about a quarter of 16, a rate takes its share of the layers."""
     config = model_config.from_hf(published.ALL[name])
-    four, sixteen = Options(bits=4), Options(bits=16)
+    four, sixteen = CompressionSettings(bits=4), CompressionSettings(bits=16)
     small, large = estimate.estimated_bytes(config, four), estimate.estimated_bytes(config, sixteen)
     assert 0.25 < small / large < 0.32
     params = estimate.parameter_count(config)
@@ -183,9 +183,9 @@ def test_estimated_bytes_are_those_of_the_file(
     bits: int, hf_folder: Folder, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     source = open_source(hf_folder("smollm2-135m"))
-    options = Options(bits=bits, rounding="nearest", scale_search=False, plan="uniform")
+    options = CompressionSettings(bits=bits, rounding="nearest", scale_search=False, plan="uniform")
     tokens = rng.integers(3, 256, (4, 16)).astype(np.int32)
-    report = compress.run.compress(source, tmp_path / "out", tokens, options)
+    report = pipeline.compress(source, tmp_path / "out", tokens, options)
     checkpoint = open_checkpoint(tmp_path / "out")
     assert estimate.estimated_bytes(source.config, options) == pytest.approx(report.bytes, rel=0.02)
     assert estimate.estimated_bytes(source.config, options, 0.35) == pytest.approx(
@@ -195,4 +195,4 @@ def test_estimated_bytes_are_those_of_the_file(
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (80, "80 s"), (600, "10 min"), (7200, "2.0 h")])
 def test_times_for_people(seconds: float, text: str) -> None:
-    assert compress.format_seconds(seconds) == text
+    assert describe.format_seconds(seconds) == text

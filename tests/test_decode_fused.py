@@ -11,10 +11,10 @@ import pytest
 
 from tests import published
 from uniql_jax import config as model_config
-from uniql_jax.int4 import QuantizedArray
-from uniql_jax.layers import fused
-from uniql_jax.model import CausalLM, decode, init_cache, prefill
-from uniql_jax.random_model import random_model
+from uniql_jax.evaluation.random_model import random_model
+from uniql_jax.model.causal_lm import CausalLM, decode, init_cache, prefill
+from uniql_jax.model.layers import fused
+from uniql_jax.weights.quantized import QuantizedArray
 
 SIZES: dict[str, dict[str, Any]] = {
     "llama": dict(hidden_size=256, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2, head_dim=64),

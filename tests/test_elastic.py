@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tests import published
 from uniql_jax import config as model_config
 from uniql_jax import elastic
-from uniql_jax.int4 import from_codes
-from uniql_jax.model import kept_sizes
-from uniql_jax.passes.estimate import parameter_count
+from uniql_jax.compression.estimate import parameter_count
+from uniql_jax.model.causal_lm import kept_sizes
+from uniql_jax.weights.quantized import from_codes
 
 CONFIGS = {name: model_config.from_hf(hf) for name, hf in published.ALL.items()}
 # As the authors count them.

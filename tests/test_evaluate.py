@@ -14,10 +14,12 @@ import pytest
 
 import uniql_jax
 from tests import tiny
-from uniql_jax import cli, evaluate, likelihood, plot
 from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.commands import cli
+from uniql_jax.commands import evaluate as evaluate_command
 from uniql_jax.errors import UserError
-from uniql_jax.model import CausalLM
+from uniql_jax.evaluation import evaluate, likelihood, plot
+from uniql_jax.model.causal_lm import CausalLM
 
 KEYS = {"prune_rate", "source", "metric", "value", "weight_bytes", "kept_fraction"}
 
@@ -79,7 +81,7 @@ def test_perplexity_refuses(rng: np.random.Generator) -> None:
 
 def door(*argv: object) -> int:
     with pytest.raises(SystemExit) as stop:
-        cli.run(evaluate.main, [str(a) for a in argv])
+        cli.run(evaluate_command.main, [str(a) for a in argv])
     assert isinstance(stop.value.code, int)
     return stop.value.code
 
@@ -119,7 +121,7 @@ def test_several_texts_and_the_original(
     folder: Path, text: Path, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The original is measured on the same windows, and named by a rate of null."""
-    from uniql_jax import loading
+    from uniql_jax.runtime import loading
 
     ids = tmp_path / "ids.npy"
     np.save(ids, rng.integers(0, tiny.VOCAB, (4, 16)).astype(np.int32))

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 import uniql_jax
 from tests import tiny
-from uniql_jax import cli, runtime
+from uniql_jax.commands import cli
 from uniql_jax.errors import UserError
-from uniql_jax.model import CausalLM
+from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.runtime import generation as runtime
 
 NEW = 12
 
@@ -318,7 +319,7 @@ def test_chat_prompts(folder: Path) -> None:
 
 
 def door(*argv: object) -> int:
-    from uniql_jax.generate import main
+    from uniql_jax.commands.generate import main
 
     with pytest.raises(SystemExit) as stop:
         cli.run(main, [str(a) for a in argv])
@@ -339,7 +340,7 @@ def test_door(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_function_answers_although_the_door_has_its_name() -> None:
-    import uniql_jax.generate as module
+    import uniql_jax.commands.generate as module
 
     assert list(module(the_model(), np.asarray([4]), max_new_tokens=NEW))  # type: ignore[operator]
     assert callable(uniql_jax.generate)

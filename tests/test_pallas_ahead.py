@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels import ahead, compat, pointer
-from pallas_kernels.ahead import Ahead, Budget, Pull, Span
 from tests.test_decode_fused import model_of
-from uniql_jax.layers import fused
+from uniql_jax.model.layers import fused
+from uniql_jax.pallas_kernels import ahead, compat, pointer
+from uniql_jax.pallas_kernels.ahead import Ahead, Budget, Pull, Span
 
 
 def arrays(*sizes: int) -> list[Any]:

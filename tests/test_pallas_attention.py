@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat, dispatch
-from pallas_kernels.attention import causal_attention, cudnn, masked_attention, prefill, reference
 from tests.pallas_cases import relative
+from uniql_jax.pallas_kernels import compat, dispatch
+from uniql_jax.pallas_kernels.attention import causal_attention, cudnn, masked_attention, prefill, reference
 
 BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
 """Of norms. In 16 bits the softmax is rounded before the product with values, and so is the result."""

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat
-from pallas_kernels.dequant_matmul import tiling
-from pallas_kernels.dequant_matmul.hopper import cluster, common
-from pallas_kernels.dequant_matmul.hopper.cluster import Settings
-from pallas_kernels.dequant_matmul.hopper.handover import Handover
-from pallas_kernels.dequant_matmul.tiling import Weight
 from tests.pallas_cases import lowered_for_nvidia, random_case, relative
+from uniql_jax.pallas_kernels import compat
+from uniql_jax.pallas_kernels.dequant_matmul import tiling
+from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster, common
+from uniql_jax.pallas_kernels.dequant_matmul.hopper.cluster import Settings
+from uniql_jax.pallas_kernels.dequant_matmul.hopper.handover import Handover
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
 ROUNDING = 4e-3
 """Relative error: the output is rounded to bf16, and so are folded weights."""

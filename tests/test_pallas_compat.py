@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat
-from pallas_kernels.dequant_matmul import dequant_matmul
 from tests.pallas_cases import random_case, relative
+from uniql_jax.pallas_kernels import compat
+from uniql_jax.pallas_kernels.dequant_matmul import dequant_matmul
 
 
 def test_without_triton_kernels_decline_and_the_default_falls_back(

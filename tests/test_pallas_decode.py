@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import blocks, compat
-from pallas_kernels.attention import decode, decode_pallas
-from pallas_kernels.attention.decode import Caches, Place, Token
-from pallas_kernels.attention.decode_pallas import Settings
 from tests.pallas_cases import nvidia
+from uniql_jax.pallas_kernels import blocks, compat
+from uniql_jax.pallas_kernels.attention import decode, decode_pallas
+from uniql_jax.pallas_kernels.attention.decode import Caches, Place, Token
+from uniql_jax.pallas_kernels.attention.decode_pallas import Settings
 
 BOUND = {"float32": 1e-5, "bfloat16": 1.5e-2}
 """Relative, of norms; bf16 weights of the softmax are rounded before and after they are divided by their sum."""

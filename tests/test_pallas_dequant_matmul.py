@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import compat
-from pallas_kernels.dequant_matmul import api, blocked, dequant_matmul
 from tests.pallas_cases import Case, nvidia, random_case, relative
+from uniql_jax.pallas_kernels import compat
+from uniql_jax.pallas_kernels.dequant_matmul import api, blocked, dequant_matmul
 
 BOUND = {"float32": 1e-5, "bfloat16": 4e-3}
 """Relative error. bfloat16's output alone rounds by up to 2e-3."""

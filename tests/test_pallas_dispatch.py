@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 import pytest
 
-from pallas_kernels import dispatch
-from pallas_kernels.attention import prefill
-from pallas_kernels.dequant_matmul import api as dequant_matmul_api
-from pallas_kernels.embedding import api as embedding_api
-from pallas_kernels.rope import api as rope_api
+from uniql_jax.pallas_kernels import dispatch
+from uniql_jax.pallas_kernels.attention import prefill
+from uniql_jax.pallas_kernels.dequant_matmul import api as dequant_matmul_api
+from uniql_jax.pallas_kernels.embedding import api as embedding_api
+from uniql_jax.pallas_kernels.rope import api as rope_api
 
 
 def refuse() -> str:

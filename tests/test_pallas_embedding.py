@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat
-from pallas_kernels.embedding import api, embed
 from tests.pallas_cases import Case, nvidia, random_case
+from uniql_jax.pallas_kernels import compat
+from uniql_jax.pallas_kernels.embedding import api, embed
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", list(api.IMPLEMENTATIONS))
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import blocks, packing
-from pallas_kernels.dequant_matmul import fused, tiling
-from pallas_kernels.dequant_matmul.fused import Job, Stream
-from pallas_kernels.dequant_matmul.mma import Settings
-from pallas_kernels.dequant_matmul.tiling import Weight
+from uniql_jax.pallas_kernels import blocks, packing
+from uniql_jax.pallas_kernels.dequant_matmul import fused, tiling
+from uniql_jax.pallas_kernels.dequant_matmul.fused import Job, Stream
+from uniql_jax.pallas_kernels.dequant_matmul.mma import Settings
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
 EPS = 1e-5
 

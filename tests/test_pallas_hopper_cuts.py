@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pallas_kernels.dequant_matmul import tuned
-from pallas_kernels.dequant_matmul.hopper import cuts
-from pallas_kernels.dequant_matmul.tiling import Weight
+from uniql_jax.pallas_kernels.dequant_matmul import tuned
+from uniql_jax.pallas_kernels.dequant_matmul.hopper import cuts
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import packing
 from tests.pallas_cases import random_case
-from uniql_jax import int4
+from uniql_jax.pallas_kernels import packing
+from uniql_jax.weights import quantized as int4
 
 
 def test_nibble_order_is_the_models() -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from pallas_kernels import compat
-from pallas_kernels.rope import api, pallas, rope, rope_qk
-from pallas_kernels.rope.pallas import Settings
 from tests.pallas_cases import nvidia
+from uniql_jax.pallas_kernels import compat
+from uniql_jax.pallas_kernels.rope import api, pallas, rope, rope_qk
+from uniql_jax.pallas_kernels.rope.pallas import Settings
 
 BOUND = {"float32": 1e-5, "bfloat16": 4e-3}
 

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat, dispatch, ssd
-from pallas_kernels.ssd import api, pallas
 from tests import published
 from tests.pallas_cases import nvidia, relative
 from uniql_jax import config as model_config
 from uniql_jax import elastic
-from uniql_jax.cache import SsmCache
-from uniql_jax.layers import mamba2
-from uniql_jax.layers.context import full_context
+from uniql_jax.model.cache import SsmCache
+from uniql_jax.model.layers import mamba2
+from uniql_jax.model.layers.context import full_context
+from uniql_jax.pallas_kernels import compat, dispatch, ssd
+from uniql_jax.pallas_kernels.ssd import api, pallas
 
 BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
 """Relative, of norms. Sums in another order may round a bf16 value the other way: 2**-8 of it."""

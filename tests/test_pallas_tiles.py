@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from pallas_kernels import compat, dispatch
-from pallas_kernels.dequant_matmul import (
+from tests.pallas_cases import Case, nvidia, random_case, relative
+from uniql_jax.pallas_kernels import compat, dispatch
+from uniql_jax.pallas_kernels.dequant_matmul import (
     api,
     dequant_matmul,
     dequantize,
@@ -28,9 +29,8 @@ from pallas_kernels.dequant_matmul import (
     tiling,
     tuned,
 )
-from pallas_kernels.dequant_matmul.hopper import cluster, common, cuts, wgmma
-from pallas_kernels.dequant_matmul.tiling import Weight
-from tests.pallas_cases import Case, nvidia, random_case, relative
+from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster, common, cuts, wgmma
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
 ROUNDING = 4e-3
 """Relative error: bf16's output alone rounds by up to 2e-3, and where weights are scaled in bf16 they do, too."""

@@ -11,13 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import compat
-from pallas_kernels.dequant_matmul import dequant_matmul, tiling
-from pallas_kernels.dequant_matmul.hopper import common, wgmma, wgmma_registers
-from pallas_kernels.dequant_matmul.hopper.handover import Handover
-from pallas_kernels.dequant_matmul.hopper.wgmma import Settings
-from pallas_kernels.dequant_matmul.tiling import Weight
 from tests.pallas_cases import Case, lowered_for_nvidia, nvidia, random_case, relative
+from uniql_jax.pallas_kernels import compat
+from uniql_jax.pallas_kernels.dequant_matmul import dequant_matmul, tiling
+from uniql_jax.pallas_kernels.dequant_matmul.hopper import common, wgmma, wgmma_registers
+from uniql_jax.pallas_kernels.dequant_matmul.hopper.handover import Handover
+from uniql_jax.pallas_kernels.dequant_matmul.hopper.wgmma import Settings
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
 ROUNDING = 4e-3
 """Relative error: weights are scaled in bf16, which rounds by up to 2e-3, and so is the output."""

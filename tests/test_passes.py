@@ -18,25 +18,25 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import uniql_jax
-from convert.source import Source, open_source
 from tests import compressed, published, reference
-from train import loop as recovery
-from train.examples import from_windows
 from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.compression import finishing
+from uniql_jax.compression.contract import Recovery
+from uniql_jax.compression.pipeline import compress
+from uniql_jax.compression.settings import REFIT_RATES, CompressionSettings
+from uniql_jax.convert.source import Source, open_source
 from uniql_jax.errors import UserError
-from uniql_jax.int4 import QuantizedArray, dense
-from uniql_jax.model import CausalLM
-from uniql_jax.passes import finishing
-from uniql_jax.passes.contract import Recovery
-from uniql_jax.passes.options import REFIT_RATES, Options
-from uniql_jax.passes.run import compress
+from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.train import loop as recovery
+from uniql_jax.train.examples import from_windows
+from uniql_jax.weights.quantized import QuantizedArray, dense
 
 CONFIG = published.shrink(published.LLAMA_2_7B, num_attention_heads=4, num_key_value_heads=2)
-QUICK = Options(bits=4, rounding="nearest", scale_search=False)
-DENSE = Options(bits=32, plan="uniform")
+QUICK = CompressionSettings(bits=4, rounding="nearest", scale_search=False)
+DENSE = CompressionSettings(bits=32, plan="uniform")
 RESUMED = {
-    "4 bits, refit, streams on disk": Options(bits=4, refit=0.5, stream_memory=0, batch_tokens=192),
-    "16 bits": Options(bits=16, batch_tokens=192),
+    "4 bits, refit, streams on disk": CompressionSettings(bits=4, refit=0.5, stream_memory=0, batch_tokens=192),
+    "16 bits": CompressionSettings(bits=16, batch_tokens=192),
 }
 
 
@@ -101,11 +101,11 @@ def _stop_at(stage: str, step: int) -> Callable[[Iterable[Any], str], Iterator[A
 @pytest.fixture(scope="session")
 def uninterrupted(
     tmp_path_factory: pytest.TempPathFactory, folder: Path, windows: np.ndarray
-) -> Callable[[Options], tuple[Path, dict[str, int]]]:
-    """Options -> checkpoint of a run that nothing stopped, and the steps of each of its stages."""
+) -> Callable[[CompressionSettings], tuple[Path, dict[str, int]]]:
+    """CompressionSettings -> checkpoint of a run that nothing stopped, and the steps of each of its stages."""
 
     @functools.cache
-    def made(options: Options) -> tuple[Path, dict[str, int]]:
+    def made(options: CompressionSettings) -> tuple[Path, dict[str, int]]:
         stages: dict[str, int] = {}
 
         def progress(items: Any, desc: str) -> Any:
@@ -121,7 +121,7 @@ def uninterrupted(
 
 @pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
 def test_killed_at_any_layer_and_resumed_is_never_killed(
-    options: Options, uninterrupted: Any, source: Source, windows: np.ndarray, tmp_path: Path
+    options: CompressionSettings, uninterrupted: Any, source: Source, windows: np.ndarray, tmp_path: Path
 ) -> None:
     """One run, killed before the first, a middle and the last layer of every stage, each time resumed."""
     whole, stages = uninterrupted(options)
@@ -141,7 +141,7 @@ def test_killed_at_any_layer_and_resumed_is_never_killed(
 
 @pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
 def test_killed_before_a_file_gets_its_name(
-    options: Options,
+    options: CompressionSettings,
     uninterrupted: Any,
     source: Source,
     windows: np.ndarray,
@@ -248,7 +248,7 @@ def test_side_files_and_provenance_travel(folder: Path, windows: np.ndarray, tmp
 # ------------------------------------------------------------------------------- every step earns its place
 
 
-def _made(folder: Path, out: Path, windows: np.ndarray, options: Options) -> Path:
+def _made(folder: Path, out: Path, windows: np.ndarray, options: CompressionSettings) -> Path:
     compress(open_source(folder), out, windows, options)
     return out
 
@@ -322,7 +322,9 @@ def test_the_refit_makes_pruned_rates_better(folder: Path, windows: np.ndarray, 
 def test_recovery_in_the_pass(source: Source, folder: Path, windows: np.ndarray, tmp_path: Path) -> None:
     """LoRA is trained on the sorted model and merged before rounding; a kill on the way changes nothing."""
     learnt, judged = from_windows(windows), from_windows(windows[:4])
-    wanted = Recovery(learnt, judged, recovery.Options(steps=12, batch=4, lr=2e-3, dropout=0.0, evaluations=3))
+    wanted = Recovery(
+        learnt, judged, recovery.CompressionSettings(steps=12, batch=4, lr=2e-3, dropout=0.0, evaluations=3)
+    )
     plain, out, again = tmp_path / "plain", tmp_path / "out", tmp_path / "again"
     compress(source, plain, windows, DENSE)
     report = compress(source, out, windows, DENSE, recover=wanted)
@@ -357,10 +359,10 @@ def test_tuning_in_the_pass(source: Source, windows: np.ndarray, tmp_path: Path,
     is judged is what is stored, pruned or not, before and after; a kill on the way changes nothing.
     """
     learnt, judged = from_windows(windows), from_windows(windows[:4])
-    first = recovery.Options(steps=1, batch=4, lr=1e-9, dropout=0.0, evaluations=1)
+    first = recovery.CompressionSettings(steps=1, batch=4, lr=1e-9, dropout=0.0, evaluations=1)
     then = dataclasses.replace(first, steps=40, lr=5e-3 if rank else 2e-2, evaluations=4, distill=0.3, rank=rank)
     wanted = Recovery(learnt, judged, first, then)
-    options = Options(bits=4, plan="uniform")
+    options = CompressionSettings(bits=4, plan="uniform")
     plain, out, again = tmp_path / "plain", tmp_path / "out", tmp_path / "again"
     compress(source, plain, windows, options, recover=dataclasses.replace(wanted, tuning=None))
     report = compress(source, out, windows, options, recover=wanted)
@@ -424,6 +426,6 @@ def test_block_influence_is_what_it_says(source: Source, folder: Path, windows: 
 def test_windows_of_any_number_and_length(source: Source, tmp_path: Path, rng: np.random.Generator) -> None:
     """Fewer rows than channels: Gram matrices are singular, the result is still finite and whole."""
     tokens = compressed.tokens(rng, 1, 5)
-    report = compress(source, tmp_path / "out", tokens, Options(bits=4, refit=0.5))
+    report = compress(source, tmp_path / "out", tokens, CompressionSettings(bits=4, refit=0.5))
     assert np.isfinite(_logits(uniql_jax.load(tmp_path / "out", 0.35, dtype=jnp.float32), tokens)).all()
     assert report.bytes == open_checkpoint(tmp_path / "out").weight_bytes(0.0)

@@ -8,8 +8,8 @@ import numpy as np
 
 from tests import tiny
 from tests.pallas_cases import relative
-from uniql_jax.layers.context import full_context
-from uniql_jax.model import decode, init_cache, prefill
+from uniql_jax.model.causal_lm import decode, init_cache, prefill
+from uniql_jax.model.layers.context import full_context
 
 
 def test_a_prompt_sees_the_same_in_an_empty_and_in_a_used_cache(rng: np.random.Generator) -> None:

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 
 import uniql_jax
-from convert import to_hf
 from tests import compressed, reference
 from tests.compressed import FAMILIES, RATES, Made
 from uniql_jax import elastic
 from uniql_jax.checkpoint import open_checkpoint
-from uniql_jax.int4 import QuantizedArray, dense
-from uniql_jax.model import CausalLM, decode, hidden_states, init_cache, logits, prefill
-from uniql_jax.passes.options import Options
+from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.convert import to_hf
+from uniql_jax.model.causal_lm import CausalLM, decode, hidden_states, init_cache, logits, prefill
+from uniql_jax.weights.quantized import QuantizedArray, dense
 
-DENSE, FULL = Options(bits=32), Options(bits=4)
+DENSE, FULL = CompressionSettings(bits=32), CompressionSettings(bits=4)
 # GPTQ and scale search choose integers, which no property here depends on: one family pays for compiling them.
 PACKED = dataclasses.replace(FULL, rounding="nearest", scale_search=False)
 BYTES = dataclasses.replace(PACKED, bits=8)
@@ -88,7 +88,7 @@ def _traced(keep: tuple[dict[str, int], ...]) -> tuple[elastic.Keep, ...]:
     return tuple({axis: jnp.int32(count) for axis, count in layer.items()} for layer in keep)
 
 
-def _options(family: str, packed: bool) -> Options:
+def _options(family: str, packed: bool) -> CompressionSettings:
     return DENSE if not packed else FULL if family == "llama-grouped-tied" else PACKED
 
 
@@ -179,7 +179,7 @@ def test_every_sample_may_have_its_own_mask(family: str, made: Made, rng: np.ran
     [("llama-grouped-tied", FULL), ("llama-biased", PACKED), ("qwen2", PACKED), ("qwen2", BYTES), ("qwen2", DENSE)],
     ids=["llama 4 bits", "biased 4 bits", "qwen2 4 bits", "qwen2 8 bits", "qwen2 32 bits"],
 )
-def test_a_prefix_on_disk_is_a_prefix_in_memory(family: str, options: Options, made: Made) -> None:
+def test_a_prefix_on_disk_is_a_prefix_in_memory(family: str, options: CompressionSettings, made: Made) -> None:
     """Bytes from disk at a rate = bytes sliced in memory, and dequantizing commutes with slicing, bit for bit."""
     folder = made.checkpoint(family, options)
     full = _load(folder)

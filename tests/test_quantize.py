@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from uniql_jax import elastic
+from uniql_jax.compression.math.gptq import inverse_factor, quantize
+from uniql_jax.compression.math.rotation import orthogonal, rotate_block, rotate_top
 from uniql_jax.config import ModelConfig, Rope
-from uniql_jax.int4 import from_codes
-from uniql_jax.model import CausalLM
-from uniql_jax.quantize.gptq import inverse_factor, quantize
-from uniql_jax.quantize.rotation import orthogonal, rotate_block, rotate_top
+from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.weights.quantized import from_codes
 
 
 def inputs_gram(rng: np.random.Generator, width: int, tokens: int = 400) -> np.ndarray:

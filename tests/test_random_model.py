@@ -15,14 +15,14 @@ import pytest
 from tests import published
 from tests.compressed import FAMILIES, Made, made
 from uniql_jax import config as model_config
-from uniql_jax import random_model
 from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.compression.estimate import parameter_count
+from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.errors import UserError
-from uniql_jax.loading import load
-from uniql_jax.passes.estimate import parameter_count
-from uniql_jax.passes.options import Options
+from uniql_jax.evaluation import random_model
+from uniql_jax.evaluation.timing import device_bytes
 from uniql_jax.plan import make_plan
-from uniql_jax.timing import device_bytes
+from uniql_jax.runtime.loading import load
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def layout(params: Any) -> tuple[Any, list[tuple[tuple[int, ...], str]]]:
 
 
 # What is stored where does not depend on the order: the cheapest one serves.
-CHEAP = Options(
+CHEAP = CompressionSettings(
     rounding="nearest",
     scale_search=False,
     output_metric=False,

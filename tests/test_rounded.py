@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from uniql_jax import elastic
-from uniql_jax.int4 import QuantizedArray, unpack
-from uniql_jax.layers.linear import apply_columns, apply_rows
-from uniql_jax.passes.finishing import pack_leaf, pack_together
-from uniql_jax.passes.options import Options
-from uniql_jax.quantize.gptq import limits, quantize
-from uniql_jax.rounded import RoundedArray, from_quantized, position
+from uniql_jax.compression.finishing import pack_leaf, pack_together
+from uniql_jax.compression.math.gptq import quantize
+from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.model.layers.linear import apply_columns, apply_rows
+from uniql_jax.weights.fake_quantized import FakeQuantizedArray, from_quantized, position
+from uniql_jax.weights.quantized import QuantizedArray, limits, unpack
 
 LAST = elastic.Leaf(("ffn", "head", "embed"), "last")
 FIRST = elastic.Leaf(("vo", "head", "embed"), "first")
@@ -32,14 +32,18 @@ def codes_of(weight: QuantizedArray) -> jax.Array:
     return values[..., : weight.width] if axis else values[: weight.width].reshape(weight.shape)
 
 
-def trained(contract: str, bits: int, rng: np.random.Generator, rank: int = 3, size: float = 0.05) -> RoundedArray:
+def trained(
+    contract: str, bits: int, rng: np.random.Generator, rank: int = 3, size: float = 0.05
+) -> FakeQuantizedArray:
     """A weight that GPTQ rounded, with factors that move many of its integers."""
     shape = SHAPES[contract]
     value = rng.standard_normal(shape).astype(np.float32)
     width = shape[-1] if contract == "last" else shape[0] * shape[1]
     x = rng.standard_normal((3 * width, width)).astype(np.float32)
     leaf = LAST if contract == "last" else FIRST
-    found = pack_leaf(leaf, jnp.asarray(value), jnp.asarray(x.T @ x), Options(bits=bits), GROUPS[contract], keep=True)
+    found = pack_leaf(
+        leaf, jnp.asarray(value), jnp.asarray(x.T @ x), CompressionSettings(bits=bits), GROUPS[contract], keep=True
+    )
     assert found.position is not None
     weight = from_quantized(found.weight, found.position)
     left = jnp.asarray(size * rng.standard_normal((*shape[:-1], rank)), jnp.float32)
@@ -128,7 +132,9 @@ def test_what_was_rounded_rounds_to_the_integers(rng: np.random.Generator) -> No
 
 def test_a_group_of_zeros_stays_zero() -> None:
     codes, scale, rounded = quantize(jnp.zeros((4, 32)), None, bits=4, group=32, keep=True)
-    weight = RoundedArray(position(rounded, codes, scale, 32), scale, jnp.ones((4, 1)), jnp.ones((1, 32)), group=32)
+    weight = FakeQuantizedArray(
+        position(rounded, codes, scale, 32), scale, jnp.ones((4, 1)), jnp.ones((1, 32)), group=32
+    )
     assert not np.asarray(weight.value()).any()
     gradient = jax.grad(lambda left: dataclasses.replace(weight, left=left).value().sum())(weight.left)
     assert np.isfinite(gradient).all()
@@ -137,8 +143,8 @@ def test_a_group_of_zeros_stays_zero() -> None:
 def test_matrices_packed_together_are_those_packed_alone(rng: np.random.Generator) -> None:
     values = {name: jnp.asarray(rng.standard_normal((6, 2, 64)), jnp.float32) for name in ("q", "k")}
     x = jnp.asarray(rng.standard_normal((200, 64)), jnp.float32)
-    together = pack_together(values, x.T @ x, Options(), 32, keep=True)
+    together = pack_together(values, x.T @ x, CompressionSettings(), 32, keep=True)
     for name, value in values.items():
-        alone = pack_leaf(LAST, value, x.T @ x, Options(), 32, keep=True)
+        alone = pack_leaf(LAST, value, x.T @ x, CompressionSettings(), 32, keep=True)
         np.testing.assert_array_equal(together[name].weight.data, alone.weight.data)
         np.testing.assert_array_equal(together[name].position, alone.position)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from uniql_jax.sort import mlp, rope_pairs, value_output
-from uniql_jax.sort.order import descending, greedy, tail_loss
+from uniql_jax.compression.math import mlp, rope_pairs, value_output
+from uniql_jax.compression.math.order import descending, greedy, tail_loss
 
 
 def psd(rng: np.random.Generator, size: int, rank: int | None = None) -> np.ndarray:

@@ -15,9 +15,11 @@ import pytest
 
 import uniql_jax
 from tests import tiny
-from uniql_jax import cli, evaluate, likelihood, tasks
+from uniql_jax.commands import cli
+from uniql_jax.commands import evaluate as evaluate_command
 from uniql_jax.errors import UserError
-from uniql_jax.model import CausalLM
+from uniql_jax.evaluation import likelihood, tasks
+from uniql_jax.model.causal_lm import CausalLM
 
 YAML = """\
 task: {name}
@@ -101,7 +103,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def door(*argv: object) -> int:
     with pytest.raises(SystemExit) as stop:
-        cli.run(evaluate.main, [str(a) for a in argv])
+        cli.run(evaluate_command.main, [str(a) for a in argv])
     assert isinstance(stop.value.code, int)
     return stop.value.code
 

@@ -16,10 +16,11 @@ import pytest
 from tests import published, tiny
 from tests.ahead_of_time import ahead_of_time  # noqa: F401  a fixture
 from uniql_jax import config as model_config
-from uniql_jax import runtime, timing
-from uniql_jax.model import CausalLM, cache_bytes
-from uniql_jax.random_model import random_model
-from uniql_jax.timing import Bench, Timing
+from uniql_jax.evaluation import timing
+from uniql_jax.evaluation.random_model import random_model
+from uniql_jax.evaluation.timing import Bench, Timing
+from uniql_jax.model.causal_lm import CausalLM, cache_bytes
+from uniql_jax.runtime import generation as runtime
 
 pytestmark = pytest.mark.usefixtures("ahead_of_time")
 STEPS = ("_first", "_next", "_rest")

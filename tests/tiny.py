@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from uniql_jax import config as model_config
 from uniql_jax import elastic
 from uniql_jax.checkpoint import CheckpointWriter
-from uniql_jax.model import CausalLM
+from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.plan import make_plan
 
 VOCAB = 320

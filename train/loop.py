@@ -18,17 +18,17 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from train import lora, stack
-from train.examples import Examples
-from train.lazy import scale_by_lazy_adam
-from train.lora import Factors
-from train.losses import head_losses
-from train.rates import JUDGED
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
-from uniql_jax.layers.context import full_context
-from uniql_jax.model import CausalLM, embed, logits
-from uniql_jax.rounded import RoundedArray
+from uniql_jax.model.causal_lm import CausalLM, embed, logits
+from uniql_jax.model.layers.context import full_context
+from uniql_jax.train import lora, stack
+from uniql_jax.train.examples import Examples
+from uniql_jax.train.lazy import scale_by_lazy_adam
+from uniql_jax.train.lora import Factors
+from uniql_jax.train.losses import head_losses
+from uniql_jax.train.rates import JUDGED
+from uniql_jax.weights.fake_quantized import FakeQuantizedArray
 
 Batch = Mapping[str, Array]
 """tokens int32, valid and learn bool, each [microbatches, rows, length]."""
@@ -38,7 +38,7 @@ in the same training, which has learnt the text meanwhile."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class RecoverySettings:
     """Settings of a recovery. The defaults are the paper's (UniQL, arXiv 2512.03383, appendix on fine-tuning).
 
     lr: None for `usual_lr`. steps: None for `epochs` passes over the examples. A step's `batch` rows are worked on in
@@ -92,7 +92,7 @@ def on_device() -> dict[str, str]:
     return {"compute": "bfloat16", "remat": "products"}
 
 
-def usual_lr(config: ModelConfig, rank: int = Options.rank) -> float:
+def usual_lr(config: ModelConfig, rank: int = RecoverySettings.rank) -> float:
     """The paper's 1e-4 at a width of 4096, and for other widths in inverse proportion, as Adam's steps transfer between
     them (Yang et al., arXiv 2203.03466); 2e-3 at most. SmolLM2, 576 wide, won more at 1e-3 than at 3e-4 wherever much
     is cut. Where every weight is trained (rank 0), the rate is a part of a weight's usual size, which itself falls with
@@ -103,12 +103,12 @@ def usual_lr(config: ModelConfig, rank: int = Options.rank) -> float:
     return min(2e-3, 1e-4 * 4096 / width) if rank else 5e-3 * math.sqrt(576 / width)
 
 
-def resolved(options: Options, config: ModelConfig) -> Options:
+def resolved(options: RecoverySettings, config: ModelConfig) -> RecoverySettings:
     """The settings with what depends on the model filled in."""
     return options if options.lr is not None else dataclasses.replace(options, lr=usual_lr(config, options.rank))
 
 
-def memory_bytes(config: ModelConfig, options: Options) -> int:
+def memory_bytes(config: ModelConfig, options: RecoverySettings) -> int:
     """About what weights, factors and optimizer take on each device; activations come on top."""
     trained, frozen = lora.planned(config, options.rank)
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
@@ -117,7 +117,7 @@ def memory_bytes(config: ModelConfig, options: Options) -> int:
     return jnp.dtype(options.compute).itemsize * (frozen + tables) + 4 * copies * trained
 
 
-def schedule(options: Options, steps: int) -> optax.Schedule:
+def schedule(options: RecoverySettings, steps: int) -> optax.Schedule:
     """Learning rate at each step: linear warm-up, then linear decay to zero; of `resolved` settings."""
     assert options.lr is not None
     warmup = min(options.warmup, steps // 10)
@@ -129,7 +129,7 @@ def schedule(options: Options, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, fall], [warmup])
 
 
-def optimizer(options: Options, steps: int) -> optax.GradientTransformation:
+def optimizer(options: RecoverySettings, steps: int) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW that leaves alone what a step did not see."""
     return optax.chain(
         optax.clip_by_global_norm(options.clip),
@@ -158,7 +158,7 @@ class Trainer:
         config: ModelConfig,
         layers: Sequence[lora.Layer],
         top: Mapping[str, Any],
-        options: Options,
+        options: RecoverySettings,
         steps: int,
         mesh: Mesh | None = None,
         teacher: tuple[Sequence[lora.Layer], Mapping[str, Any]] | None = None,
@@ -179,7 +179,7 @@ class Trainer:
             }
         )
 
-    def _settle(self, options: Options, steps: int) -> None:
+    def _settle(self, options: RecoverySettings, steps: int) -> None:
         if options.teacher not in TEACHERS:
             raise ValueError(f"a teacher is one of {', '.join(TEACHERS)}, not {options.teacher!r}")
         options = resolved(options, self.config)
@@ -189,7 +189,7 @@ class Trainer:
         self._step = jax.jit(self._train, donate_argnums=(0, 1), out_shardings=(copies, copies, copies))
         self._evaluate = jax.jit(self._losses)
 
-    def variant(self, options: Options, steps: int) -> Trainer:
+    def variant(self, options: RecoverySettings, steps: int) -> Trainer:
         """The same frozen model, not copied, to be trained with other settings (but the same dtype and mesh)."""
         if jnp.dtype(options.compute) != self.dtype:
             raise ValueError(f"the frozen model is held in {self.dtype}, not {options.compute}")
@@ -202,8 +202,8 @@ class Trainer:
         """Begin with these factors, single ones, and take the unpruned model that they make for the original."""
         self.frozen["adapted"] = self.everywhere(stack.stack_factors(self.config, factors))
 
-    def _cast(self, leaf: elastic.Leaf, value: Any) -> np.ndarray | Array | RoundedArray:
-        if isinstance(value, RoundedArray):
+    def _cast(self, leaf: elastic.Leaf, value: Any) -> np.ndarray | Array | FakeQuantizedArray:
+        if isinstance(value, FakeQuantizedArray):
             return value
         dtype = self.dtype if leaf.contract else np.float32
         # what a device holds already need not pass through the host
@@ -240,7 +240,7 @@ class Trainer:
 
     def fresh(self) -> Factors:
         """Factors that change nothing."""
-        tables = [name for name, value in self.frozen["top"].items() if isinstance(value, RoundedArray)]
+        tables = [name for name, value in self.frozen["top"].items() if isinstance(value, FakeQuantizedArray)]
         single = lora.initialize(self.config, self.options.rank, self.options.seed, tables)
         return self.everywhere(stack.stack_factors(self.config, single))
 
@@ -250,8 +250,8 @@ class Trainer:
         """The frozen model with embedding and head dense, float32 where they train as they will be stored."""
         alpha, own = self.options.alpha, factors or {}
         top = {
-            name: cast(RoundedArray, lora.beside(value, elastic.TOP[name], own[f"top.{name}"], alpha)).value()
-            if isinstance(value, RoundedArray)
+            name: cast(FakeQuantizedArray, lora.beside(value, elastic.TOP[name], own[f"top.{name}"], alpha)).value()
+            if isinstance(value, FakeQuantizedArray)
             else value
             for name, value in frozen["top"].items()
         }

@@ -20,16 +20,16 @@ from uniql_jax import elastic
 from uniql_jax.checkpoint import reachable_bias
 from uniql_jax.config import ModelConfig
 from uniql_jax.elastic import Leaf
-from uniql_jax.full import FullArray
-from uniql_jax.lora import LoraArray
-from uniql_jax.rounded import RoundedArray
+from uniql_jax.weights.delta import DeltaArray
+from uniql_jax.weights.fake_quantized import FakeQuantizedArray
+from uniql_jax.weights.lora import LoraArray
 
 Layer = Mapping[str, Mapping[str, Any]]
 Factors = dict[str, dict[str, Array | np.ndarray]]
 """{"layer.kind.leaf": {"left": [*lead, rank], "right": [rank, h]}}, float32: what training changes; at rank 0
 {"change": [*lead, h]} each.
 """
-Update = LoraArray | FullArray | RoundedArray
+Update = LoraArray | DeltaArray | FakeQuantizedArray
 
 
 def targets(config: ModelConfig) -> Iterator[tuple[str, Leaf]]:
@@ -78,14 +78,14 @@ def beside(
     """A weight with its factors; `stacked`: both have an axis of layers in front. Without a low-rank path nothing of
     what it receives is dropped.
     """
-    if isinstance(value, RoundedArray):
+    if isinstance(value, FakeQuantizedArray):
         if key is not None:
             raise ValueError("a weight that trains as it will be stored has no low-rank path to drop inputs of")
         scale = 1.0 if "change" in factors else alpha / factors["right"].shape[-2]
         return dataclasses.replace(value, **factors, scale=scale)
     if "change" in factors:
         change = factors["change"]
-        return FullArray(value, change, scale=usual_size(leaf, change.shape[stacked:]))
+        return DeltaArray(value, change, scale=usual_size(leaf, change.shape[stacked:]))
     left, right = factors["left"], factors["right"]
     return LoraArray(value, left, right, key, scale=alpha / right.shape[-2], dropout=dropout)
 
@@ -156,12 +156,12 @@ def merge_layer(i: int, layer: Layer, factors: Factors, alpha: float) -> dict[st
 
 
 def packed_top(top: Mapping[str, Any], factors: Factors, alpha: float) -> dict[str, Any]:
-    """Embedding, norm and head as they are stored once their factors have moved them; what is no RoundedArray stays."""
+    """Embedding, norm and head as they are stored once their factors have moved them; what is no FakeQuantizedArray stays."""
     return {name: _settled(f"top.{name}", elastic.TOP[name], value, factors, alpha) for name, value in top.items()}
 
 
 def _settled(name: str, leaf: Leaf, value: Any, factors: Factors, alpha: float) -> Any:
-    if not isinstance(value, RoundedArray):
+    if not isinstance(value, FakeQuantizedArray):
         return value
     moved: Any = beside(value, leaf, factors[name], alpha)
     return moved.quantized()

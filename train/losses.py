@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.layers.norm import rms_norm
-from uniql_jax.model import head_input
+from uniql_jax.model.causal_lm import head_input
+from uniql_jax.model.layers.norm import rms_norm
 
 LOGITS = 2**28
 """About how many logits are in memory at a time, float32: 1 GiB."""

@@ -19,13 +19,13 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from train import lora, rates, stack
-from train.examples import Examples, batch_rows, from_windows, split
-from train.loop import Options, Trainer, resolved
-from train.lora import Factors
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.plan import Plan
+from uniql_jax.train import lora, rates, stack
+from uniql_jax.train.examples import Examples, batch_rows, from_windows, split
+from uniql_jax.train.loop import RecoverySettings, Trainer, resolved
+from uniql_jax.train.lora import Factors
 
 LOG = "log.jsonl"
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -48,7 +48,7 @@ def fingerprint(
     plan: Plan,
     examples: Examples,
     judged: Examples,
-    options: Options,
+    options: RecoverySettings,
 ) -> str:
     """Names a run: what it starts from and how; another one must not go on with its work."""
     digest = hashlib.sha256(repr((config, plan.digest, dataclasses.asdict(options))).encode())
@@ -132,7 +132,7 @@ def train(
     plan: Plan,
     examples: Examples,
     judged: Examples,
-    options: Options,
+    options: RecoverySettings,
     folder: Path,
     progress: Progress = lambda steps: steps,
     trainer: Trainer | None = None,
@@ -161,7 +161,7 @@ def train(
         saved.close()
 
 
-def evaluations(options: Options, steps: int, judged: int) -> int:
+def evaluations(options: RecoverySettings, steps: int, judged: int) -> int:
     """Evaluations of a run: as many as asked, but no more than cost what training does; one at least.
 
     A step is one forward and one backward pass over a batch, an evaluation a forward pass over all examples that judge,
@@ -176,7 +176,7 @@ def _run(
     plan: Plan,
     examples: Examples,
     judged: Examples,
-    options: Options,
+    options: RecoverySettings,
     steps: int,
     saved: Saved,
     folder: Path,
@@ -250,7 +250,7 @@ def recover(
     top: Mapping[str, Any],
     plan: Plan,
     examples: Examples | Int[np.ndarray, "n t"],
-    options: Options | None = None,
+    options: RecoverySettings | None = None,
     *,
     folder: str | Path,
     progress: Progress = lambda steps: steps,
@@ -262,7 +262,7 @@ def recover(
     killed run called again goes on with it. Returns merged layers (matrices float32) and what was gained.
     Raises UserError as `train` does, and for a single example.
     """
-    options = options or Options()
+    options = options or RecoverySettings()
     known = examples if isinstance(examples, Examples) else from_windows(examples)
     learnt, judged = split(known, options.held_share, options.held_most, options.seed)
     result = train(config, layers, top, plan, learnt, judged, options, Path(folder), progress)

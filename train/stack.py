@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from train.lora import Factors, Layer, beside
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
-from uniql_jax.layers.context import Context
-from uniql_jax.lora import PRODUCT
-from uniql_jax.model import apply_layer
+from uniql_jax.model.causal_lm import apply_layer
+from uniql_jax.model.layers.context import Context
+from uniql_jax.train.lora import Factors, Layer, beside
+from uniql_jax.weights.lora import PRODUCT
 
 REMAT = ("none", "products", "all")
 """What is computed again in the backward pass: nothing; all but the results of products with weights, which is cheap;

@@ -19,9 +19,9 @@ from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader, ShardWriter, copy_side_files, side_files
-from uniql_jax.int4 import QuantizedArray, dense
 from uniql_jax.plan import Plan
-from uniql_jax.sort.value_output import value_bias
+from uniql_jax.value_bias import value_bias
+from uniql_jax.weights.quantized import QuantizedArray, dense
 
 FORMAT = 1
 SECTION = "uniql"

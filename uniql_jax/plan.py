@@ -20,7 +20,7 @@ import numpy as np
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
-from uniql_jax.int4 import TARGET_GROUP
+from uniql_jax.weights.quantized import TARGET_GROUP
 
 MAX_PRUNE_RATE = 0.35
 LAYER_CAP = 0.85

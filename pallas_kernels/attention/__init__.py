@@ -1,4 +1,4 @@
 """Attention: softmax of scores over keys, for whole prompts."""
 
-from pallas_kernels.attention.prefill import causal_attention as causal_attention
-from pallas_kernels.attention.prefill import masked_attention as masked_attention
+from uniql_jax.pallas_kernels.attention.prefill import causal_attention as causal_attention
+from uniql_jax.pallas_kernels.attention.prefill import masked_attention as masked_attention

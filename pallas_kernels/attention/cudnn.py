@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import compat
+from uniql_jax.pallas_kernels import compat
 
 MULTIPLE = 8
 """Head widths that cuDNN takes: multiples of this, up to `widest()`."""

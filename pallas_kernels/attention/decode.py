@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
-from pallas_kernels.attention import decode_pallas, decode_reference
-from pallas_kernels.attention.decode_reference import Caches as Caches
-from pallas_kernels.attention.decode_reference import Place as Place
-from pallas_kernels.attention.decode_reference import Token as Token
+from uniql_jax.pallas_kernels import dispatch
+from uniql_jax.pallas_kernels.attention import decode_pallas, decode_reference
+from uniql_jax.pallas_kernels.attention.decode_reference import Caches as Caches
+from uniql_jax.pallas_kernels.attention.decode_reference import Place as Place
+from uniql_jax.pallas_kernels.attention.decode_reference import Token as Token
 
 IMPLEMENTATIONS = {"reference": decode_reference.decode, "pallas": decode_pallas.decode}
 

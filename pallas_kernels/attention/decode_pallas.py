@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import ahead, blocks, compat
-from pallas_kernels.ahead import Ahead, Pull
-from pallas_kernels.attention.decode_reference import Caches, Place, Token
-from pallas_kernels.compat import pl
-from pallas_kernels.rope.pallas import fast_sine_and_cosine
+from uniql_jax.pallas_kernels import ahead, blocks, compat
+from uniql_jax.pallas_kernels.ahead import Ahead, Pull
+from uniql_jax.pallas_kernels.attention.decode_reference import Caches, Place, Token
+from uniql_jax.pallas_kernels.compat import pl
+from uniql_jax.pallas_kernels.rope.pallas import fast_sine_and_cosine
 
 HEADS = 16
 """Rows of a tensor core's tile: query heads of one key/value head, padded."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.rope import reference as rope
+from uniql_jax.pallas_kernels.rope import reference as rope
 
 
 class Token(NamedTuple):

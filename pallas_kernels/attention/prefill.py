@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import dispatch
-from pallas_kernels.attention import cudnn, reference
+from uniql_jax.pallas_kernels import dispatch
+from uniql_jax.pallas_kernels.attention import cudnn, reference
 
 CAUSAL = {"reference": reference.causal_attention, "cudnn": cudnn.causal_attention}
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch, packing
-from pallas_kernels.dequant_matmul import blocked, pallas, reference, tiling
+from uniql_jax.pallas_kernels import dispatch, packing
+from uniql_jax.pallas_kernels.dequant_matmul import blocked, pallas, reference, tiling
 
 IMPLEMENTATIONS = {
     "reference": reference.dequant_matmul,

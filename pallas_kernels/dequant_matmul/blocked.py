@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import packing
-from pallas_kernels.dequant_matmul import tiling
+from uniql_jax.pallas_kernels import packing
+from uniql_jax.pallas_kernels.dequant_matmul import tiling
 
 BLOCK = 512
 """Rows ("last") or about as many contracted weights ("first") that are dequantized at a time."""

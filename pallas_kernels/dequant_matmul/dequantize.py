@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat
-from pallas_kernels.compat import pl
-from pallas_kernels.dequant_matmul import tiling
-from pallas_kernels.dequant_matmul.tiling import Weight
-from pallas_kernels.packing import SHIFTS
+from uniql_jax.pallas_kernels import compat
+from uniql_jax.pallas_kernels.compat import pl
+from uniql_jax.pallas_kernels.dequant_matmul import tiling
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
+from uniql_jax.pallas_kernels.packing import SHIFTS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import ahead, blocks, compat
-from pallas_kernels.ahead import Ahead
-from pallas_kernels.dequant_matmul import mma, pallas, selfcheck, shares, tiling
-from pallas_kernels.dequant_matmul.fused_kernels import Job as Job
-from pallas_kernels.dequant_matmul.fused_kernels import programs_of, read_kernel, write_kernel
-from pallas_kernels.dequant_matmul.mma import Settings, parts_of, row_tiles
-from pallas_kernels.dequant_matmul.tiling import Weight
+from uniql_jax.pallas_kernels import ahead, blocks, compat
+from uniql_jax.pallas_kernels.ahead import Ahead
+from uniql_jax.pallas_kernels.dequant_matmul import mma, pallas, selfcheck, shares, tiling
+from uniql_jax.pallas_kernels.dequant_matmul.fused_kernels import Job as Job
+from uniql_jax.pallas_kernels.dequant_matmul.fused_kernels import programs_of, read_kernel, write_kernel
+from uniql_jax.pallas_kernels.dequant_matmul.mma import Settings, parts_of, row_tiles
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
 
 class Stream(NamedTuple):

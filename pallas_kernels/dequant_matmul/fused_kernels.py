@@ -11,13 +11,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import blocks, compat
-from pallas_kernels.ahead import Pull
-from pallas_kernels.compat import pl
-from pallas_kernels.dequant_matmul import shares
-from pallas_kernels.dequant_matmul.mma import Settings, Source, accumulate, add_up, parts_of, places, row_tiles
-from pallas_kernels.dequant_matmul.tiling import Weight
-from pallas_kernels.dequant_matmul.warp import Threads
+from uniql_jax.pallas_kernels import blocks, compat
+from uniql_jax.pallas_kernels.ahead import Pull
+from uniql_jax.pallas_kernels.compat import pl
+from uniql_jax.pallas_kernels.dequant_matmul import shares
+from uniql_jax.pallas_kernels.dequant_matmul.mma import (
+    Settings,
+    Source,
+    accumulate,
+    add_up,
+    parts_of,
+    places,
+    row_tiles,
+)
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
+from uniql_jax.pallas_kernels.dequant_matmul.warp import Threads
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": lambda x: x / (1.0 + jnp.exp(-x)),

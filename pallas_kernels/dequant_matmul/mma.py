@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat
-from pallas_kernels.compat import pl
-from pallas_kernels.dequant_matmul.tiling import Weight
-from pallas_kernels.dequant_matmul.warp import Operand, Threads, gate, multiply, pair, zero_point
+from uniql_jax.pallas_kernels import compat
+from uniql_jax.pallas_kernels.compat import pl
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
+from uniql_jax.pallas_kernels.dequant_matmul.warp import Operand, Threads, gate, multiply, pair, zero_point
 
 MOST = 16
 """Rows of x: two column tiles of the mma."""

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat, packing
-from pallas_kernels.dequant_matmul import dequantize, dot, mma, plain, reference, selfcheck, tiling, tuned
-from pallas_kernels.dequant_matmul.hopper import cluster, wgmma
-from pallas_kernels.dequant_matmul.plain import Weight
-from pallas_kernels.dequant_matmul.tiling import Weight as Tiled
+from uniql_jax.pallas_kernels import compat, packing
+from uniql_jax.pallas_kernels.dequant_matmul import dequantize, dot, mma, plain, reference, selfcheck, tiling, tuned
+from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster, wgmma
+from uniql_jax.pallas_kernels.dequant_matmul.plain import Weight
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight as Tiled
 
 LEAST_GROUP = 64
 """Below it most of a step of dot.py, 16 words of one group, would be padding."""

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import packing
-from pallas_kernels.dequant_matmul import tiling
+from uniql_jax.pallas_kernels import packing
+from uniql_jax.pallas_kernels.dequant_matmul import tiling
 
 
 def dequant_matmul(

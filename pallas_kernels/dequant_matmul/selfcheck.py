@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels import compat, packing
-from pallas_kernels.dequant_matmul import dequantize, dot, mma, tiling
-from pallas_kernels.dequant_matmul.hopper import cluster, wgmma
-from pallas_kernels.dequant_matmul.tiling import Weight
+from uniql_jax.pallas_kernels import compat, packing
+from uniql_jax.pallas_kernels.dequant_matmul import dequantize, dot, mma, tiling
+from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster, wgmma
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
 BOUND = 1e-2
 """Relative error; rounding gives 2e-3, a wrong lane 1."""

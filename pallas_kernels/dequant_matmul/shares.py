@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import compat
-from pallas_kernels.compat import pl
+from uniql_jax.pallas_kernels import compat
+from uniql_jax.pallas_kernels.compat import pl
 
 COUNTS = 4096
 """Most blocks of work that are counted at a time."""

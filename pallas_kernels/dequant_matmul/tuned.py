@@ -18,10 +18,10 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import compat
-from pallas_kernels.dequant_matmul import dequantize, dot, mma
-from pallas_kernels.dequant_matmul.hopper import cluster, cuts, wgmma
-from pallas_kernels.dequant_matmul.tiling import CONTRACTS, Weight
+from uniql_jax.pallas_kernels import compat
+from uniql_jax.pallas_kernels.dequant_matmul import dequantize, dot, mma
+from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster, cuts, wgmma
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import CONTRACTS, Weight
 
 FOLDER = Path(__file__).parent / "tuned"
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat
+from uniql_jax.pallas_kernels import compat
 
 
 def _asm(text: str, constraints: str, args: Sequence[Array], dtype: Any, pack: int) -> Array:

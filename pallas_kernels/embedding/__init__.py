@@ -1,3 +1,3 @@
 """Rows of a packed embedding table."""
 
-from pallas_kernels.embedding.api import embed as embed
+from uniql_jax.pallas_kernels.embedding.api import embed as embed

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch, packing
-from pallas_kernels.embedding import pallas, reference
+from uniql_jax.pallas_kernels import dispatch, packing
+from uniql_jax.pallas_kernels.embedding import pallas, reference
 
 IMPLEMENTATIONS = {"reference": reference.embed, "pallas": pallas.embed}
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat
-from pallas_kernels.compat import pl
-from pallas_kernels.packing import SHIFTS
+from uniql_jax.pallas_kernels import compat
+from uniql_jax.pallas_kernels.compat import pl
+from uniql_jax.pallas_kernels.packing import SHIFTS
 
 STORED_TILE = 256
 """Stored elements of one row that a program unpacks."""

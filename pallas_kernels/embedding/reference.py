@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import packing
+from uniql_jax.pallas_kernels import packing
 
 
 def embed(

@@ -1,4 +1,4 @@
 """Rotary position embedding with a frequency of its own for every pair and key/value head."""
 
-from pallas_kernels.rope.api import rope as rope
-from pallas_kernels.rope.api import rope_qk as rope_qk
+from uniql_jax.pallas_kernels.rope.api import rope as rope
+from uniql_jax.pallas_kernels.rope.api import rope_qk as rope_qk

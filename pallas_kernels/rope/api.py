@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch
-from pallas_kernels.rope import pallas, reference
+from uniql_jax.pallas_kernels import dispatch
+from uniql_jax.pallas_kernels.rope import pallas, reference
 
 ONE = {"reference": reference.rope, "pallas": pallas.rope}
 BOTH = {"reference": reference.rope_qk, "pallas": pallas.rope_qk}

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat
-from pallas_kernels.compat import pl
+from uniql_jax.pallas_kernels import compat
+from uniql_jax.pallas_kernels.compat import pl
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
-from pallas_kernels.ssd import pallas, reference
-from pallas_kernels.ssd.reference import Kernels as Kernels
-from pallas_kernels.ssd.reference import Limits as Limits
-from pallas_kernels.ssd.reference import Token as Token
-from pallas_kernels.ssd.reference import Weights as Weights
-from pallas_kernels.ssd.reference import Window as Window
+from uniql_jax.pallas_kernels import dispatch
+from uniql_jax.pallas_kernels.ssd import pallas, reference
+from uniql_jax.pallas_kernels.ssd.reference import Kernels as Kernels
+from uniql_jax.pallas_kernels.ssd.reference import Limits as Limits
+from uniql_jax.pallas_kernels.ssd.reference import Token as Token
+from uniql_jax.pallas_kernels.ssd.reference import Weights as Weights
+from uniql_jax.pallas_kernels.ssd.reference import Window as Window
 
 SCANS = {"reference": reference.scan}
 STEPS = {"reference": reference.step}

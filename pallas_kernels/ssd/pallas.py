@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import ahead, blocks, compat
-from pallas_kernels.ahead import Ahead, Pull
-from pallas_kernels.compat import pl
-from pallas_kernels.ssd.reference import Limits, Token, Weights, Window
+from uniql_jax.pallas_kernels import ahead, blocks, compat
+from uniql_jax.pallas_kernels.ahead import Ahead, Pull
+from uniql_jax.pallas_kernels.compat import pl
+from uniql_jax.pallas_kernels.ssd.reference import Limits, Token, Weights, Window
 
 ELEMENTS = 4096
 """About how many elements of the states a program holds in registers."""

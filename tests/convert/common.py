@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from convert import tables
 from uniql_jax import config as configs
 from uniql_jax import elastic
+from uniql_jax.convert import tables
 from uniql_jax.files import ShardWriter
 
 HF: dict[str, dict[str, Any]] = {

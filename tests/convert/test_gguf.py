@@ -8,11 +8,11 @@ import json
 import numpy as np
 import pytest
 
-from convert import source, tables
-from convert.source import open_source
 from tests.convert import common
 from uniql_jax import config as configs
 from uniql_jax import elastic
+from uniql_jax.convert import source, tables
+from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError
 
 gguf = pytest.importorskip("gguf")

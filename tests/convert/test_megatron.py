@@ -20,9 +20,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import megatron
-from convert.megatron import MegatronReader
-from convert.source import open_source
+from uniql_jax.convert import megatron
+from uniql_jax.convert.megatron import MegatronReader
+from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError
 
 torch = pytest.importorskip("torch")

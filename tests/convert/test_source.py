@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from convert import source, tables, to_hf
-from convert.source import open_source
 from tests.convert import common
 from uniql_jax import elastic
+from uniql_jax.convert import source, tables, to_hf
+from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError
 
 

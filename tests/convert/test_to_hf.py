@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import from_hf, to_hf
-from convert.source import open_source
 from tests.convert import common
 from uniql_jax import config as configs
-from uniql_jax import elastic, int4
+from uniql_jax import elastic
+from uniql_jax.convert import to_hf
+from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader
+from uniql_jax.weights import quantized as int4
 
 KEPT = [{"qk": 4, "vo": 8, "ffn": 20}, {"qk": 3, "vo": 5, "ffn": 13}, {"qk": 1, "vo": 1, "ffn": 1}]
 
@@ -133,9 +134,9 @@ def test_a_weight_too_large_for_float16_is_refused(tmp_path, rng):
     tensors = folder(tmp_path / "hub", hf, rng)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e6
     common.write(tmp_path / "hub", hf, tensors)
-    from_hf.main([str(tmp_path / "hub"), str(tmp_path / "ours")])
+    from_hf_command.main([str(tmp_path / "hub"), str(tmp_path / "ours")])
     with pytest.raises(UserError, match=r"up_proj\.weight' does not fit float16"):
-        to_hf.main([str(tmp_path / "ours"), str(tmp_path / "out"), "--dtype", "float16"])
+        export_command.main([str(tmp_path / "ours"), str(tmp_path / "out"), "--dtype", "float16"])
     assert not (tmp_path / "out").exists()
 
 
@@ -151,8 +152,8 @@ def folder(path, hf, rng, limit=10**9):
 def test_doors_there_and_back(tmp_path, rng, name, capsys):
     hf = common.hf_config(name)
     tensors = folder(tmp_path / "hub", hf, rng)
-    from_hf.main([str(tmp_path / "hub"), str(tmp_path / "ours")])
-    to_hf.main([str(tmp_path / "ours"), str(tmp_path / "back"), "--max-shard-size", "9kB"])
+    from_hf_command.main([str(tmp_path / "hub"), str(tmp_path / "ours")])
+    export_command.main([str(tmp_path / "ours"), str(tmp_path / "back"), "--max-shard-size", "9kB"])
     assert "100.0% of the prunable" in capsys.readouterr().out
     assert len(list((tmp_path / "back").glob("model-*-of-*.safetensors"))) > 1
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == hf | {
@@ -167,9 +168,9 @@ def test_doors_there_and_back(tmp_path, rng, name, capsys):
             np.testing.assert_array_equal(reader.read(tensor), value, err_msg=tensor)
     for made in ("ours", "back"):
         with pytest.raises(UserError, match="--overwrite"):
-            (from_hf if made == "ours" else to_hf).main([str(tmp_path / ("hub" if made == "ours" else "ours")),
+            (from_hf_command if made == "ours" else export_command).main([str(tmp_path / ("hub" if made == "ours" else "ours")),
                                                          str(tmp_path / made)])  # fmt: skip
-    to_hf.main([str(tmp_path / "ours"), str(tmp_path / "back"), "--overwrite", "--dtype", "bfloat16"])
+    export_command.main([str(tmp_path / "ours"), str(tmp_path / "back"), "--overwrite", "--dtype", "bfloat16"])
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
     assert {dtype.name for dtype, _ in ShardReader(tmp_path / "back").names().values()} == {"bfloat16"}
@@ -182,12 +183,12 @@ def test_doors_leave_nothing_behind_on_bad_input(tmp_path, rng):
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
     common.write(tmp_path / "hub", hf, tensors)
     with pytest.raises(UserError, match="NaN"):
-        from_hf.main([str(tmp_path / "hub"), str(tmp_path / "out")])
+        from_hf_command.main([str(tmp_path / "hub"), str(tmp_path / "out")])
     with pytest.raises(UserError):
-        to_hf.main([str(tmp_path / "hub"), str(tmp_path / "out")])
+        export_command.main([str(tmp_path / "hub"), str(tmp_path / "out")])
     for rate in ("-0.1", "0.9", "abc"):
         with pytest.raises(UserError, match="prune rate"):
-            to_hf.main([str(tmp_path / "hub"), str(tmp_path / "out"), "--prune-rate", rate])
+            export_command.main([str(tmp_path / "hub"), str(tmp_path / "out"), "--prune-rate", rate])
     assert [p.name for p in tmp_path.iterdir()] == ["hub"]
 
 
@@ -199,8 +200,8 @@ def test_stock_transformers_runs_the_export(tmp_path, rng):
         tensors = folder(tmp_path / name / "hub", hf, rng)
         small = {n: v * (0.3 if v.ndim > 1 else 1.0) for n, v in tensors.items()}
         common.write(tmp_path / name / "hub", hf, small)
-        from_hf.main([str(tmp_path / name / "hub"), str(tmp_path / name / "ours")])
-        to_hf.main([str(tmp_path / name / "ours"), str(tmp_path / name / "back")])
+        from_hf_command.main([str(tmp_path / name / "hub"), str(tmp_path / name / "ours")])
+        export_command.main([str(tmp_path / name / "ours"), str(tmp_path / name / "back")])
         tokens = torch.tensor(rng.integers(0, hf["vocab_size"], (2, 13)))
         logits = []
         for place in ("hub", "back"):
@@ -213,8 +214,8 @@ def test_stock_transformers_runs_the_export(tmp_path, rng):
 def test_source_of_an_export_is_a_model_again(tmp_path, rng):
     hf = common.hf_config("qwen2-tied")
     folder(tmp_path / "hub", hf, rng, limit=4000)
-    from_hf.main([str(tmp_path / "hub"), str(tmp_path / "ours")])
-    to_hf.main([str(tmp_path / "ours"), str(tmp_path / "back")])
+    from_hf_command.main([str(tmp_path / "hub"), str(tmp_path / "ours")])
+    export_command.main([str(tmp_path / "ours"), str(tmp_path / "back")])
     a, b = open_source(tmp_path / "hub"), open_source(tmp_path / "back")
     for i in range(2):
         for kind, leaves in a.layer(i).items():

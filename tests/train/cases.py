@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert import tables
 from tests import tiny
-from train import lora
-from train.initialize import complete, initialize
+from tools.initialize import complete, initialize
 from uniql_jax import config as model_config
-from uniql_jax.model import CausalLM
+from uniql_jax.convert import tables
+from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.plan import make_plan
+from uniql_jax.train import lora
 
 VOCAB = 64
 SSM = {"num_hidden_layers": 2, "tie_word_embeddings": True, "hidden_size": 32, "vocab_size": VOCAB}

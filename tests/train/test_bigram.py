@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from train import bigram
+from tools import bigram
 
 
 def test_probabilities_sum_to_one_and_follow_the_counts(rng: np.random.Generator) -> None:

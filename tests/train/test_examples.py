@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from train import examples
 from uniql_jax.errors import UserError
+from uniql_jax.train import examples
 
 ROWS = [
     {"instruction": "Name a colour.", "input": "", "output": "Blue {input}."},

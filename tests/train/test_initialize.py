@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import tables
 from tests import tiny
-from train.initialize import (
+from tools.initialize import (
     A_RANGE,
     STD,
     STEP_RANGE,
@@ -22,9 +21,10 @@ from train.initialize import (
     matrix_mask,
     parameter_count,
 )
-from train.pretrain import CONFIGS
+from tools.pretrain import CONFIGS
 from uniql_jax import config as model_config
 from uniql_jax import elastic
+from uniql_jax.convert import tables
 from uniql_jax.elastic import Leaf
 
 

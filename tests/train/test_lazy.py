@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from train.lazy import scale_by_lazy_adam
+from uniql_jax.train.lazy import scale_by_lazy_adam
 
 
 def run(transform: optax.GradientTransformation, gradients: list[Any]) -> list[Any]:

@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 
 from tests.train import cases
-from train import rates, stack
-from train.examples import Examples, from_windows
-from train.loop import Options, Trainer, resolved, schedule, usual_lr
-from train.lora import Factors
-from uniql_jax.model import CausalLM
+from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.train import rates, stack
+from uniql_jax.train.examples import Examples, from_windows
+from uniql_jax.train.loop import RecoverySettings, Trainer, resolved, schedule, usual_lr
+from uniql_jax.train.lora import Factors
 
-PLAIN = Options(rank=4, dropout=0.0, batch=8, lr=1e-2, warmup=0, rates="uniform", steps=10)
+PLAIN = RecoverySettings(rank=4, dropout=0.0, batch=8, lr=1e-2, warmup=0, rates="uniform", steps=10)
 
 
-def _trainer(model: CausalLM, options: Options = PLAIN) -> Trainer:
+def _trainer(model: CausalLM, options: RecoverySettings = PLAIN) -> Trainer:
     top = {name: value for name, value in model.params.items() if name != "layers"}
     return Trainer(model.config, model.params["layers"], top, options, 10)
 
@@ -232,10 +232,12 @@ def test_evaluation_counts_every_answer_once(rng: np.random.Generator) -> None:
 
 def test_learning_rate() -> None:
     config = cases.model("llama", np.random.default_rng(0)).config
-    wide, narrow = (resolved(Options(), dataclasses.replace(config, hidden_size=width)) for width in (4096, 64))
+    wide, narrow = (
+        resolved(RecoverySettings(), dataclasses.replace(config, hidden_size=width)) for width in (4096, 64)
+    )
     assert (wide.lr, narrow.lr) == (1e-4, 2e-3)
     assert usual_lr(dataclasses.replace(config, hidden_size=576)) == pytest.approx(7.1e-4, rel=0.01)
-    every = dataclasses.replace(Options(), rank=0)
+    every = dataclasses.replace(RecoverySettings(), rank=0)
     assert resolved(every, dataclasses.replace(config, hidden_size=576)).lr == pytest.approx(5e-3)
     assert resolved(every, dataclasses.replace(config, hidden_size=4 * 576)).lr == pytest.approx(2.5e-3)
     assert resolved(PLAIN, config) == PLAIN
@@ -245,7 +247,7 @@ def test_learning_rate() -> None:
     assert float(rate(1050)) == pytest.approx(0.5)
     assert float(rate(2000)) == 0.0
     assert float(schedule(dataclasses.replace(PLAIN, lr=1.0, warmup=100), 50)(5)) == pytest.approx(1.0)
-    assert Options(batch=32, epochs=2).total_steps(100) == 7
+    assert RecoverySettings(batch=32, epochs=2).total_steps(100) == 7
 
 
 SCRIPT = """
@@ -253,9 +255,9 @@ import json
 import jax, numpy as np
 from jax.sharding import Mesh
 from tests.train import cases
-from train import rates, stack
-from train.examples import from_windows
-from train.loop import Options, Trainer
+from uniql_jax.train import rates, stack
+from uniql_jax.train.examples import from_windows
+from uniql_jax.train.loop import RecoverySettings, Trainer
 
 rng = np.random.default_rng(0)
 model = cases.model("llama", rng, num_hidden_layers=1)
@@ -263,7 +265,7 @@ examples = from_windows(cases.tokens(rng, 16, 12))
 top = {name: value for name, value in model.params.items() if name != "layers"}
 out = {}
 for count in (1, 8):
-    options = Options(rank=4, dropout=0.05, batch=16, lr=1e-2, warmup=0, steps=3, accumulate=2)
+    options = RecoverySettings(rank=4, dropout=0.05, batch=16, lr=1e-2, warmup=0, steps=3, accumulate=2)
     mesh = Mesh(np.asarray(jax.devices()[:count]), ("data",))
     trainer = Trainer(model.config, model.params["layers"], top, options, 3, mesh)
     factors, state = trainer.init()

@@ -12,12 +12,12 @@ import pytest
 
 from tests import reference
 from tests.train import cases
-from train import lora, rates
 from uniql_jax import elastic
-from uniql_jax.full import FullArray
-from uniql_jax.layers.linear import apply_columns, apply_rows
-from uniql_jax.lora import LoraArray
-from uniql_jax.model import CausalLM, hidden_states, logits, prune
+from uniql_jax.model.causal_lm import CausalLM, hidden_states, logits, prune
+from uniql_jax.model.layers.linear import apply_columns, apply_rows
+from uniql_jax.train import lora, rates
+from uniql_jax.weights.delta import DeltaArray
+from uniql_jax.weights.lora import LoraArray
 
 ALPHA = 16.0
 
@@ -101,7 +101,7 @@ def test_at_rank_0_every_weight_is_trained(rng: np.random.Generator) -> None:
     assert {name: pair["change"].shape for name, pair in factors.items()} == shapes
     assert not any(np.any(np.asarray(pair["change"])) for pair in factors.values())
     base, change = (jnp.asarray(rng.normal(size=(6, 2, 10)), jnp.float32) for _ in range(2))
-    weight = FullArray(base, change, scale=0.5)
+    weight = DeltaArray(base, change, scale=0.5)
     expected = np.asarray(base) + 0.5 * np.asarray(change)
     np.testing.assert_allclose(weight.merged(), expected, rtol=1e-6)
     np.testing.assert_allclose(weight.take_prefix(3).merged(), expected[:3], rtol=1e-6)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.losses import distillation_loss, head_losses, head_product, next_token_loss
-from uniql_jax.layers.linear import apply_columns, apply_rows
-from uniql_jax.layers.norm import rms_norm
-from uniql_jax.lora import LoraArray
+from uniql_jax.model.layers.linear import apply_columns, apply_rows
+from uniql_jax.model.layers.norm import rms_norm
+from uniql_jax.train.losses import distillation_loss, head_losses, head_product, next_token_loss
+from uniql_jax.weights.lora import LoraArray
 
 
 def _inputs(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

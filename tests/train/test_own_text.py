@@ -12,10 +12,12 @@ import pytest
 
 import uniql_jax
 from tests import tiny
-from train import own_text
-from uniql_jax import cli, data
-from uniql_jax.model import CausalLM
-from uniql_jax.random_model import random_model
+from uniql_jax import data
+from uniql_jax.commands import cli
+from uniql_jax.commands import own_text as own_text_command
+from uniql_jax.evaluation.random_model import random_model
+from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.train import own_text
 
 QUICK = ("--windows", "10", "--length", "12", "--batch", "4")
 
@@ -27,7 +29,7 @@ def model(seed: int) -> CausalLM:
 
 def _run(*argv: object) -> int:
     with pytest.raises(SystemExit) as stop:
-        cli.run(own_text.main, [str(a) for a in argv])
+        cli.run(own_text_command.main, [str(a) for a in argv])
     return int(stop.value.code or 0)
 
 

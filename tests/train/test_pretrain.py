@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 
 import uniql_jax
-from convert import tables
-from convert.source import open_source
 from tests import reference, tiny
 from tests.train import cases
-from train import pretrain, scratch
-from train.initialize import initialize, parameter_count
-from train.tokenizer import END, train_tokenizer
-from uniql_jax import cli, data
+from tools import pretrain, scratch
+from tools.initialize import initialize, parameter_count
+from tools.tokenizer import END, train_tokenizer
 from uniql_jax import config as model_config
+from uniql_jax import data
+from uniql_jax.commands import cli
+from uniql_jax.convert import tables
+from uniql_jax.convert.source import open_source
 
 QUICK = scratch.Options(steps=120, batch=8, length=16, lr=1e-2)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.train import cases
-from train import rates
+from uniql_jax.train import rates
 
 
 @pytest.mark.parametrize("distribution", [*rates.DISTRIBUTIONS, "low-kept-first:0.3"])

@@ -16,14 +16,15 @@ import pytest
 import uniql_jax
 from tests import tiny
 from tests.train import cases
-from train import rates, recover, scratch
-from train.examples import from_windows, split
-from train.initialize import complete
-from train.loop import Options, Trainer
-from uniql_jax.model import CausalLM, prune
+from tools import scratch
+from tools.initialize import complete
+from uniql_jax.model.causal_lm import CausalLM, prune
 from uniql_jax.plan import make_plan
+from uniql_jax.train import rates, recover
+from uniql_jax.train.examples import from_windows, split
+from uniql_jax.train.loop import RecoverySettings, Trainer
 
-SHORT = Options(rank=4, batch=8, lr=1e-2, warmup=0, steps=12, evaluations=6, judged=(0.0, 0.35), patience=99)
+SHORT = RecoverySettings(rank=4, batch=8, lr=1e-2, warmup=0, steps=12, evaluations=6, judged=(0.0, 0.35), patience=99)
 
 
 def _walk(rng: np.random.Generator, count: int = 300, length: int = 20) -> np.ndarray:
@@ -53,7 +54,7 @@ def _killed_after(count: int):
 def test_it_wins_back_what_pruning_costs(rng: np.random.Generator, tmp_path: Path) -> None:
     """A trained model, cut without any sorting, is far worse at 0.25 and 0.35; after recovery much of that is gone."""
     config = tiny.config(vocab_size=40, num_hidden_layers=1, hidden_size=16, intermediate_size=32)
-    params, _ = scratch.train(config, _walk(rng), scratch.Options(steps=600, batch=16, length=20, lr=1e-2))
+    params, _ = scratch.train(config, _walk(rng), scratch.RecoverySettings(steps=600, batch=16, length=20, lr=1e-2))
     model = CausalLM(config, complete(config, params), make_plan(config, None))
     options = dataclasses.replace(SHORT, batch=16, steps=200, evaluations=8, judged=(0.0, 0.25, 0.35))
     layers, result = recover.recover(**_parts(model), examples=_walk(rng), options=options, folder=tmp_path / "work")
@@ -159,7 +160,7 @@ def _killed_over_all(count: int):
 
 
 def test_judging_costs_no_more_than_training() -> None:
-    options = Options(batch=4, evaluations=20, judged=(0.0, 0.15, 0.25, 0.35))
+    options = RecoverySettings(batch=4, evaluations=20, judged=(0.0, 0.15, 0.25, 0.35))
     assert recover.evaluations(options, 3000, 128) == 20
     assert recover.evaluations(options, 100, 128) == 2  # 1,200 rows' worth of passes, 512 rows each
     assert recover.evaluations(options, 4, 128) == 1

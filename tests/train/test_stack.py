@@ -9,11 +9,11 @@ import pytest
 
 from tests import reference
 from tests.train import cases
-from train import lora, rates, stack
-from train.loop import Options, Trainer
-from uniql_jax.layers.context import full_context
-from uniql_jax.lora import LoraArray
-from uniql_jax.model import CausalLM, hidden_states, logits
+from uniql_jax.model.causal_lm import CausalLM, hidden_states, logits
+from uniql_jax.model.layers.context import full_context
+from uniql_jax.train import lora, rates, stack
+from uniql_jax.train.loop import RecoverySettings, Trainer
+from uniql_jax.weights.lora import LoraArray
 
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
@@ -23,7 +23,7 @@ def test_the_trainers_forward_is_the_models(family: str, remat: str, rng: np.ran
     assert model.plan is not None
     factors, tokens = cases.factors(model.config, rng), jnp.asarray(cases.tokens(rng))
     top = {name: value for name, value in model.params.items() if name != "layers"}
-    trainer = Trainer(model.config, model.params["layers"], top, Options(batch=2, rank=4, remat=remat), 1)
+    trainer = Trainer(model.config, model.params["layers"], top, RecoverySettings(batch=2, rank=4, remat=remat), 1)
     keep = rates.keep_arrays(model.plan, 0.25)
     together = stack.stack_factors(model.config, factors)
     assert len(together) <= len(factors)
@@ -73,7 +73,7 @@ def test_what_a_gradient_keeps(rng: np.random.Generator) -> None:
     tokens = jnp.asarray(cases.tokens(rng))
     kept = {}
     for remat in stack.REMAT:
-        options = Options(batch=2, rank=4, remat=remat)
+        options = RecoverySettings(batch=2, rank=4, remat=remat)
         trainer = Trainer(model.config, model.params["layers"], top, options, 1)
         factors, _ = trainer.init()
 

@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat
-from pallas_kernels.compat import mosaic_gpu as plgpu
-from pallas_kernels.compat import pl
-from pallas_kernels.dequant_matmul import tiling
-from pallas_kernels.dequant_matmul.hopper import cluster_registers as registers
-from pallas_kernels.dequant_matmul.hopper import common
-from pallas_kernels.dequant_matmul.hopper.common import BARRIERS, BLOCK, SHARED, fitting, registers_of
-from pallas_kernels.dequant_matmul.hopper.handover import Box, Handover
-from pallas_kernels.dequant_matmul.tiling import Weight
+from uniql_jax.pallas_kernels import compat
+from uniql_jax.pallas_kernels.compat import mosaic_gpu as plgpu
+from uniql_jax.pallas_kernels.compat import pl
+from uniql_jax.pallas_kernels.dequant_matmul import tiling
+from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster_registers as registers
+from uniql_jax.pallas_kernels.dequant_matmul.hopper import common
+from uniql_jax.pallas_kernels.dequant_matmul.hopper.common import BARRIERS, BLOCK, SHARED, fitting, registers_of
+from uniql_jax.pallas_kernels.dequant_matmul.hopper.handover import Box, Handover
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
 MOST = 64
 """Rows of x."""

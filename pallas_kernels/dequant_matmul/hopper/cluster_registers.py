@@ -13,10 +13,20 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.compat import arith, ir, llvm
-from pallas_kernels.compat import mosaic_gpu as plgpu
-from pallas_kernels.dequant_matmul.hopper.common import BLOCK, UNSCALED, factors, weights
-from pallas_kernels.dequant_matmul.hopper.ptx import add, array, fma, part, place, thread, times, together, value
+from uniql_jax.pallas_kernels.compat import arith, ir, llvm
+from uniql_jax.pallas_kernels.compat import mosaic_gpu as plgpu
+from uniql_jax.pallas_kernels.dequant_matmul.hopper.common import BLOCK, UNSCALED, factors, weights
+from uniql_jax.pallas_kernels.dequant_matmul.hopper.ptx import (
+    add,
+    array,
+    fma,
+    part,
+    place,
+    thread,
+    times,
+    together,
+    value,
+)
 
 
 def lines() -> Any:

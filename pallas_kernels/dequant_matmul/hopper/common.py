@@ -9,12 +9,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels import compat
-from pallas_kernels.compat import arith, ir
-from pallas_kernels.compat import mosaic_gpu as plgpu
-from pallas_kernels.dequant_matmul import tiling
-from pallas_kernels.dequant_matmul.hopper.ptx import add, array, asm, bits, place, thread, times, together, value
-from pallas_kernels.dequant_matmul.tiling import Weight
+from uniql_jax.pallas_kernels import compat
+from uniql_jax.pallas_kernels.compat import arith, ir
+from uniql_jax.pallas_kernels.compat import mosaic_gpu as plgpu
+from uniql_jax.pallas_kernels.dequant_matmul import tiling
+from uniql_jax.pallas_kernels.dequant_matmul.hopper.ptx import (
+    add,
+    array,
+    asm,
+    bits,
+    place,
+    thread,
+    times,
+    together,
+    value,
+)
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
 BLOCK = 64
 """Rows of the weight that a warpgroup works on at once."""

@@ -11,9 +11,9 @@ import functools
 import itertools
 from typing import Any, NamedTuple
 
-from pallas_kernels.dequant_matmul import mma, tiling
-from pallas_kernels.dequant_matmul.hopper import cluster, common, wgmma
-from pallas_kernels.dequant_matmul.tiling import Weight
+from uniql_jax.pallas_kernels.dequant_matmul import mma, tiling
+from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster, common, wgmma
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
 SMALL = 8192
 """Outputs of a weight up to which few rows of x find too few programs without sharing its contraction."""

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.compat import arith, ir, llvm, pl
-from pallas_kernels.compat import mosaic as mgpu
-from pallas_kernels.compat import mosaic_gpu as plgpu
-from pallas_kernels.dequant_matmul.hopper.ptx import (
+from uniql_jax.pallas_kernels.compat import arith, ir, llvm, pl
+from uniql_jax.pallas_kernels.compat import mosaic as mgpu
+from uniql_jax.pallas_kernels.compat import mosaic_gpu as plgpu
+from uniql_jax.pallas_kernels.dequant_matmul.hopper.ptx import (
     add,
     asm,
     below,

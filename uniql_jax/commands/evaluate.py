@@ -1,0 +1,80 @@
+"""`evaluate`: perplexity and task accuracy of an elastic checkpoint at each prune rate."""
+
+from __future__ import annotations
+
+import json
+
+from uniql_jax import console
+from uniql_jax.commands import cli
+from uniql_jax.errors import UserError
+from uniql_jax.evaluation import plot, tasks
+from uniql_jax.evaluation.evaluate import evaluate, report
+
+
+def parser() -> cli.Parser:
+    """The arguments of the command."""
+    parser = cli.Parser(
+        prog=cli.program("evaluate"),
+        description="Perplexity and zero-shot accuracy of an elastic checkpoint at each prune rate, beside its size.",
+    )
+    parser.add_argument("--ckpt", required=True, metavar="DIR", help="elastic checkpoint made by uniql_jax.compress")
+    parser.add_argument(
+        "--prune-rates", type=cli.prune_rates, default="0,0.15,0.25,0.35", metavar="R,R,...", help="rates to measure"
+    )
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        metavar="TEXT",
+        help="held-out text, each measured by itself: a file, a folder, .jsonl, a datasets name, sotu:from-1981, "
+        "docs:NAME, or a .npy of int32 token ids [samples, length]",
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="NAME",
+        help="zero-shot tasks of lm-eval, such as arc_easy hellaswag piqa, or .yaml files that describe some",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=cli.positive_int, metavar="N", help="the first N questions of each task alone")
+    parser.add_argument("--baseline", metavar="CKPT", help="the original model, measured beside: folder, .gguf, demo")
+    parser.add_argument("--window", type=cli.positive_int, default=1024, metavar="N", help="tokens a window")
+    parser.add_argument("--max-tokens", type=cli.positive_int, metavar="N", help="at most so many tokens of each text")
+    parser.add_argument("--batch-size", type=cli.positive_int, default=4, metavar="N", help="windows at a time")
+    parser.add_argument("--json", metavar="FILE", help="write the rows here")
+    parser.add_argument("--plot", metavar="FILE", help="write a PNG of quality and size over the rate here")
+    parser.add_argument("--overwrite", action="store_true", help="replace --json and --plot files that exist")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Run the command; raises UserError."""
+    args = parser().parse_args(argv)
+    if not args.text and not args.tasks:
+        raise UserError("name held-out text with --text, or zero-shot tasks with --tasks (see --help)")
+    if args.tasks:
+        tasks.require()
+    elif args.limit:
+        raise UserError("--limit counts the questions of --tasks; text is cut by --max-tokens")
+    if args.plot and not args.text:
+        raise UserError("--plot draws perplexity, which wants --text")
+    if args.window < 2:
+        raise UserError("--window must be at least 2: a window's first token is not predicted")
+    for path in (args.json, args.plot):
+        console.check_output_file(path, args.overwrite)
+    if args.plot:
+        plot.require_matplotlib()
+    rows = evaluate(
+        args.ckpt,
+        args.prune_rates,
+        args.text or [],
+        window=args.window,
+        max_tokens=args.max_tokens,
+        batch_size=args.batch_size,
+        baseline=args.baseline,
+        zero_shot=args.tasks or [],
+        limit=args.limit,
+        progress=console.progress,
+        say=print,
+    )
+    print(report(rows))
+    if args.json:
+        console.write_whole(args.json, json.dumps(rows, indent=1, allow_nan=False) + "\n")
+    if args.plot:
+        plot.rate_curve([row for row in rows if "stderr" not in row], args.plot)

@@ -1,0 +1,107 @@
+"""`own-text`: let a model write calibration and training text itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from uniql_jax import console
+from uniql_jax.commands import cli
+from uniql_jax.errors import UserError
+from uniql_jax.model.causal_lm import cache_bytes
+from uniql_jax.train.own_text import (
+    BATCH,
+    LENGTH,
+    WINDOWS,
+    beginnings,
+    kept,
+    npy_bytes,
+    open_model,
+    own_text,
+    tokenizer_of,
+)
+
+EXAMPLES = """\
+examples:
+  recovery without any text:
+    python -m train.own_text --ckpt path/to/model --out own.npy
+    python -m uniql_jax.compress --ckpt path/to/model --out small --calib own.npy --recover own.npy --recover-distill 1
+
+  beside text of the kind that the model will meet:
+    python -m uniql_jax.compress --ckpt path/to/model --out small --calib notes/ own.npy --recover notes/ own.npy
+
+FILE is int32 token ids [windows, length]. Every window begins with a token drawn from the whole vocabulary, all others
+are drawn as the model wants them at --temperature; the same --seed and --batch write the same windows again.
+"""
+
+
+def parser() -> cli.Parser:
+    """The arguments of the command."""
+    parser = cli.Parser(
+        prog=cli.program("own-text"),
+        description="Let a model write text of its own: calibration and training data where there is no other.",
+        epilog=EXAMPLES,
+        formatter_class=cli.ExamplesHelp,
+    )
+    add = parser.add_argument
+    add("--ckpt", required=True, metavar="CKPT", help="folder, hub id, .gguf file, demo, or an elastic checkpoint")
+    add("--out", required=True, metavar="FILE", help=".npy to create; until it is whole, FILE.partial")
+    add("--windows", type=cli.positive_int, default=WINDOWS, metavar="N", help="texts to write")
+    add("--length", type=cli.positive_int, default=LENGTH, metavar="N", help="tokens of each")
+    add("--batch", type=cli.positive_int, default=BATCH, metavar="N", help="texts written at a time")
+    add("--temperature", type=cli.bounded_float(0.01, 10), default=1.0, metavar="X", help="below 1: what is likelier")
+    add("--seed", type=cli.natural_int, default=0, metavar="N", help="of what is drawn")
+    add("--resume", action="store_true", help="go on with an unfinished run of the same settings")
+    add("--overwrite", action="store_true", help="replace FILE once all is written")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Run the command; raises UserError."""
+    args = parser().parse_args(argv)
+    out = Path(args.out).expanduser()
+    if out.suffix.lower() != ".npy":
+        raise UserError(f"{args.out} must end in .npy, by which calibration and training know token ids")
+    if args.length < 2:
+        raise UserError("--length must be at least 2 tokens")
+    console.check_output_file(out, args.overwrite)
+    folder = out.with_name(f"{out.name}.partial")
+    if folder.exists() and not args.resume:
+        raise UserError(f"{folder} holds an unfinished run; add --resume to go on with it, or remove it to start anew")
+    told = {name: getattr(args, name) for name in ("windows", "length", "batch", "temperature", "seed")}
+    told["ckpt"] = Path(args.ckpt).name
+    done = kept(folder, told) if folder.exists() else None
+    model = open_model(args.ckpt)
+    limit = model.config.max_position
+    if args.length > limit:
+        raise UserError(f"--length must be at most {limit} tokens, the model's limit")
+    tokenizer = tokenizer_of(args.ckpt, model)
+    batch = min(args.batch, args.windows)
+    cache = console.format_bytes(cache_bytes(model.config, model.keep, batch, args.length, model.dtype))
+    print(
+        f"model   {args.ckpt}: {model.config.model_type}, {len(model.config.pattern)} layers\n"
+        f"text    {args.windows} windows of {args.length} tokens, {args.windows * args.length / 1e6:.3g} M, "
+        f"{batch} at a time (cache {cache}), temperature {args.temperature:g}\n"
+        f"output  {out}; until it is whole, {folder.name}\n"
+    )
+    folder.mkdir(exist_ok=True)
+    console.write_whole(folder / "run.json", json.dumps(told))
+    rows = own_text(
+        model,
+        args.windows,
+        args.length,
+        starts=beginnings(model.config.vocab_size, tokenizer, model.config.eos_ids),
+        batch=batch,
+        temperature=args.temperature,
+        seed=args.seed,
+        done=done,
+        progress=lambda batches: console.progress(batches, "write"),
+        keep=lambda rows: console.write_whole(folder / "rows.npy", npy_bytes(rows)),
+    )
+    console.write_whole(out, npy_bytes(rows))
+    for name in ("rows.npy", "run.json"):
+        (folder / name).unlink(missing_ok=True)
+    folder.rmdir()
+    text = "" if tokenizer is None else f"  {tokenizer.decode(rows[0][:40])!r} ...\n\n"
+    command = f"python -m uniql_jax.compress --ckpt {args.ckpt} --out elastic --recover {args.out} --recover-distill 1"
+    print(f"\n{text}Next:\n  {command}")

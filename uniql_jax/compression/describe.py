@@ -1,0 +1,118 @@
+"""What a run says before it starts: what will be made of what, and what it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from uniql_jax import console, data, elastic
+from uniql_jax.compression.contract import Recovery, Source
+from uniql_jax.compression.estimate import (
+    disk_bytes,
+    estimated_bytes,
+    memory_parts,
+    parameter_count,
+    prunable_count,
+    speed,
+    work,
+)
+from uniql_jax.compression.settings import CompressionSettings, groups
+from uniql_jax.plan import MAX_PRUNE_RATE, axis_group_and_unit
+from uniql_jax.train.loop import memory_bytes, resolved
+from uniql_jax.train.lora import described
+from uniql_jax.weights.quantized import TARGET_GROUP
+
+COUNTS = {
+    "ffn": "MLP channels",
+    "qk": "RoPE pairs",
+    "qk_pass": "Q/K dimensions",
+    "vo": "V/O ranks",
+    "ssm_head": "SSM channels",
+    "ssm_state": "SSM states",
+}
+LIKED = {"ffn": TARGET_GROUP // 2, "qk": 8, "qk_pass": 16, "vo": 16, "ssm_head": 8, "ssm_state": 16}
+"""Cut units below these leave hardware with narrow matrices; only small models get them."""
+
+
+def format_seconds(seconds: float) -> str:
+    """A rough time for people: '40 s', '12 min', '3.5 h'."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def work_folder(out: str | Path) -> Path:
+    """Where a run keeps what is done."""
+    target = Path(out).expanduser().absolute()
+    return target.with_name(f"{target.name}.partial")
+
+
+def describe(
+    source: Source,
+    out: str | Path,
+    options: CompressionSettings,
+    calibration: data.Windows,
+    recover: Recovery | None = None,
+) -> str:
+    """The plan: what will be made of what, and what it takes."""
+    config = source.config
+    total = parameter_count(config)
+    count, length = calibration.tokens.shape
+    group = groups(config)
+    axes = [axis for axis in elastic.AXES if any(axis in elastic.layer_axes(config, kinds) for kinds in config.pattern)]
+    counts = COUNTS if config.rope else COUNTS | {"qk": COUNTS["qk_pass"]}
+    units = {axis: axis_group_and_unit(config, axis)[1] for axis in axes}
+    sizes = elastic.sizes(config)
+    memory = memory_parts(config, options, count, length)
+    disk = disk_bytes(config, options, count * length, recover is not None and recover.tuning is not None)
+    bits = f"{options.bits} bits"
+    if options.packed:
+        how = [options.rounding, "rotated" if options.rotate else "not rotated"]
+        spans = ", ".join(f"{'hidden' if name == 'embed' else name} {size}" for name, size in group.items())
+        bits += f" ({', '.join(how)}), one scale per group of weights ({spans})"
+    if options.refit is not None:
+        bits += f"; output matrices refitted, {options.refit:.0%} of the windows unpruned"
+    rows = [
+        (
+            "model",
+            f"{source.name}: {config.model_type}, {len(config.pattern)} layers, {total / 1e6:.4g} M parameters, "
+            f"{prunable_count(config) / total:.0%} of them prunable",
+        ),
+        ("weights", bits),
+        ("cuts", ", ".join(f"{counts[axis]} by {units[axis]} of {sizes[axis]}" for axis in axes)),
+        ("calibration", calibration.description),
+        *([("recovery", _training(recover, source))] if recover else []),
+        (
+            "checkpoint",
+            f"{out}, about {console.format_bytes(estimated_bytes(config, options))} at rate 0, "
+            f"{console.format_bytes(estimated_bytes(config, options, MAX_PRUNE_RATE))} at rate {MAX_PRUNE_RATE}",
+        ),
+        ("disk", f"up to {console.format_bytes(disk)} in {work_folder(out).name} until it is whole"),
+        (
+            "memory",
+            f"about {console.format_bytes(sum(memory.values()))}: "
+            + ", ".join(f"{name} {console.format_bytes(size)}" for name, size in memory.items()),
+        ),
+        (
+            "time",
+            f"roughly {format_seconds(work(config, options, count * length) / speed())} "
+            f"on {jax.devices()[0].device_kind}, compilation aside",
+        ),
+    ]
+    small = [f"{counts[axis]} by {units[axis]}" for axis in axes if units[axis] < min(LIKED[axis], sizes[axis])]
+    if small:
+        rows.append(("note", f"a small model: it is cut finer than hardware likes ({', '.join(small)})"))
+    return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def _training(recover: Recovery, source: Source) -> str:
+    options, length = resolved(recover.options, source.config), recover.learnt.tokens.shape[1]
+    return (
+        f"{options.planned_steps(len(recover.learnt))} steps of {options.batch} x {length} tokens at drawn rates, "
+        f"{described(options.rank)}, learning rate {options.lr:.2g}"
+        + (f", the unpruned model's predictions weighing {options.distill:.0%}" if options.distill else "")
+        + f", about {console.format_bytes(memory_bytes(source.config, options))} a device and the activations, "
+        f"on {recover.learnt.description}; {len(recover.judged)} held-out examples judge"
+        + (f"; {recover.tuning.steps} steps more after quantizing" if recover.tuning else "")
+    )

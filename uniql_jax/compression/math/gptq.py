@@ -1,0 +1,149 @@
+"""GPTQ and rounding to 4 or 8 bits, symmetric, one searched scale per group; compiled once per shape.
+
+A column's rounding error is carried over to the columns that come later in the sorted order, weighed by the inverse
+Hessian, so slicing after quantizing does no extra harm (Frantar et al., arXiv 2210.17323; method: quantization).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from uniql_jax.weights.quantized import limits
+
+SCALE_GRID = tuple(1.0 - 0.025 * i for i in range(21))
+"""Shrink factors tried for a group's scale, from max-abs down to half of it."""
+
+
+def inverse_factor(hessian: Float[Array, "k k"], damping: float | Float[Array, ""] = 0.01) -> Float[Array, "k k"]:
+    """Upper triangular U with U^T U = (H + lambda I)^-1, lambda = damping * mean diagonal.
+
+    JAX returns NaN where a factorization fails, so lambda grows tenfold until the factor is finite. One Cholesky of
+    the reversed matrix and one triangular inverse give U without forming the inverse.
+    """
+    size = hessian.shape[0]
+    eye = jnp.eye(size, dtype=hessian.dtype)
+    mean = jnp.mean(jnp.diagonal(hessian))
+    base = jnp.where(mean > 0, mean, 1.0)
+
+    def factor(amount: Array) -> Array:
+        lower = jnp.linalg.cholesky((hessian + amount * base * eye)[::-1, ::-1])
+        return jax.scipy.linalg.solve_triangular(lower, eye, lower=True)[::-1, ::-1]
+
+    def bad(state: tuple[Array, Array]) -> Array:
+        return ~jnp.isfinite(state[1]).all() & (state[0] < 1e3)
+
+    def worse(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        return state[0] * 10, factor(state[0] * 10)
+
+    start = jnp.asarray(damping, hessian.dtype)
+    return jax.lax.while_loop(bad, worse, (start, factor(start)))[1]
+
+
+def search_scale(
+    weight: Float[Array, "group rows"], importance: Float[Array, " group"], bits: int, search: bool
+) -> Float[Array, " rows"]:
+    """Scale per row: the shrunk max-abs scale with the least importance-weighted squared error, bfloat16-exact.
+
+    The sign is chosen so that the entry of largest magnitude meets the end of the grid that has one step more.
+    An all-zero row gets scale 0.
+    """
+    low, high = limits(bits)
+    top, bottom = jnp.max(weight, axis=0), jnp.min(weight, axis=0)
+    base = jnp.where(top > -bottom, top, bottom) / low
+
+    def attempt(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        scale = (base * jnp.asarray(SCALE_GRID, weight.dtype)[i]).astype(jnp.bfloat16).astype(weight.dtype)
+        error = weight - round_to(weight, scale, low, high) * scale
+        cost = jnp.sum(error * error * importance[:, None], axis=0)
+        better = cost < best[0]
+        return jnp.where(better, cost, best[0]), jnp.where(better, scale, best[1])
+
+    steps = len(SCALE_GRID) if search else 1
+    start = (jnp.full(base.shape, jnp.inf, weight.dtype), jnp.zeros_like(base))
+    return jax.lax.fori_loop(0, steps, attempt, start)[1]
+
+
+def round_to(
+    weight: Float[Array, "group rows"], scale: Float[Array, " rows"], low: int, high: int
+) -> Float[Array, "group rows"]:
+    """Nearest integers of weight / scale inside the grid, as floats; 0 where the scale is 0."""
+    inverse = jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
+    return jnp.clip(jnp.round(weight * inverse), low, high)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "group", "search", "propagate", "keep"))
+def quantize(
+    weight: Float[Array, "rows width"],
+    hessian: Float[Array, "width width"] | None = None,
+    *,
+    bits: int,
+    group: int,
+    search: bool = True,
+    propagate: bool = True,
+    damping: float | Float[Array, ""] = 0.01,
+    keep: bool = False,
+) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"] | None]:
+    """Integers (int8) and bfloat16 scales of a weight whose rows each contract `width` inputs; with `keep` also what
+    was rounded to them, float32: the weight with all errors that were carried to it.
+
+    hessian: mean outer product of those inputs, float32; None means plain rounding. search=False takes max-abs
+    scales, propagate=False rounds without carrying errors over (both baselines). A last group may be short.
+    """
+    low, high = limits(bits)
+    rows, width = weight.shape
+    groups = -(-width // group)
+    pad = groups * group - width
+    # One column of the weight is one contiguous row here: the loop below walks over columns.
+    columns = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, pad))).T
+    if hessian is None:
+        importance = jnp.ones(groups * group, jnp.float32)
+        factor = None
+    else:
+        hessian = jnp.pad(hessian.astype(jnp.float32), ((0, pad), (0, pad)))
+        importance = jnp.diagonal(hessian) + 1e-6 * jnp.mean(jnp.diagonal(hessian)) + jnp.finfo(jnp.float32).tiny
+        factor = inverse_factor(hessian, damping) if propagate else None
+    later = jnp.arange(groups * group)
+
+    def one_group(g: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        columns, codes, scales, rounded = state
+        start = g * group
+        block = jax.lax.dynamic_slice(columns, (start, 0), (group, rows))
+        scale = search_scale(block, jax.lax.dynamic_slice(importance, (start,), (group,)), bits, search)
+        if factor is None:
+            quantized, before = round_to(block, scale, low, high), block
+        else:
+            stripe = jax.lax.dynamic_slice(factor, (start, 0), (group, groups * group))
+            square = jax.lax.dynamic_slice(stripe, (0, start), (group, group))
+
+            def one_column(j: Array, inner: tuple[Any, ...]) -> tuple[Any, ...]:
+                block, quantized, before = inner
+                column = jax.lax.dynamic_slice_in_dim(block, j, 1)
+                integer = round_to(column, scale, low, high)
+                row = jax.lax.dynamic_slice_in_dim(square, j, 1)[0]
+                error = (column - integer * scale) / row[j]
+                # What was settled stays; row j itself keeps its error, which the later groups need.
+                settled = jnp.arange(group)[:, None]
+                block = jnp.where(settled > j, block - row[:, None] * error, jnp.where(settled == j, error, block))
+                before = jax.lax.dynamic_update_slice_in_dim(before, column, j, 0) if keep else None
+                return block, jax.lax.dynamic_update_slice_in_dim(quantized, integer, j, 0), before
+
+            start_of_loop = (block, jnp.zeros_like(block), jnp.zeros_like(block) if keep else None)
+            errors, quantized, before = jax.lax.fori_loop(0, group, one_column, start_of_loop)
+            columns = columns - jnp.where(later >= start + group, stripe, 0.0).T @ errors
+        return (
+            columns,
+            jax.lax.dynamic_update_slice(codes, quantized.astype(jnp.int8), (start, 0)),
+            jax.lax.dynamic_update_slice(scales, scale[None], (g, 0)),
+            jax.lax.dynamic_update_slice(rounded, before, (start, 0)) if keep else None,
+        )
+
+    codes = jnp.zeros((groups * group, rows), jnp.int8)
+    scales = jnp.zeros((groups, rows), jnp.float32)
+    begin = (columns, codes, scales, jnp.zeros_like(columns) if keep else None)
+    _, codes, scales, rounded = jax.lax.fori_loop(0, groups, one_group, begin)
+    return codes[:width].T, scales.T.astype(jnp.bfloat16), rounded[:width].T if keep else None

@@ -1,0 +1,59 @@
+"""Order of MLP channels from the Gram matrix of what down_proj receives (UniQL section 3; method: MLP)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from uniql_jax.compression.math.order import descending, greedy
+
+METHODS = ("greedy", "fisher", "fisher_diagonal", "energy", "energy_weight", "leverage", "magnitude", "random")
+
+
+def leverage(gram: Float[Array, "i i"], ridge: float = 1e-2) -> Float[Array, " i"]:
+    """Ridge leverage scores diag(C (C + lambda I)^-1) in [0, 1], lambda = ridge * mean diagonal (the paper's score).
+
+    From one Cholesky factorization: 1 - lambda * ||column of L^-1||^2.
+    """
+    amount = ridge * jnp.mean(jnp.diagonal(gram)) + jnp.finfo(gram.dtype).tiny
+    factor = jnp.linalg.cholesky(gram + amount * jnp.eye(gram.shape[0], dtype=gram.dtype))
+    inverse = jax.scipy.linalg.solve_triangular(factor, jnp.eye(gram.shape[0], dtype=gram.dtype), lower=True)
+    return 1 - amount * jnp.sum(inverse * inverse, axis=0)
+
+
+def order_channels(
+    gram: Float[Array, "i i"],
+    down: Float[Array, "i h"],
+    method: str = "greedy",
+    seed: Int[Array, ""] | int = 0,
+    metric: Float[Array, "h h"] | None = None,
+    gate_fisher: Float[Array, "i i"] | None = None,
+) -> Int[Array, " i"]:
+    """Channel indices, most important first.
+
+    gram: mean outer product of down's inputs (float32); down: its weight, channel first.
+    metric: Gram of the loss gradient at the block's output, h x h; None weighs all outputs alike. gate_fisher: Gram of
+    the loss gradient with respect to a gate on every channel.
+    greedy counts how dropped channels add up: loss = C * (W metric W^T) elementwise; fisher does with gate_fisher,
+    fisher_diagonal takes its diagonal alone. energy is C_jj, energy_weight C_jj
+    ||W_j||^2, leverage the paper's; magnitude and random are baselines. Raises ValueError on an unknown method.
+    """
+    energy = jnp.diagonal(gram)
+    if method == "greedy":
+        return greedy(gram * ((down if metric is None else down @ metric) @ down.T))
+    if method == "fisher" and gate_fisher is not None:
+        return greedy(gate_fisher)
+    if method == "fisher_diagonal" and gate_fisher is not None:
+        return descending(jnp.diagonal(gate_fisher))
+    if method == "energy":
+        return descending(energy)
+    if method == "energy_weight":
+        return descending(energy * jnp.sum(down * down, axis=1))
+    if method == "leverage":
+        return descending(leverage(gram))
+    if method == "magnitude":
+        return descending(jnp.sum(down * down, axis=1))
+    if method == "random":
+        return jax.random.permutation(jax.random.key(seed), gram.shape[0])
+    raise ValueError(f"unknown MLP score {method!r}; one of {', '.join(METHODS)}")

@@ -1,0 +1,95 @@
+"""Order of the states of an SSM group and of the channels of an SSM head (UniQL, state-aware sorting; method: SSM)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from uniql_jax.compression.math.mlp import leverage
+from uniql_jax.compression.math.order import descending, greedy
+
+STATE_METHODS = ("fisher", "fisher_diagonal", "energy", "random")
+CHANNEL_METHODS = (
+    "fisher",
+    "fisher_diagonal",
+    "greedy",
+    "energy",
+    "state_aware",
+    "gated_output",
+    "magnitude",
+    "random",
+)
+
+
+def order_states(
+    step_b: Float[Array, "ds g m"],
+    square_c: Float[Array, "ds g"],
+    method: str = "energy",
+    seed: Int[Array, ""] | int = 0,
+    gate_fisher: Float[Array, "g ds ds"] | None = None,
+) -> Int[Array, "ds g"]:
+    """State indices per group, most important first.
+
+    step_b: mean square of (step * B) for each of the group's m heads; square_c: mean square of C. energy sums the
+    product of their roots over the heads (the paper's score, with the true step); fisher and fisher_diagonal use the
+    Gram of the loss gradient with respect to a gate on every state. Raises ValueError on an unknown method.
+    """
+    if method == "random":
+        keys = jax.random.split(jax.random.key(seed), square_c.shape[1])
+        return jax.vmap(lambda key: jax.random.permutation(key, square_c.shape[0]))(keys).T
+    if method == "energy":
+        return jax.vmap(descending, 1, 1)(jnp.sqrt(step_b).sum(-1) * jnp.sqrt(square_c))
+    if method == "fisher" and gate_fisher is not None:
+        return jax.vmap(greedy)(gate_fisher).T
+    if method == "fisher_diagonal" and gate_fisher is not None:
+        return jax.vmap(lambda matrix: descending(jnp.diagonal(matrix)))(gate_fisher).T
+    raise ValueError(f"unknown SSM state score {method!r}; one of {', '.join(STATE_METHODS)}")
+
+
+def per_head(matrix: Float[Array, "w w"], heads: int) -> Float[Array, "heads hd hd"]:
+    """The blocks of a matrix over [channel, head] that pair channels of one head."""
+    channels = matrix.shape[0] // heads
+    return jnp.einsum("inkn->nik", matrix.reshape(channels, heads, channels, heads))
+
+
+def order_head_channels(
+    gram: Float[Array, "w w"],
+    out: Float[Array, "hd nh h"],
+    method: str = "fisher",
+    seed: Int[Array, ""] | int = 0,
+    metric: Float[Array, "h h"] | None = None,
+    gate_fisher: Float[Array, "w w"] | None = None,
+    gram_state: Float[Array, "w w"] | None = None,
+) -> Int[Array, "hd nh"]:
+    """Channel indices per head, most important first; matrices are over [channel, head], w = hd * nh.
+
+    gram: of what out receives; metric: Gram of the loss gradient at the block's output (None weighs all alike);
+    gate_fisher: Gram of the loss gradient with respect to a gate on every channel before the gated norm; gram_state:
+    of the states at the ends of chunks. fisher, fisher_diagonal, greedy, energy and magnitude as for MLP channels;
+    state_aware and gated_output are ridge leverage scores of gram_state and gram (the paper's two variants). Raises
+    ValueError on an unknown method or one whose matrix is missing.
+    """
+    channels, heads, hidden = out.shape
+    if method == "random":
+        keys = jax.random.split(jax.random.key(seed), heads)
+        return jax.vmap(lambda key: jax.random.permutation(key, channels))(keys).T
+    if method == "fisher" and gate_fisher is not None:
+        return jax.vmap(greedy)(per_head(gate_fisher, heads)).T
+    if method == "greedy":
+        flat = out.reshape(-1, hidden)
+        loss = gram * ((flat if metric is None else flat @ metric) @ flat.T)
+        return jax.vmap(greedy)(per_head(loss, heads)).T
+    if method == "fisher_diagonal" and gate_fisher is not None:
+        scores = jnp.diagonal(gate_fisher)
+    elif method == "energy":
+        scores = jnp.diagonal(gram)
+    elif method == "state_aware" and gram_state is not None:
+        scores = leverage(gram_state)
+    elif method == "gated_output":
+        scores = leverage(gram)
+    elif method == "magnitude":
+        scores = jnp.sum(out * out, axis=-1).reshape(-1)
+    else:
+        raise ValueError(f"unknown SSM channel score {method!r}; one of {', '.join(CHANNEL_METHODS)}")
+    return jax.vmap(descending, 1, 1)(scores.reshape(channels, heads))

@@ -1,0 +1,110 @@
+"""First pass, layer by layer: gather statistics on calibration windows, then bring every elastic axis into order."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from uniql_jax.compression.math.gram import gram
+from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.compression.sorters import SORTERS
+from uniql_jax.compression.sorters.base import Statistics, Taps
+from uniql_jax.config import ModelConfig
+from uniql_jax.model.causal_lm import apply_layer
+from uniql_jax.model.layers import KINDS
+from uniql_jax.model.layers.context import full_context
+from uniql_jax.model.layers.norm import rms_norm
+
+Block = Mapping[str, Any]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kinds"))
+def layer_forward(
+    config: ModelConfig, kinds: tuple[str, ...], layer: Mapping[str, Block], x: Float[Array, "b t h"]
+) -> tuple[Float[Array, "b t h"], Float[Array, ""]]:
+    """One batch of windows through a layer: its output, and the sum over tokens of the cosine between the layer's
+    input and output (block influence is one minus its mean).
+    """
+    y = apply_layer(config, kinds, layer, x, full_context(jnp.ones(x.shape[:2], bool), padded=False))
+    norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
+    return y, jnp.sum(jnp.sum(x * y, axis=-1) / jnp.maximum(norms, 1e-30))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kinds", "thorough"))
+def layer_statistics(
+    config: ModelConfig,
+    kinds: tuple[str, ...],
+    layer: Mapping[str, Block],
+    x: Float[Array, "b t h"],
+    gradient: Float[Array, "b t h"],
+    thorough: bool = False,
+) -> tuple[Float[Array, "b t h"], dict[str, Statistics]]:
+    """One batch back through a layer: gradient of the loss at its input from the one at its output, and the summed
+    statistics of every block; `thorough` adds those that only other scores than the defaults need.
+    """
+    context = full_context(jnp.ones(x.shape[:2], bool), padded=False)
+    pulls, outputs = [], x
+    for kind in kinds:
+        leaves = layer[kind]
+
+        def run(x: Array, tap: Taps, kind: str = kind, leaves: Block = leaves) -> tuple[Array, Any]:
+            normed = KINDS[kind].read(config, leaves, x)
+            hidden, seen = SORTERS[kind].run(config, leaves, normed, context, tap)
+            return x + KINDS[kind].write(leaves, hidden), (normed, hidden, seen)
+
+        shapes = SORTERS[kind].taps(config)
+        tap = {name: jnp.zeros((*x.shape[:2], *shape), x.dtype) for name, shape in shapes.items()}
+        outputs, pull, found = jax.vjp(run, outputs, tap, has_aux=True)
+        pulls.append((kind, pull, found))
+    stats: dict[str, Statistics] = {}
+    for kind, pull, (normed, hidden, seen) in reversed(pulls):
+        fisher = gram(gradient, gradient.shape[-1])
+        gradient, slope = pull(gradient)
+        stats[kind] = SORTERS[kind].statistics(config, normed, hidden, seen, slope, thorough) | {"fisher": fisher}
+    return gradient, stats
+
+
+def sort_layer(
+    config: ModelConfig,
+    kinds: tuple[str, ...],
+    layer: Mapping[str, Block],
+    stats: Mapping[str, Statistics],
+    options: CompressionSettings,
+    seed: Int[Array, ""] | int = 0,
+) -> tuple[dict[str, Block], dict[str, Float[Array, " _"]]]:
+    """The layer with every elastic axis sorted, most important first, and per axis the estimated loss of keeping
+    0 ... all of its entries; `stats` are means over tokens.
+
+    Not for `jax.jit`: see `value_output.decompose` on factorizations.
+    """
+    done, losses = {}, {}
+    for kind in kinds:
+        done[kind], found = SORTERS[kind].sort(config, layer[kind], stats[kind], options, seed)
+        losses |= found
+    return done, losses
+
+
+@functools.partial(jax.jit, static_argnames=("eps",))
+def loss_gradient(
+    top: Mapping[str, Array], x: Float[Array, "b t h"], tokens: Int[Array, "b t"], eps: float
+) -> Float[Array, "b t h"]:
+    """Gradient of the summed next-token loss at the last layer's output, window by window, as logits are large."""
+
+    def loss(x: Array, tokens: Array) -> Array:
+        normed = rms_norm(x[:-1], top["norm"], eps)
+        log_probs = jax.nn.log_softmax(normed @ top.get("head", top["embed"]).T)
+        return -jnp.take_along_axis(log_probs, tokens[1:, None], axis=1).sum()
+
+    return jax.lax.map(lambda pair: jax.grad(loss)(*pair), (x, tokens))
+
+
+@functools.partial(jax.jit, static_argnames=("eps",))
+def final_gram(x: Float[Array, "b t h"], eps: float) -> Float[Array, "h h"]:
+    """Summed Gram matrix of the final norm's output before its weight: what the head will read."""
+    unit = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return gram(unit, x.shape[-1])

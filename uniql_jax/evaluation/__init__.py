@@ -1,0 +1,1 @@
+"""Perplexity, tasks, timing, and their reports and plots."""

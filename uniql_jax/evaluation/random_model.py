@@ -1,0 +1,178 @@
+"""A model of random weights, made on the device at the kept sizes of any prune rate: for measuring what size costs.
+
+Shapes, packing and memory layout are those of a loaded checkpoint, since the same functions decide them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Shaped
+
+from uniql_jax import config as model_config
+from uniql_jax import elastic
+from uniql_jax.checkpoint import leaf_group
+from uniql_jax.compression.settings import groups
+from uniql_jax.config import ModelConfig
+from uniql_jax.errors import UserError
+from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.plan import Plan, check_rate, make_plan
+from uniql_jax.runtime.loading import default_dtype, place_layer, place_top
+from uniql_jax.weights.quantized import QuantizedArray, from_codes
+
+CONFIGS = Path(__file__).parent / "configs"
+SPREAD = {4: 4.6, 8: 73.9}
+"""Standard deviation of uniform integers of so many bits; scales divide by it, so that activations stay near one."""
+
+
+def published() -> list[str]:
+    """Names of the models whose configs come with the package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.json"))
+
+
+def read_config(name: str) -> ModelConfig:
+    """The config of a published model by its name, or of a config.json (or the folder that holds one).
+
+    Raises UserError when there is no such thing, or when it cannot be served.
+    """
+    path = CONFIGS / f"{name}.json"
+    if name not in published():
+        path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    if not path.is_file():
+        raise UserError(f"no config {name!r}: give the path of a config.json, or one of {', '.join(published())}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object")
+    try:
+        return model_config.from_hf(found)
+    except (TypeError, ValueError, ZeroDivisionError) as error:  # a size that is no number, or none at all
+        raise UserError(f"{path} is no model's config: {error}") from None
+
+
+def _leaf_shape(config: ModelConfig, leaf: elastic.Leaf, keep: Mapping[str, int], bits: int, dtype: Any) -> Any:
+    """A leaf with jax.ShapeDtypeStruct for arrays: packed (in plain order), dense in `dtype`, or a float32 vector."""
+    shape = elastic.shape(config, leaf, keep)
+    if leaf.contract is None:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+    if bits >= 16:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    last = leaf.contract == "last"
+    width = shape[-1] if last else math.prod(shape[:-1])
+    rows = math.prod(shape) // width
+    group = leaf_group({"groups": groups(config)}, leaf)
+    assemble = functools.partial(from_codes, bits=bits, group=group, contract=leaf.contract, shape=shape)
+    codes = jax.ShapeDtypeStruct((rows, width), jnp.int32)
+    return jax.eval_shape(assemble, codes, jax.ShapeDtypeStruct((rows, -(-width // group)), jnp.float32))
+
+
+def _placed(leaves: dict[str, Any], place: Any) -> dict[str, Any]:
+    """Shapes of the packed leaves as the loader places them on this device, which may be another order."""
+    packed = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, QuantizedArray)}
+    return leaves | jax.eval_shape(place, packed)
+
+
+@functools.lru_cache(maxsize=256)
+def _block_shapes(config: ModelConfig, kind: str, keep: tuple[tuple[str, int], ...], bits: int, dtype: Any) -> Any:
+    # Remembered: layers of equal sizes are most of them.
+    leaves = elastic.leaves(config, kind).items()
+    shapes = {name: _leaf_shape(config, leaf, dict(keep), bits, dtype) for name, leaf in leaves}
+    return _placed(shapes, lambda packed: place_layer({kind: packed}, dtype)[kind])
+
+
+def weight_shapes(config: ModelConfig, bits: int, rate: float, plan: Plan, dtype: Any = None) -> dict[str, Any]:
+    """The model's `params` with jax.ShapeDtypeStruct in place of arrays; nothing is allocated.
+
+    bits: 4 or 8 (packed), or 16 (dense, in `dtype`). dtype: of activations (default bfloat16 on GPUs, float32 on CPUs),
+    which the layout of packed weights depends on too.
+    """
+    dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
+    names = ["embed", "norm"] + ([] if config.tie_embeddings else ["head"])
+    top = {name: _leaf_shape(config, elastic.TOP[name], {}, bits, dtype) for name in names}
+    if bits < 16 and config.tie_embeddings:  # one rotated table serves twice
+        top["head_in"] = jax.ShapeDtypeStruct((config.hidden_size, config.hidden_size), dtype)
+    layers = [
+        {kind: _block_shapes(config, kind, tuple(sorted(kept.items())), bits, dtype) for kind in kinds}
+        for kinds, kept in zip(config.pattern, plan.keep(rate), strict=True)
+    ]
+    return _placed(top, lambda packed: place_top(packed, dtype)) | {"layers": layers}
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays, or of jax.ShapeDtypeStructs in their place."""
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _draw(
+    key: Any, index: Int[Array, ""] | int, shape: tuple[int, ...], dtype: Any, low: Any, high: Any
+) -> Shaped[Array, "..."]:
+    """Integers of any bits, or floats from low to high; one small program a shape, whatever the rest."""
+    key = jax.random.fold_in(key, index)
+    if jnp.issubdtype(dtype, jnp.integer):
+        unsigned = jnp.dtype(f"uint{8 * dtype.itemsize}")
+        return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, unsigned), dtype)
+    return jax.random.uniform(key, shape, dtype, jnp.asarray(low, dtype), jnp.asarray(high, dtype))
+
+
+class _Drawer:
+    """Turns shapes into random leaves, another draw for each."""
+
+    def __init__(self, config: ModelConfig, seed: int):
+        self.config = config
+        self.key = jax.random.key(seed, impl="unsafe_rbg")  # the device's own generator: fast to compile and to run
+        self.count = 0
+
+    def array(self, like: jax.ShapeDtypeStruct, low: float = 0.0, high: float = 0.0) -> Array:
+        self.count += 1
+        return _draw(self.key, np.int32(self.count), like.shape, jnp.dtype(like.dtype), low, high)
+
+    def leaf(self, name: str, leaf: elastic.Leaf, like: Any) -> Any:
+        if isinstance(like, QuantizedArray):
+            scale = 1 / (SPREAD[like.bits] * math.sqrt(like.width))
+            return dataclasses.replace(
+                like, data=self.array(like.data), scale=self.array(like.scale, scale / 2, scale * 1.5)
+            )
+        if name == "inv_freq" and self.config.rope is not None:
+            return jnp.asarray(np.repeat(self.config.rope.inv_freq()[: like.shape[0], None], like.shape[1], 1))
+        if leaf.contract is None:
+            middle = 1.0 if name.endswith("norm") else 0.0
+            return self.array(like, middle - 0.1, middle + 0.1)
+        width = like.shape[-1] if leaf.contract == "last" else math.prod(like.shape[:-1])
+        bound = math.sqrt(3 / width)
+        return self.array(like, -bound, bound)
+
+
+def random_model(
+    config: ModelConfig, bits: int, rate: float = 0.0, *, plan: Plan | None = None, dtype: Any = None, seed: int = 0
+) -> CausalLM:
+    """A model of random weights at a prune rate from 0 to 0.35, made on the device and never held by the host.
+
+    bits: 4 or 8 (packed), or 16 (dense, in `dtype`). plan: uniform over the layers when None. dtype: of activations
+    (default bfloat16 on GPUs, float32 on CPUs). Raises UserError on a bad rate.
+    """
+    rate = check_rate(rate)
+    plan = make_plan(config, None) if plan is None else plan
+    dtype = default_dtype() if dtype is None else dtype
+    shapes = weight_shapes(config, bits, rate, plan, dtype)
+    drawer = _Drawer(config, seed)
+    top = {name: drawer.leaf(name, elastic.TOP[name], like) for name, like in shapes.items() if name != "layers"}
+    layers = [
+        {
+            kind: {name: drawer.leaf(name, elastic.BLOCKS[kind][name], like) for name, like in block.items()}
+            for kind, block in layer.items()
+        }
+        for layer in shapes["layers"]
+    ]
+    return CausalLM(config, top | {"layers": layers}, plan, rate, None, dtype)

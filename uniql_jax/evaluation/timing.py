@@ -1,0 +1,289 @@
+"""Measuring a model on its device: time to the first token, per token and to the last, bytes, and the memory's speed.
+
+Every figure is of the compiled programs that `uniql_jax.generate` and `generate_tokens` run, after a first run that is
+not counted; a clock stops only once the device is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from uniql_jax.model.cache import Cache
+from uniql_jax.model.causal_lm import CausalLM, cache_bytes
+from uniql_jax.pallas_kernels import dispatch
+from uniql_jax.runtime import generation as runtime
+
+COPY_BYTES = {"cpu": 2**28, "gpu": 2**31}
+"""Bytes of the array that the memory's speed is measured on: far beyond any device's caches."""
+COPIES = 8
+VARIABLES = ("UNIQL_KERNELS", "JAX_PLATFORMS", "XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_ENABLE_X64")
+"""Environment variables that change what is measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Median, least and most of repeated measurements, in seconds unless it says otherwise."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Timing:
+        """Sum up measurements."""
+        return cls(statistics.median(samples), min(samples), max(samples), len(samples))
+
+    def scaled(self, factor: float) -> Timing:
+        """The same in another unit, or per step."""
+        return Timing(self.median * factor, self.low * factor, self.high * factor, self.repeats)
+
+
+def measure(run: Callable[..., Any], repeats: int, prepare: Callable[[], tuple] = tuple) -> Timing:
+    """Seconds that run(*prepare()) takes until its result is on the device, `prepare` not counted."""
+    samples = []
+    for turn in range(repeats + 1):
+        arguments = jax.block_until_ready(prepare())
+        start = time.perf_counter()
+        jax.block_until_ready(run(*arguments))
+        if turn:  # the first warms up
+            samples.append(time.perf_counter() - start)
+    return Timing.of(samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled step: what it took to trace and compile (seconds), and the memory it needs (bytes; None: unknown).
+
+    memory_bytes counts weights, cache, results and scratch, each once.
+    """
+
+    run: Callable[..., Any]
+    compile_seconds: float
+    memory_bytes: int | None
+
+
+def compile_program(function: Any, *arguments: Any, **static: Any) -> Program:
+    """Compile a jitted function for these arguments (arrays or their shapes) and static ones by name."""
+    start = time.perf_counter()
+    compiled = function.lower(*arguments, **static).compile()
+    seconds = time.perf_counter() - start
+    sizes = compiled.memory_analysis()
+    held = None
+    if sizes is not None:
+        held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+        held = int(held - sizes.alias_size_in_bytes)
+    return Program(compiled, seconds, held)
+
+
+class Bench:
+    """One model at one batch size, prompt length and answer length (tokens); programs compile when first needed.
+
+    Prompts are random tokens, padded as the runtime pads them; the likeliest token is always taken and nothing stops an
+    answer early, so every run does the same work.
+    """
+
+    def __init__(
+        self, model: CausalLM, batch: int, prompt_len: int, gen_len: int, repeats: int = 5, seed: int = 0
+    ) -> None:
+        self.model, self.batch, self.prompt_len, self.gen_len, self.repeats = model, batch, prompt_len, gen_len, repeats
+        rng = np.random.default_rng(seed)
+        self.prompts = rng.integers(0, model.config.vocab_size, (batch, prompt_len)).astype(np.int32)
+        self._inputs = runtime._padded(self.prompts, np.ones((batch, prompt_len), np.int32))
+        self._key = jax.random.key(0)
+        self._settings = runtime._settings(0.0, 1.0, 0)
+        self._stops = np.full(4, -1, np.int32)  # no token has this id
+
+    # The seam: from here to _run_loop is all that knows how the runtime's compiled steps are called. They are compiled
+    # ahead of their call, which alone tells compile time and memory. A test compares them with `generate_tokens`.
+
+    @property
+    def slots(self) -> int:
+        """Tokens that the cache has room for."""
+        return self._inputs[0].shape[1] + runtime.room(self.gen_len)
+
+    @property
+    def _prompt(self) -> tuple:
+        return self.model, *self._inputs, self._key, self._settings
+
+    @functools.cached_property
+    def prefill(self) -> Program:
+        """Prompts to first tokens and cache."""
+        return compile_program(runtime._first, *self._prompt, slots=self.slots)
+
+    @functools.cached_property
+    def step(self) -> Program:
+        """A chunk of tokens more; the cache is donated."""
+        last = (self._key, np.int32(1), self._settings)
+        return compile_program(runtime._next, self.model, *self._start(), *last, count=runtime.chunk())
+
+    @functools.cached_property
+    def loop(self) -> Program:
+        """All tokens after the first, in one while_loop."""
+        last = (self._key, self._settings, self._stops)
+        return compile_program(runtime._rest, self.model, *self._start(), *last, count=self.gen_len)
+
+    def _start(self) -> tuple[Array, Cache]:
+        return self.prefill.run(*self._prompt)
+
+    def _run_step(self, token: Array, cache: Cache, step: int) -> tuple[Array, Array, Cache]:
+        return self.step.run(self.model, token, cache, self._key, np.int32(step), self._settings)
+
+    def _run_loop(self, token: Array, cache: Cache) -> tuple[Array, Cache]:
+        return self.loop.run(self.model, token, cache, self._key, self._settings, self._stops)
+
+    # What is measured.
+
+    def ttft(self) -> Timing:
+        """Seconds from prompts to their first tokens."""
+        return measure(self._start, self.repeats)
+
+    def tpot_step(self, read: bool = True) -> Timing:
+        """Seconds per token when each chunk is a call. `read`: the host reads its tokens once it has asked for the
+        next, as `generate` does; else calls are only handed to the device.
+
+        Raises ValueError when the answer is a single token, which takes no step.
+        """
+        steps = self._steps()
+
+        def chain(token: Array, cache: Cache) -> Array | None:
+            before = None
+            for step in range(1, steps + 1, runtime.chunk()):
+                rows, token, cache = self._run_step(token, cache, step)
+                if read and before is not None:
+                    np.asarray(before)
+                before = rows
+            return before
+
+        return measure(chain, self.repeats, self._start).scaled(1 / steps)
+
+    def tpot_loop(self) -> Timing:
+        """Seconds per token when all steps are one compiled loop. Raises ValueError as `tpot_step`."""
+        steps = self._steps()
+        return measure(self._run_loop, self.repeats, self._start).scaled(1 / steps)
+
+    def ttlt(self) -> Timing:
+        """Seconds from prompts to the last token of their answers, prefill and compiled loop."""
+        return measure(self.answer, self.repeats)
+
+    def answer(self) -> Int[Array, "b new"]:
+        """The answers themselves, [batch, gen_len]."""
+        return self._run_loop(*self._start())[0]
+
+    def _steps(self) -> int:
+        """Decode steps that an answer takes, in whole chunks."""
+        if self.gen_len < 2:
+            raise ValueError("an answer of a single token takes no decode step")
+        return runtime.room(self.gen_len) - 1
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that decoding remembers, for the whole batch and length."""
+        model = self.model
+        return cache_bytes(model.config, model.keep, self.batch, self.slots, model.dtype)
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes that a decode step, halfway through the answer, must move: all weights but a table that is only looked
+        up in, keys and values of the tokens so far, and states, which are read and written.
+        """
+        model, params = self.model, self.model.params
+        looked_up = device_bytes(params["embed"]) if "head" in params else 0
+        so_far, states = (
+            cache_bytes(model.config, model.keep, self.batch, length, model.dtype)
+            for length in (self.prompt_len + self.gen_len // 2, 0)
+        )
+        return device_bytes(params) - looked_up + so_far + states
+
+    @property
+    def compiled(self) -> dict[str, Program]:
+        """Programs compiled so far."""
+        return {name: vars(self)[name] for name in ("prefill", "step", "loop") if name in vars(self)}
+
+
+def decode_step_seconds(model: CausalLM, cache_len: int, batch: int, steps: int, repeats: int = 5) -> Timing:
+    """Seconds per decode step after `cache_len` tokens, `steps` (at least 1) of them chained through the cache."""
+    return Bench(model, batch, cache_len, steps + 1, repeats).tpot_step(read=False)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of all arrays in a tree."""
+    return sum(int(leaf.nbytes) for leaf in jax.tree.leaves(tree))
+
+
+def copy_bandwidth(repeats: int = 5) -> Timing:
+    """Bytes a second, read and written, of an array that is passed through the device's memory."""
+    size = COPY_BYTES.get(jax.default_backend(), 2**28)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def run(x: Array) -> Array:
+        for _ in range(COPIES):
+            x = add(x)
+        return x
+
+    timing = measure(run, repeats, lambda: (jnp.zeros(size // 4, jnp.int32),))
+    moved = 2 * size * COPIES
+    return Timing(moved / timing.median, moved / timing.high, moved / timing.low, timing.repeats)
+
+
+def peak_bytes() -> int | None:
+    """Most bytes the device has held at a time since the process began, or None where it does not count them."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def memory_limit() -> int | None:
+    """Bytes that the device can hold: what JAX may take of a GPU, the machine's memory for a CPU; None: unknown."""
+    device = jax.devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None and device.platform == "cpu" and hasattr(os, "sysconf"):
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(limit) if limit and limit > 0 else None
+
+
+def device_name() -> str:
+    """The device that computes, in words."""
+    device = jax.devices()[0]
+    return f"CPU ({platform.machine()}, {os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
+
+
+def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Where a measurement came from: device, versions, the environment variables that matter, command (None: the script
+    that runs) and date.
+
+    Of files only names are kept: where they lay is nobody's business.
+    """
+
+    def short(word: str) -> str:
+        name, equals, value = word.rpartition("=")
+        path = Path(value)
+        return f"{name}{equals}{path.name}" if path.is_absolute() or path.exists() else word
+
+    found = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    return {
+        "device": device_name(),
+        "driver": jax.devices()[0].client.platform_version.splitlines()[-1],
+        "python": platform.python_version(),
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "flax", "transformers")
+        },
+        "variables": {name: " ".join(map(short, value.split())) for name, value in found.items()},
+        "kernels": dispatch.default("dequant_matmul"),
+        "command": " ".join(map(short, ["python", *sys.argv] if command is None else command)),
+        "date": datetime.date.today().isoformat(),
+    }

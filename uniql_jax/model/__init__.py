@@ -1,0 +1,1 @@
+"""The model: layers, cache, forward, prefill and decode."""

@@ -1,1 +1,0 @@
-"""Rotation, group scales and GPTQ. Pure mathematics on arrays."""

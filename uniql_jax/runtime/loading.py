@@ -1,0 +1,74 @@
+"""From disk to a CausalLM: an elastic checkpoint at any prune rate, or an original one as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from uniql_jax import elastic
+from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.convert.source import open_source
+from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.pallas_kernels.dequant_matmul import preferred_order
+from uniql_jax.plan import check_rate
+from uniql_jax.weights.quantized import QuantizedArray
+
+
+def default_dtype() -> Any:
+    """bfloat16 where a GPU computes, float32 on CPUs, which gain nothing from 16 bits."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def place(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = True) -> Any:
+    """Move a leaf to the device: dense matrices in the computing dtype, vectors in float32, packed ones as they are or,
+    where a GPU's kernels read that faster and `tiles` allows it, as tiles.
+    """
+    if isinstance(value, QuantizedArray):
+        if tiles:
+            order = preferred_order(bits=value.bits, group=value.group, contract=value.contract, dtype=dtype)
+            value = value.in_order(order)
+        return jax.tree.map(jnp.asarray, value)
+    is_matrix = leaf is None or leaf.contract is not None
+    return jnp.asarray(np.asarray(value).astype(dtype if is_matrix else np.float32))
+
+
+def place_layer(layer: dict[str, dict[str, Any]], dtype: Any) -> dict[str, dict[str, Any]]:
+    """`place` for all leaves of a layer."""
+    return {
+        kind: {name: place(elastic.BLOCKS[kind][name], value, dtype) for name, value in block.items()}
+        for kind, block in layer.items()
+    }
+
+
+def place_top(top: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """`place` for the leaves outside the layers; head_in stays in float32, it is small and square."""
+    # Rows of the embedding are looked up one by one, which tiles do not serve.
+    return {name: place(elastic.TOP[name], value, dtype, tiles=name != "embed") for name, value in top.items()}
+
+
+def load(folder: str | Path, prune_rate: float = 0.0, dtype: Any = None) -> CausalLM:
+    """An elastic checkpoint at a prune rate from 0 to 0.35; only the kept bytes are read.
+
+    dtype: of activations and dense weights (default bfloat16 on GPUs, float32 on CPUs). Raises UserError for a bad
+    rate, a folder that is no elastic checkpoint, or damaged files.
+    """
+    rate = check_rate(prune_rate)
+    checkpoint = open_checkpoint(folder)
+    dtype = default_dtype() if dtype is None else dtype
+    keep = checkpoint.keep(rate)
+    layers = [place_layer(checkpoint.layer(i, kept), dtype) for i, kept in enumerate(keep)]
+    params = place_top(checkpoint.top(), dtype) | {"layers": layers}
+    return CausalLM(checkpoint.config, params, checkpoint.plan, rate, str(folder), dtype)
+
+
+def load_source(ckpt: str, dtype: Any = None) -> CausalLM:
+    """The original model of a Hugging Face folder, hub id, .gguf file or the word demo, unsorted and unquantized."""
+    source = open_source(ckpt)
+    dtype = default_dtype() if dtype is None else dtype
+    layers = [place_layer(source.layer(i), dtype) for i in range(len(source.config.pattern))]
+    params = place_top(source.top(), dtype) | {"layers": layers}
+    return CausalLM(source.config, params, None, 0.0, str(ckpt), dtype)

@@ -1,0 +1,1 @@
+"""How a weight can be held: packed integers, LoRA, a dense update, fake-quantized."""

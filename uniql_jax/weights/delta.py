@@ -1,0 +1,52 @@
+"""A dense weight with an update of its own shape beside it: full fine-tuning, for models so small that an optimizer can
+hold something of every weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from uniql_jax.weights.lora import PRODUCT, product
+
+
+@flax.struct.dataclass
+class DeltaArray:
+    """base + scale * change, both [*lead, h]; laid out like every other leaf, so a prefix of it is a prefix of both.
+
+    `scale` is about the size of a weight, so that a learning rate says which part of it one step may change.
+    """
+
+    base: Any  # arrays as above; Any, since jax.tree.map and jax.eval_shape may put anything into a pytree
+    change: Any
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.base.shape
+
+    def take_prefix(self, count: int) -> DeltaArray:
+        """The first `count` entries of the leading axis."""
+        return dataclasses.replace(self, base=self.base[:count], change=self.change[:count])
+
+    def merged(self) -> Float[Array, "..."]:
+        """The weight with its update, float32."""
+        return jnp.asarray(self.base, jnp.float32) + self.scale * jnp.asarray(self.change, jnp.float32)
+
+    def rows(self, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
+        """weight @ x over the last dimension, the weight's leading ones flattened; in x's dtype."""
+        return checkpoint_name(product(x, self._flat(x).T), PRODUCT)
+
+    def columns(self, flat: Float[Array, "*b k"]) -> Float[Array, "*b h"]:
+        """x @ weight, x flattened like the weight's leading dimensions; in x's dtype."""
+        return checkpoint_name(product(flat, self._flat(flat)), PRODUCT)
+
+    def _flat(self, x: Array) -> Array:
+        # in x's dtype before the product, so that the gradient's product is in it, too
+        return self.merged().astype(x.dtype).reshape(-1, self.shape[-1])

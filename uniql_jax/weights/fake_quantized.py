@@ -1,0 +1,137 @@
+"""A weight that trains as it will be stored: rounded to its grid in the forward pass, moved by low-rank factors, or by
+a change of its own.
+
+Gradients pass through the rounding as if it were not there (straight-through, Bengio et al., arXiv 1308.3432). What
+GPTQ rounded is kept to a fraction of a step, so that training begins with exactly GPTQ's integers and knows which of
+them are close to the next.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from uniql_jax.weights.lora import PRODUCT, product
+from uniql_jax.weights.quantized import QuantizedArray, from_codes, limits
+
+FRACTION = 0.49
+"""How far from its integer a position may lie: below one half, with room for float16, so that it rounds to it."""
+
+
+@flax.struct.dataclass
+class FakeQuantizedArray:
+    """round(position + scale * left @ right / step) * step, clipped to the grid.
+
+    `position` is the weight in steps, float16, of the logical shape [*lead, h]; `step` is the scale of every group,
+    [*lead, groups] for contract "last", [groups, h] for "first". `left` [*lead, rank] and `right` [rank, h] are as in
+    a LoraArray; `change`, in their stead, is of the weight's shape and in steps. Without either nothing moves.
+    """
+
+    position: Any  # arrays as above; Any, since jax.tree.map and jax.eval_shape may put anything into a pytree
+    step: Any
+    left: Any = None
+    right: Any = None
+    change: Any = None
+    bits: int = flax.struct.field(pytree_node=False, default=4)
+    group: int = flax.struct.field(pytree_node=False, default=128)
+    contract: str = flax.struct.field(pytree_node=False, default="last")
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.position.shape
+
+    def _steps(self) -> Float[Array, "..."]:
+        """The step of every weight."""
+        step = jnp.asarray(self.step, jnp.float32)
+        if self.contract == "last":
+            return jnp.repeat(step, self.group, axis=-1)[..., : self.shape[-1]]
+        return jnp.repeat(step, self.group, axis=0)[: math.prod(self.shape[:-1])].reshape(self.shape)
+
+    def _update(self) -> Float[Array, "..."]:
+        if self.change is not None:
+            return jnp.asarray(self.change, jnp.float32) * self._steps()
+        if self.left is None:
+            return jnp.zeros(self.shape, jnp.float32)
+        # Half a step decides: float32 products, and few of them, since the rank is low.
+        return self.scale * jnp.matmul(self.left, self.right, precision="highest")
+
+    def codes(self) -> Int[Array, "..."]:
+        """The integers, int8, of the logical shape."""
+        return _on_grid(self._places(self._update()), self.bits).astype(jnp.int8)
+
+    def _places(self, update: Array) -> Float[Array, "..."]:
+        steps = self._steps()
+        inverse = jnp.where(steps == 0, 0.0, 1.0 / jnp.where(steps == 0, 1.0, steps))
+        return jnp.asarray(self.position).astype(jnp.float32) + update * inverse
+
+    def value(self) -> Float[Array, "..."]:
+        """The weight as it would be stored, float32; differentiable in `left` and `right`, or `change`."""
+        low, high = limits(self.bits)
+        update = self._update()
+        places = self._places(jax.lax.stop_gradient(update))
+        # Beyond the grid's ends a small move changes nothing.
+        inside = (places > low - 0.5) & (places < high + 0.5)
+        return _passed(update, _on_grid(places, self.bits) * self._steps(), inside)
+
+    def rows(self, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
+        """weight @ x over the last dimension, the weight's leading ones flattened; in x's dtype."""
+        return checkpoint_name(product(x, self._flat(x).T), PRODUCT)
+
+    def columns(self, flat: Float[Array, "*b k"]) -> Float[Array, "*b h"]:
+        """x @ weight, x flattened like the weight's leading dimensions; in x's dtype."""
+        return checkpoint_name(product(flat, self._flat(flat)), PRODUCT)
+
+    def _flat(self, x: Array) -> Array:
+        return self.value().astype(x.dtype).reshape(-1, self.shape[-1])
+
+    def quantized(self) -> QuantizedArray:
+        """What is stored of it."""
+        shape, step = self.shape, jnp.asarray(self.step)
+        last = self.contract == "last"
+        flat = self.codes().reshape(-1, shape[-1])
+        step = step.reshape(-1, step.shape[-1])
+        codes, step = (flat, step) if last else (flat.T, step.T)
+        return from_codes(codes, step, bits=self.bits, group=self.group, contract=self.contract, shape=shape)
+
+
+def _on_grid(places: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
+    return jnp.clip(jnp.round(places), *limits(bits))
+
+
+@jax.custom_vjp
+def _passed(update: Array, value: Array, inside: Array) -> Array:
+    return value
+
+
+def _passed_forward(update: Array, value: Array, inside: Array) -> tuple[Array, Array]:
+    return value, inside
+
+
+def _passed_backward(inside: Array, cotangent: Array) -> tuple[Array, None, None]:
+    return jnp.where(inside, cotangent, 0.0), None, None
+
+
+_passed.defvjp(_passed_forward, _passed_backward)
+
+
+def position(
+    rounded: Float[Array, "rows width"], codes: Int[Array, "rows width"], scale: Float[Array, "rows groups"], group: int
+) -> Float[Array, "rows width"]:
+    """What was rounded to `codes`, in steps, float16: less than half a step from them."""
+    steps = jnp.repeat(scale.astype(jnp.float32), group, axis=1)[:, : codes.shape[1]]
+    apart = rounded / jnp.where(steps == 0, 1.0, steps) - codes
+    return (codes + jnp.clip(apart, -FRACTION, FRACTION)).astype(jnp.float16)
+
+
+def from_quantized(weight: QuantizedArray, position: Float[np.ndarray | Array, "..."]) -> FakeQuantizedArray:
+    """A packed weight, in its plain order, as one that trains; `position` of its logical shape."""
+    return FakeQuantizedArray(position, weight.scale, bits=weight.bits, group=weight.group, contract=weight.contract)

@@ -1,0 +1,199 @@
+"""A weight held as packed 4-bit (or plain 8-bit) integers with one scale per group along its contracted dimensions.
+
+Pruning keeps a prefix of the leading axis and never re-quantizes: dequantizing a slice is slicing the dequantized.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from uniql_jax.pallas_kernels.dequant_matmul import tiling
+
+TARGET_GROUP = 128
+SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
+"""Bit offset of the k-th of a word's eight weights: pairs (2j, 2j+1) sit at 4j and 4j + 16, so that one shift and one
+mask yield a pair of 16-bit lanes."""
+
+
+def group_size(width: int, target: int = TARGET_GROUP, multiple: int = 8) -> int:
+    """Weights that share a scale along a contracted width: the divisor of it nearest to `target`.
+
+    Only multiples of `multiple` from target/2 to 2*target serve; a width without one gets `target` and a last group
+    that is padded, and a width below target/2 is one padded group.
+    """
+    if width <= target // 2:
+        return -(-width // 8) * 8
+    options = [g for g in range(multiple, 2 * target + 1, multiple) if width % g == 0 and g >= target // 2]
+    return min(options, key=lambda g: (abs(math.log(g / target)), g)) if options else -(-target // multiple) * multiple
+
+
+def limits(bits: int) -> tuple[int, int]:
+    """Smallest and largest integer of a symmetric grid."""
+    return (-8, 7) if bits == 4 else (-127, 127)
+
+
+@flax.struct.dataclass
+class QuantizedArray:
+    """Integers and scales of one weight.
+
+    contract "last": the logical shape is [*lead, width], `data` is [*lead, words] and `scale` [*lead, groups].
+    contract "first": the logical shape is [count, *inner, features] with count * prod(inner) contracted; `data` is
+    [words, features] and `scale` [groups, features].
+    4 bits: `data` int32, eight weights a word in the order of SHIFTS, each stored as weight + 8 in 0..15.
+    8 bits: `data` int8, one weight an element. A weight is integer * scale; scale is bfloat16.
+
+    `order` "plain" is the above, and the only one on disk. 4 bits in groups of 128 may also be held as tiles that GPU
+    kernels read faster, [major, minor, 2, 32, 4] (pallas_kernels/dequant_matmul/tiling.py): "rows" for contract "last",
+    "groups" for "first". The sorted axis leads there too, so that pruning still keeps a prefix; `scale` never changes.
+    """
+
+    data: Any  # an integer array as above; Any, since jax.tree.map and jax.eval_shape may put anything into a pytree
+    scale: Any
+    bits: int = flax.struct.field(pytree_node=False)
+    group: int = flax.struct.field(pytree_node=False)
+    contract: str = flax.struct.field(pytree_node=False)
+    width: int = flax.struct.field(pytree_node=False)  # contracted elements (unpadded)
+    inner: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())  # contracted dims after the leading one
+    order: str = flax.struct.field(pytree_node=False, default="plain")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape of the weight."""
+        if self.contract == "last":
+            return (*self.scale.shape[:-1], self.width)
+        return (self.width // math.prod(self.inner), *self.inner, self.scale.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: integers and scales."""
+        return int(self.data.nbytes + self.scale.nbytes)
+
+    def take_prefix(self, count: int) -> QuantizedArray:
+        """The first `count` entries of the leading axis, by contiguous slices of `data` and `scale`.
+
+        Raises ValueError when the cut would split a group.
+        """
+        if self.contract == "last":
+            if self.order == "plain":
+                data = self.data[:count]
+            else:  # whole tiles; rows of the last one beyond the cut have no scale any more
+                data = tiling.take_prefix(self.data, "last", count * math.prod(self.scale.shape[1:-1]))
+            return dataclasses.replace(self, data=data, scale=self.scale[:count])
+        width = count * math.prod(self.inner)
+        if count == self.shape[0]:
+            return self
+        if width % self.group:
+            raise ValueError(f"a cut at {count} splits a quantization group of {self.group}")
+        per_row = (8 if self.bits == 4 else 1) if self.order == "plain" else self.group
+        data, scale = self.data[: width // per_row], self.scale[: width // self.group]
+        return dataclasses.replace(self, data=data, scale=scale, width=width)
+
+    def in_order(self, order: str) -> QuantizedArray:
+        """The same weight held in another order. Raises NotImplementedError for tiles that it does not fit.
+
+        Arrays of numpy stay such: a model has hundreds of shapes at a rate, and none need be compiled for this.
+        """
+        if order == self.order:
+            return self
+        if isinstance(self.data, np.ndarray) and self.order == "plain":
+            return _tiled(self, order)
+        return _in_order(jax.tree.map(jnp.asarray, self), order)
+
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
+        """The weight as a dense array of its logical shape, computed in float32 and cast to `dtype`."""
+        return _dequantize(jax.tree.map(jnp.asarray, self), jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _dequantize(weight: QuantizedArray, dtype: np.dtype) -> Float[Array, "..."]:
+    # Compiled as one: outside a jit, a dozen small programs per shape would be.
+    weight = _plain(weight)
+    axis = -1 if weight.contract == "last" else 0
+    values = unpack(weight.data, weight.bits, axis).astype(jnp.float32)
+    scale = jnp.repeat(weight.scale.astype(jnp.float32), weight.group, axis=axis)
+    dense = values * scale
+    if weight.contract == "last":
+        return dense[..., : weight.width].astype(dtype)
+    return dense[: weight.width].reshape(weight.shape).astype(dtype)
+
+
+def _plain(weight: QuantizedArray) -> QuantizedArray:
+    if weight.order == "plain":
+        return weight
+    lead = weight.scale.shape[:-1]
+    rows = math.prod(lead) if weight.contract == "last" else weight.scale.shape[-1]
+    data = tiling.untile(weight.data, weight.contract, rows)
+    data = data.reshape(*lead, -1) if weight.contract == "last" else data
+    return dataclasses.replace(weight, data=data, order="plain")
+
+
+@functools.partial(jax.jit, static_argnames="order")
+def _in_order(weight: QuantizedArray, order: str) -> QuantizedArray:
+    weight = _plain(weight)
+    return weight if order == "plain" else _tiled(weight, order)
+
+
+def _tiled(weight: QuantizedArray, order: str) -> QuantizedArray:
+    if order != tiling.ORDERS[weight.contract] or weight.bits != 4 or weight.group != tiling.GROUP:
+        raise NotImplementedError(f"tiles {order!r} hold no {weight.bits} bits in groups of {weight.group}")
+    data = tiling.tile(weight.data.reshape(-1, weight.data.shape[-1]), weight.contract)
+    return dataclasses.replace(weight, data=data, order=order)
+
+
+def pack(values: Int[Array, "..."], bits: int, axis: int) -> Int[Array, "..."]:
+    """Integers in [-8, 7] (4 bits) or [-127, 127] (8 bits) -> storage along `axis`, whose length is a multiple of 8."""
+    if bits == 8:
+        return values.astype(jnp.int8)
+    moved = jnp.moveaxis(values, axis, -1)
+    words = (moved + 8).astype(jnp.uint32).reshape(*moved.shape[:-1], -1, 8)
+    shifted = words << jnp.asarray(SHIFTS, jnp.uint32)
+    packed = jax.lax.bitcast_convert_type(shifted.sum(-1, dtype=jnp.uint32), jnp.int32)
+    return jnp.moveaxis(packed, -1, axis)
+
+
+def unpack(data: Int[Array, "..."], bits: int, axis: int) -> Int[Array, "..."]:
+    """Inverse of `pack`: signed integers (int32) along `axis`."""
+    if bits == 8:
+        return data.astype(jnp.int32)
+    moved = jnp.moveaxis(data, axis, -1)
+    nibbles = (moved[..., None] >> jnp.asarray(SHIFTS, jnp.int32)) & 0xF
+    return jnp.moveaxis((nibbles - 8).reshape(*moved.shape[:-1], -1), -1, axis)
+
+
+def from_codes(
+    codes: Int[Array, "rows width"],
+    scale: Float[Array, "rows groups"],
+    *,
+    bits: int,
+    group: int,
+    contract: str,
+    shape: tuple[int, ...],
+) -> QuantizedArray:
+    """Assemble a QuantizedArray of logical `shape` from integers and scales as [output rows, contracted width]."""
+    width = codes.shape[1]
+    codes = jnp.pad(codes, ((0, 0), (0, scale.shape[1] * group - width)))
+    scale = scale.astype(jnp.bfloat16)
+    if contract == "last":
+        lead = shape[:-1]
+        data = pack(codes, bits, -1)
+        return QuantizedArray(
+            data.reshape(*lead, -1), scale.reshape(*lead, -1), bits=bits, group=group, contract=contract, width=width
+        )
+    return QuantizedArray(
+        pack(codes.T, bits, 0), scale.T, bits=bits, group=group, contract=contract, width=width, inner=shape[1:-1]
+    )
+
+
+def dense(value: QuantizedArray | Array | np.ndarray, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
+    """A weight as a dense array, whichever way it is held."""
+    return value.dequantize(dtype) if isinstance(value, QuantizedArray) else jnp.asarray(value, dtype)
