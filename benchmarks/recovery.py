@@ -37,7 +37,7 @@ from uniql_jax.checkpoint import is_elastic, open_checkpoint
 from uniql_jax.compression.artifacts import flatten
 from uniql_jax.compression.contract import Recovery
 from uniql_jax.compression.pipeline import _Run, compress
-from uniql_jax.compression.settings import Options
+from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert.source import open_source
 from uniql_jax.evaluation.timing import environment
@@ -46,8 +46,7 @@ from uniql_jax.model.layers.context import full_context
 from uniql_jax.plan import Plan
 from uniql_jax.train import lora, rates, recover, stack
 from uniql_jax.train.examples import Examples, from_windows, split
-from uniql_jax.train.loop import Options as TrainOptions
-from uniql_jax.train.loop import Trainer
+from uniql_jax.train.loop import RecoverySettings, Trainer
 from uniql_jax.train.losses import head_losses
 from uniql_jax.weights.quantized import dense
 
@@ -151,17 +150,17 @@ class Bench:
         learnt: Examples,
         judged: Examples,
         texts: dict[str, np.ndarray],
-        options: TrainOptions,
+        options: RecoverySettings,
         work: Path,
     ):
         self.model, self.calibration, self.learnt, self.judged = model, calibration, learnt, judged
         self.texts, self.options, self.work = texts, options, work
-        self.trainers: dict[TrainOptions, Trainer] = {}
-        self.trained: dict[TrainOptions, tuple[Layers, dict[str, Any]]] = {}
+        self.trainers: dict[RecoverySettings, Trainer] = {}
+        self.trained: dict[RecoverySettings, tuple[Layers, dict[str, Any]]] = {}
         self.memo: dict[Any, Any] = {}
         self.original: dict[str, float] = {}
 
-    def options_of(self, settings: dict[str, Any]) -> TrainOptions:
+    def options_of(self, settings: dict[str, Any]) -> RecoverySettings:
         """The settings of a training."""
         options = dataclasses.replace(self.options, **settings)
         return dataclasses.replace(options, alpha=lora.alpha_of(options.rank))
@@ -203,7 +202,7 @@ class Bench:
             top = _rounded({"top": self.model.embeddings})["top"]
         else:
             on_gpu = jax.default_backend() != "cpu"
-            options = Options(bits=bits, refit=refit, batch_tokens=16384 if on_gpu else 4096)
+            options = CompressionSettings(bits=bits, refit=refit, batch_tokens=16384 if on_gpu else 4096)
             source = dataclasses.replace(self.model, layers=layers)
             with tempfile.TemporaryDirectory() as folder, jax.default_matmul_precision("highest"):
                 # The pass from its second half on: what its first half leaves behind is put in its place.
@@ -258,7 +257,7 @@ def seen(text: np.ndarray, learnt: Sequence[np.ndarray]) -> float:
     return float(known.mean())
 
 
-def _told(options: TrainOptions, result: recover.Result, start: float) -> dict[str, Any]:
+def _told(options: RecoverySettings, result: recover.Result, start: float) -> dict[str, Any]:
     return {
         "options": dataclasses.asdict(options),
         "trained_numbers": lora.count(result.factors),
@@ -292,7 +291,7 @@ def _setting(text: str) -> Any:
 
 
 def custom_row(words: Sequence[str]) -> Row:
-    """NAME KEY=VALUE ...: keys are the settings of `train.loop.RecoverySettings`, `bits` (such as 16,4), `refit`, and with
+    """NAME KEY=VALUE ...: keys are the fields of `RecoverySettings`, `bits` (such as 16,4), `refit`, and with
     `tune.` before them the settings of a training that goes on after quantizing to 4 bits (such as tune.steps=500).
     """
     settings = {key: value for key, _, value in (word.partition("=") for word in words[1:])}
@@ -318,7 +317,7 @@ def prepare(args: argparse.Namespace, work: Path) -> tuple[Bench, dict[str, Any]
     start = time.perf_counter()
     if opened is not None:
         ckpt = work / "sorted"
-        compress(opened, ckpt, calibration.tokens, Options(bits=32), progress=console.progress)
+        compress(opened, ckpt, calibration.tokens, CompressionSettings(bits=32), progress=console.progress)
     sorting = time.perf_counter() - start
     trained = [data.token_windows([spec], tokenizer, args.train_length, None, vocab_size=vocab) for spec in args.train]
     texts = {}
@@ -326,7 +325,7 @@ def prepare(args: argparse.Namespace, work: Path) -> tuple[Bench, dict[str, Any]
         name, spec = item.split("=", 1)
         texts[name] = data.evaluation_windows([spec], tokenizer, args.eval_window, args.eval_tokens, vocab_size=vocab)
     known = from_windows(np.concatenate([part.tokens for part in trained]), "; ".join(p.description for p in trained))
-    options = TrainOptions(
+    options = RecoverySettings(
         lr=args.lr, steps=args.steps, batch=args.batch, dropout=args.dropout, compute=args.compute,
         evaluations=args.evaluations, patience=args.evaluations, remat=args.remat, accumulate=args.accumulate,
         held_most=args.held,

@@ -322,9 +322,7 @@ def test_the_refit_makes_pruned_rates_better(folder: Path, windows: np.ndarray, 
 def test_recovery_in_the_pass(source: Source, folder: Path, windows: np.ndarray, tmp_path: Path) -> None:
     """LoRA is trained on the sorted model and merged before rounding; a kill on the way changes nothing."""
     learnt, judged = from_windows(windows), from_windows(windows[:4])
-    wanted = Recovery(
-        learnt, judged, recovery.CompressionSettings(steps=12, batch=4, lr=2e-3, dropout=0.0, evaluations=3)
-    )
+    wanted = Recovery(learnt, judged, recovery.RecoverySettings(steps=12, batch=4, lr=2e-3, dropout=0.0, evaluations=3))
     plain, out, again = tmp_path / "plain", tmp_path / "out", tmp_path / "again"
     compress(source, plain, windows, DENSE)
     report = compress(source, out, windows, DENSE, recover=wanted)
@@ -359,7 +357,7 @@ def test_tuning_in_the_pass(source: Source, windows: np.ndarray, tmp_path: Path,
     is judged is what is stored, pruned or not, before and after; a kill on the way changes nothing.
     """
     learnt, judged = from_windows(windows), from_windows(windows[:4])
-    first = recovery.CompressionSettings(steps=1, batch=4, lr=1e-9, dropout=0.0, evaluations=1)
+    first = recovery.RecoverySettings(steps=1, batch=4, lr=1e-9, dropout=0.0, evaluations=1)
     then = dataclasses.replace(first, steps=40, lr=5e-3 if rank else 2e-2, evaluations=4, distill=0.3, rank=rank)
     wanted = Recovery(learnt, judged, first, then)
     options = CompressionSettings(bits=4, plan="uniform")

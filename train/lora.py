@@ -156,7 +156,7 @@ def merge_layer(i: int, layer: Layer, factors: Factors, alpha: float) -> dict[st
 
 
 def packed_top(top: Mapping[str, Any], factors: Factors, alpha: float) -> dict[str, Any]:
-    """Embedding, norm and head as they are stored once their factors have moved them; what is no FakeQuantizedArray stays."""
+    """Embedding, norm and head as they are stored once their factors have moved them; other leaves stay."""
     return {name: _settled(f"top.{name}", elastic.TOP[name], value, factors, alpha) for name, value in top.items()}
 
 

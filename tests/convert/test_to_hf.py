@@ -12,6 +12,8 @@ import pytest
 from tests.convert import common
 from uniql_jax import config as configs
 from uniql_jax import elastic
+from uniql_jax.commands import export as export_command
+from uniql_jax.commands import from_hf as from_hf_command
 from uniql_jax.convert import to_hf
 from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError
@@ -167,9 +169,9 @@ def test_doors_there_and_back(tmp_path, rng, name, capsys):
         if "v_proj.bias" not in tensor and "o_proj.bias" not in tensor:
             np.testing.assert_array_equal(reader.read(tensor), value, err_msg=tensor)
     for made in ("ours", "back"):
+        command, read = (from_hf_command, "hub") if made == "ours" else (export_command, "ours")
         with pytest.raises(UserError, match="--overwrite"):
-            (from_hf_command if made == "ours" else export_command).main([str(tmp_path / ("hub" if made == "ours" else "ours")),
-                                                         str(tmp_path / made)])  # fmt: skip
+            command.main([str(tmp_path / read), str(tmp_path / made)])
     export_command.main([str(tmp_path / "ours"), str(tmp_path / "back"), "--overwrite", "--dtype", "bfloat16"])
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"

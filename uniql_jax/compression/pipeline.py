@@ -87,7 +87,7 @@ def compress(
     return Report(run.plan, tuple(run.influence), size, gained, tuned)
 
 
-def _told(gained: recovery.Result, options: recovery.CompressionSettings) -> dict[str, Any]:
+def _told(gained: recovery.Result, options: recovery.RecoverySettings) -> dict[str, Any]:
     """What a checkpoint says of its recovery: the settings, and losses in nats by rate."""
     by_rate = {name: {f"{r:g}": v for r, v in getattr(gained, name).items()} for name in ("before", "after")}
     return {"options": dataclasses.asdict(options), **by_rate, "steps": gained.steps, "best_step": gained.best_step}
