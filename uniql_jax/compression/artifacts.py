@@ -1,151 +1,27 @@
-"""The work folder of a run: whose it is, and finished layers one file each, so that a killed run goes on."""
+"""What stages leave on disk: layers as safetensors files, streams as .npy files, each written whole or not at all."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from uniql_jax.compression.contract import Recovery, Source
-from uniql_jax.compression.settings import CompressionSettings
-from uniql_jax.errors import UserError
-from uniql_jax.files import check_space
-from uniql_jax.version import __version__
+from uniql_jax.files import save_tensors, sync
 from uniql_jax.weights.quantized import QuantizedArray
 
 
-def fingerprint(
-    source: Source, tokens: Int[np.ndarray, "n t"], options: CompressionSettings, recover: Recovery | None
-) -> str:
-    """Names a run: its source, its settings and its text; another one must not go on with its work."""
-    facts = [__version__, source.name, dict(source.hf_config), dataclasses.asdict(options), tokens.shape]
-    facts.append(recover.digest() if recover else None)
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    digest.update(np.ascontiguousarray(tokens).tobytes())
-    # Other weights under the same name: a layer at either end tells.
-    for i in sorted({0, len(source.config.pattern) - 1}):
-        for name, value in sorted(flatten(source.layer(i)).items()):
-            digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest()
-
-
-def prepare(folder: Path, name: str, resume: bool, needed: int) -> None:
-    """The work folder of the run `name`, new or gone on with; nothing is created when it cannot start.
-
-    Raises UserError where another run's work is in the way, the disk lacks `needed` bytes, or nothing may be written.
-    """
-    note = folder / "run.json"
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()  # killed before it began
-    if folder.exists():
-        same = note.is_file() and json.loads(note.read_text())["fingerprint"] == name
-        if resume and not same:
-            raise UserError(f"{folder} holds a run with other settings; remove it or repeat those settings")
-        if not resume:
-            state = "add --resume to go on with it" if same else "remove it to start anew"
-            raise UserError(f"{folder} holds an unfinished run; {state}")
-        return
-    check_space(folder, needed)
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from None
-    temporary = folder / "run.tmp"
-    temporary.write_text(json.dumps({"fingerprint": name}))
-    os.replace(temporary, note)
-
-
-class LayerStore:
-    """Layers as safetensors files in one folder, written whole or not at all, with a small JSON record each."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
-
-    def has(self, name: str) -> bool:
-        """Whether this entry was finished."""
-        return self._path(name).is_file()
-
-    def save(self, name: str, tensors: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> None:
-        """Write one entry; float32 arrays that bfloat16 holds exactly are kept as bfloat16."""
-        flat: dict[str, np.ndarray] = {}
-        for key, value in tensors.items():
-            if isinstance(value, QuantizedArray):
-                flat[f"{key}.data"], flat[f"{key}.scale"] = np.asarray(value.data), np.asarray(value.scale)
-            else:
-                flat[key] = _narrow(np.asarray(value))
-        temporary = self._path(name).with_suffix(".tmp")
-        contiguous = {key: np.ascontiguousarray(value) for key, value in flat.items()}
-        save_file(contiguous, temporary, metadata={"record": json.dumps(dict(record or {}))})
-        os.replace(temporary, self._path(name))
-
-    def load(self, name: str) -> dict[str, np.ndarray]:
-        """Tensors of one entry, bfloat16 widened again by whoever computes with them."""
-        return load_file(self._path(name))
-
-    def record(self, name: str) -> dict[str, Any]:
-        """The JSON record of one entry."""
-        with safe_open(self._path(name), framework="np") as handle:
-            return json.loads(handle.metadata()["record"])
-
-
-def _narrow(value: np.ndarray) -> np.ndarray:
-    if value.dtype != np.float32:
-        return value
-    short = value.astype(ml_dtypes.bfloat16)
-    return short if np.array_equal(short.astype(np.float32), value) else value
-
-
-class StreamStore:
-    """Streams of calibration windows, [windows, length, hidden] float32: in memory while they fit, else on disk.
-
-    Those on disk outlive a kill; those in memory are cheap to compute again.
-    """
-
-    def __init__(self, folder: Path, bytes_needed: int, memory_budget: int):
-        self.folder = folder
-        self._memory: dict[str, np.ndarray] | None = {} if bytes_needed <= memory_budget else None
-        if self._memory is None:
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def has(self, name: str) -> bool:
-        """Whether the stream is at hand."""
-        return name in self._memory if self._memory is not None else (self.folder / f"{name}.npy").is_file()
-
-    def save(self, name: str, value: np.ndarray) -> None:
-        """Keep one stream."""
-        if self._memory is not None:
-            self._memory[name] = value
-            return
-        temporary = self.folder / f"{name}.tmp.npy"
-        np.save(temporary, value)
-        os.replace(temporary, self.folder / f"{name}.npy")
-
-    def load(self, name: str) -> np.ndarray:
-        """One stream; from disk it is read as it is used."""
-        if self._memory is not None:
-            return self._memory[name]
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
-
-    def drop(self, name: str) -> None:
-        """Forget one stream, if it is there."""
-        if self._memory is not None:
-            self._memory.pop(name, None)
-        else:
-            (self.folder / f"{name}.npy").unlink(missing_ok=True)
+def layer_name(index: int) -> str:
+    """Name of a layer's entry in a store."""
+    return f"layer_{index:05d}"
 
 
 def flatten(layer: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -160,3 +36,130 @@ def unflatten(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         kind, name = key.split(".", 1)
         out.setdefault(kind, {})[name] = value
     return out
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write to a temporary file, make it durable, rename: a kill or a power cut leaves all of it or nothing."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    write(temporary)
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+class LayerStore:
+    """Entries (a layer, the top leaves, a summary) in one folder: tensors and a small JSON record each."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def has(self, name: str) -> bool:
+        """Whether this entry was written."""
+        return self._path(name).is_file()
+
+    def save(self, name: str, tensors: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> None:
+        """Write one entry; float32 arrays that bfloat16 holds exactly are kept as bfloat16."""
+        flat: dict[str, np.ndarray] = {}
+        for key, value in tensors.items():
+            if isinstance(value, QuantizedArray):
+                flat[f"{key}.data"], flat[f"{key}.scale"] = np.asarray(value.data), np.asarray(value.scale)
+            else:
+                flat[key] = _narrow(np.asarray(value))
+        contiguous = {key: np.ascontiguousarray(value) for key, value in flat.items()}
+        metadata = {"record": json.dumps(dict(record or {}))}
+        _write(self._path(name), lambda path: save_tensors(contiguous, path, metadata))
+
+    def load(self, name: str) -> dict[str, np.ndarray]:
+        """Tensors of one entry; whoever computes with bfloat16 ones widens them."""
+        return load_file(self._path(name))
+
+    def layer(self, index: int) -> dict[str, dict[str, Array]]:
+        """A dense layer, float32 {kind: {leaf: array}}, on the device."""
+        loaded = unflatten(self.load(layer_name(index)))
+        return {kind: {n: jnp.asarray(v, jnp.float32) for n, v in block.items()} for kind, block in loaded.items()}
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The JSON record of one entry."""
+        with safe_open(self._path(name), framework="np") as handle:
+            return json.loads(handle.metadata()["record"])
+
+
+def _narrow(value: np.ndarray) -> np.ndarray:
+    if value.dtype != np.float32:
+        return value
+    short = value.astype(ml_dtypes.bfloat16)
+    return short if np.array_equal(short.astype(np.float32), value) else value
+
+
+class Windows:
+    """Calibration windows in batches of a bounded number of tokens; what is computed per batch is summed or joined."""
+
+    def __init__(self, tokens: Int[np.ndarray, "n t"], batch_tokens: int):
+        size = max(1, batch_tokens // tokens.shape[1])
+        self.tokens = tokens.size
+        self.batches = [jnp.asarray(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+
+    @property
+    def ends(self) -> list[int]:
+        """Where each batch ends among the windows."""
+        return np.cumsum([len(batch) for batch in self.batches]).tolist()
+
+    def split(self, value: Float[np.ndarray, "n t h"]) -> list[Float[Array, "b t h"]]:
+        """A stream of all windows as one array a batch, on the device."""
+        return [jnp.asarray(part) for part in np.split(value, self.ends[:-1])]
+
+
+class StreamStore:
+    """Residual streams (and their gradients) of all calibration windows between layers, [windows, length, hidden].
+
+    Every `interval`-th one is kept on disk, where it outlives a kill; those between are held in memory only when asked.
+    """
+
+    def __init__(self, folder: Path, windows: Windows, interval: int):
+        self.folder, self.windows, self.interval = folder, windows, interval
+        self._held: dict[tuple[str, int], list[Array]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, name: str, index: int) -> Path:
+        return self.folder / f"{name}_{index:05d}.npy"
+
+    def has(self, name: str, index: int) -> bool:
+        """Whether the stream is at hand."""
+        return (name, index) in self._held or self._path(name, index).is_file()
+
+    def save(self, name: str, index: int, value: Sequence[Float[Array, "b t h"]]) -> bool:
+        """Keep the stream before layer `index` on disk if the interval says so; whether it was kept."""
+        if index % self.interval:
+            return False
+        if not self._path(name, index).is_file():
+            _write(self._path(name, index), lambda path: _save_array(path, value))
+        return True
+
+    def hold(self, name: str, index: int, value: Sequence[Float[Array, "b t h"]]) -> None:
+        """Keep a stream in memory until it is dropped."""
+        self._held[name, index] = list(value)
+
+    def load(self, name: str, index: int) -> list[Float[Array, "b t h"]]:
+        """The stream in batches, on the device."""
+        if (name, index) in self._held:
+            return self._held[name, index]
+        return self.windows.split(np.load(self._path(name, index), mmap_mode="r"))
+
+    def nearest(self, name: str, index: int) -> int | None:
+        """The last index up to `index` whose stream is at hand."""
+        return next((i for i in range(index, -1, -1) if self.has(name, i)), None)
+
+    def drop(self, name: str, indices: Sequence[int]) -> None:
+        """Forget streams, where they are there."""
+        for index in indices:
+            self._held.pop((name, index), None)
+            self._path(name, index).unlink(missing_ok=True)
+
+
+def _save_array(path: Path, value: Sequence[Array]) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.concatenate([np.asarray(part) for part in value]))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-
 from uniql_jax.config import ModelConfig
 from uniql_jax.plan import Plan
-from uniql_jax.train import recover as recovery
 from uniql_jax.train.examples import Examples
+from uniql_jax.train.loop import RecoverySettings
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+"""progress(items, stage) -> the items, as they are taken."""
 
 
 @runtime_checkable
@@ -45,30 +43,46 @@ class Source(Protocol):
         """Embedding, final norm and head where untied."""
         ...
 
+    def fingerprints(self, progress: Progress = ...) -> dict[str, str]:
+        """A hash of every layer's tensors and of those outside the layers; UserError for NaN or infinity in one."""
+        ...
+
     def write_side_files(self, folder: Path, /) -> None:
         """Tokenizer and the like."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Recovery:
-    """What to train masked LoRA on between sorting and quantizing, what to judge it by, and how; `tuning` (None: not
+class RecoveryData:
+    """What to train masked LoRA on between sorting and quantizing, what to validate it by, and how; `tuning` (None: not
     at all): how to go on after quantizing, with every weight rounded as it is stored.
     """
 
-    learnt: Examples
-    judged: Examples
-    options: recovery.RecoverySettings
-    tuning: recovery.RecoverySettings | None = None
+    train: Examples
+    validation: Examples
+    settings: RecoverySettings
+    tuning: RecoverySettings | None = None
 
-    def digest(self) -> str:
-        """Names the content."""
-        settings = [dataclasses.asdict(one) if one else None for one in (self.options, self.tuning)]
-        digest = hashlib.sha256(repr(settings).encode())
-        for part in (self.learnt, self.judged):
-            for array in (part.tokens, part.valid, part.learn):
-                digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+
+@dataclasses.dataclass(frozen=True)
+class Gains:
+    """What a training run won: validation loss (nats) by prune rate before and after, and its steps."""
+
+    before: Mapping[float, float]
+    after: Mapping[float, float]
+    steps: int
+    best_step: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; rates as text."""
+        by_rate = {name: {f"{r:g}": v for r, v in getattr(self, name).items()} for name in ("before", "after")}
+        return {**by_rate, "steps": self.steps, "best_step": self.best_step}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Gains:
+        """Inverse of `to_json`."""
+        before, after = ({float(r): v for r, v in data[name].items()} for name in ("before", "after"))
+        return cls(before, after, int(data["steps"]), int(data["best_step"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,5 +94,5 @@ class Report:
     plan: Plan
     influence: tuple[float, ...]
     bytes: int
-    recovered: recovery.Result | None = None
-    tuned: recovery.Result | None = None
+    recovered: Gains | None = None
+    tuned: Gains | None = None

@@ -1,14 +1,28 @@
-"""The settings of one compression run, and the quantization groups that follow from them."""
+"""The settings of one compression run: what decides its result, and apart from it what it may use."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
-from uniql_jax import elastic
-from uniql_jax.config import ModelConfig
-from uniql_jax.plan import axis_group_and_unit
-from uniql_jax.weights.quantized import group_size
+MLP_SCORES = ("greedy", "fisher", "fisher_diagonal", "energy", "energy_weight", "leverage", "magnitude", "random")
+PAIR_SCORES = ("greedy", "fisher", "fisher_diagonal", "energy", "published", "random")
+STATE_SCORES = ("fisher", "fisher_diagonal", "energy", "random")
+CHANNEL_SCORES = (
+    "fisher",
+    "fisher_diagonal",
+    "greedy",
+    "energy",
+    "state_aware",
+    "gated_output",
+    "magnitude",
+    "random",
+)
+VALUE_OUTPUTS = ("attention_output", "joint", "published", "random")
+PLANS = ("loss", "influence", "uniform")
+ROUNDINGS = ("gptq", "nearest")
+BITS = (4, 8, 16)
+REFIT_RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
+"""Prune rates at which the nested refit sees calibration windows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,19 +41,17 @@ class CompressionSettings:
     value_output: str = "attention_output"
     state_score: str = "fisher"
     channel_score: str = "greedy"
-    output_metric: bool = True  # weigh outputs by the Gram of the loss gradient there
+    output_metric: bool = True  # weigh outputs by the Gram matrix of the loss gradient there
     plan: str = "loss"  # loss | influence | uniform
     epsilon: float = 0.1
     rotate: bool = True
     rounding: str = "gptq"  # gptq | nearest
     scale_search: bool = True
     damping: float = 0.01
-    embed_mix: float = 0.1  # weight of plain embedding error beside the head's when one table serves both
+    embed_mix: float = 0.1  # weight of the plain embedding error next to the head's when one table serves both
     refit: float | None = None
     refit_ridge: float = 1e-2
     refit_target: str = "stream"  # stream | local
-    batch_tokens: int = 4096
-    stream_memory: int = 12 * 2**30  # bytes of streams between layers held in memory before disk is used
 
     @property
     def packed(self) -> bool:
@@ -52,11 +64,13 @@ class CompressionSettings:
         return self.channel_score == "state_aware"
 
 
-REFIT_RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a run may use. None of it changes the result, so a run may be resumed with other resources.
 
+    batch_tokens: tokens of calibration windows worked on at a time. stream_bytes: of the streams between layers kept on
+    disk for the backward sweep; where they take more, only every n-th is kept and those between are computed again.
+    """
 
-def groups(config: ModelConfig) -> Mapping[str, int]:
-    """Quantization group per contracted dimension: along the hidden size and along each elastic axis."""
-    axes = {axis for kinds in config.pattern for axis in elastic.layer_axes(config, kinds)}
-    found = {axis: axis_group_and_unit(config, axis)[0] for axis in sorted(axes)}
-    return {"embed": group_size(config.hidden_size)} | {axis: group for axis, group in found.items() if group}
+    batch_tokens: int = 4096
+    stream_bytes: int = 64 * 2**30

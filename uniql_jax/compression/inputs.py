@@ -1,0 +1,62 @@
+"""The manifest of a run: every input that decides its result, by name."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from uniql_jax.compression.contract import Progress, RecoveryData, Source
+from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.manifest import Manifest, hash_arrays, hash_bytes, settings_inputs
+from uniql_jax.train.loop import RecoverySettings
+from uniql_jax.version import __version__
+
+WITHOUT_EFFECT = ("accumulate", "remat")
+"""Settings of a training that change memory and time, not what comes of it."""
+
+
+def manifest_of(
+    source: Source,
+    tokens: Int[np.ndarray, "n t"],
+    settings: CompressionSettings,
+    recovery: RecoveryData | None,
+    progress: Progress = lambda items, _: items,
+) -> Manifest:
+    """Hash all inputs of a run; reads every tensor of the source once.
+
+    Raises:
+        UserError: naming the tensor of the source that holds NaN or infinity.
+    """
+    inputs = {
+        "version of uniql-jax": __version__,
+        "version of jax": importlib.metadata.version("jax"),
+        "config of the source": hash_bytes([json.dumps(dict(source.hf_config), sort_keys=True, default=str).encode()]),
+        "calibration tokens": hash_arrays(tokens),
+        **_side_files(source),
+        **settings_inputs("setting", settings),
+    }
+    if recovery is not None:
+        for name, part in (("training", recovery.train), ("validation", recovery.validation)):
+            inputs[f"{name} examples"] = hash_arrays(part.tokens, part.valid, part.learn)
+        inputs |= _training("recovery", recovery.settings)
+        if recovery.tuning is not None:
+            inputs |= _training("tuning", recovery.tuning)
+    inputs |= {f"source tensors, {part}": value for part, value in source.fingerprints(progress).items()}
+    return Manifest(inputs)
+
+
+def _training(name: str, settings: RecoverySettings) -> dict[str, str]:
+    return settings_inputs(f"{name} setting", settings, WITHOUT_EFFECT)
+
+
+def _side_files(source: Source) -> dict[str, str]:
+    """Tokenizer and the like, which the checkpoint gets."""
+    with tempfile.TemporaryDirectory() as folder:
+        source.write_side_files(Path(folder))
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {f"file {path.relative_to(folder)}": hash_bytes([path.read_bytes()]) for path in files}

@@ -1,0 +1,81 @@
+"""Rounding the matrices of a block to packed integers, one Hessian for all that share an input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from uniql_jax import elastic
+from uniql_jax.compression.math.gptq import quantize
+from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.weights.fake_quantized import position
+from uniql_jax.weights.quantized import QuantizedArray, from_codes
+
+
+class Packed(NamedTuple):
+    """A packed leaf and, where it was asked for, what was rounded to its integers, in steps and of its logical shape
+    (uniql_jax/weights/fake_quantized.py).
+    """
+
+    weight: QuantizedArray
+    unrounded: Float[Array, "..."] | None
+
+
+def _quantize_rows(
+    rows: Float[Array, "rows width"], hessian: Array | None, settings: CompressionSettings, group: int, keep: bool
+) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"] | None]:
+    codes, scale, rounded = quantize(
+        rows,
+        hessian,
+        bits=settings.bits,
+        group=group,
+        search=settings.scale_search,
+        propagate=settings.rounding == "gptq",
+        damping=settings.damping,
+        keep=keep,
+    )
+    return codes, scale, None if rounded is None else position(rounded, codes, scale, group)
+
+
+def pack_leaf(
+    leaf: elastic.Leaf,
+    value: Float[Array, "..."],
+    hessian: Array | None,
+    settings: CompressionSettings,
+    group: int,
+    keep: bool = False,
+) -> Packed:
+    """Pack one matrix leaf; `hessian` is the Gram of what it contracts, None rounds to nearest. `keep`: what was
+    rounded as well.
+    """
+    width = value.shape[-1] if leaf.contract == "last" else int(np.prod(value.shape[:-1]))
+    rows = value.reshape(-1, width) if leaf.contract == "last" else value.reshape(width, -1).T
+    codes, scale, unrounded = _quantize_rows(rows, hessian, settings, group, keep)
+    weight = from_codes(codes, scale, bits=settings.bits, group=group, contract=str(leaf.contract), shape=value.shape)
+    if unrounded is not None:
+        unrounded = (unrounded if leaf.contract == "last" else unrounded.T).reshape(value.shape)
+    return Packed(weight, unrounded)
+
+
+def pack_together(
+    values: Mapping[str, Float[Array, "..."]],
+    hessian: Array | None,
+    settings: CompressionSettings,
+    group: int,
+    keep: bool = False,
+) -> dict[str, Packed]:
+    """Pack matrices that contract the same input as their last dimension: one Hessian, one factorization for all."""
+    flat = {name: value.reshape(-1, value.shape[-1]) for name, value in values.items()}
+    codes, scales, unrounded = _quantize_rows(jnp.concatenate(list(flat.values())), hessian, settings, group, keep)
+    ends = np.cumsum([len(rows) for rows in flat.values()])
+    done = {}
+    for (name, value), end in zip(values.items(), ends, strict=True):
+        own = slice(end - len(flat[name]), end)
+        shape = value.shape
+        weight = from_codes(codes[own], scales[own], bits=settings.bits, group=group, contract="last", shape=shape)
+        done[name] = Packed(weight, None if unrounded is None else unrounded[own].reshape(shape))
+    return done

@@ -1,0 +1,117 @@
+"""Calibrate: one sweep forward (streams, block influence), one sweep back (what the loss feels, layer by layer)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows, layer_name
+from uniql_jax.compression.contract import Progress, Source
+from uniql_jax.compression.finite import check_finite
+from uniql_jax.compression.sorters.base import Statistics
+from uniql_jax.compression.sorting import final_gram, layer_forward, layer_statistics, loss_gradient
+from uniql_jax.model.causal_lm import embed
+
+FORWARD, GRADIENT = "forward", "gradient"
+SUMMARY = "final"
+Layer = dict[str, dict[str, Array]]
+Top = Mapping[str, Float[Array, "..."]]
+
+
+class Calibration(NamedTuple):
+    """Block influence per layer, and the mean Gram matrix [hidden, hidden] of what the head reads."""
+
+    influence: tuple[float, ...]
+    final_gram: Float[Array, "h h"]
+
+
+def read_layer(source: Source, index: int) -> Layer:
+    """One layer of the source on the device."""
+    return jax.tree.map(jnp.asarray, source.layer(index))
+
+
+def forward_sweep(
+    source: Source, top: Top, windows: Windows, store: LayerStore, streams: StreamStore, progress: Progress
+) -> Calibration:
+    """Run the calibration windows through the model, keeping the stream before every layer.
+
+    Each layer is read once. Goes on from the last stream that an earlier run kept.
+
+    Raises:
+        UserError: naming the layer, when a stream is no longer finite.
+    """
+    config, count = source.config, len(source.config.pattern)
+    if not store.has(SUMMARY):
+        known = next((i for i in range(count) if not store.has(layer_name(i))), count)
+        start = streams.nearest(FORWARD, known)
+        if start is None:
+            start, xs = 0, [embed(top, batch, jnp.float32) for batch in windows.batches]
+            streams.save(FORWARD, 0, xs)
+        else:
+            xs = streams.load(FORWARD, start)
+        for i in progress(range(start, count), "calibrate"):
+            layer, cosine = read_layer(source, i), 0.0
+            for b, x in enumerate(xs):
+                xs[b], part = layer_forward(config, config.pattern[i], layer, x)
+                cosine += float(part)
+            check_finite(xs, f"layer {i}: the residual stream after it")
+            streams.save(FORWARD, i + 1, xs)
+            store.save(layer_name(i), {}, {"influence": 1.0 - cosine / windows.tokens})
+        gram = sum(final_gram(x, config.norm_eps) for x in xs) / windows.tokens
+        influence = [store.record(layer_name(i))["influence"] for i in range(count)]
+        store.save(SUMMARY, {"gram": gram}, {"influence": influence})
+    gram = jnp.asarray(store.load(SUMMARY)["gram"], jnp.float32)
+    return Calibration(tuple(store.record(SUMMARY)["influence"]), gram)
+
+
+def backward_sweep(
+    source: Source, top: Top, windows: Windows, streams: StreamStore, start: int, thorough: bool = False
+) -> Iterator[tuple[int, Layer, dict[str, Statistics]]]:
+    """(index, layer, mean statistics) of the layers `start`, `start` - 1, ... 0, each read once.
+
+    What one item needed is dropped from the streams when the next one is asked for: by then its layer must be stored.
+
+    Raises:
+        UserError: naming the layer and the statistic, when one is not finite.
+    """
+    config, count = source.config, len(source.config.pattern)
+    after = next(i for i in range(start + 1, count + 1) if i == count or streams.has(GRADIENT, i))
+    if streams.has(GRADIENT, after):
+        gradients = streams.load(GRADIENT, after)
+    else:
+        pairs = zip(_stream(source, streams, count), windows.batches, strict=True)
+        gradients = [loss_gradient(top, x, tokens, config.norm_eps) for x, tokens in pairs]
+        streams.save(GRADIENT, count, gradients)
+    for i in range(after - 1, -1, -1):
+        layer, stats, before = read_layer(source, i), None, []
+        for x, gradient in zip(_stream(source, streams, i), gradients, strict=True):
+            gradient, found = layer_statistics(config, config.pattern[i], layer, x, gradient, thorough)
+            before.append(gradient)
+            stats = found if stats is None else jax.tree.map(jnp.add, stats, found)
+        means: Any = jax.tree.map(lambda value: value / windows.tokens, stats)
+        check_finite(means, f"layer {i}: the statistic")
+        check_finite(before, f"layer {i}: the gradient of the loss before it")
+        kept = streams.save(GRADIENT, i, before)
+        if i <= start:
+            yield i, layer, means
+        gradients = before
+        if kept:  # nothing above it will be needed again
+            streams.drop(GRADIENT, range(i + 1, count + 1))
+            streams.drop(FORWARD, range(i, count + 1))
+
+
+def _stream(source: Source, streams: StreamStore, index: int) -> list[Float[Array, "b t h"]]:
+    """The stream before layer `index`, computed again from the nearest one on disk where it was not kept."""
+    if not streams.has(FORWARD, index):
+        start = streams.nearest(FORWARD, index)
+        assert start is not None, "the stream before layer 0 is always kept"
+        xs = streams.load(FORWARD, start)
+        for j in range(start, index):
+            layer = read_layer(source, j)
+            xs = [layer_forward(source.config, source.config.pattern[j], layer, x)[0] for x in xs]
+            streams.hold(FORWARD, j + 1, xs)
+    return streams.load(FORWARD, index)

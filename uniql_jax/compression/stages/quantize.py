@@ -1,0 +1,264 @@
+"""Quantize: bring every layer into its stored form, fitted to what the finished layers before it feed it.
+
+The finished model's stream runs along, and with the nested refit the unpruned model's, whose output is the target.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from uniql_jax import elastic
+from uniql_jax.checkpoint import reachable_bias, stored
+from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows, flatten, layer_name
+from uniql_jax.compression.contract import Progress
+from uniql_jax.compression.finite import check_finite
+from uniql_jax.compression.packing import Packed, pack_leaf, pack_together
+from uniql_jax.compression.refit import Keep, advance, hidden_gram, hidden_gram_and_cross, keep_per_window, read_gram
+from uniql_jax.compression.refit import refit as refitted
+from uniql_jax.compression.refit import refit_rates, total
+from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.compression.stages.calibrate import Calibration, Layer, Top
+from uniql_jax.compression.stages.rotate import Rotation, rotated_layer, rotated_top
+from uniql_jax.compression.stored import TOP, StoredLayers, groups, matrix_dtype
+from uniql_jax.config import ModelConfig
+from uniql_jax.model.causal_lm import embed
+from uniql_jax.plan import Plan
+from uniql_jax.weights.quantized import dense
+
+Block = Mapping[str, Any]
+FINISHED, UNPRUNED = "finished", "unpruned"
+
+
+class Streams(NamedTuple):
+    """What runs along, one array [b, t, hidden] a batch: the finished model's stream, and for the refit the unpruned
+    model's and the kept sizes at which each window is seen, per batch and layer.
+    """
+
+    x: list[Float[Array, "b t h"]]
+    unpruned: list[Float[Array, "b t h"]] | None = None
+    keep: list[tuple[Keep, ...]] | None = None
+
+    def kept(self, index: int) -> list[Keep | None]:
+        """Kept sizes at layer `index`, per batch."""
+        return [None] * len(self.x) if self.keep is None else [batch[index] for batch in self.keep]
+
+    def after(self, config: ModelConfig, index: int, kind: str, finished: Block, original: Block) -> Streams:
+        """Both streams after one block: finished, and as it was."""
+        held = {name: dense(value) for name, value in finished.items()}
+        x = [advance(config, kind, held, x, keep) for x, keep in zip(self.x, self.kept(index), strict=True)]
+        unpruned = self.unpruned and [advance(config, kind, original, t, None) for t in self.unpruned]
+        return self._replace(x=x, unpruned=unpruned)
+
+
+def quantize(
+    config: ModelConfig,
+    plan: Plan,
+    top: Top,
+    calibration: Calibration,
+    layers: LayerStore,
+    q: Rotation,
+    windows: Windows,
+    settings: CompressionSettings,
+    done: LayerStore,
+    unrounded: LayerStore | None,
+    streams: StreamStore,
+    progress: Progress,
+) -> None:
+    """Write every layer of the dense store `layers`, rotated by `q`, in its stored form into `done`.
+
+    unrounded: a store that gets what was rounded as well, in steps, for tuning. Goes on after the layers that an earlier
+    run finished; nothing is computed when all are there.
+
+    Raises:
+        UserError: naming layer and tensor, when a finished weight or scale is not finite.
+    """
+    stored_layers, count = StoredLayers(config, settings, done), len(config.pattern)
+    if not done.has(TOP):
+        finished, offsets = _finish_top(config, top, q, calibration, settings, unrounded is not None)
+        check_finite(finished, "outside the layers, quantized:")
+        if unrounded is not None:
+            unrounded.save(TOP, offsets)
+        done.save(TOP, finished)
+    start = next((i for i in range(count) if not done.has(layer_name(i))), count)
+    if start == count:
+        return
+    running = None
+    if settings.packed or settings.refit is not None:
+        running = _resume(config, plan, top, layers, q, windows, settings, stored_layers, streams, start)
+    for i in progress(range(start, count), "quantize" if settings.packed else "finish"):
+        original = rotated_layer(layers.layer(i), q)
+        finished, offsets = {}, {}
+        for kind in config.pattern[i]:
+            finished[kind], offsets[kind] = _finish_block(
+                config, i, kind, original[kind], running, settings, unrounded is not None
+            )
+            if running is not None:
+                running = running.after(config, i, kind, finished[kind], original[kind])
+        check_finite(finished, f"layer {i}, quantized:")
+        if unrounded is not None:
+            unrounded.save(layer_name(i), flatten(offsets))
+        if running is not None:
+            _save(streams, i + 1, running)
+        done.save(layer_name(i), flatten(finished))
+        for name in (FINISHED, UNPRUNED):
+            last = streams.nearest(name, i + 1)
+            streams.drop(name, range(last or 0))
+
+
+def _save(streams: StreamStore, index: int, running: Streams) -> None:
+    if running.unpruned is not None:
+        streams.save(UNPRUNED, index, running.unpruned)
+    streams.save(FINISHED, index, running.x)
+
+
+def _resume(
+    config: ModelConfig,
+    plan: Plan,
+    top: Top,
+    layers: LayerStore,
+    q: Rotation,
+    windows: Windows,
+    settings: CompressionSettings,
+    finished: StoredLayers,
+    streams: StreamStore,
+    start: int,
+) -> Streams:
+    """The streams before layer `start`, from the nearest ones on disk."""
+    keep = None
+    if settings.refit is not None:
+        rates = refit_rates(windows.ends[-1], settings.refit)
+        per_window = keep_per_window(plan, rates.tolist())
+        keep = [
+            tuple({axis: sizes[low:high] for axis, sizes in layer.items()} for layer in per_window)
+            for low, high in itertools.pairwise([0, *windows.ends])
+        ]
+    at = streams.nearest(FINISHED, start)
+    if at is None:
+        at, table = 0, finished.top()["embed"]
+        x = [embed({"embed": table}, batch, jnp.float32) for batch in windows.batches]
+        unpruned = None
+        if keep is not None:
+            table = top["embed"] if q is None else top["embed"] @ q
+            unpruned = [embed({"embed": table}, batch, jnp.float32) for batch in windows.batches]
+        running = Streams(x, unpruned, keep)
+        _save(streams, 0, running)
+    else:
+        unpruned = streams.load(UNPRUNED, at) if keep is not None else None
+        running = Streams(streams.load(FINISHED, at), unpruned, keep)
+    for i in range(at, start):
+        original, done = rotated_layer(layers.layer(i), q), finished.layer(i)
+        for kind in config.pattern[i]:
+            running = running.after(config, i, kind, done[kind], original[kind])
+    return running
+
+
+def _finish_top(
+    config: ModelConfig, top: Top, q: Rotation, calibration: Calibration, settings: CompressionSettings, offsets: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Embedding, norm and head as they will be stored, and with `offsets` what was rounded, in steps."""
+    norm, gram, dtype = top["norm"], calibration.final_gram, matrix_dtype(settings)
+    turned = rotated_top(top, q)
+    if not settings.packed:
+        return {name: stored(elastic.TOP[name], value, dtype) for name, value in turned.items()}, {}
+    if q is None:
+        read = norm[:, None] * gram * norm
+    elif "head" in turned:
+        read = q.T @ gram @ q
+    else:
+        read = q.T @ (norm[:, None] * gram * norm) @ q
+    out: dict[str, Any] = {n: stored(elastic.TOP[n], value, dtype) for n, value in turned.items() if n != "head"}
+    if "head" in turned:
+        hessians = {"head": read, "embed": None}
+    else:
+        # One table is read as embedding and as head: its errors count in both ways.
+        scale = jnp.mean(jnp.diagonal(read)) + jnp.finfo(jnp.float32).tiny
+        hessians = {"embed": read / scale + settings.embed_mix * jnp.eye(read.shape[0])}
+    before = {}
+    for name, hessian in hessians.items():
+        done = pack_leaf(elastic.TOP[name], turned[name], hessian, settings, groups(config)["embed"], offsets)
+        out[name] = done.weight
+        if done.unrounded is not None:
+            before[name] = done.unrounded
+    return out, before
+
+
+def _finish_block(
+    config: ModelConfig,
+    index: int,
+    kind: str,
+    original: Block,
+    running: Streams | None,
+    settings: CompressionSettings,
+    offsets: bool,
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """A block in its stored form, and with `offsets` what its packed leaves were before rounding, in steps.
+
+    First the matrices that read the stream, which share one Hessian, then vectors, then the output matrix, fitted to
+    what the finished ones give it.
+    """
+    leaves, dtype, group = elastic.leaves(config, kind), matrix_dtype(settings), groups(config)
+    done: dict[str, Any] = {}
+    before: dict[str, Array] = {}
+
+    def take(name: str, value: Packed) -> None:
+        done[name] = value.weight
+        if value.unrounded is not None:
+            before[name] = value.unrounded
+
+    hessian = None
+    if running is not None and settings.packed and (settings.rounding == "gptq" or settings.scale_search):
+        tokens = sum(x.shape[0] * x.shape[1] for x in running.x)
+        hessian = total(read_gram(config, kind, original, x) for x in running.x) / tokens
+    reading = {name: original[name] for name, leaf in leaves.items() if settings.packed and leaf.contract == "last"}
+    if reading:
+        for name, value in pack_together(reading, hessian, settings, group["embed"], offsets).items():
+            take(name, value)
+    for name, leaf in leaves.items():
+        if leaf.contract != "first" and name not in reading:
+            done[name] = stored(leaf, original[name], dtype)
+    working = dict(original) | {name: dense(value) for name, value in done.items()}
+    for name, leaf in leaves.items():
+        if leaf.contract == "first":
+            weight, gram = _output(config, index, kind, original, working, name, running, settings, hessian is not None)
+            if settings.packed:
+                take(name, pack_leaf(leaf, weight, gram, settings, group[leaf.dims[0]], offsets))
+            else:
+                done[name] = stored(leaf, weight, dtype)
+    return reachable_bias(config, kind, done), before
+
+
+def _output(
+    config: ModelConfig,
+    index: int,
+    kind: str,
+    original: Block,
+    working: Block,
+    name: str,
+    running: Streams | None,
+    settings: CompressionSettings,
+    weighted: bool,
+) -> tuple[Float[Array, "..."], Float[Array, "k k"] | None]:
+    """The output matrix, refitted where that was asked, and the mean Gram matrix of what it contracts if `weighted`."""
+    weight = original[name]
+    if running is None:
+        return weight, None
+    tokens = sum(x.shape[0] * x.shape[1] for x in running.x)
+    kept: Sequence[Keep | None] = running.kept(index)
+    if running.unpruned is not None:
+        gram, cross = total(
+            hidden_gram_and_cross(config, kind, working, original, x, t, keep, settings.refit_target)
+            for x, t, keep in zip(running.x, running.unpruned, kept, strict=True)
+        )
+        gram, cross = gram / tokens, cross / tokens
+        flat = weight.reshape(-1, weight.shape[-1])
+        return refitted(gram, cross, flat, settings.refit_ridge).reshape(weight.shape), gram
+    if not weighted:
+        return weight, None
+    grams = (hidden_gram(config, kind, working, x, keep) for x, keep in zip(running.x, kept, strict=True))
+    return weight, total(grams) / tokens

@@ -1,0 +1,43 @@
+"""Sort: every elastic axis of every layer, most important first, as soon as the layer's statistics are known."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows, flatten, layer_name
+from uniql_jax.compression.contract import Progress, Source
+from uniql_jax.compression.finite import check_finite
+from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.compression.sorting import sort_layer
+from uniql_jax.compression.stages.calibrate import Top, backward_sweep
+
+
+def sort(
+    source: Source,
+    top: Top,
+    windows: Windows,
+    settings: CompressionSettings,
+    store: LayerStore,
+    streams: StreamStore,
+    progress: Progress,
+) -> None:
+    """Sort the layers from the last to the first into `store`; the record of each is the loss of cutting its axes.
+
+    Goes on below the layers that an earlier run stored.
+
+    Raises:
+        UserError: naming layer and tensor, when a statistic or a sorted weight is not finite.
+    """
+    config = source.config
+    todo = [i for i in range(len(config.pattern)) if not store.has(layer_name(i))]
+    if not todo:
+        return
+    layers = backward_sweep(source, top, windows, streams, max(todo), settings.thorough)
+    for _ in progress(range(len(todo)), "sort"):
+        i, layer, means = next(layers)
+        done, losses = sort_layer(config, config.pattern[i], layer, means, settings, settings.seed + i)
+        check_finite((done, losses), f"layer {i}, sorted:")
+        record = {axis: np.asarray(loss).tolist() for axis, loss in losses.items()}
+        store.save(layer_name(i), flatten(jax.device_get(done)), record)
+    layers.close()

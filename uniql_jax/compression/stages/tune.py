@@ -1,0 +1,77 @@
+"""Tune: train on with every weight rounded to its stored grid, from the integers that quantizing left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name, unflatten
+from uniql_jax.compression.contract import Gains, Progress, RecoveryData
+from uniql_jax.compression.finite import check_finite
+from uniql_jax.compression.stages.calibrate import Top
+from uniql_jax.compression.stages.recover import SUMMARY
+from uniql_jax.compression.stored import TOP, StoredLayers
+from uniql_jax.plan import Plan
+from uniql_jax.train import recover as training
+from uniql_jax.train.lora import packed_layer, packed_top
+from uniql_jax.weights.fake_quantized import from_quantized
+from uniql_jax.weights.quantized import QuantizedArray
+
+
+def tune(
+    plan: Plan,
+    top: Top,
+    teacher_layers: LayerStore,
+    quantized: StoredLayers,
+    unrounded: LayerStore,
+    data: RecoveryData,
+    folder: Path,
+    store: LayerStore,
+    progress: Progress,
+) -> Gains:
+    """Train the packed model; the integers that come of it go into `store`.
+
+    teacher_layers: the unpruned dense model to distill from, the original or what recovery made of it; unrounded: what
+    was rounded to the packed integers, in steps. Nothing is done again where the store is whole already.
+
+    Raises:
+        UserError: when the loss or a tuned scale is not finite.
+    """
+    settings, config = data.tuning, quantized.config
+    if settings is None:
+        raise ValueError("tuning wants settings of its own")
+    count = len(config.pattern)
+    if not store.has(SUMMARY):
+        layers = []
+        for i in range(count):
+            before = unflatten(unrounded.load(layer_name(i)))
+            packed = quantized.layer(i).items()
+            layers.append({kind: _trainable(block, before.get(kind, {})) for kind, block in packed})
+        tops = _trainable(quantized.top(), unrounded.load(TOP))
+        teacher = None
+        if settings.distill:
+            teacher = [jax.device_get(teacher_layers.layer(i)) for i in range(count)], jax.device_get(dict(top))
+        result = training.train(
+            config, layers, tops, plan, data.train, data.validation, settings, folder,
+            lambda steps: progress(steps, "tune"), teacher=teacher,
+        )  # fmt: skip
+        factors = jax.device_get(result.factors)
+        for i, layer in enumerate(layers):
+            tuned = packed_layer(config, i, layer, factors, settings.alpha)
+            check_finite(tuned, f"layer {i}, tuned:")
+            store.save(layer_name(i), flatten(tuned))
+        store.save(TOP, packed_top(tops, factors, settings.alpha))
+        gains = Gains(result.before, result.after, result.steps, result.best_step)
+        store.save(SUMMARY, {}, gains.to_json())
+    return Gains.from_json(store.record(SUMMARY))
+
+
+def _trainable(leaves: Mapping[str, Any], unrounded: Mapping[str, Any]) -> dict[str, Any]:
+    """Packed leaves as FakeQuantizedArrays, the others as they are."""
+    return {
+        name: from_quantized(value, unrounded[name]) if isinstance(value, QuantizedArray) else value
+        for name, value in leaves.items()
+    }

@@ -1,0 +1,28 @@
+"""Write: the whole checkpoint, in a folder of its own next to the artifacts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from uniql_jax.checkpoint import CheckpointWriter
+from uniql_jax.compression.contract import Source
+from uniql_jax.compression.stored import StoredLayers
+
+
+def write(folder: Path, source: Source, layers: StoredLayers, section: Mapping[str, Any]) -> int:
+    """Write the checkpoint of the finished layers into `folder`, anew; returns the bytes of its tensors.
+
+    section: of config.json, in addition to bits and groups: plan, settings, provenance, manifest.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    writer = CheckpointWriter(folder, source.hf_config, layers.meta | dict(section))
+    writer.add_top(layers.top())
+    for i in range(len(source.config.pattern)):
+        writer.add_layer(i, layers.layer(i))
+    size = writer.finish()
+    source.write_side_files(folder)
+    return size

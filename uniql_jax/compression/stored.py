@@ -1,0 +1,62 @@
+"""Layers in the form in which a checkpoint holds them, read back from a store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from uniql_jax import elastic
+from uniql_jax.checkpoint import packed, stored
+from uniql_jax.compression.artifacts import LayerStore, layer_name, unflatten
+from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.config import ModelConfig
+from uniql_jax.plan import axis_group_and_unit
+from uniql_jax.weights.quantized import group_size
+
+TOP = "top"
+"""Name of the entry that holds embedding, final norm and head."""
+
+
+def groups(config: ModelConfig) -> dict[str, int]:
+    """Quantization group per contracted dimension: along the hidden size and along each elastic axis."""
+    axes = {axis for kinds in config.pattern for axis in elastic.layer_axes(config, kinds)}
+    found = {axis: axis_group_and_unit(config, axis)[0] for axis in sorted(axes)}
+    return {"embed": group_size(config.hidden_size)} | {axis: group for axis, group in found.items() if group}
+
+
+def matrix_dtype(settings: CompressionSettings) -> Any:
+    """Type of the matrices that are not packed."""
+    return np.float32 if settings.bits == 32 else ml_dtypes.bfloat16
+
+
+class StoredLayers:
+    """The finished leaves of a store, QuantizedArray or numpy arrays."""
+
+    def __init__(self, config: ModelConfig, settings: CompressionSettings, store: LayerStore):
+        self.config, self.store = config, store
+        self.dtype = matrix_dtype(settings)
+        self.meta = {"bits": settings.bits, "groups": groups(config)}
+
+    def layer(self, index: int) -> dict[str, dict[str, Any]]:
+        """One layer, {kind: {leaf: value}}."""
+        found = unflatten(self.store.load(layer_name(index)))
+        return {kind: self._leaves(block, elastic.BLOCKS[kind]) for kind, block in found.items()}
+
+    def top(self) -> dict[str, Any]:
+        """Embedding, final norm and head."""
+        return self._leaves(self.store.load(TOP), elastic.TOP)
+
+    def _leaves(self, tensors: Mapping[str, Any], table: Mapping[str, elastic.Leaf]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in tensors.items():
+            name, _, part = key.partition(".")
+            if part == "scale":
+                continue
+            if part == "data":
+                out[name] = packed(self.config, self.meta, table[name], value, tensors[f"{name}.scale"])
+            else:
+                out[name] = stored(table[name], value, self.dtype)
+        return out

@@ -1,0 +1,89 @@
+"""The work folder of a run: one process at a time, one set of inputs; what is done stays there until it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows
+from uniql_jax.errors import UserError
+from uniql_jax.files import check_output, replace_output
+from uniql_jax.locking import hold_lock
+from uniql_jax.manifest import Manifest
+
+MANIFEST = "manifest.json"
+
+
+def work_folder(out: str | Path) -> Path:
+    """Where a run keeps what is done."""
+    target = Path(out).expanduser().absolute()
+    return target.with_name(f"{target.name}.partial")
+
+
+class Workspace:
+    """A claimed work folder. `started` says whether an earlier run left work in it."""
+
+    def __init__(self, folder: Path, target: Path):
+        self.folder, self.target = folder, target
+        self.started = (folder / MANIFEST).is_file()
+
+    def begin(self, manifest: Manifest) -> None:
+        """Start a run from these inputs, or go on with one from the very same; UserError names what changed."""
+        if self.started:
+            manifest.check(Manifest.load(self.folder / MANIFEST), self.folder)
+        else:
+            manifest.save(self.folder / MANIFEST)
+            self.started = True
+
+    def layers(self, name: str) -> LayerStore:
+        """A store of layers."""
+        return LayerStore(self.folder / name)
+
+    def streams(self, windows: Windows, interval: int) -> StreamStore:
+        """The store of streams."""
+        return StreamStore(self.folder / "streams", windows, interval)
+
+    def publish(self, staging: Path, overwrite: bool) -> None:
+        """Put the finished checkpoint in its place and remove the work folder."""
+        replace_output(staging, self.target, overwrite)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def workspace(out: str | Path, resume: bool, overwrite: bool) -> Iterator[Workspace]:
+    """Claim the work folder of `out`; a run that cannot start leaves nothing behind.
+
+    Raises:
+        UserError: when `out` cannot be written, when another process works there, or when an unfinished run is there
+            and `resume` is False.
+    """
+    target, folder = check_output(out, overwrite), work_folder(out)
+    made = _missing_parents(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+    try:
+        with hold_lock(folder):
+            work = Workspace(folder, target)
+            try:
+                if work.started and not resume:
+                    raise UserError(
+                        f"{folder} holds an unfinished run; add --resume to go on with it, or remove it to start anew"
+                    )
+                yield work
+            finally:
+                if not work.started:
+                    shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        if not folder.exists() and not target.exists():
+            for parent in made:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+
+
+def _missing_parents(folder: Path) -> list[Path]:
+    """The parents that will have to be made, the deepest first."""
+    return [parent for parent in folder.parents if not parent.exists()]
