@@ -33,7 +33,8 @@ from uniql_jax.evaluation.timing import environment
 from uniql_jax.plan import make_plan
 from uniql_jax.train import lora, rates
 from uniql_jax.train.examples import from_windows
-from uniql_jax.train.loop import RecoverySettings, Trainer
+from uniql_jax.train.loop import Trainer
+from uniql_jax.train.settings import RecoverySettings, alpha_of
 
 VARIANTS = ("1 products", "2 products", "4 none", "1 all")
 """Parts of a batch, and what is computed again backward."""
@@ -134,7 +135,7 @@ def main() -> None:
     args = parser.parse_args()
     config = read_config(args.config)
     base = RecoverySettings(
-        rank=args.rank, alpha=lora.alpha_of(args.rank), batch=args.batch, dropout=args.dropout, distill=args.distill,
+        rank=args.rank, alpha=alpha_of(args.rank), batch=args.batch, dropout=args.dropout, distill=args.distill,
         compute="bfloat16", steps=1000,
     )  # fmt: skip
     flops = needed_flops(config, base, args.batch, args.length)

@@ -20,14 +20,14 @@ from safetensors.numpy import load_file, save_file
 import uniql_jax
 from tests import compressed, published, reference
 from uniql_jax.checkpoint import open_checkpoint
-from uniql_jax.compression import finishing
-from uniql_jax.compression.contract import Recovery
+from uniql_jax.compression import refit
+from uniql_jax.compression.contract import RecoveryData
 from uniql_jax.compression.pipeline import compress
-from uniql_jax.compression.settings import REFIT_RATES, CompressionSettings
+from uniql_jax.compression.settings import REFIT_RATES, CompressionSettings, Resources
 from uniql_jax.convert.source import Source, open_source
 from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
-from uniql_jax.train import loop as recovery
+from uniql_jax.train import settings as recovery
 from uniql_jax.train.examples import from_windows
 from uniql_jax.weights.quantized import QuantizedArray, dense
 
@@ -35,8 +35,9 @@ CONFIG = published.shrink(published.LLAMA_2_7B, num_attention_heads=4, num_key_v
 QUICK = CompressionSettings(bits=4, rounding="nearest", scale_search=False)
 DENSE = CompressionSettings(bits=32, plan="uniform")
 RESUMED = {
-    "4 bits, refit, streams on disk": CompressionSettings(bits=4, refit=0.5, stream_memory=0, batch_tokens=192),
-    "16 bits": CompressionSettings(bits=16, batch_tokens=192),
+    "4 bits, refit": (CompressionSettings(bits=4, refit=0.5), Resources(batch_tokens=192)),
+    "4 bits, few streams kept": (CompressionSettings(bits=4), Resources(batch_tokens=192, stream_bytes=1)),
+    "16 bits": (CompressionSettings(bits=16), Resources(batch_tokens=192)),
 }
 
 
@@ -101,11 +102,11 @@ def _stop_at(stage: str, step: int) -> Callable[[Iterable[Any], str], Iterator[A
 @pytest.fixture(scope="session")
 def uninterrupted(
     tmp_path_factory: pytest.TempPathFactory, folder: Path, windows: np.ndarray
-) -> Callable[[CompressionSettings], tuple[Path, dict[str, int]]]:
+) -> Callable[..., tuple[Path, dict[str, int]]]:
     """CompressionSettings -> checkpoint of a run that nothing stopped, and the steps of each of its stages."""
 
     @functools.cache
-    def made(options: CompressionSettings) -> tuple[Path, dict[str, int]]:
+    def made(options: CompressionSettings, resources: Resources) -> tuple[Path, dict[str, int]]:
         stages: dict[str, int] = {}
 
         def progress(items: Any, desc: str) -> Any:
@@ -113,35 +114,43 @@ def uninterrupted(
             return items
 
         out = tmp_path_factory.mktemp("uninterrupted") / "out"
-        compress(open_source(folder), out, windows, options, progress=progress)
+        compress(open_source(folder), out, windows, options, resources=resources, progress=progress)
         return out, stages
 
     return made
 
 
-@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
+@pytest.mark.parametrize(("options", "resources"), RESUMED.values(), ids=RESUMED)
 def test_killed_at_any_layer_and_resumed_is_never_killed(
-    options: CompressionSettings, uninterrupted: Any, source: Source, windows: np.ndarray, tmp_path: Path
+    options: CompressionSettings,
+    resources: Resources,
+    uninterrupted: Any,
+    source: Source,
+    windows: np.ndarray,
+    tmp_path: Path,
 ) -> None:
     """One run, killed before the first, a middle and the last layer of every stage, each time resumed."""
-    whole, stages = uninterrupted(options)
+    whole, stages = uninterrupted(options, resources)
     assert len(stages) >= 2
     out, kills = tmp_path / "out", 0
     for stage, steps in stages.items():
         for step in range(steps):
             with pytest.raises(Killed):
-                compress(source, out, windows, options, resume=kills > 0, progress=_stop_at(stage, step))
+                compress(
+                    source, out, windows, options, resources=resources, resume=kills > 0, progress=_stop_at(stage, step)
+                )
             kills += 1
             assert not out.exists()
-    compress(source, out, windows, options, resume=True)
+    compress(source, out, windows, options, resources=resources, resume=True)
     assert kills == sum(stages.values()) >= 6
     assert _contents(out) == _contents(whole)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
+@pytest.mark.parametrize(("options", "resources"), RESUMED.values(), ids=RESUMED)
 def test_killed_before_a_file_gets_its_name(
     options: CompressionSettings,
+    resources: Resources,
     uninterrupted: Any,
     source: Source,
     windows: np.ndarray,
@@ -150,7 +159,7 @@ def test_killed_before_a_file_gets_its_name(
     rng: np.random.Generator,
 ) -> None:
     """Half-finished layers: what was written but not yet renamed is not taken for done."""
-    whole, _ = uninterrupted(options)
+    whole, _ = uninterrupted(options, resources)
     replace, calls = os.replace, 0
 
     def dying(at: int) -> Callable[..., None]:
@@ -164,16 +173,16 @@ def test_killed_before_a_file_gets_its_name(
         return call
 
     monkeypatch.setattr(os, "replace", dying(-1))
-    compress(source, tmp_path / "counted", windows, options)
+    compress(source, tmp_path / "counted", windows, options, resources=resources)
     total = calls
     for number, at in enumerate(rng.choice(np.arange(2, total + 1), 3, replace=False)):
         out, calls = tmp_path / f"out{number}", 0
         monkeypatch.setattr(os, "replace", dying(int(at)))
         with pytest.raises(Killed):
-            compress(source, out, windows, options)
+            compress(source, out, windows, options, resources=resources)
         monkeypatch.setattr(os, "replace", replace)
         assert not out.exists()
-        compress(source, out, windows, options, resume=True)
+        compress(source, out, windows, options, resources=resources, resume=True)
         assert _contents(out) == _contents(whole), f"killed at rename {at} of {total}"
 
 
@@ -191,9 +200,9 @@ def test_resuming_with_other_settings_or_windows_is_refused(
     with pytest.raises(Killed):
         compress(source, out, windows, QUICK, progress=_stop_at("sort", 1))
     before = _contents(tmp_path)
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="setting bits"):
         compress(source, out, windows, dataclasses.replace(QUICK, bits=8), resume=True)
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="calibration tokens"):
         compress(source, out, windows[:, ::-1].copy(), QUICK, resume=True)
     with pytest.raises(UserError, match="unfinished run"):
         compress(source, out, windows, QUICK)
@@ -321,18 +330,20 @@ def test_the_refit_makes_pruned_rates_better(folder: Path, windows: np.ndarray, 
 
 def test_recovery_in_the_pass(source: Source, folder: Path, windows: np.ndarray, tmp_path: Path) -> None:
     """LoRA is trained on the sorted model and merged before rounding; a kill on the way changes nothing."""
-    learnt, judged = from_windows(windows), from_windows(windows[:4])
-    wanted = Recovery(learnt, judged, recovery.RecoverySettings(steps=12, batch=4, lr=2e-3, dropout=0.0, evaluations=3))
+    train, validation = from_windows(windows), from_windows(windows[:4])
+    wanted = RecoveryData(
+        train, validation, recovery.RecoverySettings(steps=12, batch=4, lr=2e-3, dropout=0.0, evaluations=3)
+    )
     plain, out, again = tmp_path / "plain", tmp_path / "out", tmp_path / "again"
     compress(source, plain, windows, DENSE)
-    report = compress(source, out, windows, DENSE, recover=wanted)
+    report = compress(source, out, windows, DENSE, recovery=wanted)
     assert report.recovered is not None
     assert np.mean(list(report.recovered.after.values())) < np.mean(list(report.recovered.before.values()))
     assert open_checkpoint(out).meta["provenance"]["recovery"]["steps"] == 12
     before, after = (open_checkpoint(at).layer(0) for at in (plain, out))
     assert not np.array_equal(before["mlp"]["down"], after["mlp"]["down"])
     np.testing.assert_array_equal(before["mlp"]["norm"], after["mlp"]["norm"])
-    # what was judged is what was written
+    # what was validated is what was written
     model = uniql_jax.load(out, 0.35, dtype=jnp.float32)
     scores = jax.nn.log_softmax(jnp.asarray(_logits(model, windows[:4])))[:, :-1]
     loss = -np.take_along_axis(np.asarray(scores), windows[:4, 1:, None], axis=2).mean()
@@ -340,9 +351,9 @@ def test_recovery_in_the_pass(source: Source, folder: Path, windows: np.ndarray,
     for stage, step in (("recover", 7), ("finish", 1)):
         with pytest.raises(Killed):
             compress(
-                source, again, windows, DENSE, recover=wanted, resume=stage == "finish", progress=_stop_at(stage, step)
+                source, again, windows, DENSE, recovery=wanted, resume=stage == "finish", progress=_stop_at(stage, step)
             )
-    compress(source, again, windows, DENSE, recover=wanted, resume=True)
+    compress(source, again, windows, DENSE, recovery=wanted, resume=True)
     assert _contents(again) == _contents(out)
 
 
@@ -354,16 +365,16 @@ def _loss(at: Path, rate: float, windows: np.ndarray) -> float:
 @pytest.mark.parametrize("rank", [8, 0])
 def test_tuning_in_the_pass(source: Source, windows: np.ndarray, tmp_path: Path, rank: int) -> None:
     """After quantizing, training goes on with every weight rounded as it is stored, embedding and head among them: what
-    is judged is what is stored, pruned or not, before and after; a kill on the way changes nothing.
+    is validated is what is stored, pruned or not, before and after; a kill on the way changes nothing.
     """
-    learnt, judged = from_windows(windows), from_windows(windows[:4])
+    train, validation = from_windows(windows), from_windows(windows[:4])
     first = recovery.RecoverySettings(steps=1, batch=4, lr=1e-9, dropout=0.0, evaluations=1)
     then = dataclasses.replace(first, steps=40, lr=5e-3 if rank else 2e-2, evaluations=4, distill=0.3, rank=rank)
-    wanted = Recovery(learnt, judged, first, then)
+    wanted = RecoveryData(train, validation, first, then)
     options = CompressionSettings(bits=4, plan="uniform")
     plain, out, again = tmp_path / "plain", tmp_path / "out", tmp_path / "again"
-    compress(source, plain, windows, options, recover=dataclasses.replace(wanted, tuning=None))
-    report = compress(source, out, windows, options, recover=wanted)
+    compress(source, plain, windows, options, recovery=dataclasses.replace(wanted, tuning=None))
+    report = compress(source, out, windows, options, recovery=wanted)
     assert report.tuned is not None
     for rate in (0.0, 0.35):
         assert _loss(plain, rate, windows[:4]) == pytest.approx(report.tuned.before[rate], rel=1e-4)
@@ -380,15 +391,15 @@ def test_tuning_in_the_pass(source: Source, windows: np.ndarray, tmp_path: Path,
     for stage, step in (("quantize", 1), ("tune", 25)) if rank else ():
         with pytest.raises(Killed):
             compress(
-                source, again, windows, options, recover=wanted, resume=stage == "tune", progress=_stop_at(stage, step)
+                source, again, windows, options, recovery=wanted, resume=stage == "tune", progress=_stop_at(stage, step)
             )
-    compress(source, again, windows, options, recover=wanted, resume=True)
+    compress(source, again, windows, options, recovery=wanted, resume=True)
     assert _contents(again) == _contents(out)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9])
 def test_refit_rates_keep_the_asked_share_at_zero(share: float) -> None:
-    rates = finishing.refit_rates(200, share)
+    rates = refit.refit_rates(200, share)
     assert abs(np.mean(rates == 0) - share) <= 1 / 200 + 1e-9
     assert set(rates[rates > 0].tolist()) == set(REFIT_RATES)
     halves = np.mean(rates[:100] == 0), np.mean(rates[100:] == 0)
@@ -399,11 +410,11 @@ def test_refit_solves_its_least_squares(rng: np.random.Generator) -> None:
     a, truth = rng.standard_normal((200, 12)), rng.standard_normal((12, 5))
     y, start = a @ truth, rng.standard_normal((12, 5))
     f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
-    found = finishing.refit(f32(a.T @ a), f32(a.T @ y), f32(start), 1e-9)
+    found = refit.refit(f32(a.T @ a), f32(a.T @ y), f32(start), 1e-9)
     np.testing.assert_allclose(found, truth, atol=1e-3)
-    held = finishing.refit(f32(a.T @ a), f32(a.T @ y), f32(start), 1e6)
+    held = refit.refit(f32(a.T @ a), f32(a.T @ y), f32(start), 1e6)
     np.testing.assert_allclose(held, start, atol=1e-3)
-    nothing = finishing.refit(f32(np.zeros((12, 12))), f32(np.zeros((12, 5))), f32(start), 1e-2)
+    nothing = refit.refit(f32(np.zeros((12, 12))), f32(np.zeros((12, 5))), f32(start), 1e-2)
     np.testing.assert_allclose(nothing, start, rtol=1e-6)  # channels that are never met keep their weights
 
 

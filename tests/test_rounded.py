@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from uniql_jax import elastic
-from uniql_jax.compression.finishing import pack_leaf, pack_together
 from uniql_jax.compression.math.gptq import quantize
+from uniql_jax.compression.packing import pack_leaf, pack_together
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.model.layers.linear import apply_columns, apply_rows
 from uniql_jax.weights.fake_quantized import FakeQuantizedArray, from_quantized, position
@@ -44,8 +44,8 @@ def trained(
     found = pack_leaf(
         leaf, jnp.asarray(value), jnp.asarray(x.T @ x), CompressionSettings(bits=bits), GROUPS[contract], keep=True
     )
-    assert found.position is not None
-    weight = from_quantized(found.weight, found.position)
+    assert found.unrounded is not None
+    weight = from_quantized(found.weight, found.unrounded)
     left = jnp.asarray(size * rng.standard_normal((*shape[:-1], rank)), jnp.float32)
     right = jnp.asarray(rng.standard_normal((rank, shape[-1])), jnp.float32)
     return dataclasses.replace(weight, left=left, right=right, scale=2.0)

@@ -34,7 +34,7 @@ SAVED = {"dataset_info.json", "dataset_dict.json"}
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Rows of equal length: token ids, which of them are no padding, which of them are to be learnt.
+    """Rows of equal length: token ids, which of them are no padding, which of them are trained on.
 
     Padding is on the right. Raises ValueError where it is not.
     """
@@ -209,13 +209,13 @@ def _padded(examples: Examples, length: int) -> Examples:
 
 
 def split(examples: Examples, share: float, most: int, seed: int) -> tuple[Examples, Examples]:
-    """(to train on, to judge by): a random `share` of the rows, at least one and at most `most`, is held out.
+    """(train split, validation split): a random `share` of the rows, at least one and at most `most`, is held out.
 
     Raises UserError when there is a single row.
     """
     total = len(examples)
     if total < 2:
-        raise UserError(f"{examples.description}: too little to train on and judge by; name more text")
+        raise UserError(f"{examples.description}: too little to train on and validate by; name more text")
     held = min(max(1, round(share * total)), most)
     order = np.random.default_rng([seed, total]).permutation(total)
     return examples.take(np.sort(order[held:])), examples.take(np.sort(order[:held]))

@@ -20,11 +20,11 @@ from uniql_jax.errors import UserError
 from uniql_jax.files import check_output, check_space, staged_output
 from uniql_jax.train import examples, lora, recover
 from uniql_jax.train.examples import Examples
-from uniql_jax.train.loop import RecoverySettings, data_mesh, memory_bytes, resolved
+from uniql_jax.train.loop import data_mesh, memory_bytes, resolved
+from uniql_jax.train.settings import RecoverySettings
 from uniql_jax.version import __version__
 
 DEFAULTS = RecoverySettings()
-LENGTH = 256
 
 
 def open_trainable(folder: str) -> Checkpoint:
@@ -55,31 +55,37 @@ def refuse_early(out: str, resume: bool, overwrite: bool) -> None:
 
 
 def load_examples(checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[Examples, Examples]:
-    """(to train on, to judge by), with the checkpoint's own tokenizer; UserError for bad text."""
+    """(train split, validation split), with the checkpoint's own tokenizer; UserError for bad text."""
     config, tokenizer = checkpoint.config, data.load_tokenizer(checkpoint.folder)
     end = config.eos_ids[0] if config.eos_ids else getattr(tokenizer, "eos_token_id", None)
     read: dict[str, Any] = {"vocab_size": config.vocab_size, "end": end, "seed": args.seed}
-    learnt = examples.load(args.data, tokenizer, args.length, args.examples, **read)
-    if args.judge:
-        return learnt, examples.load(args.judge, tokenizer, args.length, DEFAULTS.held_most, **read)
-    return examples.split(learnt, DEFAULTS.held_share, DEFAULTS.held_most, args.seed)
+    train_split = examples.load(args.data, tokenizer, args.length, args.examples, **read)
+    if args.validation:
+        return train_split, examples.load(args.validation, tokenizer, args.length, DEFAULTS.held_most, **read)
+    return examples.split(train_split, DEFAULTS.held_share, DEFAULTS.held_most, args.seed)
 
 
-def describe(checkpoint: Checkpoint, out: str, options: RecoverySettings, learnt: Examples, judged: Examples) -> str:
+def describe(
+    checkpoint: Checkpoint, out: str, options: RecoverySettings, train_split: Examples, validation: Examples
+) -> str:
     """The plan: what will be trained on what, and what it takes."""
     config = checkpoint.config
     trained, frozen = lora.planned(config, options.rank)
     mesh = data_mesh(options.batch // options.accumulate)
-    length = learnt.tokens.shape[1]
-    share = learnt.learn.sum() / learnt.learn.size
+    length = train_split.tokens.shape[1]
+    share = train_split.learn.sum() / train_split.learn.size
     rows = [
         ("checkpoint", f"{checkpoint.folder}: {config.model_type}, {len(config.pattern)} layers, sorted"),
-        ("training", f"{learnt.description}; {len(learnt)} used, {share:.0%} of their tokens count"),
-        ("judged by", f"{len(judged)} held-out examples at rates {', '.join(f'{rate:g}' for rate in options.judged)}"),
+        ("training", f"{train_split.description}; {len(train_split)} used, {share:.0%} of their tokens count"),
+        (
+            "validation",
+            f"{len(validation)} held-out examples at rates "
+            + ", ".join(f"{rate:g}" for rate in options.validation_rates),
+        ),
         ("trained", f"{lora.described(options.rank)}, {trained / 1e6:.3g} M numbers for {frozen / 1e6:.4g} M weights"),
         (
             "steps",
-            f"{options.planned_steps(len(learnt))} of {options.batch} x {length} tokens in {options.accumulate} "
+            f"{options.planned_steps(len(train_split))} of {options.batch} x {length} tokens in {options.accumulate} "
             f"part(s), {options.compute}, learning rate {options.lr:.2g}, "
             f"on {mesh.size} x {jax.devices()[0].device_kind}",
         ),
@@ -120,8 +126,8 @@ def write(checkpoint: Checkpoint, out: str, result: recover.Result, options: Rec
 def finetune(
     checkpoint: Checkpoint,
     out: str,
-    learnt: Examples,
-    judged: Examples,
+    train_split: Examples,
+    validation: Examples,
     options: RecoverySettings,
     *,
     overwrite: bool = False,
@@ -131,12 +137,20 @@ def finetune(
     """Train, merge and write `out`; work that is done stays in OUT.partial until then. Raises UserError."""
     assert checkpoint.plan is not None
     options = resolved(options, checkpoint.config)
-    say(describe(checkpoint, out, options, learnt, judged))
+    say(describe(checkpoint, out, options, train_split, validation))
     folder = work_folder(out)
     layers = [checkpoint.layer(i) for i in range(len(checkpoint.config.pattern))]
     try:
         result = recover.train(
-            checkpoint.config, layers, checkpoint.top(), checkpoint.plan, learnt, judged, options, folder, progress
+            checkpoint.config,
+            layers,
+            checkpoint.top(),
+            checkpoint.plan,
+            train_split,
+            validation,
+            options,
+            folder,
+            progress,
         )
     except OSError as error:
         if error.errno != errno.ENOSPC:

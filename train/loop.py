@@ -27,60 +27,11 @@ from uniql_jax.train.examples import Examples
 from uniql_jax.train.lazy import scale_by_lazy_adam
 from uniql_jax.train.lora import Factors
 from uniql_jax.train.losses import head_losses
-from uniql_jax.train.rates import JUDGED
+from uniql_jax.train.settings import TEACHERS, RecoverySettings
 from uniql_jax.weights.fake_quantized import FakeQuantizedArray
 
 Batch = Mapping[str, Array]
 """tokens int32, valid and learn bool, each [microbatches, rows, length]."""
-TEACHERS = ("original", "rate 0")
-"""Whom pruned rates learn from: the unpruned model as it was, which keeps what it knew, or as it has become at rate 0
-in the same training, which has learnt the text meanwhile."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RecoverySettings:
-    """Settings of a recovery. The defaults are the paper's (UniQL, arXiv 2512.03383, appendix on fine-tuning).
-
-    lr: None for `usual_lr`. steps: None for `epochs` passes over the examples. A step's `batch` rows are worked on in
-    `accumulate` parts, which changes memory and nothing else. rank: of LoRA; 0 trains every weight on its own. dropout:
-    of what the low-rank path receives. rates: a distribution that `rates.probabilities` knows, or a number, the rate of
-    every step. distill: weight of the divergence from the teacher, 1 - distill that of the text; teacher: one of
-    TEACHERS. adapt: steps at rate 0, on the text alone, that come before all others: what they make of the unpruned
-    model is then what training starts from, and stands for the original as a teacher. compute: dtype of activations and
-    frozen weights; what is trained and the optimizer stay float32. remat: one of `stack.REMAT`.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.05
-    lr: float | None = None
-    warmup: int = 100  # steps; at most a tenth of them
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    steps: int | None = None
-    epochs: float = 5.0
-    batch: int = 32
-    accumulate: int = 1
-    rates: str = "low-kept-first"
-    judged: tuple[float, ...] = JUDGED
-    distill: float = 0.0
-    teacher: str = "original"
-    adapt: int = 0
-    compute: str = "float32"
-    remat: str = "none"
-    seed: int = 0
-    evaluations: int = 20  # spread over the run; fewer where they would cost more than training does
-    patience: int = 5  # evaluations in a row, none better than the best after the start, that end it
-    held_share: float = 0.05
-    held_most: int = 128
-
-    def total_steps(self, examples: int) -> int:
-        """Steps of a run over so many examples."""
-        return self.steps if self.steps is not None else max(1, math.ceil(self.epochs * examples / self.batch))
-
-    def planned_steps(self, examples: int) -> str:
-        """The steps of a run, in words."""
-        return (f"{self.adapt} at rate 0, then " if self.adapt else "") + f"{self.total_steps(examples)}"
 
 
 def on_device() -> dict[str, str]:
@@ -305,10 +256,10 @@ class Trainer:
         x = self.hidden(factors, frozen, tokens, valid, keep, key)
         share, given = self.options.distill, frozen.get("teacher")
         grown = self.options.teacher == "rate 0"
-        model, learnt = given or frozen, None if given else factors if grown else frozen.get("adapted")
+        model, adapted = given or frozen, None if given else factors if grown else frozen.get("adapted")
         teacher = teacher_top = None
         if share:
-            teacher = jax.lax.stop_gradient(self.hidden(learnt, model, tokens, valid, None))
+            teacher = jax.lax.stop_gradient(self.hidden(adapted, model, tokens, valid, None))
             teacher_top = jax.lax.stop_gradient(model["top"])
         learn = batch["learn"].astype(jnp.float32)
         return head_losses(

@@ -95,13 +95,6 @@ def described(rank: int) -> str:
     return f"LoRA rank {rank}" if rank else "every weight"
 
 
-def alpha_of(rank: int) -> float:
-    """The paper's 16 at rank 8, and for other ranks what makes the sum of their updates grow no faster: alpha / rank
-    falls with the root of the rank (Kalajdzievski, arXiv 2312.03732).
-    """
-    return 16.0 * math.sqrt(rank / 8)
-
-
 def count(factors: Factors) -> int:
     """How many numbers are trained."""
     return sum(factor.size for factor in jax.tree.leaves(factors))

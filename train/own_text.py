@@ -1,7 +1,7 @@
-"""Text that a model writes itself, for sorting and recovery where no text is at hand, or beside what is.
+"""Text that a model writes itself, for sorting and recovery where there is no text, or in addition to what there is.
 
-What a model writes is spread over all kinds of text that it has learnt, so that recovery on it, with the model's own
-logits as the teacher (--distill), wins back kinds that the text at hand does not hold.
+What a model writes is spread over all kinds of text that it was trained on. Recovery on it, with the model's own logits
+as the teacher (--distill), wins back kinds that the text at hand does not hold.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM, decode, init_cache, prefill
 from uniql_jax.runtime import loading
 
-WINDOWS, LENGTH, BATCH = 2048, 256, 64
+BATCH = 64
 EVERY = 30
 """Batches after which what is done is kept on disk, at least."""
 

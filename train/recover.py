@@ -24,8 +24,9 @@ from uniql_jax.errors import UserError
 from uniql_jax.plan import Plan
 from uniql_jax.train import lora, rates, stack
 from uniql_jax.train.examples import Examples, batch_rows, from_windows, split
-from uniql_jax.train.loop import RecoverySettings, Trainer, resolved
+from uniql_jax.train.loop import Trainer, resolved
 from uniql_jax.train.lora import Factors
+from uniql_jax.train.settings import RecoverySettings
 
 LOG = "log.jsonl"
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -33,7 +34,7 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The best factors, the validation loss per judged rate before and after (nats), and the steps that were made."""
+    """The best factors, validation loss per rate before and after (nats), and the steps that were made."""
 
     factors: Factors
     before: dict[float, float]
@@ -47,7 +48,7 @@ def fingerprint(
     layers: Sequence[lora.Layer],
     plan: Plan,
     examples: Examples,
-    judged: Examples,
+    validation: Examples,
     options: RecoverySettings,
 ) -> str:
     """Names a run: what it starts from and how; another one must not go on with its work."""
@@ -56,7 +57,7 @@ def fingerprint(
         for block in layer.values():
             for value in jax.tree.leaves(block):
                 digest.update(np.ascontiguousarray(value[:1]).tobytes())  # enough to tell models apart
-    for part in (examples, judged):
+    for part in (examples, validation):
         for array in (part.tokens, part.valid, part.learn):
             digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
@@ -131,43 +132,43 @@ def train(
     top: Mapping[str, Any],
     plan: Plan,
     examples: Examples,
-    judged: Examples,
+    validation: Examples,
     options: RecoverySettings,
     folder: Path,
     progress: Progress = lambda steps: steps,
     trainer: Trainer | None = None,
     teacher: tuple[Sequence[lora.Layer], Mapping[str, Any]] | None = None,
 ) -> Result:
-    """Train LoRA factors at rates drawn from `options.rates`; the best at the judged rates, on average, are returned.
+    """Train LoRA factors at rates drawn from `options.rates`; those with the best mean validation loss are returned.
 
     layers, top, teacher: as for Trainer, sorted, unpruned. The work folder is made, or gone on with. Raises UserError
     when it belongs to another run, and when the loss is no longer finite.
     """
     options = resolved(options, config)
     steps = options.total_steps(len(examples))
-    saved = Saved(folder, fingerprint(config, layers, plan, examples, judged, options))
+    saved = Saved(folder, fingerprint(config, layers, plan, examples, validation, options))
     try:
         trainer = trainer or Trainer(config, layers, top, options, steps, teacher=teacher)
         if options.adapt:
-            rate_0: dict[str, Any] = dict(rates="0", judged=(0.0,), distill=0.0)
+            rate_0: dict[str, Any] = dict(rates="0", validation_rates=(0.0,), distill=0.0)
             first = dataclasses.replace(options, adapt=0, steps=options.adapt, **rate_0)
             alone = trainer.variant(first, options.adapt)
             found = train(
-                config, layers, top, plan, examples, judged, first, folder / "adapt", progress, alone, teacher
+                config, layers, top, plan, examples, validation, first, folder / "adapt", progress, alone, teacher
             )
             trainer.start_from(found.factors)
-        return _run(trainer, plan, examples, judged, options, steps, saved, folder, progress)
+        return _run(trainer, plan, examples, validation, options, steps, saved, folder, progress)
     finally:
         saved.close()
 
 
-def evaluations(options: RecoverySettings, steps: int, judged: int) -> int:
+def evaluations(options: RecoverySettings, steps: int, validation: int) -> int:
     """Evaluations of a run: as many as asked, but no more than cost what training does; one at least.
 
     A step is one forward and one backward pass over a batch, an evaluation a forward pass over all examples that judge,
     at each rate.
     """
-    affordable = 3 * options.batch * steps // (judged * len(options.judged))
+    affordable = 3 * options.batch * steps // (validation * len(options.validation_rates))
     return max(1, min(options.evaluations, affordable))
 
 
@@ -175,19 +176,19 @@ def _run(
     trainer: Trainer,
     plan: Plan,
     examples: Examples,
-    judged: Examples,
+    validation: Examples,
     options: RecoverySettings,
     steps: int,
     saved: Saved,
     folder: Path,
     progress: Progress,
 ) -> Result:
-    batches = trainer.evaluation_batches(judged)
-    keeps = {rate: rates.keep_arrays(plan, rate) for rate in {*rates.RATES, *options.judged}}
-    every = max(1, steps // evaluations(options, steps, len(judged)))
+    batches = trainer.evaluation_batches(validation)
+    keeps = {rate: rates.keep_arrays(plan, rate) for rate in {*rates.RATES, *options.validation_rates}}
+    every = max(1, steps // evaluations(options, steps, len(validation)))
 
     def judge(factors: Factors) -> dict[float, float]:
-        return {rate: trainer.evaluate(factors, batches, keeps[rate]) for rate in options.judged}
+        return {rate: trainer.evaluate(factors, batches, keeps[rate]) for rate in options.validation_rates}
 
     factors, state = trainer.init()
     best = factors
@@ -202,7 +203,7 @@ def _run(
         factors, state, best = arrays["factors"], arrays["state"], arrays["best"]
     log = Log(folder / LOG, start)
     if found is None:
-        log.write({"step": 0, "validation": _by_rate(options.judged, notes["after"])})
+        log.write({"step": 0, "validation": _by_rate(options.validation_rates, notes["after"])})
     pending: list[tuple[int, float, Any]] = []
     bar = progress(range(start, steps))
     for i in bar:
@@ -223,7 +224,7 @@ def _run(
             log.write({"step": step, "rate": seen, "loss": float(value)})
         pending = []
         scores = judge(factors)
-        log.write({"step": i + 1, "validation": _by_rate(options.judged, scores.values())})
+        log.write({"step": i + 1, "validation": _by_rate(options.validation_rates, scores.values())})
         mean = float(np.mean(list(scores.values())))
         if mean < np.mean(notes["after"]):
             best, notes = factors, notes | {"after": list(scores.values()), "best_step": i + 1}
@@ -235,13 +236,13 @@ def _run(
             text = ", ".join(f"{rate:g}: {score:.3f}" for rate, score in scores.items())
             bar.set_postfix_str(f"validation loss at {text}")  # pyright: ignore[reportAttributeAccessIssue]
     done = json.loads((folder / LOG).read_text().splitlines()[-1])["step"]
-    before, after = (dict(zip(options.judged, notes[name], strict=True)) for name in ("before", "after"))
+    before, after = (dict(zip(options.validation_rates, notes[name], strict=True)) for name in ("before", "after"))
     best = stack.unstack_factors(trainer.config, jax.device_get(best))
     return Result(best, before, after, int(done), int(notes["best_step"]))
 
 
-def _by_rate(judged: Sequence[float], scores: Iterable[float]) -> dict[str, float]:
-    return {f"{rate:g}": score for rate, score in zip(judged, scores, strict=True)}
+def _by_rate(validation: Sequence[float], scores: Iterable[float]) -> dict[str, float]:
+    return {f"{rate:g}": score for rate, score in zip(validation, scores, strict=True)}
 
 
 def recover(
@@ -264,7 +265,7 @@ def recover(
     """
     options = options or RecoverySettings()
     known = examples if isinstance(examples, Examples) else from_windows(examples)
-    learnt, judged = split(known, options.held_share, options.held_most, options.seed)
-    result = train(config, layers, top, plan, learnt, judged, options, Path(folder), progress)
+    train_split, validation = split(known, options.held_share, options.held_most, options.seed)
+    result = train(config, layers, top, plan, train_split, validation, options, Path(folder), progress)
     host = jax.device_get(result.factors)
     return [lora.merge_layer(i, layer, host, options.alpha) for i, layer in enumerate(layers)], result

@@ -22,11 +22,9 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.model.causal_lm import apply_layer
 from uniql_jax.model.layers.context import Context
 from uniql_jax.train.lora import Factors, Layer, beside
+from uniql_jax.train.settings import REMAT
 from uniql_jax.weights.lora import PRODUCT
 
-REMAT = ("none", "products", "all")
-"""What is computed again in the backward pass: nothing; all but the results of products with weights, which is cheap;
-all but what passes between layers, which needs the least memory and a third more arithmetic."""
 POLICIES = {"products": jax.checkpoint_policies.save_only_these_names(PRODUCT), "all": None}
 
 

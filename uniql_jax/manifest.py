@@ -95,6 +95,6 @@ def hash_arrays(*arrays: Any) -> str:
 
 
 def settings_inputs(prefix: str, settings: Any, leave_out: Iterable[str] = ()) -> dict[str, str]:
-    """One input for each field of a dataclass of settings, as "PREFIX FIELD"; `leave_out` names what changes nothing."""
+    """One input per field of a dataclass of settings, "PREFIX FIELD"; `leave_out` names those that change nothing."""
     values = dataclasses.asdict(settings)
     return {f"{prefix} {name}": json.dumps(value) for name, value in values.items() if name not in leave_out}

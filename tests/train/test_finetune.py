@@ -42,7 +42,7 @@ def test_a_run_killed_and_resumed_gives_a_checkpoint_of_the_same_form(
     whole, out = tmp_path / "whole", tmp_path / "broken"
     assert _run(*common, "--out", whole) == 0
     shown = capsys.readouterr().out
-    for row in ("checkpoint", "training", "judged by", "trained", "steps", "memory", "output", "prune rate"):
+    for row in ("checkpoint", "training", "validation", "trained", "steps", "memory", "output", "prune rate"):
         assert f"\n{row}" in f"\n{shown}"
     assert not list(tmp_path.glob("*.partial*"))
     before, after = open_checkpoint(ckpt), open_checkpoint(whole)

@@ -16,6 +16,7 @@ from uniql_jax import elastic
 from uniql_jax.model.causal_lm import CausalLM, hidden_states, logits, prune
 from uniql_jax.model.layers.linear import apply_columns, apply_rows
 from uniql_jax.train import lora, rates
+from uniql_jax.train.settings import alpha_of
 from uniql_jax.weights.delta import DeltaArray
 from uniql_jax.weights.lora import LoraArray
 
@@ -145,8 +146,8 @@ def test_dropout_spares_the_mean_and_the_frozen_path(rng: np.random.Generator) -
 
 
 def test_alpha_is_the_papers_at_its_rank() -> None:
-    assert lora.alpha_of(8) == 16.0
-    assert lora.alpha_of(32) / 32 == pytest.approx(lora.alpha_of(8) / 8 / 2)  # four times the rank, half the scale
+    assert alpha_of(8) == 16.0
+    assert alpha_of(32) / 32 == pytest.approx(alpha_of(8) / 8 / 2)  # four times the rank, half the scale
 
 
 @pytest.mark.parametrize("family", cases.FAMILIES)

@@ -6,22 +6,19 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from uniql_jax import console
-from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.commands import cli
-from uniql_jax.compression.compress import DEFAULTS, LENGTH, RECOVER_LENGTH, RECOVERY, WINDOWS, compress
-from uniql_jax.compression.describe import format_seconds
-from uniql_jax.compression.math import mlp, rope_pairs, ssm, value_output
-from uniql_jax.model.causal_lm import cache_bytes
-from uniql_jax.plan import MAX_PRUNE_RATE
-from uniql_jax.train import rates
-from uniql_jax.train import recover as recovery
-from uniql_jax.train.loop import on_device
-from uniql_jax.train.lora import alpha_of
+from uniql_jax.compression import settings as choices
+from uniql_jax.compression.settings import LENGTH, RECOVER_LENGTH, WINDOWS, CompressionSettings
+from uniql_jax.limits import MAX_PRUNE_RATE
+from uniql_jax.train.settings import RecoverySettings, alpha_of
 
-BITS = (4, 8, 16)
-PLANS = ("loss", "influence", "uniform")
+if TYPE_CHECKING:
+    from uniql_jax.compression.contract import Gains
+
+DEFAULTS, RECOVERY = CompressionSettings(), RecoverySettings()
 REFIT_SHARE = 0.5
 CACHED = 4096  # tokens of the text whose state the summary counts
 RATES = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
@@ -42,7 +39,7 @@ examples:
   the same, and then what 4 bits cost as well:
     python -m uniql_jax.compress --ckpt path/to/model --out elastic --recover notes/ alpaca.json --recover-tune 1000
 
-  nearly all of it, with much text (beside your own what the model writes itself: python -m train.own_text), a small
+  nearly all of it, with much text (your own, and what the model writes itself: uniql own-text), a small
   model; a large one wants --recover-rank 64 instead:
     python -m uniql_jax.compress --ckpt path/to/model --out elastic --recover notes/ own.npy --recover-rank 0 \\
         --recover-adapt 300 --recover-distill 0.9 --recover-steps 3000 --recover-tune 10000
@@ -61,6 +58,9 @@ The checkpoint holds every prune rate from 0 to {MAX_PRUNE_RATE}: the rate is ch
 
 def summary(out: str | Path) -> str:
     """Sizes of a finished checkpoint at each rate, and the commands to go on with."""
+    from uniql_jax.checkpoint import open_checkpoint
+    from uniql_jax.model.causal_lm import cache_bytes
+
     checkpoint = open_checkpoint(Path(out).expanduser())
     plan = checkpoint.plan
     assert plan is not None
@@ -80,13 +80,13 @@ def summary(out: str | Path) -> str:
             "Next:",
             f"  python -m uniql_jax.evaluate --ckpt {out} --text TEXT --prune-rates 0,0.15,0.25,0.35",
             f'  python -m uniql_jax.generate --ckpt {out} --prune-rate 0.25 --prompt "Once upon a time"',
-            f"  python -m convert.to_hf {out} {out}-hf --prune-rate 0.25",
+            f"  python -m uniql_jax.export {out} {out}-hf --prune-rate 0.25",
         ]
     )
 
 
-def gains(recovered: recovery.Result, tuned: recovery.Result | None = None) -> str:
-    """Held-out perplexity of the sorted model at the judged rates, before and after recovery (unquantized), and of the
+def gains(recovered: Gains, tuned: Gains | None = None) -> str:
+    """Validation perplexity of the sorted model at fixed rates before and after recovery (unquantized), and of the
     quantized one before and after tuning.
     """
     stages = [recovered, *([tuned] if tuned is not None else [])]
@@ -95,7 +95,7 @@ def gains(recovered: recovery.Result, tuned: recovery.Result | None = None) -> s
         for rate in sorted(recovered.before)
     ]
     return console.table(
-        rows, ["prune rate", "held-out perplexity", "recovered", "quantized", "tuned"][: 1 + 2 * len(stages)]
+        rows, ["prune rate", "validation perplexity", "recovered", "quantized", "tuned"][: 1 + 2 * len(stages)]
     )
 
 
@@ -113,7 +113,11 @@ def parser() -> cli.Parser:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to create; until it is whole, DIR.partial")
     parser.add_argument(
-        "--bits", type=int, choices=BITS, default=DEFAULTS.bits, help="of a weight; 16 sorts but does not quantize"
+        "--bits",
+        type=int,
+        choices=choices.BITS,
+        default=DEFAULTS.bits,
+        help="of a weight; 16 sorts but does not quantize",
     )
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run of the same settings")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR, if it is a model, once all is done")
@@ -155,8 +159,8 @@ def parser() -> cli.Parser:
         "--recover-batch", type=cli.positive_int, default=RECOVERY.batch, metavar="N", help="examples of a step"
     )
     training.add_argument(
-        "--recover-rates", type=rates.distribution, default=RECOVERY.rates, metavar="HOW",
-        help="how prune rates are drawn: low-kept-first (high rates oftener), sandwich (both ends), uniform",
+        "--recover-rates", type=cli.rate_distribution, default=RECOVERY.rates, metavar="HOW",
+        help="how prune rates are drawn: low-kept-first (high rates more often), sandwich (both ends), uniform",
     )  # fmt: skip
     training.add_argument(
         "--recover-distill",
@@ -189,24 +193,28 @@ def parser() -> cli.Parser:
     )
     method.add_argument("--no-rotate", action="store_true", help="leave the stream unrotated")
     method.add_argument(
-        "--rounding", choices=("gptq", "nearest"), default=DEFAULTS.rounding, help="nearest is the baseline"
-    )
-    method.add_argument("--mlp-score", choices=mlp.METHODS, default=DEFAULTS.mlp_score, help="order of MLP channels")
-    method.add_argument(
-        "--pair-score", choices=rope_pairs.METHODS, default=DEFAULTS.pair_score, help="order of RoPE pairs"
+        "--rounding", choices=choices.ROUNDINGS, default=DEFAULTS.rounding, help="nearest is the baseline"
     )
     method.add_argument(
-        "--value-output", choices=value_output.METHODS, default=DEFAULTS.value_output, help="basis of V/O ranks"
+        "--mlp-score", choices=choices.MLP_SCORES, default=DEFAULTS.mlp_score, help="order of MLP channels"
     )
     method.add_argument(
-        "--channel-score", choices=ssm.CHANNEL_METHODS, default=DEFAULTS.channel_score, help="order of SSM channels"
+        "--pair-score", choices=choices.PAIR_SCORES, default=DEFAULTS.pair_score, help="order of RoPE pairs"
     )
     method.add_argument(
-        "--state-score", choices=ssm.STATE_METHODS, default=DEFAULTS.state_score, help="order of SSM states"
+        "--value-output", choices=choices.VALUE_OUTPUTS, default=DEFAULTS.value_output, help="basis of V/O ranks"
+    )
+    method.add_argument(
+        "--channel-score", choices=choices.CHANNEL_SCORES, default=DEFAULTS.channel_score, help="order of SSM channels"
+    )
+    method.add_argument(
+        "--state-score", choices=choices.STATE_SCORES, default=DEFAULTS.state_score, help="order of SSM states"
     )
     plan = method.add_mutually_exclusive_group()
     # no default: argparse tells two options of a group apart only when they differ from it
-    plan.add_argument("--plan", choices=PLANS, help=f"what decides where cuts come first (default: {DEFAULTS.plan})")
+    plan.add_argument(
+        "--plan", choices=choices.PLANS, help=f"what decides where cuts come first (default: {DEFAULTS.plan})"
+    )
     plan.add_argument("--uniform", action="store_true", help="short for --plan uniform: all layers are cut alike")
     return parser
 
@@ -214,7 +222,11 @@ def parser() -> cli.Parser:
 def main(argv: list[str]) -> None:
     """Run the command; raises UserError."""
     args = parser().parse_args(argv)
-    options = dataclasses.replace(
+    from uniql_jax.compression.compress import compress
+    from uniql_jax.compression.describe import format_seconds
+    from uniql_jax.train.loop import on_device
+
+    settings = dataclasses.replace(
         DEFAULTS,
         bits=args.bits,
         seed=args.seed,
@@ -228,7 +240,7 @@ def main(argv: list[str]) -> None:
         rounding=args.rounding,
         refit=args.refit,
     )
-    recover_options = dataclasses.replace(
+    recover_settings = dataclasses.replace(
         RECOVERY,
         steps=args.recover_steps,
         lr=args.recover_lr,
@@ -248,9 +260,9 @@ def main(argv: list[str]) -> None:
         calib=args.calib or (),
         calib_windows=args.calib_windows,
         calib_length=args.calib_length,
-        options=options,
+        settings=settings,
         recover=args.recover,
-        recover_options=recover_options,
+        recover_settings=recover_settings,
         recover_length=args.recover_length,
         recover_tune=args.recover_tune,
         resume=args.resume,

@@ -7,8 +7,6 @@ import json
 from uniql_jax import console
 from uniql_jax.commands import cli
 from uniql_jax.errors import UserError
-from uniql_jax.evaluation import plot, tasks
-from uniql_jax.evaluation.evaluate import evaluate, report
 
 
 def parser() -> cli.Parser:
@@ -46,6 +44,9 @@ def parser() -> cli.Parser:
 def main(argv: list[str]) -> None:
     """Run the command; raises UserError."""
     args = parser().parse_args(argv)
+    from uniql_jax.evaluation import plot, tasks
+    from uniql_jax.evaluation.evaluate import evaluate, report
+
     if not args.text and not args.tasks:
         raise UserError("name held-out text with --text, or zero-shot tasks with --tasks (see --help)")
     if args.tasks:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from uniql_jax.commands import cli
-from uniql_jax.convert.to_hf import DTYPES, export
 
 
 def main(argv: list[str]) -> None:
@@ -14,8 +13,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("checkpoint", metavar="DIR", help="elastic checkpoint, as uniql_jax.compress writes it")
     parser.add_argument("out", metavar="OUT", help="folder to create")
     parser.add_argument("--prune-rate", type=cli.prune_rate, default=0.0, metavar="R", help="0 to 0.35")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="number format (default: the original model's)")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="number format (default: the original model's)"
+    )
     parser.add_argument("--max-shard-size", type=cli.memory_size, default="5GB", metavar="SIZE", help="of one file")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model folder")
     args: argparse.Namespace = parser.parse_args(argv)
+    from uniql_jax.convert.to_hf import export
+
     export(args.checkpoint, args.out, args.prune_rate, args.dtype, args.max_shard_size, args.overwrite)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from uniql_jax.commands import cli
-from uniql_jax.convert.from_hf import convert
 
 
 def main(argv: list[str]) -> None:
@@ -15,4 +14,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("out", metavar="DIR", help="folder to create")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is a model folder")
     args: argparse.Namespace = parser.parse_args(argv)
+    from uniql_jax.convert.from_hf import convert
+
     convert(args.checkpoint, args.out, args.overwrite)

@@ -1,96 +1,162 @@
-"""One pass over a model, from its original weights to one elastic checkpoint for every prune rate."""
+"""The public function `compress`: opens the source, reads the text, says the plan, and runs the pass."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
-import json
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from uniql_jax import data
 from uniql_jax.checkpoint import open_checkpoint
-from uniql_jax.compression import pipeline as run
-from uniql_jax.compression.contract import Progress, Recovery, Report
-from uniql_jax.compression.describe import describe, work_folder
+from uniql_jax.compression import pipeline
+from uniql_jax.compression.contract import Progress, RecoveryData, Report
+from uniql_jax.compression.describe import describe
 from uniql_jax.compression.estimate import disk_bytes
-from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.compression.inputs import manifest_of
+from uniql_jax.compression.settings import LENGTH, RECOVER_LENGTH, WINDOWS, CompressionSettings, Resources
+from uniql_jax.compression.workspace import workspace
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert.source import Source, open_source
 from uniql_jax.errors import UserError
-from uniql_jax.files import check_output, check_space
+from uniql_jax.files import DISK_ERRORS, check_apart, check_space
+from uniql_jax.manifest import Manifest
 from uniql_jax.train import examples
-from uniql_jax.train.loop import RecoverySettings, resolved
+from uniql_jax.train.loop import resolved
+from uniql_jax.train.settings import RecoverySettings
 
-DEFAULTS = CompressionSettings()
-WINDOWS, LENGTH = 128, 512
-RECOVERY, RECOVER_LENGTH = RecoverySettings(), 256
+
+def compress(
+    ckpt: str,
+    out: str | Path,
+    *,
+    calib: Sequence[str] = (),
+    calib_windows: int = WINDOWS,
+    calib_length: int = LENGTH,
+    settings: CompressionSettings = CompressionSettings(),
+    resources: Resources = Resources(),
+    recover: Sequence[str] = (),
+    recover_settings: RecoverySettings = RecoverySettings(),
+    recover_length: int = RECOVER_LENGTH,
+    recover_tune: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda items, _: items,
+    say: Callable[[str], object] = lambda text: None,
+) -> Report | None:
+    """Make the elastic checkpoint of a model: one pass, every prune rate.
+
+    Work that is done stays in OUT.partial until the checkpoint is whole, and resume=True goes on from there.
+
+    Args:
+        ckpt: Hugging Face folder, hub id, .gguf file, Megatron .pt file, or the word demo.
+        out: folder to create.
+        calib: specs of text or token ids (see uniql_jax.data), windows shared out evenly; none: a mixed default.
+        calib_windows: calibration windows in all.
+        calib_length: tokens of a window.
+        settings: what decides the result.
+        resources: what the run may use.
+        recover: specs of instruction sets or text to train masked LoRA on before quantizing; none: no recovery.
+        recover_settings: how to train.
+        recover_length: tokens of a training example.
+        recover_tune: further steps after quantizing, with every weight rounded as it is stored.
+        resume: go on with an unfinished run of the very same inputs.
+        overwrite: replace `out`, if it is a model folder, once all is done.
+        progress: called with the items of each stage and its name.
+        say: gets the plan before the work.
+
+    Returns:
+        What was done; None when `resume` finds a checkpoint from the very same inputs.
+
+    Raises:
+        UserError: for bad input; nothing is left behind by a run that cannot start.
+    """
+    _check_arguments(settings, calib_length, recover, recover_tune)
+    source = open_source(ckpt)
+    check_apart(out, ckpt)
+
+    def read() -> tuple[data.Windows, RecoveryData | None]:
+        windows = calibration_windows(source, calib, calib_windows, calib_length, settings.seed)
+        if not recover:
+            return windows, None
+        return windows, load_recovery(source, recover, recover_settings, recover_length, recover_tune)
+
+    if resume and not overwrite and Path(out).expanduser().is_dir():
+        windows, recovery = read()
+        _check_finished(out, manifest_of(source, windows.tokens, settings, recovery, progress))
+        say(f"{out} is whole already: nothing to resume")
+        return None
+    with workspace(out, resume, overwrite) as work:
+        tuned = recover_tune is not None
+        if not work.started:  # what a started run still needs is less, and unknown
+            check_space(work.folder, disk_bytes(source.config, settings, resources, 0, tuned))
+        windows, recovery = read()
+        if not work.started:
+            check_space(work.folder, disk_bytes(source.config, settings, resources, windows.tokens.size, tuned))
+        say(describe(source, out, settings, resources, windows, recovery))
+        manifest = manifest_of(source, windows.tokens, settings, recovery, progress)
+        work.begin(manifest)
+        provenance = {"calibration": windows.description}
+        try:
+            return pipeline.run(
+                work, source, windows.tokens, settings, resources, recovery, manifest, overwrite, provenance, progress
+            )
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            raise UserError(
+                f"the disk refused to write ({error.strerror}); mend that and add --resume: {work.folder} is kept"
+            ) from None
+
+
+def _check_arguments(
+    settings: CompressionSettings, calib_length: int, recover: Sequence[str], recover_tune: int | None
+) -> None:
+    if not 0 <= (settings.refit or 0.0) < 1:
+        raise UserError(f"--refit is a share of the windows, at least 0 and less than 1, not {settings.refit}")
+    if calib_length < 2:
+        raise UserError("--calib-length must be at least 2 tokens")
+    if recover_tune is not None and not (recover and settings.packed):
+        raise UserError("--recover-tune goes on with --recover after quantizing: it wants --recover and 4 or 8 bits")
+
+
+def _check_finished(out: str | Path, manifest: Manifest) -> None:
+    """Raise UserError unless `out` is the checkpoint that this very run would make."""
+    found = open_checkpoint(Path(out).expanduser()).meta.get("manifest")
+    try:
+        made_from = Manifest.from_json(found)
+    except ValueError:
+        raise UserError(f"{out} exists and does not say what it was made from; add --overwrite to replace it") from None
+    manifest.check(made_from, out)
 
 
 def recovery_settings(
-    config: ModelConfig, options: RecoverySettings, tune: int | None
+    config: ModelConfig, settings: RecoverySettings, tune: int | None
 ) -> tuple[RecoverySettings, RecoverySettings | None]:
     """Settings before quantizing, and for `tune` steps after it (None: none): the same but for dropout, and with what
     was recovered as the teacher.
     """
-    options = resolved(options, config)
+    settings = resolved(settings, config)
     if tune is None:
-        return options, None
-    return options, dataclasses.replace(options, steps=tune, dropout=0.0, adapt=0, teacher="rate 0")
+        return settings, None
+    return settings, dataclasses.replace(settings, steps=tune, dropout=0.0, adapt=0, teacher="rate 0")
 
 
 def load_recovery(
-    source: Source, specs: Sequence[str], options: RecoverySettings, length: int, tune: int | None = None
-) -> Recovery:
-    """What `--recover` trains on and is judged by, read with the source's tokenizer, and its `recovery_settings`;
-    UserError for bad text.
-    """
+    source: Source, specs: Sequence[str], settings: RecoverySettings, length: int, tune: int | None = None
+) -> RecoveryData:
+    """What `--recover` trains on and is validated by, read with the source's tokenizer; UserError for bad text."""
     with tempfile.TemporaryDirectory() as folder:
-        source.write_side_files(Path(folder))
+        source.write_side_files(folder)
         tokenizer = data.load_tokenizer(folder)
     config = source.config
-    options, tuning = recovery_settings(config, options, tune)
+    settings, tuning = recovery_settings(config, settings, tune)
     end = config.eos_ids[0] if config.eos_ids else getattr(tokenizer, "eos_token_id", None)
     found = examples.load(
-        list(specs), tokenizer, length, None, vocab_size=config.vocab_size, end=end, seed=options.seed
+        list(specs), tokenizer, length, None, vocab_size=config.vocab_size, end=end, seed=settings.seed
     )
-    learnt, judged = examples.split(found, options.held_share, options.held_most, options.seed)
-    return Recovery(learnt, judged, options, tuning)
-
-
-def refuse_early(out: str | Path, resume: bool, overwrite: bool) -> None:
-    """Raise UserError for what stands in the way at `out`, before anything long begins."""
-    check_output(out, overwrite)
-    folder = work_folder(out)
-    if folder.exists() and not resume:
-        raise UserError(f"{folder} holds an unfinished run; add --resume to go on with it, or remove it to start anew")
-    place = folder.parent
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"cannot write {out}: {place} is no folder that you may write to")
-
-
-def is_done(
-    out: str | Path, name: str, options: CompressionSettings, training: Sequence[RecoverySettings | None] = (None, None)
-) -> bool:
-    """Whether `out` is what this very run would make: its last act was the rename, and --resume has nothing to do."""
-    if work_folder(out).exists() or not Path(out).expanduser().is_dir():
-        return False
-    try:
-        meta = open_checkpoint(Path(out).expanduser()).meta
-    except UserError:
-        return False
-    told = meta.get("provenance", {})
-    found = [told.get(part, {}).get("options") for part in ("recovery", "tuning")]
-    # as they were written: a tuple is a list there
-    wanted = json.loads(json.dumps([dataclasses.asdict(one) if one else None for one in training]))
-    same = told.get("source") == Path(name).name and found == wanted
-    return same and meta.get("options") == dataclasses.asdict(options)
+    train, validation = examples.split(found, settings.held_share, settings.held_most, settings.seed)
+    return RecoveryData(train, validation, settings, tuning)
 
 
 def calibration_windows(source: Source, specs: Sequence[str], count: int, length: int, seed: int) -> data.Windows:
@@ -109,81 +175,3 @@ def calibration_windows(source: Source, specs: Sequence[str], count: int, length
     if length > limit:
         named += f" (asked for {length} tokens; the model's limit is {limit})"
     return found._replace(description=found.description + named)
-
-
-def check_weights(source: Source, progress: Progress) -> None:
-    """Read every tensor once, so that a damaged one is found before hours of work and not after them."""
-    source.top()
-    for i in progress(range(len(source.config.pattern)), "check"):
-        source.layer(i)
-
-
-def compress(
-    ckpt: str,
-    out: str | Path,
-    *,
-    calib: Sequence[str] = (),
-    calib_windows: int = WINDOWS,
-    calib_length: int = LENGTH,
-    options: CompressionSettings = DEFAULTS,
-    recover: Sequence[str] = (),
-    recover_options: RecoverySettings = RECOVERY,
-    recover_length: int = RECOVER_LENGTH,
-    recover_tune: int | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: Progress = lambda items, _: items,
-    say: Callable[[str], object] = lambda text: None,
-) -> Report | None:
-    """Make the elastic checkpoint `out` of the model `ckpt`; None when `resume` finds it whole already.
-
-    calib: specs of text or token ids (see uniql_jax.data), windows shared out evenly; none: a mixed default.
-    recover: specs of instruction sets or text to train masked LoRA on before quantizing, in examples of
-    `recover_length` tokens, as `recover_options` say; recover_tune: further steps after quantizing, with every weight
-    rounded as it is stored.
-    `say` gets the plan before the work. Work that is done stays in OUT.partial until the checkpoint is whole, and
-    resume=True goes on from there. Raises UserError for bad input; nothing is left behind by a run that cannot start.
-    """
-    if not 0 <= (options.refit or 0.0) < 1:
-        raise UserError(f"--refit is a share of the windows, at least 0 and less than 1, not {options.refit}")
-    if calib_length < 2:
-        raise UserError("--calib-length must be at least 2 tokens")
-    if recover_tune is not None and not (recover and options.packed):
-        raise UserError("--recover-tune goes on with --recover after quantizing: it wants --recover and 4 or 8 bits")
-    source = None
-    if resume and Path(out).expanduser().exists() and not overwrite:
-        source = open_source(ckpt)
-        training = recovery_settings(source.config, recover_options, recover_tune) if recover else (None, None)
-        if is_done(out, source.name, options, training):
-            say(f"{out} is whole already: nothing to resume")
-            return None
-    refuse_early(out, resume, overwrite)
-    source = source or open_source(ckpt)
-    started = work_folder(out).exists()
-    if not started:  # what a started run still needs is less, and unknown
-        check_space(work_folder(out), disk_bytes(source.config, options, 0, recover_tune is not None))
-    calibration = calibration_windows(source, calib, calib_windows, calib_length, options.seed)
-    if not started:
-        tuned = recover_tune is not None
-        check_space(work_folder(out), disk_bytes(source.config, options, calibration.tokens.size, tuned))
-    wanted = load_recovery(source, recover, recover_options, recover_length, recover_tune) if recover else None
-    say(describe(source, out, options, calibration, wanted))
-    if not started:
-        check_weights(source, progress)
-    try:
-        return run.compress(
-            source,
-            out,
-            calibration.tokens,
-            options,
-            resume=resume,
-            overwrite=overwrite,
-            provenance={"calibration": calibration.description},
-            progress=progress,
-            recover=wanted,
-        )
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
-        if not full:
-            raise
-        raise UserError(f"no space left on the disk; free some and add --resume: {work_folder(out)} is kept") from None

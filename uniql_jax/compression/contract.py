@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from uniql_jax.config import ModelConfig
 from uniql_jax.plan import Plan
 from uniql_jax.train.examples import Examples
-from uniql_jax.train.loop import RecoverySettings
+from uniql_jax.train.settings import RecoverySettings
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 """progress(items, stage) -> the items, as they are taken."""
@@ -43,7 +43,7 @@ class Source(Protocol):
         """Embedding, final norm and head where untied."""
         ...
 
-    def fingerprints(self, progress: Progress = ...) -> dict[str, str]:
+    def fingerprints(self, progress: Callable[[Iterable[str], str, int], Iterable[str]], /) -> dict[str, str]:
         """A hash of every layer's tensors and of those outside the layers; UserError for NaN or infinity in one."""
         ...
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from uniql_jax import console, data, elastic
-from uniql_jax.compression.contract import Recovery, Source
+from uniql_jax.compression.contract import RecoveryData, Source
 from uniql_jax.compression.estimate import (
     disk_bytes,
     estimated_bytes,
@@ -17,7 +17,9 @@ from uniql_jax.compression.estimate import (
     speed,
     work,
 )
-from uniql_jax.compression.settings import CompressionSettings, groups
+from uniql_jax.compression.settings import CompressionSettings, Resources
+from uniql_jax.compression.stored import groups
+from uniql_jax.compression.workspace import work_folder
 from uniql_jax.plan import MAX_PRUNE_RATE, axis_group_and_unit
 from uniql_jax.train.loop import memory_bytes, resolved
 from uniql_jax.train.lora import described
@@ -42,18 +44,13 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def work_folder(out: str | Path) -> Path:
-    """Where a run keeps what is done."""
-    target = Path(out).expanduser().absolute()
-    return target.with_name(f"{target.name}.partial")
-
-
 def describe(
     source: Source,
     out: str | Path,
     options: CompressionSettings,
+    resources: Resources,
     calibration: data.Windows,
-    recover: Recovery | None = None,
+    recover: RecoveryData | None = None,
 ) -> str:
     """The plan: what will be made of what, and what it takes."""
     config = source.config
@@ -64,8 +61,8 @@ def describe(
     counts = COUNTS if config.rope else COUNTS | {"qk": COUNTS["qk_pass"]}
     units = {axis: axis_group_and_unit(config, axis)[1] for axis in axes}
     sizes = elastic.sizes(config)
-    memory = memory_parts(config, options, count, length)
-    disk = disk_bytes(config, options, count * length, recover is not None and recover.tuning is not None)
+    memory = memory_parts(config, count, length)
+    disk = disk_bytes(config, options, resources, count * length, recover is not None and recover.tuning is not None)
     bits = f"{options.bits} bits"
     if options.packed:
         how = [options.rounding, "rotated" if options.rotate else "not rotated"]
@@ -106,13 +103,13 @@ def describe(
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
 
 
-def _training(recover: Recovery, source: Source) -> str:
-    options, length = resolved(recover.options, source.config), recover.learnt.tokens.shape[1]
+def _training(recover: RecoveryData, source: Source) -> str:
+    options, length = resolved(recover.settings, source.config), recover.train.tokens.shape[1]
     return (
-        f"{options.planned_steps(len(recover.learnt))} steps of {options.batch} x {length} tokens at drawn rates, "
+        f"{options.planned_steps(len(recover.train))} steps of {options.batch} x {length} tokens at drawn rates, "
         f"{described(options.rank)}, learning rate {options.lr:.2g}"
         + (f", the unpruned model's predictions weighing {options.distill:.0%}" if options.distill else "")
         + f", about {console.format_bytes(memory_bytes(source.config, options))} a device and the activations, "
-        f"on {recover.learnt.description}; {len(recover.judged)} held-out examples judge"
+        f"on {recover.train.description}; {len(recover.validation)} held-out examples validate"
         + (f"; {recover.tuning.steps} steps more after quantizing" if recover.tuning else "")
     )

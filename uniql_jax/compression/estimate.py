@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from uniql_jax import elastic
-from uniql_jax.compression.settings import CompressionSettings, groups
+from uniql_jax.compression.settings import CompressionSettings, Resources
+from uniql_jax.compression.stored import groups
 from uniql_jax.config import ModelConfig
 
 
@@ -64,7 +65,7 @@ def output_width(config: ModelConfig, kind: str) -> int:
     return max(math.prod(elastic.shape(config, leaf)[:-1]) for leaf in outputs)
 
 
-def memory_parts(config: ModelConfig, options: CompressionSettings, windows: int, length: int) -> dict[str, int]:
+def memory_parts(config: ModelConfig, windows: int, length: int) -> dict[str, int]:
     """Bytes that a run holds at a time, by what they are for.
 
     Float32 copies of a layer, its Gram matrices and those of that size that sorting or GPTQ add, the calibration
@@ -72,9 +73,7 @@ def memory_parts(config: ModelConfig, options: CompressionSettings, windows: int
     """
     layer = max(sum(_count(config, kind) for kind in kinds) for kinds in config.pattern)
     widest = max(config.hidden_size, *(output_width(config, kind) for kind in _blocks(config)))
-    streams = stream_bytes(config, windows * length)
-    if streams > options.stream_memory:  # then they wait on the disk
-        streams = 4 * 2 * windows * length * config.hidden_size
+    streams = 4 * 4 * windows * length * config.hidden_size  # of one layer, forward and back; the others are on disk
     return {
         "one layer": 4 * 2 * layer,
         "its Gram matrices": 4 * 4 * widest**2,
@@ -88,14 +87,15 @@ def stream_bytes(config: ModelConfig, tokens: int) -> int:
     return 4 * tokens * config.hidden_size * (len(config.pattern) + 3)
 
 
-def disk_bytes(config: ModelConfig, options: CompressionSettings, tokens: int, tuned: bool = False) -> int:
-    """Bytes the work folder may reach: sorted and finished layers, the checkpoint, streams too large for memory, and
-    where layers are tuned what was rounded, and they once more.
+def disk_bytes(
+    config: ModelConfig, options: CompressionSettings, resources: Resources, tokens: int, tuned: bool = False
+) -> int:
+    """Bytes the work folder may reach: streams, sorted and finished layers, the checkpoint, and where layers are tuned
+    what was rounded, and they once more.
     """
-    streams = stream_bytes(config, tokens)
     layers = 4 * parameter_count(config) + 2 * estimated_bytes(config, options)
     layers += (2 * parameter_count(config) + estimated_bytes(config, options)) * tuned
-    return layers + (streams if streams > options.stream_memory else 0)
+    return layers + min(stream_bytes(config, tokens), resources.stream_bytes + 4 * 4 * tokens * config.hidden_size)
 
 
 def work(config: ModelConfig, options: CompressionSettings, tokens: int) -> float:

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from uniql_jax.compression.contract import Progress, RecoveryData, Source
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.manifest import Manifest, hash_arrays, hash_bytes, settings_inputs
-from uniql_jax.train.loop import RecoverySettings
+from uniql_jax.train.settings import RecoverySettings
 from uniql_jax.version import __version__
 
 WITHOUT_EFFECT = ("accumulate", "remat")
@@ -46,7 +46,8 @@ def manifest_of(
         inputs |= _training("recovery", recovery.settings)
         if recovery.tuning is not None:
             inputs |= _training("tuning", recovery.tuning)
-    inputs |= {f"source tensors, {part}": value for part, value in source.fingerprints(progress).items()}
+    parts = source.fingerprints(lambda names, stage, _: progress(list(names), stage))
+    inputs |= {f"tensors of the source, {part}": value for part, value in parts.items()}
     return Manifest(inputs)
 
 

@@ -21,6 +21,10 @@ VALUE_OUTPUTS = ("attention_output", "joint", "published", "random")
 PLANS = ("loss", "influence", "uniform")
 ROUNDINGS = ("gptq", "nearest")
 BITS = (4, 8, 16)
+WINDOWS, LENGTH = 128, 512
+"""Calibration windows, and tokens of each, where nothing else is asked for."""
+RECOVER_LENGTH = 256
+"""Tokens of a training example."""
 REFIT_RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
 """Prune rates at which the nested refit sees calibration windows."""
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Int, Shaped
 from uniql_jax import config as model_config
 from uniql_jax import elastic
 from uniql_jax.checkpoint import leaf_group
-from uniql_jax.compression.settings import groups
+from uniql_jax.compression.stored import groups
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM

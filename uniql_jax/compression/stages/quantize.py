@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from uniql_jax import elastic
@@ -19,11 +18,19 @@ from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows, fl
 from uniql_jax.compression.contract import Progress
 from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.packing import Packed, pack_leaf, pack_together
-from uniql_jax.compression.refit import Keep, advance, hidden_gram, hidden_gram_and_cross, keep_per_window, read_gram
+from uniql_jax.compression.refit import (
+    Keep,
+    advance,
+    hidden_gram,
+    hidden_gram_and_cross,
+    keep_per_window,
+    read_gram,
+    refit_rates,
+    total,
+)
 from uniql_jax.compression.refit import refit as refitted
-from uniql_jax.compression.refit import refit_rates, total
 from uniql_jax.compression.settings import CompressionSettings
-from uniql_jax.compression.stages.calibrate import Calibration, Layer, Top
+from uniql_jax.compression.stages.calibrate import Calibration, Top
 from uniql_jax.compression.stages.rotate import Rotation, rotated_layer, rotated_top
 from uniql_jax.compression.stored import TOP, StoredLayers, groups, matrix_dtype
 from uniql_jax.config import ModelConfig
@@ -72,8 +79,8 @@ def quantize(
 ) -> None:
     """Write every layer of the dense store `layers`, rotated by `q`, in its stored form into `done`.
 
-    unrounded: a store that gets what was rounded as well, in steps, for tuning. Goes on after the layers that an earlier
-    run finished; nothing is computed when all are there.
+    unrounded: a store that gets what was rounded as well, in steps, for tuning. Goes on after the layers that an
+    earlier run finished; nothing is computed when all are there.
 
     Raises:
         UserError: naming layer and tensor, when a finished weight or scale is not finite.

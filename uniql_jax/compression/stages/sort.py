@@ -40,4 +40,3 @@ def sort(
         check_finite((done, losses), f"layer {i}, sorted:")
         record = {axis: np.asarray(loss).tolist() for axis, loss in losses.items()}
         store.save(layer_name(i), flatten(jax.device_get(done)), record)
-    layers.close()
