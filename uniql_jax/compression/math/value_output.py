@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.compression.math.order import tail_loss
+from uniql_jax.compression.settings import VALUE_OUTPUTS
 
-METHODS = ("attention_output", "joint", "published", "random")
+METHODS = VALUE_OUTPUTS
+CUTOFF = 1e-7
+"""Singular values of O below this part of the largest are rounding of float32 weights, not content."""
+FLOOR = 1e-4
+"""Every output counts at least this part of the mean."""
 
 
 def square_root(gram: Float[Array, "... d d"]) -> Float[Array, "... d d"]:
@@ -21,36 +27,77 @@ def square_root(gram: Float[Array, "... d d"]) -> Float[Array, "... d d"]:
 
 
 def decompose(
-    o: Float[Array, "d n h"], gram: Float[Array, "g d d"], metric: Float[Array, "h h"] | None = None
+    o: Float[Array | np.ndarray, "d n h"], gram: Float[Array, "g d d"], metric: Float[Array, "h h"] | None = None
 ) -> tuple[Float[Array, "g d d"], Float[Array, "d n h"]]:
-    """(change of value basis per key/value head, new O): the same product per head, ranks sorted by what they carry.
+    """A new basis of the values of each key/value head: the same product with O, ranks sorted by what they carry.
 
-    gram: what weighs the error, per key/value head, d x d. With O^T = Q2 R2 (the group's heads side by side) and
-    R1^T R1 = gram, svd(R1 R2^T) = U S Z^T gives V' = V R2^T Z and O' = Z^T Q2^T. `metric` [h, h] weighs the error of
-    the output as well: then O metric^1/2 takes the place of O in finding Z, and O' = Z^T R2^-T O.
+    With the heads of a group next to each other, O = U S W^T up to its numerical rank r, W^T having orthonormal rows.
+    What those rows receive is S U^T v; its Gram matrix is R1^T R1, and that of what they write, weighed by `metric`,
+    is K = R2^T R2. svd(R1 R2^T) = P T Z^T sorts the ranks: V' = Z^T R2 S U^T V and O' = Z^T R2^-T W^T. R2 is well
+    conditioned whatever O is, so nothing singular is ever inverted; ranks beyond r are exact zeros.
 
-    Factorizations run one after another: XLA's CPU thread pool can deadlock when two batched ones wait at once.
+    Args:
+        o: output matrix, [head size, query heads, hidden].
+        gram: Gram matrix of what O receives, per key/value head [g, d, d].
+        metric: Gram matrix of the loss gradient at the output [h, h]; None weighs all outputs alike.
+
+    Returns:
+        The change of basis [g, d, d], float32, and the new O, whose rows have norm one where they are not zero: all
+        scale is in V.
+
+    Source: method, V/O. The factorizations are of d x d matrices in float64 on the host, which finds the numerical rank
+    of float32 weights reliably and is small work next to the Gram matrices.
     """
     groups, d = gram.shape[:2]
     heads, hidden = o.shape[1:]
-    stacked = o.reshape(d, groups, heads // groups, hidden).transpose(1, 0, 2, 3).reshape(groups, d, -1)
-    weighed = stacked
-    if metric is not None:
-        floor = 1e-4 * jnp.mean(jnp.diagonal(metric)) * jnp.eye(hidden)
-        root = jax.block_until_ready(square_root(metric + floor))
-        weighed = (stacked.reshape(groups, d, -1, hidden) @ root.T).reshape(stacked.shape)
-    q2, r2 = jax.block_until_ready(jnp.linalg.qr(jnp.swapaxes(weighed, -1, -2)))
-    core = square_root(gram) @ jnp.swapaxes(r2, -1, -2)
-    zt = jax.block_until_ready(jnp.linalg.svd(jax.block_until_ready(core))[2])
-    change = zt @ r2
-    if metric is None:
-        flat = zt @ jnp.swapaxes(q2, -1, -2)
-    else:
-        flat = jax.block_until_ready(jnp.linalg.solve(jnp.swapaxes(change, -1, -2), stacked))
-        # Rows of equal size are kind to a 4-bit O; their scale moves into V.
-        scale = jnp.linalg.norm(flat, axis=-1, keepdims=True)
-        flat, change = flat / scale, change * scale
-    return change, flat.reshape(groups, d, heads // groups, hidden).transpose(1, 0, 2, 3).reshape(o.shape)
+    shared = heads // groups
+    stacked = np.asarray(o, np.float64).reshape(d, groups, shared * hidden).transpose(1, 0, 2)
+    bases = [_row_space(rows) for rows in stacked]
+    rows = np.zeros((groups, d, shared * hidden), np.float32)
+    for group, (_, basis) in enumerate(bases):
+        rows[group, : len(basis)] = basis
+    written = _written(jnp.asarray(rows.reshape(groups, d, shared, hidden)), metric)
+    change, new_o = np.zeros((groups, d, d)), np.zeros(stacked.shape)
+    for group, (received, basis) in enumerate(bases):
+        rank = len(basis)
+        seen = received @ np.asarray(gram[group], np.float64) @ received.T
+        turn, back = _ordered(seen, written[group, :rank, :rank])
+        flat = back @ basis
+        scale = np.linalg.norm(flat, axis=1, keepdims=True)
+        change[group, :rank] = turn @ received * scale
+        new_o[group, :rank] = flat / scale
+    new_o = new_o.reshape(groups, d, shared, hidden).transpose(1, 0, 2, 3).reshape(o.shape)
+    return jnp.asarray(change, jnp.float32), jnp.asarray(new_o, jnp.float32)
+
+
+def _row_space(o: Float[np.ndarray, "d n"]) -> tuple[Float[np.ndarray, "r d"], Float[np.ndarray, "r n"]]:
+    """(S U^T, W^T) of O = U S W^T, without the singular values that float32 weights cannot mean."""
+    q, r = np.linalg.qr(o.T)
+    u, s, wt = np.linalg.svd(r.T)
+    rank = int(np.sum(s > CUTOFF * s[0])) if s[0] > 0 else 0
+    return s[:rank, None] * u[:, :rank].T, wt[:rank] @ q.T
+
+
+def _written(rows: Float[Array, "g d m h"], metric: Float[Array, "h h"] | None) -> Float[np.ndarray, "g d d"]:
+    """Gram matrices of what orthonormal rows write, weighed by the metric over its mean diagonal and a small floor."""
+    mean = 0.0 if metric is None else float(jnp.mean(jnp.diagonal(metric)))
+    if metric is None or not mean > 0:
+        return np.broadcast_to(np.eye(rows.shape[1]), (rows.shape[0], rows.shape[1], rows.shape[1]))
+    weighed = jnp.einsum("grmh,hk,gsmk->grs", rows, metric / mean, rows)
+    return np.asarray(weighed, np.float64) + FLOOR * np.eye(rows.shape[1])
+
+
+def _ordered(
+    seen: Float[np.ndarray, "r r"], written: Float[np.ndarray, "r r"]
+) -> tuple[Float[np.ndarray, "r r"], Float[np.ndarray, "r r"]]:
+    """(Z^T R2, Z^T R2^-T) that sort ranks by what is received and written together."""
+    values, vectors = np.linalg.eigh(written)
+    values = np.maximum(values, 1e-7 * values.max(initial=0.0) + np.finfo(np.float64).tiny)
+    received, directions = np.linalg.eigh(seen)
+    root = np.sqrt(np.maximum(received, 0.0))[:, None] * directions.T
+    r2 = np.sqrt(values)[:, None] * vectors.T
+    zt = np.linalg.svd(root @ r2.T)[2]
+    return zt @ r2, zt @ (vectors.T / np.sqrt(values)[:, None])
 
 
 def published(
@@ -58,8 +105,8 @@ def published(
 ) -> tuple[Float[Array, "g d d"], Float[Array, "d n h"]]:
     """The published route for shared heads looks at V alone: SVD of C^1/2 W_V per head; O follows by its basis."""
     root = jax.block_until_ready(square_root(gram_x))
-    zt = jax.block_until_ready(jnp.linalg.svd(root @ v.transpose(1, 2, 0), full_matrices=False)[2])
     d, groups, hidden = v.shape
+    zt = jax.block_until_ready(jnp.linalg.svd(root @ v.transpose(1, 2, 0), full_matrices=hidden < d)[2])
     grouped = o.reshape(d, groups, -1, hidden)
     return zt, jnp.einsum("grd,dgmh->rgmh", zt, grouped).reshape(o.shape)
 
@@ -81,9 +128,9 @@ def sort_value_output(
     """
     d, groups, _ = v.shape
     if method == "attention_output":
-        change, new_o = decompose(o, gram_out, metric)
+        change, new_o = decompose(_reached(v, o), gram_out, metric)
     elif method == "joint":
-        change, new_o = decompose(o, jnp.einsum("dgh,hk,egk->gde", v, gram_x, v))
+        change, new_o = decompose(_reached(v, o), jnp.einsum("dgh,hk,egk->gde", v, gram_x, v))
     elif method == "published":
         change, new_o = published(v, o, gram_x)
     elif method == "random":
@@ -92,6 +139,20 @@ def sort_value_output(
     else:
         raise ValueError(f"unknown V/O method {method!r}; one of {', '.join(METHODS)}")
     return change, jnp.einsum("grk,kgh->rgh", change, v), new_o
+
+
+def _reached(v: Float[Array, "d g h"], o: Float[Array, "d n h"]) -> Float[np.ndarray | Array, "d n h"]:
+    """O without what no value reaches, where values of a group are linearly dependent or zero: the same product."""
+    d, groups, _ = v.shape
+    directions = []
+    for rows in np.asarray(v, np.float64).transpose(1, 0, 2):
+        u, s, _ = np.linalg.svd(np.linalg.qr(rows.T, mode="r").T)
+        directions.append(u[:, : len(s)] * (s > CUTOFF * s[0]) if s[0] > 0 else np.zeros((d, d)))
+    if all(basis.shape[1] == d and basis.any(axis=0).all() for basis in directions):
+        return o
+    grouped = np.asarray(o, np.float64).reshape(d, groups, -1)
+    reached = [basis @ (basis.T @ grouped[:, group]) for group, basis in enumerate(directions)]
+    return np.stack(reached, axis=1).reshape(o.shape).astype(np.float32)
 
 
 def rank_loss(

@@ -53,7 +53,9 @@ def forward_sweep(
             streams.save(FORWARD, 0, xs)
         else:
             xs = streams.load(FORWARD, start)
-        for i in progress(range(start, count), "calibrate"):
+        for i in progress(range(count), "calibrate"):
+            if i < start:
+                continue
             layer, cosine = read_layer(source, i), 0.0
             for b, x in enumerate(xs):
                 xs[b], part = layer_forward(config, config.pattern[i], layer, x)

@@ -98,7 +98,9 @@ def quantize(
     running = None
     if settings.packed or settings.refit is not None:
         running = _resume(config, plan, top, layers, q, windows, settings, stored_layers, streams, start)
-    for i in progress(range(start, count), "quantize" if settings.packed else "finish"):
+    for i in progress(range(count), "quantize" if settings.packed else "finish"):
+        if i < start:
+            continue
         original = rotated_layer(layers.layer(i), q)
         finished, offsets = {}, {}
         for kind in config.pattern[i]:

@@ -30,11 +30,14 @@ def sort(
         UserError: naming layer and tensor, when a statistic or a sorted weight is not finite.
     """
     config = source.config
-    todo = [i for i in range(len(config.pattern)) if not store.has(layer_name(i))]
+    down = range(len(config.pattern) - 1, -1, -1)
+    todo = [i for i in down if not store.has(layer_name(i))]
     if not todo:
         return
-    layers = backward_sweep(source, top, windows, streams, max(todo), settings.thorough)
-    for _ in progress(range(len(todo)), "sort"):
+    layers = backward_sweep(source, top, windows, streams, todo[0], settings.thorough)
+    for index in progress(down, "sort"):
+        if index > todo[0]:
+            continue
         i, layer, means = next(layers)
         done, losses = sort_layer(config, config.pattern[i], layer, means, settings, settings.seed + i)
         check_finite((done, losses), f"layer {i}, sorted:")
