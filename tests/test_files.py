@@ -146,7 +146,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path, monkeypat
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(files, "save_file", full)
-    with pytest.raises(UserError, match="no space left"), staged_output(tmp_path / "out") as staging:
+    with pytest.raises(UserError, match="No space left"), staged_output(tmp_path / "out") as staging:
         write_zeros(staging)
     assert not list(tmp_path.iterdir())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -339,11 +340,11 @@ def test_door(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == sampled != out
 
 
-def test_the_function_answers_although_the_door_has_its_name() -> None:
-    import uniql_jax.commands.generate as module
-
-    assert list(module(the_model(), np.asarray([4]), max_new_tokens=NEW))  # type: ignore[operator]
-    assert callable(uniql_jax.generate)
+def test_the_function_keeps_its_name() -> None:
+    """The command of that name is run, not imported."""
+    with pytest.raises(ImportError, match=r"python -m uniql_jax\.generate"):
+        importlib.import_module("uniql_jax.generate")
+    assert list(uniql_jax.generate(the_model(), np.asarray([4]), max_new_tokens=NEW))
 
 
 def test_memory_budget(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import uniql_jax
 from tools import bigram, scratch
 from tools.initialize import parameter_count
-from tools.scratch import Options
+from tools.scratch import PretrainSettings
 from tools.tokenizer import train_tokenizer
 from uniql_jax import config as model_config
 from uniql_jax import console, data
@@ -32,7 +32,7 @@ from uniql_jax.errors import UserError
 from uniql_jax.files import check_output, copy_side_files, staged_output
 
 CONFIGS = Path(__file__).resolve().parent.parent / "examples" / "tiny" / "configs"
-DEFAULTS = Options()
+DEFAULTS = PretrainSettings()
 RECIPE = "RECIPE.json"
 PACKAGES = ("jax", "flax", "optax", "numpy")
 
@@ -95,7 +95,9 @@ def choose_tokenizer(folder: str | None, specs: Sequence[str], vocab: int) -> An
     return tokenizer
 
 
-def describe(name: str, config: ModelConfig, options: Options, train: data.Windows, held: data.Windows | None) -> str:
+def describe(
+    name: str, config: ModelConfig, options: PretrainSettings, train: data.Windows, held: data.Windows | None
+) -> str:
     """The plan: what will be trained on what."""
     count = parameter_count(config)
     seen = options.steps * options.batch * options.length
@@ -151,7 +153,7 @@ def prepare(
 
 def recipe(
     argv: list[str],
-    options: Options,
+    options: PretrainSettings,
     train: data.Windows,
     history: scratch.History,
     seconds: float,
@@ -207,7 +209,7 @@ def parser() -> cli.Parser:
 def main(argv: list[str]) -> None:
     """Run the door; raises UserError."""
     args = parser().parse_args(argv)
-    chosen = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(Options)}
+    chosen = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(PretrainSettings)}
     options = dataclasses.replace(DEFAULTS, **{name: value for name, value in chosen.items() if value is not None})
     check_output(args.out, args.overwrite and not args.prepare_only)
     hf_config = read_config(args.config)

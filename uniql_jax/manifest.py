@@ -36,14 +36,17 @@ class Manifest:
         names = {*self.inputs, *other.inputs}
         return sorted(name for name in names if self.inputs.get(name) != other.inputs.get(name))
 
-    def check(self, other: Manifest, where: str | os.PathLike[str]) -> None:
-        """Raise a UserError that names what changed since the run that left `other` at `where`."""
+    def check(self, other: Manifest, where: str | os.PathLike[str], otherwise: str) -> None:
+        """Raise a UserError that names what changed since the run that left `other` at `where`.
+
+        `otherwise` says what to do instead of repeating that run.
+        """
         changed = self.differences(other)
         if changed:
             listed = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
             raise UserError(
-                f"{where} was made from other inputs; changed: {listed}; repeat the run with those it was made from, "
-                "or start anew without --resume"
+                f"{where} was made from other inputs; changed: {listed}; --resume wants those it was made from, "
+                f"otherwise {otherwise}"
             )
 
     def to_json(self) -> dict[str, Any]:

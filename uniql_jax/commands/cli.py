@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from tqdm import tqdm
+
 from uniql_jax.errors import UserError
 from uniql_jax.limits import MAX_PRUNE_RATE
 from uniql_jax.train.settings import check_distribution
@@ -103,6 +105,8 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 def _complain(line: str, code: int) -> int:
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # the line is one of its own, not the end of a progress bar
     print(" ".join(line.split()), file=sys.stderr)
     return code
 

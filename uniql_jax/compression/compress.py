@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from uniql_jax.compression.describe import describe
 from uniql_jax.compression.estimate import disk_bytes
 from uniql_jax.compression.inputs import manifest_of
 from uniql_jax.compression.settings import LENGTH, RECOVER_LENGTH, WINDOWS, CompressionSettings, Resources
-from uniql_jax.compression.workspace import workspace
+from uniql_jax.compression.workspace import work_folder, workspace
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert.source import Source, open_source
 from uniql_jax.errors import UserError
@@ -127,7 +128,8 @@ def _check_finished(out: str | Path, manifest: Manifest) -> None:
         made_from = Manifest.from_json(found)
     except ValueError:
         raise UserError(f"{out} exists and does not say what it was made from; add --overwrite to replace it") from None
-    manifest.check(made_from, out)
+    manifest.check(made_from, out, "add --overwrite to replace it")
+    shutil.rmtree(work_folder(out), ignore_errors=True)  # a run killed between its last two steps leaves it
 
 
 def recovery_settings(

@@ -32,7 +32,7 @@ class Workspace:
     def begin(self, manifest: Manifest) -> None:
         """Start a run from these inputs, or go on with one from the very same; UserError names what changed."""
         if self.started:
-            manifest.check(Manifest.load(self.folder / MANIFEST), self.folder)
+            manifest.check(Manifest.load(self.folder / MANIFEST), self.folder, "remove that folder to start anew")
         else:
             manifest.save(self.folder / MANIFEST)
             self.started = True

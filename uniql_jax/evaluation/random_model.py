@@ -29,7 +29,7 @@ from uniql_jax.plan import Plan, check_rate, make_plan
 from uniql_jax.runtime.loading import default_dtype, place_layer, place_top
 from uniql_jax.weights.quantized import QuantizedArray, from_codes
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 SPREAD = {4: 4.6, 8: 73.9}
 """Standard deviation of uniform integers of so many bits; scales divide by it, so that activations stay near one."""
 
