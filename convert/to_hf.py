@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from uniql_jax import console, elastic
+from uniql_jax.casting import cast
 from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
-from uniql_jax.errors import UserError
 from uniql_jax.files import ShardWriter, check_output, check_space, copy_side_files, staged_output
 from uniql_jax.value_bias import value_bias
 from uniql_jax.weights import quantized as int4
@@ -208,22 +208,14 @@ def export(
         if not fits:
             print(f"{config.model_type} has no output bias in attention: written as a llama model, which has")
         for name, value in top_to_hf(config, top, table).items():
-            writer.add(name, _cast(name, value, dtype))
+            writer.add(name, cast(name, value, DTYPES[dtype]))
         del top
         for i in console.progress(range(len(config.pattern)), "export", len(config.pattern)):
             for name, value in layer_to_hf(config, i, checkpoint.layer(i, keep[i]), table).items():
-                writer.add(name, _cast(name, value, dtype))
+                writer.add(name, cast(name, value, DTYPES[dtype]))
         writer.finish()
         (staging / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         copy_side_files(checkpoint.folder, staging)
-
-
-def _cast(name: str, value: Float[np.ndarray, "..."], dtype: str) -> Float[np.ndarray, "..."]:
-    with np.errstate(over="ignore"):
-        out = value.astype(DTYPES[dtype])
-    if dtype == "float16" and not np.isfinite(out).all():
-        raise UserError(f"tensor {name!r} does not fit float16; add --dtype bfloat16")
-    return out
 
 
 if __name__ == "__main__":

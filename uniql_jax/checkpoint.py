@@ -16,6 +16,7 @@ import numpy as np
 
 from uniql_jax import config as model_config
 from uniql_jax import elastic
+from uniql_jax.casting import cast
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader, ShardWriter, copy_side_files, side_files
@@ -226,9 +227,9 @@ class CheckpointWriter:
         return self._shards.total_bytes
 
 
-def stored(leaf: elastic.Leaf, value: Any, dtype: Any) -> np.ndarray:
-    """How a dense leaf is kept on disk: matrices in `dtype`, vectors in float32."""
-    return np.asarray(value, dtype=dtype if leaf.contract else np.float32)
+def stored(leaf: elastic.Leaf, value: Any, dtype: Any, name: str = "(unnamed)") -> np.ndarray:
+    """How a dense leaf is kept on disk: matrices in `dtype`, vectors in float32; UserError where that overflows."""
+    return cast(name, value, dtype if leaf.contract else np.float32)
 
 
 def reachable_bias(config: ModelConfig, kind: str, block: Mapping[str, Any]) -> dict[str, Any]:
