@@ -107,7 +107,7 @@ class Source:
         for name in names:
             value = np.ascontiguousarray(self._stored(name))
             digest.update(f"{name} {value.dtype.name} {value.shape} ".encode())
-            digest.update(value.reshape(-1).view(np.uint8))
+            digest.update(value.reshape(-1).view(np.uint8).data)
         return digest.hexdigest()[:32]
 
     def _stored(self, name: str) -> np.ndarray:
