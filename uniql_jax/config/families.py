@@ -42,16 +42,13 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 def _shared(keys: Keys) -> dict[str, Any]:
     """What every family says in the same words."""
-    bos = keys.ids("bos_token_id")
-    if len(bos) > 1:
-        raise refuse("bos_token_id", keys.raw("bos_token_id"), "one token id")
     return dict(
         model_type=keys.hf["model_type"],
         vocab_size=keys.size("vocab_size"),
         hidden_size=keys.size("hidden_size"),
         tie_embeddings=keys.flag("tie_word_embeddings"),
         max_position=keys.size("max_position_embeddings"),
-        bos_id=bos[0] if bos else None,
+        bos_id=keys.size_or("bos_token_id", None, least=-1),
         eos_ids=keys.ids("eos_token_id"),
         dtype=_dtype(keys),
     )
@@ -113,7 +110,8 @@ def _qwen2(keys: Keys) -> ModelConfig:
 def _refuse_sliding(keys: Keys, config: ModelConfig) -> None:
     """Refuse a qwen2 in which attention slides: a layer of that kind, and a window shorter than the longest text."""
     layers = len(config.pattern)
-    window = keys.size_or("sliding_window", None) if keys.flag("use_sliding_window") else None
+    window = keys.size_or("sliding_window", None, least=0)
+    window = window if keys.flag("use_sliding_window") else None
     first = keys.size("max_window_layers", least=-MOST_LAYERS)
     kinds = keys.words("layer_types")
     if kinds is None:
@@ -161,7 +159,7 @@ def _bamba(keys: Keys) -> ModelConfig:
     # Half of a head rotates unless the rope dictionary says otherwise; a factor outside it is ignored.
     common = _transformer(keys, partial=0.5)
     layers = len(common["pattern"])
-    attention = set(keys.ids("attn_layer_indices"))
+    attention = set(keys.ids("attn_layer_indices", alone=False))
     # other tools list the blocks instead
     kinds = keys.words("layers_block_type") or keys.words("layer_types") or []
     attention |= {i for i, kind in enumerate(kinds) if kind in ("attention", "full_attention")}

@@ -68,9 +68,9 @@ class Keys:
         """A whole number; null is refused."""
         return whole(key, self.raw(key), least, most)
 
-    def size_or(self, key: str, otherwise: int | None) -> int | None:
+    def size_or(self, key: str, otherwise: int | None, least: int = 1) -> int | None:
         """A whole number, or `otherwise` where the value is null."""
-        return otherwise if self.raw(key) is None else self.size(key)
+        return otherwise if self.raw(key) is None else self.size(key, least)
 
     def number(self, key: str, least: float = -math.inf) -> float:
         """A finite number; null is refused."""
@@ -100,12 +100,13 @@ class Keys:
             raise refuse(key, value, "a list of words")
         return value if value is None else list(value)
 
-    def ids(self, key: str) -> tuple[int, ...]:
-        """Token ids: one, a list of them, or none for null."""
+    def ids(self, key: str, alone: bool = True) -> tuple[int, ...]:
+        """Whole numbers as a list, as one number where `alone` allows it, or none for null."""
         value = self.raw(key)
         entries = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
-            raise refuse(key, value, "a token id or a list of them")
+        good = all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries)
+        if not good or (entries == [value] and not alone):
+            raise refuse(key, value, "a whole number or a list of them" if alone else "a list of whole numbers")
         return tuple(entries)
 
     def activation(self, key: str, served: str = "silu") -> str:
