@@ -241,8 +241,9 @@ def _nemotron_h(keys: Keys) -> ModelConfig:
         conv_bias=keys.flag("use_conv_bias"),
         bias=keys.flag("use_bias"),
     )
+    shared = _shared(keys) | {"tie_embeddings": False}  # as in transformers, whose class ties nothing
     return ModelConfig(
-        **_shared(keys),
+        **shared,
         pattern=tuple((_NEMOTRON_BLOCKS[block],) for block in blocks),
         heads=keys.size("num_attention_heads"),
         kv_heads=keys.size("num_key_value_heads"),
