@@ -65,6 +65,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "use_conv_bias": True,
         "hidden_act": "silu",
         "layer_norm_epsilon": 1e-5,
+        "residual_in_fp32": True,
         "time_step_limit": (0.0, math.inf),
         "bos_token_id": 0,
         "eos_token_id": 2,

@@ -152,6 +152,7 @@ def _mamba2(keys: Keys) -> ModelConfig:
         intermediate_size=0,
         norm_eps=keys.number("layer_norm_epsilon", least=0.0),
         ssm=ssm,
+        residual_fp32=keys.flag("residual_in_fp32"),  # nemotron_h has the key too, but transformers does not heed it
     )
 
 
