@@ -6,9 +6,9 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import importlib.util
-import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from uniql_jax.convert import tables
 from uniql_jax.convert.gguf import GgufReader
 from uniql_jax.convert.megatron import MegatronReader
 from uniql_jax.errors import UserError
-from uniql_jax.files import ShardReader, copy_side_files
+from uniql_jax.files import UNREADABLE, ShardReader, copy_side_files, read_json
 
 Leaves = dict[str, Float[np.ndarray, "..."]]
 Reader = ShardReader | GgufReader | MegatronReader
@@ -107,7 +107,7 @@ class Source:
         for name in names:
             value = np.ascontiguousarray(self._stored(name))
             digest.update(f"{name} {value.dtype.name} {value.shape} ".encode())
-            digest.update(value.reshape(-1).view(np.uint8))
+            digest.update(value.reshape(-1).view(np.uint8).data)
         return digest.hexdigest()[:32]
 
     def _stored(self, name: str) -> np.ndarray:
@@ -157,29 +157,62 @@ def open_tensors(
     name: str,
     hf_config: Mapping[str, Any],
     reader: Reader,
-    table: tuple[tables.Row, ...],
+    table: tuple[tables.Row, ...] | None,
     write_side_files: Callable[[str | os.PathLike[str]], None],
 ) -> Source:
-    """A Source from an opened reader, once its names, shapes and dtypes fit the config (else UserError)."""
+    """A Source from an opened reader, once its names, shapes and dtypes fit the config.
+
+    Args:
+        name: What the user called it.
+        hf_config: Its config.json.
+        reader: Its tensors.
+        table: Which tensor is which leaf. None is the family's own, for a Hugging Face folder: then tensors that the
+            model has no use for are skipped with one warning, as transformers skips them; else they are an error.
+        write_side_files: See `Source`.
+
+    Raises:
+        UserError: for a config that cannot be served, and for missing and mis-shaped tensors.
+    """
+    config = _config(name, hf_config)
+    found = reader.names()
+    strict, table = table is not None, table or tables.as_stored(config, found)
+    wanted = tables.expected(config, table)
+    usable = wanted | {row.name: tables.foreign_shape(config, row) for row in _spare_heads(config, table)}
+    # a buffer that old checkpoints saved follows from the config
+    foreign = sorted(tensor for tensor in set(found) - set(usable) if not tensor.endswith("rotary_emb.inv_freq"))
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        more = f" and {len(missing) - 1} more are missing" if missing[1:] else " is missing"
+        instead = f"; it holds {_some(foreign)}, which a {config.model_type} model does not have" if foreign else ""
+        raise UserError(f"{name}: tensor {missing[0]!r}{more}{instead}")
+    if foreign and strict:
+        raise UserError(f"{name}: unknown tensor {foreign[0]!r} in a {config.model_type} checkpoint")
+    for tensor, shape in sorted(usable.items()):
+        if tensor not in found:
+            continue
+        dtype, stored = found[tensor]
+        if stored != shape:
+            raise UserError(f"{name}: tensor {tensor!r} has the shape {stored}, but its config says {shape}")
+        if dtype.name not in _DTYPES:
+            kind = "of an unknown number format" if dtype == UNREADABLE else dtype.name
+            raise UserError(f"{name}: tensor {tensor!r} is {kind}; we read unquantized weights only")
+    if foreign:
+        skipped = f"skipped tensors that a {config.model_type} model does not have: {_some(foreign)}"
+        print(f"warning: {name}: {skipped}", file=sys.stderr, flush=True)
+    return Source(name, config, dict(hf_config), reader, table, write_side_files)
+
+
+def _config(name: str, hf_config: Mapping[str, Any]) -> ModelConfig:
     try:
-        config = configs.from_hf(hf_config)
+        return configs.from_hf(hf_config)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    wanted, found = tables.expected(config, table), reader.names()
-    spare = {row.name: tables.foreign_shape(config, row) for row in _spare_heads(config, table)}
-    for tensor in sorted(set(wanted) - set(found)):
-        raise UserError(f"{name}: tensor {tensor!r} is missing")
-    for tensor, (dtype, shape) in sorted(found.items()):
-        if tensor.endswith("rotary_emb.inv_freq"):
-            continue  # a buffer that old checkpoints saved; it follows from the config
-        expected = wanted.get(tensor, spare.get(tensor))
-        if expected is None:
-            raise UserError(f"{name}: unknown tensor {tensor!r} in a {config.model_type} checkpoint")
-        if shape != expected:
-            raise UserError(f"{name}: tensor {tensor!r} has the shape {shape}, but its config says {expected}")
-        if dtype.name not in _DTYPES:
-            raise UserError(f"{name}: tensor {tensor!r} is {dtype.name}; we read unquantized weights only")
-    return Source(name, config, dict(hf_config), reader, table, write_side_files)
+
+
+def _some(names: list[str], count: int = 3) -> str:
+    """The first names of a list, and how many follow."""
+    rest = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(repr(name) for name in names[:count]) + rest
 
 
 def _spare_heads(config: ModelConfig, table: tuple[tables.Row, ...]) -> list[tables.Row]:
@@ -202,29 +235,21 @@ def _complete(config: ModelConfig, kind: str, leaves: Leaves) -> Leaves:
 
 def _from_folder(folder: Path, name: str) -> Source:
     file = folder / "config.json"
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"{name} has no config.json")
-    try:
-        hf_config = json.loads(file.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{file} is not readable JSON") from None
+    hf_config = read_json(file)
     if not isinstance(hf_config, dict):
         raise UserError(f"{file} is not a model's config")
     if "uniql" in hf_config:
         raise UserError(f"{name} is an elastic checkpoint already; give the original model")
     if hf_config.get("quantization_config"):
         raise UserError(f"{name} is quantized already; give the original 16- or 32-bit model")
-    model_type = hf_config.get("model_type")
-    if model_type not in tables.TABLES:
-        have = ", ".join(sorted(tables.TABLES))
-        raise UserError(f"{name}: model_type {model_type!r} is not supported; we have {have}")
+    _config(name, hf_config)  # what is wrong with the config is said before what is wrong with the tensors
     if not list(folder.glob("*.safetensors*")) and list(folder.glob("*.bin")):
         raise UserError(
             f"{name} holds PyTorch pickles only; load it with transformers and save_pretrained() it as safetensors"
         )
-    return open_tensors(
-        name, hf_config, ShardReader(folder), tables.TABLES[model_type], lambda target: copy_side_files(folder, target)
-    )
+    return open_tensors(name, hf_config, ShardReader(folder), None, lambda target: copy_side_files(folder, target))
 
 
 def _from_gguf(path: Path, name: str) -> Source:

@@ -6,9 +6,9 @@ inverse both follow from the names, so there is no code per tensor or per family
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -24,7 +24,7 @@ RAW: dict[str, dict[str, Leaf]] = {"attention": {"v_bias": Leaf(("vo", "kv_head"
 LAYER = "model.layers.{layer}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Part:
     """One leaf inside a foreign tensor; each entry of `dims` is one dimension there, a product of our named ones ("" is
     a dimension of one).
@@ -34,7 +34,7 @@ class Part:
     dims: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Row:
     """A foreign tensor: its name ({layer} stands for the number), its block ("top" outside layers), what it holds.
 
@@ -131,7 +131,7 @@ def _mamba2(name: str) -> tuple[Row, ...]:
 
 
 def _backbone(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    return tuple(dataclasses.replace(row, name=row.name.replace("model.", "backbone.", 1)) for row in rows)
+    return tuple(replace(row, name=row.name.replace("model.", "backbone.", 1)) for row in rows)
 
 
 LLAMA: tuple[Row, ...] = (
@@ -165,6 +165,15 @@ TABLES: dict[str, tuple[Row, ...]] = {
     ),
 }
 """By HF's model_type."""
+
+PREFIXES: dict[str, tuple[str, ...]] = {
+    "llama": ("model.", ""),
+    "qwen2": ("model.", ""),
+    "mamba2": ("backbone.", ""),
+    "bamba": ("model.", ""),
+    "nemotron_h": ("backbone.", "model.", ""),
+}
+"""What may stand before a tensor's name, the table's own first; files of base models (LlamaModel) have nothing."""
 
 _GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -213,6 +222,28 @@ def rows_of(config: ModelConfig, table: tuple[Row, ...], kind: str) -> Iterator[
     """The rows of one block kind whose leaves this model has."""
     leaves = present(config, kind)
     return (row for row in table if row.kind == kind and all(part.leaf in leaves for part in row.parts))
+
+
+def as_stored(config: ModelConfig, names: Collection[str]) -> tuple[Row, ...]:
+    """The family's table under the names that a checkpoint uses.
+
+    Args:
+        config: The model.
+        names: The tensors of the checkpoint. Their prefix may be another one, and a tied model may hold its embedding
+            under the name of the head.
+    """
+    table = TABLES[config.model_type]
+    own, *others = PREFIXES[config.model_type]
+    forms = [table]
+    for prefix in others:
+        renamed = ((row, row.name.removeprefix(own)) for row in table)
+        forms.append(tuple(row if row.name == rest else replace(row, name=prefix + rest) for row, rest in renamed))
+    table = max(forms, key=lambda form: len(expected(config, form).keys() & set(names)))  # the first one of equals
+    top = {row.parts[0].leaf: row for row in table if row.kind == "top"}
+    if config.tie_embeddings and top["embed"].name not in names and top["head"].name in names:
+        rest = tuple(row for row in table if row not in (top["embed"], top["head"]))
+        return (replace(top["embed"], name=top["head"].name), *rest)
+    return table
 
 
 def _count(sizes: Mapping[str, int], dim: str) -> int:

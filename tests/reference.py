@@ -10,9 +10,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+import uniql_jax
 
 torch.set_num_threads(1)
 
@@ -109,3 +113,17 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
     a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert a.shape == b.shape, f"{a.shape} against {b.shape}"
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def check_same_logits(folder: Path, rng: np.random.Generator, length: int = 40, bound: float = 2e-5) -> None:
+    """Assert that we make of a folder what stock transformers makes of it, on random tokens.
+
+    The measure is the mean difference of the float32 logits over their standard deviation.
+    """
+    theirs = load(folder)
+    tokens = rng.integers(0, theirs.config.vocab_size, (2, length))
+    want = logits(theirs, tokens)
+    model = uniql_jax.load_source(str(folder), jnp.float32)
+    got = np.asarray(jax.jit(lambda model, tokens: model(tokens))(model, jnp.asarray(tokens, jnp.int32)))
+    assert np.isfinite(want).all()
+    assert np.abs(got - want).mean() / want.std() < bound

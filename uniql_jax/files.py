@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import ml_dtypes
@@ -53,6 +53,25 @@ DTYPES: dict[str, np.dtype] = {
     **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
     "BOOL": np.dtype(np.bool_),
 }
+UNREADABLE = np.dtype(np.void)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The content of a JSON file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        UserError: when it cannot be read, is not UTF-8 or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not readable JSON: it is not UTF-8 text") from None
+    except RecursionError:
+        raise UserError(f"{path} is not readable JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not readable JSON: {_line(error)[:200]}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or _line(error)}") from None
 
 
 class ShardReader:
@@ -74,24 +93,27 @@ class ShardReader:
                 if name in path_of:
                     raise UserError(f"tensor {name!r} is stored twice, in {path_of[name].name} and in {path.name}")
                 view = handle.get_slice(name)
-                if view.get_dtype() not in DTYPES:
-                    raise UserError(f"tensor {name!r} of {path} has the type {view.get_dtype()}, which we cannot read")
                 path_of[name], self._home[name] = path, handle
-                self._names[name] = (DTYPES[view.get_dtype()], tuple(view.get_shape()))
+                self._names[name] = (DTYPES.get(view.get_dtype(), UNREADABLE), tuple(view.get_shape()))
 
     def names(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """Name -> (dtype, shape) of every tensor."""
+        """Name -> (dtype, shape) of every tensor; the dtype is `UNREADABLE` for number formats that numpy lacks."""
         return dict(self._names)
 
     def read(self, name: str, rows: int | None = None) -> Shaped[np.ndarray, "..."]:
         """One tensor, or the first `rows` entries of its leading axis; only their bytes are read.
 
-        KeyError when there is no such tensor.
+        Raises:
+            KeyError: when there is no such tensor.
+            UserError: when its number format cannot be read.
         """
-        if rows is None or rows >= self._names[name][1][0]:
-            value = self._home[name].get_tensor(name)
-        else:
-            value = self._home[name].get_slice(name)[:rows]
+        try:
+            if rows is None or rows >= self._names[name][1][0]:
+                value = self._home[name].get_tensor(name)
+            else:
+                value = self._home[name].get_slice(name)[:rows]
+        except (SafetensorError, TypeError) as error:
+            raise UserError(f"cannot read tensor {name!r} of {self.folder} ({_line(error)})") from None
         self.bytes_read += value.nbytes
         return value
 
@@ -100,19 +122,23 @@ def _shard_paths(folder: Path) -> list[Path]:
     """The weight files in the order of their names; like transformers, a single file wins over an index."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        try:
-            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(f"{folder / INDEX} is damaged: it maps no tensors to files") from None
-        missing = [name for name in files if not (folder / name).is_file()]
-        if missing:
-            raise UserError(f"{folder} lacks {missing[0]}, which its index names")
-        return [folder / name for name in files]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} has no safetensors file")
-    return files
+    index = folder / INDEX
+    if not index.is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{folder} has no safetensors file")
+        return files
+    content = read_json(index)
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+        raise UserError(f"{index} is damaged: it maps no tensors to files")
+    names = sorted(set(files.values()))
+    for name in names:
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts or "\0" in name:
+            raise UserError(f"{index} is damaged: it names {name!r}, which is not a file of its folder")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} lacks {name}, which its index names")
+    return [folder / name for name in names]
 
 
 def _open(path: Path) -> Any:

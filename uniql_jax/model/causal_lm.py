@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -83,13 +84,24 @@ def embed(params: Mapping[str, Any], tokens: Int[Array, "b t"], dtype: Any) -> F
     return jnp.take(table, tokens, axis=0).astype(dtype)
 
 
+def embed_stream(model: CausalLM, tokens: Int[Array, "b t"]) -> Float[Array, "b t h"]:
+    """The residual stream before the first layer: float32 where the model was trained so, else in the model's dtype."""
+    return embed(model.params, tokens, model.dtype).astype(jnp.float32 if model.config.residual_fp32 else model.dtype)
+
+
 def apply_layer(
-    config: ModelConfig, kinds: tuple[str, ...], layer: Layer, x: Float[Array, "b t h"], context: Context
+    config: ModelConfig,
+    kinds: tuple[str, ...],
+    layer: Layer,
+    x: Float[Array, "b t h"],
+    context: Context,
+    dtype: Any = None,
 ) -> Float[Array, "b t h"]:
-    """One layer, block after block, over whole sequences."""
+    """One layer, block after block, over whole sequences; blocks compute in `dtype` (None: that of the stream)."""
     for kind in kinds:
         block, leaves = KINDS[kind], layer[kind]
-        x = x + block.write(leaves, block.inner(config, leaves, block.read(config, leaves, x), context))
+        normed = block.read(config, leaves, x).astype(dtype or x.dtype)
+        x = x + block.write(leaves, block.inner(config, leaves, normed, context))
     return x
 
 
@@ -107,8 +119,10 @@ def hidden_states(
     """
     valid = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask.astype(bool)
     context = full_context(valid, padded=attention_mask is not None)
-    x = embed(model.params, tokens, model.dtype)
-    apply = jax.checkpoint(apply_layer, static_argnums=(0, 1)) if remat else apply_layer
+    x = embed_stream(model, tokens)
+    apply = functools.partial(apply_layer, dtype=model.dtype)
+    if remat:
+        apply = jax.checkpoint(apply, static_argnums=(0, 1))
     for i, (kinds, layer) in enumerate(zip(model.config.pattern, model.params["layers"], strict=True)):
         x = apply(model.config, kinds, layer, x, context._replace(keep=keep[i] if keep else None))
     return x
@@ -117,7 +131,7 @@ def hidden_states(
 def logits(model: CausalLM, x: Float[Array, "*b h"]) -> Float[Array, "*b vocab"]:
     """Final norm and head, float32."""
     params = model.params
-    x = rms_norm(x, params["norm"], model.config.norm_eps)
+    x = rms_norm(x, params["norm"], model.config.norm_eps).astype(model.dtype)
     return apply_rows(head_input(params, x), params.get("head", params["embed"])).astype(jnp.float32)
 
 
@@ -168,13 +182,13 @@ def _extend(
     filled = jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.slot))
     order = jnp.arange(slots)[None, :] <= cache.slot + jnp.arange(length)[:, None]
     context = Context(positions, own or filled[:, None, :] & order[None], valid, cache.slot)
-    x = embed(model.params, tokens, model.dtype)
+    x = embed_stream(model, tokens)
     layers = []
     for kinds, layer, before in zip(model.config.pattern, model.params["layers"], cache.layers, strict=True):
         after = {}
         for kind in kinds:
             block, leaves = KINDS[kind], layer[kind]
-            normed = block.read(model.config, leaves, x)
+            normed = block.read(model.config, leaves, x).astype(model.dtype)
             hidden, after[kind] = block.cached_inner(model.config, leaves, normed, context, before[kind])
             x = x + block.write(leaves, hidden)
         layers.append(after)
@@ -206,7 +220,7 @@ def decode(model: CausalLM, token: Int[Array, " b"], cache: Cache) -> tuple[Floa
 
 def _decode_fused(model: CausalLM, token: Int[Array, " b"], cache: Cache) -> tuple[Float[Array, "b vocab"], Cache]:
     """`decode`, block after block by the kernels of `layers.fused` where these can, by the block's own functions where
-    not.
+    not. These kernels keep the stream in bfloat16, whatever `residual_fp32` says.
     """
     config, params, positions = model.config, model.params, cache.position
     valid = jnp.ones((token.shape[0], 1), bool)

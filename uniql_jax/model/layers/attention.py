@@ -73,7 +73,7 @@ def attend(
 
     With `Causal` keys and values are those of the queries' tokens. A query that sees nothing (padding) gets zeros.
     """
-    scale = config.head_dim**-0.5
+    scale = config.softmax_scale
     if isinstance(visible, Causal):
         out = causal_attention(q, k, v, visible.valid, scale=scale)
     else:

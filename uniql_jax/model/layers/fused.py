@@ -127,7 +127,7 @@ def attention(
         leaves.get("inv_freq"),
         step.place,
         step.done,
-        scale=config.head_dim**-0.5,
+        scale=config.softmax_scale,
         blocked=_blocked(leaves["o"], batch),
         coming=step.coming[1],
     )
