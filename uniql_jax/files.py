@@ -1,14 +1,12 @@
-"""Tensors on disk: safetensors shards read by prefix and written as a stream, and output folders that appear whole."""
+"""Tensors on disk: safetensors shards read by prefix and written as a stream; the side files of a model folder."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
-import secrets
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from uniql_jax.errors import UserError
+from uniql_jax.outputs import check_output as check_output
+from uniql_jax.outputs import check_space as check_space
+from uniql_jax.outputs import replace_output as replace_output
+from uniql_jax.outputs import staged_output as staged_output
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -35,7 +37,7 @@ SIDE_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
-"""Files beside the weights that travel with a model unchanged (`config.json` does not: it is rewritten)."""
+"""Files next to the weights that travel with a model unchanged (`config.json` does not: it is rewritten)."""
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -181,9 +183,10 @@ class ShardWriter:
             # transformers refuses files whose header does not name a framework
             save_file(self._held, path, metadata={"format": "pt", **metadata})
         except SafetensorError as error:
-            if "No space left" in str(error) or "os error 28" in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
-            raise
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
         path.chmod(mode)
         self._shards.append(path)
         self._held, self._held_bytes = {}, 0
@@ -201,68 +204,3 @@ def copy_side_files(source: str | os.PathLike[str], target: str | os.PathLike[st
         place = Path(target) / path.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, place)
-
-
-def check_space(path: str | os.PathLike[str], count: int) -> None:
-    """Raise UserError unless the disk that holds `path` (which need not exist yet) has room for `count` bytes."""
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if count > free:
-        raise UserError(f"no space for {path}: it needs {count / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free")
-
-
-@contextlib.contextmanager
-def staged_output(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` when the block ends well and is removed when it does not.
-
-    Raises UserError when `out` exists (unless `overwrite`, and then only a model folder or an empty one is
-    replaced, and only at the very end), when the place cannot be written, and when the disk fills up.
-    """
-    target = Path(out).expanduser().absolute()
-    check_output(target, overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
-        staging.mkdir()
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
-    try:
-        yield staging
-        check_output(target, overwrite)  # something may have appeared there meanwhile
-        _swap(staging, target)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"no space left on the disk while writing {out}; nothing was kept") from None
-        raise
-    finally:  # also after Ctrl-C; after success the folder has moved and there is nothing to remove
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def check_output(out: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Raise UserError when `staged_output` would refuse this place; doors ask before long work."""
-    target = Path(out).expanduser().absolute()
-    if not target.exists() and not target.is_symlink():
-        return
-    if not overwrite:
-        raise UserError(f"{target} exists; name another place or add --overwrite")
-    if not target.is_dir() or target.is_symlink():
-        raise UserError(f"{target} is not a folder; --overwrite replaces folders only")
-    if any(target.iterdir()) and not (target / "config.json").is_file():
-        raise UserError(f"{target} has no config.json, so it is no model; --overwrite replaces models only")
-
-
-def _swap(staging: Path, target: Path) -> None:
-    if not target.exists():
-        staging.rename(target)
-        return
-    # the old one goes only once the new one stands in its place
-    old = target.with_name(f"{staging.name}-old")
-    target.rename(old)
-    try:
-        staging.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
