@@ -30,7 +30,8 @@ from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader, ShardWriter, copy_side_files, side_files
 from uniql_jax.plan import Plan
 from uniql_jax.value_bias import value_bias
-from uniql_jax.weights.quantized import QuantizedArray, dense
+from uniql_jax.weights.protocol import as_stored, dense
+from uniql_jax.weights.quantized import QuantizedArray
 
 
 def packed(
@@ -203,12 +204,9 @@ class CheckpointWriter:
         self._shards = ShardWriter(self.folder, max_shard_bytes)
 
     def add(self, name: str, value: Any) -> None:
-        """One leaf; a QuantizedArray becomes two tensors."""
-        if isinstance(value, QuantizedArray):
-            self._shards.add(f"{name}.data", np.asarray(value.data))
-            self._shards.add(f"{name}.scale", np.asarray(value.scale))
-        else:
-            self._shards.add(name, np.asarray(value))
+        """One leaf, dense or packed; a packed one becomes two tensors."""
+        for tensor, array in as_stored(value).tensors(name).items():
+            self._shards.add(tensor, array)
 
     def add_layer(self, i: int, layer: Mapping[str, Mapping[str, Any]]) -> None:
         """All leaves of one layer."""

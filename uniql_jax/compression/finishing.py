@@ -24,7 +24,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.model.layers import KINDS
 from uniql_jax.model.layers.context import full_context
 from uniql_jax.plan import Plan
-from uniql_jax.weights.fake_quantized import position
+from uniql_jax.weights.fake_quantized import unrounded_steps
 from uniql_jax.weights.quantized import QuantizedArray, dense, from_codes
 
 Block = Mapping[str, Any]
@@ -137,7 +137,7 @@ def _quantize_rows(
         damping=options.damping,
         keep=keep,
     )
-    return codes, scale, None if rounded is None else position(rounded, codes, scale, group)
+    return codes, scale, None if rounded is None else unrounded_steps(rounded, codes, scale, group)
 
 
 def pack_leaf(
