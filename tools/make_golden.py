@@ -28,7 +28,10 @@ RATES = (0.0, 0.25)
 SMALL = {"vocab_size": 64}
 FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
     "llama": (published.shrink(published.SMOLLM2_135M, num_hidden_layers=2, **SMALL), 4),
-    "qwen2": (published.shrink(published.QWEN2_5_05B, num_hidden_layers=2, **SMALL), 4),
+    "qwen2": (
+        published.shrink(published.QWEN2_5_05B, num_hidden_layers=2, hidden_size=96, num_attention_heads=6, **SMALL),
+        4,
+    ),
     "mamba2": (published.shrink_ssm(published.MAMBA2_8B, num_hidden_layers=2, **SMALL), 8),
     "bamba": (published.shrink_ssm(published.BAMBA_9B_V2, num_hidden_layers=2, attn_layer_indices=[1], **SMALL), 4),
     "nemotron_h": (

@@ -156,10 +156,9 @@ class Checkpoint:
             if name in self._names or f"{name}.data" in self._names
         }
 
-    def weight_bytes(self, rate: float = 0.0) -> int:
-        """Bytes of all tensors at a prune rate, from the headers alone."""
-        total = 0
-        keep = self._kept(rate)
+    def tensor_bytes(self, rate: float = 0.0) -> dict[str, int]:
+        """Name -> bytes of every tensor at a prune rate, from the headers alone."""
+        out, kept = {}, self._kept(rate)
         for name, (dtype, shape) in self._names.items():
             rows = None
             base, _, suffix = name.rpartition(".")
@@ -167,10 +166,13 @@ class Checkpoint:
             if stem.startswith("layers."):
                 _, index, kind, leaf_name = stem.split(".")
                 suffix = f".{suffix}" if stem is base else ""
-                rows = self._rows(elastic.BLOCKS[kind][leaf_name], suffix, keep[int(index)])
-            count = math.prod(shape) if rows is None else rows * math.prod(shape[1:])
-            total += count * dtype.itemsize
-        return total
+                rows = self._rows(elastic.BLOCKS[kind][leaf_name], suffix, kept[int(index)])
+            out[name] = (math.prod(shape) if rows is None else rows * math.prod(shape[1:])) * dtype.itemsize
+        return out
+
+    def weight_bytes(self, rate: float = 0.0) -> int:
+        """Bytes of all tensors at a prune rate, from the headers alone."""
+        return sum(self.tensor_bytes(rate).values())
 
 
 def is_elastic(folder: str | Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,7 @@ class Weight(Protocol):
         """Logical shape."""
         ...
 
-    def take_prefix(self, count: int) -> Self:
+    def take_prefix(self, count: int) -> Weight:
         """The first `count` entries of the leading axis."""
         ...
 
