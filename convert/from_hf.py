@@ -9,7 +9,7 @@ from uniql_jax.checkpoint import CheckpointWriter, reachable_bias, stored
 from uniql_jax.convert import tables
 from uniql_jax.convert.source import open_source
 from uniql_jax.convert.to_hf import DTYPES
-from uniql_jax.files import check_output, check_space, staged_output
+from uniql_jax.outputs import check_output, check_space, staged_output
 
 
 def convert(ckpt: str, out: str, overwrite: bool = False) -> None:

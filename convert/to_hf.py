@@ -20,7 +20,8 @@ from uniql_jax.casting import cast
 from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
-from uniql_jax.files import ShardWriter, check_output, check_space, copy_side_files, staged_output
+from uniql_jax.files import ShardWriter, copy_side_files
+from uniql_jax.outputs import check_output, check_space, staged_output
 from uniql_jax.value_bias import value_bias
 from uniql_jax.weights import quantized as int4
 

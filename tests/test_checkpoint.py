@@ -37,13 +37,15 @@ def _packed(leaf: elastic.Leaf, bits: int, rng: np.random.Generator) -> Quantize
     return from_codes(codes, scale, bits=bits, group=group, contract=str(leaf.contract), shape=shape)
 
 
+def _float(bits: int) -> Any:
+    return np.float32 if bits == 32 else jnp.bfloat16
+
+
 def _layer(bits: int, rng: np.random.Generator) -> dict[str, dict[str, Any]]:
     def draw(leaf: elastic.Leaf) -> Any:
         if bits < 16 and leaf.contract:
             return _packed(leaf, bits, rng)
-        return stored(
-            leaf, rng.standard_normal(elastic.shape(CONFIG, leaf)), np.float32 if bits == 32 else jnp.bfloat16
-        )
+        return stored(leaf, rng.standard_normal(elastic.shape(CONFIG, leaf)), _float(bits))
 
     return {
         kind: {name: draw(leaf) for name, leaf in elastic.leaves(CONFIG, kind).items()} for kind in CONFIG.pattern[0]
@@ -58,7 +60,13 @@ def _write(folder: Path, bits: int, rng: np.random.Generator, planned: bool = Tr
     writer = CheckpointWriter(folder, HF, meta, shard)
     layers = [_layer(bits, rng) for _ in CONFIG.pattern]
     embed = elastic.TOP["embed"]
-    writer.add_top({"embed": _packed(embed, bits, rng) if bits < 16 else rng.standard_normal((320, 32))})
+    writer.add_top(
+        {
+            "embed": _packed(embed, bits, rng)
+            if bits < 16
+            else stored(embed, rng.standard_normal((320, 32)), _float(bits))
+        }
+    )
     writer.add_top({"norm": np.ones(32, np.float32)})
     for i, layer in enumerate(layers):
         writer.add_layer(i, layer)

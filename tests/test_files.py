@@ -11,9 +11,10 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from uniql_jax import files
+from uniql_jax import files, outputs
 from uniql_jax.errors import UserError
-from uniql_jax.files import ShardReader, ShardWriter, staged_output
+from uniql_jax.files import ShardReader, ShardWriter
+from uniql_jax.outputs import staged_output
 
 
 def some_tensors(rng):
@@ -124,7 +125,7 @@ def test_space_is_checked(tmp_path, monkeypatch):
     files.check_space(tmp_path / "not" / "there" / "yet", 10)
     with pytest.raises(UserError, match="no space for"):
         files.check_space(tmp_path / "not" / "there" / "yet", 10**18)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: _Usage(free=10))
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: _Usage(free=10))
     with pytest.raises(UserError, match="no space for"), staged_output(tmp_path / "out") as staging:
         write_zeros(staging)
     assert not list(tmp_path.iterdir())

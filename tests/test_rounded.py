@@ -15,7 +15,7 @@ from uniql_jax.compression.math.gptq import quantize
 from uniql_jax.compression.packing import pack_leaf, pack_together
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.model.layers.linear import apply_columns, apply_rows
-from uniql_jax.weights.fake_quantized import FakeQuantizedArray, from_quantized, position
+from uniql_jax.weights.fake_quantized import FakeQuantizedArray, from_quantized, unrounded_steps
 from uniql_jax.weights.quantized import QuantizedArray, limits, unpack
 
 LAST = elastic.Leaf(("ffn", "head", "embed"), "last")
@@ -57,7 +57,7 @@ def test_it_begins_with_the_integers_of_gptq(contract: str, bits: int, rng: np.r
     stored = weight.quantized()
     np.testing.assert_array_equal(np.asarray(weight.codes()), np.asarray(codes_of(stored)))
     np.testing.assert_array_equal(np.asarray(weight.value()), np.asarray(stored.dequantize()))
-    moved = np.asarray(weight.position, np.float32) - np.asarray(weight.codes())
+    moved = np.asarray(weight.unrounded, np.float32) - np.asarray(weight.codes())
     assert 0.1 < np.abs(moved).mean() < 0.4  # spread between integers, as what was rounded is
 
 
@@ -90,7 +90,7 @@ def test_gradients_pass_through_the_rounding(contract: str, rng: np.random.Gener
     update = np.asarray(weight.scale * (weight.left @ weight.right))
     steps = np.repeat(np.asarray(weight.step, np.float32), weight.group, axis=-1 if contract == "last" else 0)
     steps = steps[..., : weight.shape[-1]] if contract == "last" else steps[:96].reshape(weight.shape)
-    places = np.asarray(weight.position, np.float32) + update / steps
+    places = np.asarray(weight.unrounded, np.float32) + update / steps
     inside = (places > low - 0.5) & (places < high + 0.5)
     assert 0.5 < inside.mean() < 1.0
     through = np.where(inside, np.asarray(cotangent), 0.0) * weight.scale
@@ -114,7 +114,7 @@ def test_a_change_of_its_own_is_in_steps(contract: str, rng: np.random.Generator
     cotangent = jnp.asarray(rng.standard_normal(start.shape), jnp.float32)
     _, pull = jax.vjp(lambda change: dataclasses.replace(start, change=change).value(), jnp.zeros(start.shape))
     (gradient,) = pull(cotangent)
-    steps = np.asarray(dataclasses.replace(start, position=jnp.ones(start.shape)).value())  # 1 is on every grid
+    steps = np.asarray(dataclasses.replace(start, unrounded=jnp.ones(start.shape)).value())  # 1 is on every grid
     np.testing.assert_allclose(gradient, np.asarray(cotangent) * steps, rtol=1e-5, atol=1e-6)
 
 
@@ -126,14 +126,14 @@ def test_what_was_rounded_rounds_to_the_integers(rng: np.random.Generator) -> No
     wide = jnp.repeat(scale.astype(jnp.float32), 32, axis=1)[:, :80]
     np.testing.assert_array_equal(codes, np.clip(np.round(np.asarray(rounded) / np.asarray(wide)), *limits(4)))
     assert not np.allclose(rounded, value, atol=1e-3)
-    places = np.asarray(position(rounded, codes, scale, 32), np.float32)
+    places = np.asarray(unrounded_steps(rounded, codes, scale, 32), np.float32)
     np.testing.assert_array_equal(np.round(places), codes)
 
 
 def test_a_group_of_zeros_stays_zero() -> None:
     codes, scale, rounded = quantize(jnp.zeros((4, 32)), None, bits=4, group=32, keep=True)
     weight = FakeQuantizedArray(
-        position(rounded, codes, scale, 32), scale, jnp.ones((4, 1)), jnp.ones((1, 32)), group=32
+        unrounded_steps(rounded, codes, scale, 32), scale, jnp.ones((4, 1)), jnp.ones((1, 32)), group=32
     )
     assert not np.asarray(weight.value()).any()
     gradient = jax.grad(lambda left: dataclasses.replace(weight, left=left).value().sum())(weight.left)

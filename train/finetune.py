@@ -17,7 +17,7 @@ import numpy as np
 from uniql_jax import console, data, elastic
 from uniql_jax.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, reachable_bias, stored
 from uniql_jax.errors import UserError
-from uniql_jax.files import check_output, check_space, staged_output
+from uniql_jax.outputs import check_output, check_space, staged_output
 from uniql_jax.train import examples, lora, recover
 from uniql_jax.train.examples import Examples
 from uniql_jax.train.loop import data_mesh, memory_bytes, resolved

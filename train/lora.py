@@ -143,7 +143,7 @@ def merge_layer(i: int, layer: Layer, factors: Factors, alpha: float) -> dict[st
         if name not in factors:
             return value
         moved: Any = beside(value, leaf, factors[name], alpha)
-        return np.asarray(moved.merged())
+        return np.asarray(moved.dense())
 
     return _mapped(i, layer, merged)
 

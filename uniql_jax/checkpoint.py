@@ -17,20 +17,22 @@ import numpy as np
 from uniql_jax import config as model_config
 from uniql_jax import elastic
 from uniql_jax.casting import cast
+from uniql_jax.checkpoint_format import (
+    FORMAT,
+    SECTION,
+    check_groups,
+    check_plan,
+    check_tensors,
+    leaf_group,
+    read_config,
+)
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader, ShardWriter, copy_side_files, side_files
 from uniql_jax.plan import Plan
 from uniql_jax.value_bias import value_bias
-from uniql_jax.weights.quantized import QuantizedArray, dense
-
-FORMAT = 1
-SECTION = "uniql"
-
-
-def leaf_group(meta: Mapping[str, Any], leaf: elastic.Leaf) -> int:
-    """Quantization group of a leaf: along the hidden size, or along the elastic axis that it contracts."""
-    return int(meta["groups"]["embed" if leaf.contract == "last" else leaf.dims[0]])
+from uniql_jax.weights.protocol import as_stored, dense
+from uniql_jax.weights.quantized import QuantizedArray
 
 
 def packed(
@@ -58,28 +60,30 @@ def packed(
 class Checkpoint:
     """An opened elastic checkpoint; tensors are read when asked for, and only their kept part.
 
-    `config`, `hf_config` (without our section), `meta` (our section), `plan` (None when unsorted). Raises UserError
-    when the folder is no elastic checkpoint.
+    Everything but the tensors' values is validated when it is opened (docs/format.md).
+
+    Attributes:
+        folder: where it lies.
+        config: the model.
+        hf_config: config.json without our section.
+        meta: our section, `uniql`.
+        plan: how rates become kept sizes; None when unsorted.
+
+    Raises:
+        UserError: the folder is no elastic checkpoint, or one that is damaged or of a newer format.
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        path = self.folder / "config.json"
-        if not path.is_file():
-            raise UserError(f"{folder} is not a checkpoint: no config.json there")
-        try:
-            self.hf_config: dict[str, Any] = json.loads(path.read_text())
-        except ValueError:
-            raise UserError(f"{path} is not valid JSON") from None
-        if SECTION not in self.hf_config:
-            raise UserError(f"{folder} is no elastic checkpoint yet; make one with python -m uniql_jax.compress")
-        self.meta: dict[str, Any] = self.hf_config.pop(SECTION)
-        if self.meta.get("format") != FORMAT:
-            raise UserError(f"{folder} has checkpoint format {self.meta.get('format')}; this version reads {FORMAT}")
+        self.folder = Path(folder).expanduser()
+        self.hf_config, self.meta = read_config(self.folder)
         self.config: ModelConfig = model_config.from_hf(self.hf_config)
+        path = self.folder / "config.json"
+        check_groups(self.meta, self.config, path)
+        check_plan(self.meta, self.config, path)
         self.plan = Plan.from_json(self.meta["plan"]) if self.meta.get("plan") else None
         self._reader = ShardReader(self.folder)
         self._names = self._reader.names()
+        check_tensors(self.meta, self.config, self._names, self.folder)
 
     @property
     def bytes_read(self) -> int:
@@ -90,6 +94,11 @@ class Checkpoint:
     def side_files(self) -> list[Path]:
         """Tokenizer, chat template and the like."""
         return side_files(self.folder)
+
+    @property
+    def tensors(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every stored tensor, at full size."""
+        return dict(self._names)
 
     def _kept(self, rate: float) -> tuple[dict[str, int] | None, ...]:
         if self.plan is None:
@@ -126,11 +135,8 @@ class Checkpoint:
     def _read(self, name: str, leaf: elastic.Leaf, keep: Mapping[str, int] | None) -> np.ndarray | QuantizedArray:
         if name in self._names:
             return self._reader.read(name, self._rows(leaf, "", keep))
-        try:
-            data = self._reader.read(f"{name}.data", self._rows(leaf, ".data", keep))
-            scale = self._reader.read(f"{name}.scale", self._rows(leaf, ".scale", keep))
-        except KeyError:
-            raise UserError(f"{self.folder} lacks the tensor {name!r}") from None
+        data = self._reader.read(f"{name}.data", self._rows(leaf, ".data", keep))
+        scale = self._reader.read(f"{name}.scale", self._rows(leaf, ".scale", keep))
         return packed(self.config, self.meta, leaf, data, scale, keep)
 
     def layer(self, i: int, keep: Mapping[str, int] | None = None) -> dict[str, dict[str, Any]]:
@@ -151,10 +157,9 @@ class Checkpoint:
             if name in self._names or f"{name}.data" in self._names
         }
 
-    def weight_bytes(self, rate: float = 0.0) -> int:
-        """Bytes of all tensors at a prune rate, from the headers alone."""
-        total = 0
-        keep = self._kept(rate)
+    def tensor_bytes(self, rate: float = 0.0) -> dict[str, int]:
+        """Name -> bytes of every tensor at a prune rate, from the headers alone."""
+        out, kept = {}, self._kept(rate)
         for name, (dtype, shape) in self._names.items():
             rows = None
             base, _, suffix = name.rpartition(".")
@@ -162,10 +167,13 @@ class Checkpoint:
             if stem.startswith("layers."):
                 _, index, kind, leaf_name = stem.split(".")
                 suffix = f".{suffix}" if stem is base else ""
-                rows = self._rows(elastic.BLOCKS[kind][leaf_name], suffix, keep[int(index)])
-            count = math.prod(shape) if rows is None else rows * math.prod(shape[1:])
-            total += count * dtype.itemsize
-        return total
+                rows = self._rows(elastic.BLOCKS[kind][leaf_name], suffix, kept[int(index)])
+            out[name] = (math.prod(shape) if rows is None else rows * math.prod(shape[1:])) * dtype.itemsize
+        return out
+
+    def weight_bytes(self, rate: float = 0.0) -> int:
+        """Bytes of all tensors at a prune rate, from the headers alone."""
+        return sum(self.tensor_bytes(rate).values())
 
 
 def is_elastic(folder: str | Path) -> bool:
@@ -178,7 +186,7 @@ def is_elastic(folder: str | Path) -> bool:
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
     """Open an elastic checkpoint folder; UserError says what is wrong with it."""
-    if not Path(folder).is_dir():
+    if not Path(folder).expanduser().is_dir():
         raise UserError(f"no such checkpoint folder: {folder}")
     return Checkpoint(folder)
 
@@ -199,12 +207,9 @@ class CheckpointWriter:
         self._shards = ShardWriter(self.folder, max_shard_bytes)
 
     def add(self, name: str, value: Any) -> None:
-        """One leaf; a QuantizedArray becomes two tensors."""
-        if isinstance(value, QuantizedArray):
-            self._shards.add(f"{name}.data", np.asarray(value.data))
-            self._shards.add(f"{name}.scale", np.asarray(value.scale))
-        else:
-            self._shards.add(name, np.asarray(value))
+        """One leaf, dense or packed; a packed one becomes two tensors."""
+        for tensor, array in as_stored(value).tensors(name).items():
+            self._shards.add(tensor, array)
 
     def add_layer(self, i: int, layer: Mapping[str, Mapping[str, Any]]) -> None:
         """All leaves of one layer."""
@@ -221,7 +226,7 @@ class CheckpointWriter:
         """Write what is left, config.json and side files; returns the bytes of all tensors."""
         self._shards.finish()
         config = self._hf_config | {SECTION: self._meta}
-        (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         if side_files_of is not None:
             copy_side_files(side_files_of, self.folder)
         return self._shards.total_bytes

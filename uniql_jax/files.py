@@ -1,15 +1,12 @@
-"""Tensors on disk: safetensors shards read by prefix and written as a stream, and output folders that appear whole."""
+"""Tensors on disk: safetensors shards read by prefix and written as a stream; the side files of a model folder."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import re
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -20,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from uniql_jax.errors import UserError
+from uniql_jax.outputs import check_space
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -36,12 +34,7 @@ SIDE_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
-"""Files beside the weights that travel with a model unchanged (`config.json` does not: it is rewritten)."""
-
-LONGEST_ENDING = ".partial-00000000"
-"""The longest ending that a folder's name gets while it is written."""
-DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
-"""The disk says no: nothing that another try of ours would change."""
+"""Files next to the weights that travel with a model unchanged (`config.json` does not: it is rewritten)."""
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -240,125 +233,3 @@ def copy_side_files(source: str | os.PathLike[str], target: str | os.PathLike[st
         place = Path(target) / path.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, place)
-
-
-def check_space(path: str | os.PathLike[str], count: int) -> None:
-    """Raise UserError unless the disk that holds `path` (which need not exist yet) has room for `count` bytes."""
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if count > free:
-        raise UserError(f"no space for {path}: it needs {count / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free")
-
-
-@contextlib.contextmanager
-def staged_output(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` when the block ends well and is removed when it does not.
-
-    Raises UserError when `out` exists (unless `overwrite`, and then only a model folder or an empty one is
-    replaced, and only at the very end), when the place cannot be written, and when the disk fills up.
-    """
-    target = check_output(out, overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
-        staging.mkdir()
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
-    try:
-        yield staging
-        replace_output(staging, target, overwrite)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise UserError(f"cannot write {out}: {os.strerror(error.errno)}; nothing was kept") from None
-    finally:  # also after Ctrl-C; after success the folder has moved and there is nothing to remove
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def check_output(out: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """The absolute place of an output folder; commands ask before long work.
-
-    Raises:
-        UserError: when `out` exists (unless `overwrite`, and then only a model folder or an empty one may be replaced),
-            when its name is none that can be created, or when its place cannot be written.
-    """
-    text = os.fspath(out)
-    target = Path(os.path.abspath(Path(text).expanduser()))
-    if not text.strip() or target in (Path.cwd(), *Path.cwd().parents):
-        raise UserError(f"{text!r} cannot be an output: it names the working folder or one above it; name a new folder")
-    try:
-        os.lstat(target.with_name(f"{target.name}{LONGEST_ENDING}"))  # names that are too long fail now
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {_shown(text)}: {getattr(error, 'strerror', None) or error}") from None
-    if not os.path.lexists(target):
-        _check_parent(target, text)
-        return target
-    if not overwrite:
-        raise UserError(f"{target} exists; name another place or add --overwrite")
-    if not target.is_dir() or target.is_symlink():
-        raise UserError(f"{target} is not a folder; --overwrite replaces folders only")
-    if any(target.iterdir()) and not (target / "config.json").is_file():
-        raise UserError(f"{target} has no config.json, so it is no model; --overwrite replaces models only")
-    return target
-
-
-def _shown(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
-
-
-def _check_parent(target: Path, text: str) -> None:
-    place = target.parent
-    while not place.exists() and not place.is_symlink():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {_shown(text)}: {place} is no folder that you may write to")
-
-
-def check_apart(out: str | os.PathLike[str], source: str | os.PathLike[str]) -> None:
-    """Raise UserError when the output would replace, hold or lie inside the folder or file that is read."""
-    target, origin = Path(out).expanduser().resolve(), Path(source).expanduser().resolve()
-    if origin.exists() and (target == origin or origin in target.parents or target in origin.parents):
-        raise UserError(f"the output {out} overlaps the input {source}; name a place apart from it")
-
-
-def sync(path: str | os.PathLike[str]) -> None:
-    """Make a file's content, or the names in a folder, durable; a folder is left alone where the system cannot."""
-    folder = os.path.isdir(path)
-    if folder and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def replace_output(staging: Path, target: Path, overwrite: bool = False) -> None:
-    """Put a finished folder in its place: the one way an output appears.
-
-    Everything in `staging` is made durable first. An old model at `target` is renamed aside, comes back if the new one
-    cannot take its place, and is removed only after it has.
-
-    Raises:
-        UserError: as `check_output`, which is asked again, since something may have appeared meanwhile.
-    """
-    check_output(target, overwrite)
-    for path in [*staging.rglob("*"), staging]:
-        sync(path)
-    old = None
-    if target.exists():
-        old = target.with_name(f"{target.name}.old-{secrets.token_hex(4)}")
-        target.rename(old)
-    try:
-        staging.rename(target)
-    except OSError:
-        if old is not None:
-            old.rename(target)
-        raise
-    sync(target.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)

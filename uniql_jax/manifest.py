@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from uniql_jax.errors import UserError
-from uniql_jax.files import sync
+from uniql_jax.outputs import sync
 
 DIGITS = 32
 """Hex digits kept of each input's hash: 128 bits."""

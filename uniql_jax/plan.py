@@ -137,9 +137,9 @@ class Plan:
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Inverse of `to_json`."""
         return cls(
-            sizes=dict(data["sizes"]),
-            units=dict(data["units"]),
-            costs=tuple(dict(c) for c in data["costs"]),
+            sizes={axis: int(size) for axis, size in data["sizes"].items()},
+            units={axis: int(unit) for axis, unit in data["units"].items()},
+            costs=tuple({axis: int(cost) for axis, cost in layer.items()} for layer in data["costs"]),
             order=tuple((int(layer), str(axis)) for layer, axis in data["order"]),
         )
 

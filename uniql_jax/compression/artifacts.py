@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from uniql_jax.files import save_tensors, sync
+from uniql_jax.files import save_tensors
+from uniql_jax.outputs import sync
 from uniql_jax.weights.quantized import QuantizedArray
 
 

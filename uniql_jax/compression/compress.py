@@ -20,8 +20,8 @@ from uniql_jax.compression.workspace import work_folder, workspace
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert.source import Source, open_source
 from uniql_jax.errors import UserError
-from uniql_jax.files import DISK_ERRORS, check_apart, check_space
 from uniql_jax.manifest import Manifest
+from uniql_jax.outputs import check_space
 from uniql_jax.train import examples
 from uniql_jax.train.loop import resolved
 from uniql_jax.train.settings import RecoverySettings
@@ -74,7 +74,6 @@ def compress(
     """
     _check_arguments(settings, calib_length, recover, recover_tune)
     source = open_source(ckpt)
-    check_apart(out, ckpt)
 
     def read() -> tuple[data.Windows, RecoveryData | None]:
         windows = calibration_windows(source, calib, calib_windows, calib_length, settings.seed)
@@ -87,7 +86,7 @@ def compress(
         _check_finished(out, manifest_of(source, windows.tokens, settings, recovery, progress))
         say(f"{out} is whole already: nothing to resume")
         return None
-    with workspace(out, resume, overwrite) as work:
+    with workspace(out, resume, overwrite, ckpt) as work:
         tuned = recover_tune is not None
         if not work.started:  # what a started run still needs is less, and unknown
             check_space(work.folder, disk_bytes(source.config, settings, resources, 0, tuned))
@@ -98,16 +97,9 @@ def compress(
         manifest = manifest_of(source, windows.tokens, settings, recovery, progress)
         work.begin(manifest)
         provenance = {"calibration": windows.description}
-        try:
-            return pipeline.run(
-                work, source, windows.tokens, settings, resources, recovery, manifest, overwrite, provenance, progress
-            )
-        except OSError as error:
-            if error.errno not in DISK_ERRORS:
-                raise
-            raise UserError(
-                f"the disk refused to write ({error.strerror}); mend that and add --resume: {work.folder} is kept"
-            ) from None
+        return pipeline.run(
+            work, source, windows.tokens, settings, resources, recovery, manifest, overwrite, provenance, progress
+        )
 
 
 def _check_arguments(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from uniql_jax import elastic
 from uniql_jax.compression.math.gptq import quantize
 from uniql_jax.compression.settings import CompressionSettings
-from uniql_jax.weights.fake_quantized import position
+from uniql_jax.weights.fake_quantized import unrounded_steps
 from uniql_jax.weights.quantized import QuantizedArray, from_codes
 
 
@@ -38,7 +38,7 @@ def _quantize_rows(
         damping=settings.damping,
         keep=keep,
     )
-    return codes, scale, None if rounded is None else position(rounded, codes, scale, group)
+    return codes, scale, None if rounded is None else unrounded_steps(rounded, codes, scale, group)
 
 
 def pack_leaf(

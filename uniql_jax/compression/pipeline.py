@@ -28,8 +28,8 @@ from uniql_jax.compression.stages.tune import tune
 from uniql_jax.compression.stages.write import write
 from uniql_jax.compression.stored import StoredLayers
 from uniql_jax.compression.workspace import Workspace, workspace
-from uniql_jax.files import check_space
 from uniql_jax.manifest import Manifest
+from uniql_jax.outputs import check_space
 from uniql_jax.plan import Plan
 from uniql_jax.version import __version__
 

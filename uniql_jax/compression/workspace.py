@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows
 from uniql_jax.errors import UserError
-from uniql_jax.files import check_output, replace_output
 from uniql_jax.locking import hold_lock
 from uniql_jax.manifest import Manifest
+from uniql_jax.outputs import check_output, output_path, replace_output
 
 MANIFEST = "manifest.json"
+DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 
 
 def work_folder(out: str | Path) -> Path:
     """Where a run keeps what is done."""
-    target = Path(out).expanduser().absolute()
+    target = output_path(out)
     return target.with_name(f"{target.name}.partial")
 
 
@@ -52,14 +55,15 @@ class Workspace:
 
 
 @contextlib.contextmanager
-def workspace(out: str | Path, resume: bool, overwrite: bool) -> Iterator[Workspace]:
+def workspace(out: str | Path, resume: bool, overwrite: bool, source: str | Path | None = None) -> Iterator[Workspace]:
     """Claim the work folder of `out`; a run that cannot start leaves nothing behind.
 
     Raises:
-        UserError: when `out` cannot be written, when another process works there, or when an unfinished run is there
-            and `resume` is False.
+        UserError: when `out` cannot be written or overlaps `source`, when another process works there, when an
+            unfinished run is there and `resume` is False, or when the disk refuses to write.
     """
-    target, folder = check_output(out, overwrite), work_folder(out)
+    check_output(out, overwrite, source)
+    target, folder = output_path(out), work_folder(out)
     made = _missing_parents(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,6 +78,12 @@ def workspace(out: str | Path, resume: bool, overwrite: bool) -> Iterator[Worksp
                         f"{folder} holds an unfinished run; add --resume to go on with it, or remove it to start anew"
                     )
                 yield work
+            except OSError as error:
+                if error.errno not in DISK_ERRORS or not work.started:
+                    raise
+                raise UserError(
+                    f"the disk refuses to write ({os.strerror(error.errno)}); mend that and add --resume: {folder} is kept"
+                ) from None
             finally:
                 if not work.started:
                     shutil.rmtree(folder, ignore_errors=True)

@@ -20,9 +20,8 @@ from uniql_jax.model.layers import KINDS, fused
 from uniql_jax.model.layers.context import Causal, Context, full_context
 from uniql_jax.model.layers.linear import apply_rows
 from uniql_jax.model.layers.norm import rms_norm
-from uniql_jax.pallas_kernels.embedding import embed as embed_packed
 from uniql_jax.plan import Plan
-from uniql_jax.weights.quantized import QuantizedArray
+from uniql_jax.weights.protocol import as_weight
 
 Layer = Mapping[str, Mapping[str, Any]]
 
@@ -75,13 +74,7 @@ def kept_sizes(layer: Layer) -> dict[str, int]:
 
 def embed(params: Mapping[str, Any], tokens: Int[Array, "b t"], dtype: Any) -> Float[Array, "b t h"]:
     """Rows of the embedding, dense or packed."""
-    table = params["embed"]
-    if isinstance(table, QuantizedArray):
-        table = jax.tree.map(jnp.asarray, table)
-        return embed_packed(
-            tokens, table.data, table.scale, bits=table.bits, group=table.group, width=table.width, dtype=dtype
-        )
-    return jnp.take(table, tokens, axis=0).astype(dtype)
+    return as_weight(params["embed"]).lookup(tokens, dtype)
 
 
 def embed_stream(model: CausalLM, tokens: Int[Array, "b t"]) -> Float[Array, "b t h"]:

@@ -1,1 +1,1 @@
-"""How a weight can be held: packed integers, LoRA, a dense update, fake-quantized."""
+"""How a weight can be held: dense, packed integers, LoRA, a dense update, fake-quantized; one protocol for all."""

@@ -1,4 +1,4 @@
-"""A dense weight with an update of its own shape beside it: full fine-tuning, for models so small that an optimizer can
+"""A dense weight with an update of its own shape: full fine-tuning, for models so small that an optimizer can
 hold something of every weight.
 """
 
@@ -10,7 +10,8 @@ from typing import Any
 import flax.struct
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from uniql_jax.weights.lora import PRODUCT, product
 
@@ -35,9 +36,14 @@ class DeltaArray:
         """The first `count` entries of the leading axis."""
         return dataclasses.replace(self, base=self.base[:count], change=self.change[:count])
 
-    def merged(self) -> Float[Array, "..."]:
-        """The weight with its update, float32."""
-        return jnp.asarray(self.base, jnp.float32) + self.scale * jnp.asarray(self.change, jnp.float32)
+    def dense(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
+        """The weight with its update, computed in float32 and cast to `dtype`."""
+        changed = jnp.asarray(self.base, jnp.float32) + self.scale * jnp.asarray(self.change, jnp.float32)
+        return changed.astype(dtype)
+
+    def lookup(self, index: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b h"]:
+        """Entries of the leading axis, as an embedding's are looked up."""
+        return self.dense(dtype)[index]
 
     def rows(self, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
         """weight @ x over the last dimension, the weight's leading ones flattened; in x's dtype."""
@@ -49,4 +55,4 @@ class DeltaArray:
 
     def _flat(self, x: Array) -> Array:
         # in x's dtype before the product, so that the gradient's product is in it, too
-        return self.merged().astype(x.dtype).reshape(-1, self.shape[-1])
+        return self.dense(x.dtype).reshape(-1, self.shape[-1])

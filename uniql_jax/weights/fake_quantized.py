@@ -8,6 +8,7 @@ them are close to the next.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -16,25 +17,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.weights.lora import PRODUCT, product
 from uniql_jax.weights.quantized import QuantizedArray, from_codes, limits
 
 FRACTION = 0.49
-"""How far from its integer a position may lie: below one half, with room for float16, so that it rounds to it."""
+"""How far from its integer an unrounded weight may lie: below one half, with room for float16 to round to it."""
 
 
 @flax.struct.dataclass
 class FakeQuantizedArray:
-    """round(position + scale * left @ right / step) * step, clipped to the grid.
+    """round(unrounded + scale * left @ right / step) * step, clipped to the grid.
 
-    `position` is the weight in steps, float16, of the logical shape [*lead, h]; `step` is the scale of every group,
+    `unrounded` is the weight in steps, float16, of the logical shape [*lead, h]; `step` is the scale of every group,
     [*lead, groups] for contract "last", [groups, h] for "first". `left` [*lead, rank] and `right` [rank, h] are as in
     a LoraArray; `change`, in their stead, is of the weight's shape and in steps. Without either nothing moves.
     """
 
-    position: Any  # arrays as above; Any, since jax.tree.map and jax.eval_shape may put anything into a pytree
+    unrounded: Any  # arrays as above; Any, since jax.tree.map and jax.eval_shape may put anything into a pytree
     step: Any
     left: Any = None
     right: Any = None
@@ -47,7 +49,28 @@ class FakeQuantizedArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
-        return self.position.shape
+        return self.unrounded.shape
+
+    def take_prefix(self, count: int) -> FakeQuantizedArray:
+        """The first `count` entries of the leading axis. Raises ValueError when the cut would split a group."""
+        step, unrounded = self.step, self.unrounded[:count]
+        if self.contract == "last":
+            step = step[:count]
+        elif count != self.shape[0]:
+            width = count * math.prod(self.shape[1:-1])
+            if width % self.group:
+                raise ValueError(f"a cut at {count} splits a quantization group of {self.group}")
+            step = step[: width // self.group]
+        left, change = (None if part is None else part[:count] for part in (self.left, self.change))
+        return dataclasses.replace(self, unrounded=unrounded, step=step, left=left, change=change)
+
+    def dense(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
+        """The weight as it would be stored; see `value`."""
+        return self.value().astype(dtype)
+
+    def lookup(self, index: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b h"]:
+        """Entries of the leading axis, as an embedding's are looked up."""
+        return self.dense(dtype)[index]
 
     def _steps(self) -> Float[Array, "..."]:
         """The step of every weight."""
@@ -71,7 +94,7 @@ class FakeQuantizedArray:
     def _places(self, update: Array) -> Float[Array, "..."]:
         steps = self._steps()
         inverse = jnp.where(steps == 0, 0.0, 1.0 / jnp.where(steps == 0, 1.0, steps))
-        return jnp.asarray(self.position).astype(jnp.float32) + update * inverse
+        return jnp.asarray(self.unrounded).astype(jnp.float32) + update * inverse
 
     def value(self) -> Float[Array, "..."]:
         """The weight as it would be stored, float32; differentiable in `left` and `right`, or `change`."""
@@ -91,7 +114,7 @@ class FakeQuantizedArray:
         return checkpoint_name(product(flat, self._flat(flat)), PRODUCT)
 
     def _flat(self, x: Array) -> Array:
-        return self.value().astype(x.dtype).reshape(-1, self.shape[-1])
+        return self.dense(x.dtype).reshape(-1, self.shape[-1])
 
     def quantized(self) -> QuantizedArray:
         """What is stored of it."""
@@ -123,7 +146,7 @@ def _passed_backward(inside: Array, cotangent: Array) -> tuple[Array, None, None
 _passed.defvjp(_passed_forward, _passed_backward)
 
 
-def position(
+def unrounded_steps(
     rounded: Float[Array, "rows width"], codes: Int[Array, "rows width"], scale: Float[Array, "rows groups"], group: int
 ) -> Float[Array, "rows width"]:
     """What was rounded to `codes`, in steps, float16: less than half a step from them."""
@@ -132,6 +155,6 @@ def position(
     return (codes + jnp.clip(apart, -FRACTION, FRACTION)).astype(jnp.float16)
 
 
-def from_quantized(weight: QuantizedArray, position: Float[np.ndarray | Array, "..."]) -> FakeQuantizedArray:
-    """A packed weight, in its plain order, as one that trains; `position` of its logical shape."""
-    return FakeQuantizedArray(position, weight.scale, bits=weight.bits, group=weight.group, contract=weight.contract)
+def from_quantized(weight: QuantizedArray, unrounded: Float[np.ndarray | Array, "..."]) -> FakeQuantizedArray:
+    """A packed weight, in its plain order, as one that trains; `unrounded` of its logical shape."""
+    return FakeQuantizedArray(unrounded, weight.scale, bits=weight.bits, group=weight.group, contract=weight.contract)

@@ -1,4 +1,4 @@
-"""A dense weight with a low-rank update beside it (LoRA, arXiv 2106.09685), laid out like every other leaf.
+"""A dense weight with a low-rank update (LoRA, arXiv 2106.09685), laid out like every other leaf.
 
 The elastic axis leads one of the two factors as it leads the weight, so a prefix of the pair is the pair of the prefix:
 what is trained under masks is what a slice computes.
@@ -13,7 +13,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 PRODUCT = "product"
 """The name by which a rematerialization policy knows results of these products."""
@@ -43,11 +44,11 @@ class LoraArray:
         """The first `count` entries of the leading axis."""
         return dataclasses.replace(self, base=self.base[:count], left=self.left[:count])
 
-    def merged(self) -> Float[Array, "..."]:
-        """The weight with its update, float32."""
+    def dense(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
+        """The weight with its update, computed in float32 and cast to `dtype`."""
         left, right = (jnp.asarray(factor, jnp.float32) for factor in (self.left, self.right))
         update = jnp.matmul(left, right, precision="highest")
-        return jnp.asarray(self.base, jnp.float32) + self.scale * update
+        return (jnp.asarray(self.base, jnp.float32) + self.scale * update).astype(dtype)
 
     def dropped(self, x: Float[Array, "*b h"]) -> Float[Array, "*b h"]:
         """What the low-rank path receives of x."""
@@ -55,6 +56,10 @@ class LoraArray:
             return x
         kept = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
         return jnp.where(kept, x / (1.0 - self.dropout), 0).astype(x.dtype)
+
+    def lookup(self, index: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b h"]:
+        """Entries of the leading axis, as an embedding's are looked up."""
+        return self.dense(dtype)[index]
 
     def rows(self, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
         """weight @ x over the last dimension, the weight's leading ones flattened; in x's dtype."""

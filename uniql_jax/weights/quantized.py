@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -17,7 +18,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.pallas_kernels.dequant_matmul import tiling
+from uniql_jax.pallas_kernels.dequant_matmul import dequant_matmul, tiling
+from uniql_jax.pallas_kernels.embedding import embed as embed_packed
+from uniql_jax.weights.protocol import dense as dense
 
 TARGET_GROUP = 128
 SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
@@ -113,6 +116,40 @@ class QuantizedArray:
         """The weight as a dense array of its logical shape, computed in float32 and cast to `dtype`."""
         return _dequantize(jax.tree.map(jnp.asarray, self), jnp.dtype(dtype))
 
+    def dense(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
+        """`dequantize`, by the name that every Weight has for it."""
+        return self.dequantize(dtype)
+
+    def rows(self, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
+        """weight @ x over the last dimension, the weight's leading ones flattened."""
+        data = self.data if self.order != "plain" else self.data.reshape(-1, self.data.shape[-1])
+        return self._product(x, data, self.scale.reshape(-1, self.scale.shape[-1]), "last")
+
+    def columns(self, flat: Float[Array, "*b k"]) -> Float[Array, "*b h"]:
+        """x @ weight, x flattened like the weight's leading dimensions."""
+        return self._product(flat, self.data, self.scale, "first")
+
+    def _product(self, x: Array, data: Any, scale: Any, contract: str) -> Array:
+        return dequant_matmul(
+            x,
+            data,
+            scale,
+            bits=self.bits,
+            group=self.group,
+            contract=contract,
+            width=self.width,
+            order=self.order,
+        )
+
+    def lookup(self, index: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b h"]:
+        """Entries of the leading axis, as an embedding's are looked up; contract "last" in plain order only."""
+        data, scale = jnp.asarray(self.data), jnp.asarray(self.scale)
+        return embed_packed(index, data, scale, bits=self.bits, group=self.group, width=self.width, dtype=dtype)
+
+    def tensors(self, name: str) -> Mapping[str, np.ndarray]:
+        """What is stored of it, by tensor name."""
+        return {f"{name}.data": np.asarray(self.data), f"{name}.scale": np.asarray(self.scale)}
+
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _dequantize(weight: QuantizedArray, dtype: np.dtype) -> Float[Array, "..."]:
@@ -192,8 +229,3 @@ def from_codes(
     return QuantizedArray(
         pack(codes.T, bits, 0), scale.T, bits=bits, group=group, contract=contract, width=width, inner=shape[1:-1]
     )
-
-
-def dense(value: QuantizedArray | Array | np.ndarray, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
-    """A weight as a dense array, whichever way it is held."""
-    return value.dequantize(dtype) if isinstance(value, QuantizedArray) else jnp.asarray(value, dtype)

@@ -1,0 +1,126 @@
+"""`inspect`: what an elastic checkpoint holds, without reading its weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from uniql_jax.commands import cli
+
+EXAMPLES = """\
+examples:
+  sizes at every prune rate:
+    uniql inspect elastic
+
+  what each layer keeps at prune rate 0.25, and a picture of the plan:
+    uniql inspect elastic --prune-rate 0.25 --plot plan.png
+
+  for a program:
+    uniql inspect elastic --json -
+"""
+WIDTH = 100  # of a line of provenance
+
+
+def parser() -> cli.Parser:
+    """The arguments of the command."""
+    parser = cli.Parser(
+        prog=cli.program("inspect"),
+        description="What an elastic checkpoint holds: sizes, prune rates, kept sizes of each layer, provenance.",
+        epilog=EXAMPLES,
+        formatter_class=cli.ExamplesHelp,
+    )
+    parser.add_argument("checkpoint", metavar="DIR", help="elastic checkpoint, as uniql compress writes it")
+    parser.add_argument("--rates", type=cli.prune_rates, metavar="R,R,...", help="of the table (default: 0 to 0.35)")
+    parser.add_argument(
+        "--prune-rate", type=cli.prune_rate, metavar="R", help="list what each layer keeps at this rate"
+    )
+    parser.add_argument("--context", type=cli.positive_int, default=4096, metavar="N", help="tokens whose state counts")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write all of it as JSON; - is standard output, and nothing else"
+    )
+    parser.add_argument("--plot", metavar="FILE.png", help="draw kept fractions and size over the prune rate")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Run the command; raises UserError."""
+    args = parser().parse_args(argv)
+    from uniql_jax import console  # here: `--help` and argument errors need none of this
+    from uniql_jax.evaluation.describe import describe_checkpoint
+
+    for file in (args.json if args.json != "-" else None, args.plot):
+        console.check_output_file(file, args.overwrite)
+    if args.plot:
+        from uniql_jax.evaluation.plot import require_matplotlib
+
+        require_matplotlib()
+    found = describe_checkpoint(
+        args.checkpoint, rates=args.rates, prune_rate=args.prune_rate or 0.0, context=args.context
+    )
+    text = json.dumps(found, indent=1) + "\n"
+    if args.json == "-":
+        sys.stdout.write(text)
+    else:
+        print(report(found, with_layers=args.prune_rate is not None))
+        if args.json:
+            console.write_whole(args.json, text)
+    if args.plot:
+        from uniql_jax.checkpoint import open_checkpoint
+        from uniql_jax.evaluation.plan_plot import plan_map
+
+        plan_map(open_checkpoint(args.checkpoint), args.plot)
+
+
+def report(found: Mapping[str, Any], with_layers: bool = False) -> str:
+    """What `describe_checkpoint` found, for people."""
+    from uniql_jax import console
+
+    groups = ", ".join(f"{axis} {size}" for axis, size in found["groups"].items())
+    lines = [
+        f"{found['checkpoint']}: {found['family']}, {found['parameters'] / 1e6:,.1f} M parameters, "
+        f"{found['prunable_parameters'] / 1e6:,.1f} M of them prunable",
+        f"{found['bits']} bits{f' in groups of {groups}' if groups and found['bits'] < 16 else ''}, "
+        f"format {found['format']}, {'sorted' if found['sorted'] else 'unsorted: prune rate 0 only'}",
+        *(f"{key}: {_short(value)}" for key, value in (found["provenance"] or {}).items()),
+        "",
+        console.table(
+            [
+                [
+                    f"{row['prune_rate']:g}",
+                    f"{row['kept_fraction']:.3f}",
+                    f"{row['parameters'] / 1e6:,.1f} M",
+                    console.format_bytes(row["weight_bytes"]),
+                    console.format_bytes(row["state_bytes"]),
+                ]
+                for row in found["rates"]
+            ],
+            ["prune rate", "kept", "parameters", "weights", f"state after {found['context']} tokens"],
+        ),
+    ]
+    if with_layers:
+        lines += ["", f"kept sizes at prune rate {found['prune_rate']:g}:", _layer_table(found["layers"])]
+    return "\n".join(lines)
+
+
+def _layer_table(layers: list[dict[str, Any]]) -> str:
+    from uniql_jax import console
+
+    axes = list(dict.fromkeys(axis for layer in layers for axis in layer["kept"]))
+    rows = [
+        [
+            layer["layer"],
+            "+".join(layer["blocks"]),
+            *(f"{layer['kept'][a]}/{layer['full'][a]}" if a in layer["kept"] else None for a in axes),
+            console.format_bytes(layer["weight_bytes"]),
+        ]
+        for layer in layers
+    ]
+    return console.table(rows, ["layer", "blocks", *axes, "weights"])
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."

@@ -1,0 +1,108 @@
+"""What an elastic checkpoint holds, from its headers alone: sizes at every prune rate, kept sizes of every layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from uniql_jax import elastic
+from uniql_jax.checkpoint import Checkpoint, open_checkpoint
+from uniql_jax.model.causal_lm import cache_bytes
+
+RATES = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
+CONTEXT = 4096
+NO_PARAMETERS = ("inv_freq", "head_in")
+"""Leaves that are no parameters of the original model: they follow from its config, or from the rotation."""
+
+
+def describe_checkpoint(
+    folder: str | Path, *, rates: Sequence[float] | None = None, prune_rate: float = 0.0, context: int = CONTEXT
+) -> dict[str, Any]:
+    """Describe an elastic checkpoint without reading its weights.
+
+    Args:
+        folder: the checkpoint.
+        rates: prune rates of the size table; None: 0 to 0.35, or rate 0 alone when it is unsorted.
+        prune_rate: rate at which every layer's sizes are listed.
+        context: tokens of one sequence whose cache and states are counted, in bfloat16.
+
+    Returns:
+        Plain data: `family`, `parameters`, `prunable_parameters`, `bits`, `groups`, `format`, `sorted`, `provenance`,
+        `options`, `manifest`; `rates`, a list of {prune_rate, kept_fraction, parameters, prunable_parameters,
+        weight_bytes, state_bytes}; `layers`, a list of {layer, blocks, kept, full, weight_bytes} at `prune_rate`.
+
+    Raises:
+        UserError: no such checkpoint, a damaged one, or a rate that it does not have.
+    """
+    checkpoint = open_checkpoint(folder)
+    if rates is None:
+        rates = RATES if checkpoint.plan is not None else RATES[:1]
+    meta, total = checkpoint.meta, _parameters(checkpoint, 0.0)
+    return {
+        "checkpoint": str(folder),
+        "format": meta["format"],
+        "family": checkpoint.config.model_type,
+        "parameters": total,
+        "prunable_parameters": _prunable(checkpoint, 0.0),
+        "bits": checkpoint.bits,
+        "groups": dict(meta.get("groups") or {}),
+        "sorted": checkpoint.plan is not None,
+        "provenance": meta.get("provenance") or {key: meta[key] for key in ("source",) if meta.get(key)},
+        "options": meta.get("options"),
+        "manifest": meta.get("manifest"),
+        "context": context,
+        "rates": [_at_rate(checkpoint, rate, context) for rate in rates],
+        "prune_rate": prune_rate,
+        "layers": _layers(checkpoint, prune_rate),
+    }
+
+
+def _at_rate(checkpoint: Checkpoint, rate: float, context: int) -> dict[str, Any]:
+    full, kept = _prunable(checkpoint, 0.0), _prunable(checkpoint, rate)
+    return {
+        "prune_rate": rate,
+        "kept_fraction": kept / full if full else 1.0,
+        "parameters": _parameters(checkpoint, rate),
+        "prunable_parameters": kept,
+        "weight_bytes": checkpoint.weight_bytes(rate),
+        "state_bytes": cache_bytes(checkpoint.config, checkpoint.keep(rate), 1, context),
+    }
+
+
+def _layers(checkpoint: Checkpoint, rate: float) -> list[dict[str, Any]]:
+    found = [
+        {"layer": i, "blocks": list(kinds), "kept": dict(kept), "full": dict(full), "weight_bytes": 0}
+        for i, (kinds, kept, full) in enumerate(
+            zip(checkpoint.config.pattern, checkpoint.keep(rate), checkpoint.keep(0.0), strict=True)
+        )
+    ]
+    for name, size in checkpoint.tensor_bytes(rate).items():
+        if name.startswith("layers."):
+            found[int(name.split(".")[1])]["weight_bytes"] += size
+    return found
+
+
+def _prunable(checkpoint: Checkpoint, rate: float) -> int:
+    """Entries of matrices with an elastic axis, which is what a prune rate is a fraction of."""
+    config = checkpoint.config
+    return sum(
+        count * elastic.axis_cost(config, kinds, axis)
+        for kinds, kept in zip(config.pattern, checkpoint.keep(rate), strict=True)
+        for axis, count in kept.items()
+    )
+
+
+def _parameters(checkpoint: Checkpoint, rate: float) -> int:
+    """Parameters of the model at a rate: entries of all stored leaves but those of NO_PARAMETERS."""
+    config = checkpoint.config
+    stored = {name.partition(".")[0] for name in checkpoint.tensors}
+
+    def count(leaves: Mapping[str, elastic.Leaf], kept: Mapping[str, int] | None) -> int:
+        shapes = [elastic.shape(config, leaf, kept) for name, leaf in leaves.items() if name not in NO_PARAMETERS]
+        return sum(math.prod(shape) for shape in shapes)
+
+    layers = zip(config.pattern, checkpoint.keep(rate), strict=True)
+    inside = sum(count(elastic.leaves(config, kind), kept) for kinds, kept in layers for kind in kinds)
+    return inside + count({name: leaf for name, leaf in elastic.TOP.items() if name in stored}, None)
