@@ -33,7 +33,7 @@ History = list[tuple[int, float, float]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class PretrainSettings:
     """Settings of a run from scratch: AdamW, a linear warm-up over `warmup` of all steps, then decay to `floor` * lr.
 
     Parameters are float32; `compute` is the dtype of activations ("float32" or "bfloat16"). The last `validate` of
@@ -56,7 +56,7 @@ class Options:
     compute: str = "float32"
 
 
-def schedule(options: Options) -> optax.Schedule:
+def schedule(options: PretrainSettings) -> optax.Schedule:
     """Learning rate at each step."""
     warmup = max(1, round(options.warmup * options.steps))
     rest = max(1, options.steps - warmup)
@@ -67,7 +67,7 @@ def schedule(options: Options) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, options.lr, warmup), fall], [warmup])
 
 
-def optimizer(config: ModelConfig, params: Params, options: Options) -> optax.GradientTransformation:
+def optimizer(config: ModelConfig, params: Params, options: PretrainSettings) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW."""
     adam = optax.adamw(
         schedule(options), b2=options.beta2, weight_decay=options.weight_decay, mask=matrix_mask(config, params)
@@ -91,7 +91,7 @@ def model_of(config: ModelConfig, params: Params, compute: str = "float32") -> C
 def train(
     config: ModelConfig,
     windows: Int[np.ndarray, "n t"],
-    options: Options,
+    options: PretrainSettings,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
 ) -> tuple[Params, History]:
     """Train from random parameters on token windows, laid end to end; deterministic in `options.seed`.
@@ -99,11 +99,11 @@ def train(
     Returns the parameters (float32, checkpoint leaves) that did best in validation, and how it went.
     Raises UserError when there are fewer tokens than one window holds, or when the loss is no longer finite.
     """
-    judged = math.ceil(options.validate * len(windows))
-    learnt, validation = windows[: len(windows) - judged], windows[len(windows) - judged :]
-    if learnt.size <= options.length:
+    held = math.ceil(options.validate * len(windows))
+    training, validation = windows[: len(windows) - held], windows[len(windows) - held :]
+    if training.size <= options.length:
         raise UserError(f"{windows.size} tokens do not fill one window of {options.length}: name more text")
-    stream = jnp.asarray(learnt.reshape(-1))
+    stream = jnp.asarray(training.reshape(-1))
     data_key = jax.random.key(options.seed)
     params = initialize(config, options.seed)
     optimiser = optimizer(config, params, options)
@@ -136,9 +136,9 @@ def train(
             losses = []
             if not math.isfinite(mean):
                 raise UserError(f"the loss is {mean} by step {i + 1}; a smaller --lr may help")
-            score = evaluate(params, validation) if judged else math.nan
+            score = evaluate(params, validation) if held else math.nan
             history.append((i + 1, mean, score))
-            if not judged or score < least:
+            if not held or score < least:
                 best, least = jax.tree.map(jnp.copy, params), score  # the next step takes these buffers
             if hasattr(bar, "set_postfix_str"):
                 bar.set_postfix_str(f"loss {mean:.3f}, validation {score:.3f}")  # pyright: ignore[reportAttributeAccessIssue]

@@ -102,7 +102,7 @@ def hash_array(array: Shaped[Any, "..."]) -> str:
     digest = hashlib.sha256(f"{value.dtype.name} {value.shape}\n".encode())
     flat = value.reshape(-1).view(np.uint8)
     for start in range(0, flat.size, CHUNK):
-        digest.update(flat[start : start + CHUNK])
+        digest.update(flat[start : start + CHUNK].data)
     return digest.hexdigest()
 
 

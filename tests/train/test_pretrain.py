@@ -24,7 +24,7 @@ from uniql_jax.commands import cli
 from uniql_jax.convert import tables
 from uniql_jax.convert.source import open_source
 
-QUICK = scratch.Options(steps=120, batch=8, length=16, lr=1e-2)
+QUICK = scratch.PretrainSettings(steps=120, batch=8, length=16, lr=1e-2)
 
 
 def _walk(rng: np.random.Generator, count: int = 6000) -> np.ndarray:

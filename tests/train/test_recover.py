@@ -54,7 +54,7 @@ def _killed_after(count: int):
 def test_it_wins_back_what_pruning_costs(rng: np.random.Generator, tmp_path: Path) -> None:
     """A trained model, cut without any sorting, is far worse at 0.25 and 0.35; after recovery much of that is gone."""
     config = tiny.config(vocab_size=40, num_hidden_layers=1, hidden_size=16, intermediate_size=32)
-    params, _ = scratch.train(config, _walk(rng), scratch.RecoverySettings(steps=600, batch=16, length=20, lr=1e-2))
+    params, _ = scratch.train(config, _walk(rng), scratch.PretrainSettings(steps=600, batch=16, length=20, lr=1e-2))
     model = CausalLM(config, complete(config, params), make_plan(config, None))
     options = dataclasses.replace(SHORT, batch=16, steps=200, evaluations=8, judged=(0.0, 0.25, 0.35))
     layers, result = recover.recover(**_parts(model), examples=_walk(rng), options=options, folder=tmp_path / "work")

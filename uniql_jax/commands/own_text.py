@@ -24,7 +24,7 @@ from uniql_jax.train.own_text import (
 EXAMPLES = """\
 examples:
   recovery without any text:
-    python -m train.own_text --ckpt path/to/model --out own.npy
+    python -m uniql_jax.own_text --ckpt path/to/model --out own.npy
     python -m uniql_jax.compress --ckpt path/to/model --out small --calib own.npy --recover own.npy --recover-distill 1
 
   beside text of the kind that the model will meet:
