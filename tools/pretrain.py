@@ -95,7 +95,9 @@ def choose_tokenizer(folder: str | None, specs: Sequence[str], vocab: int) -> An
     return tokenizer
 
 
-def describe(name: str, config: ModelConfig, options: PretrainSettings, train: data.Windows, held: data.Windows | None) -> str:
+def describe(
+    name: str, config: ModelConfig, options: PretrainSettings, train: data.Windows, held: data.Windows | None
+) -> str:
     """The plan: what will be trained on what."""
     count = parameter_count(config)
     seen = options.steps * options.batch * options.length

@@ -57,6 +57,16 @@ class Examples:
         """Some of the rows."""
         return Examples(self.tokens[rows], self.valid[rows], self.learn[rows], self.description)
 
+    def filled(self, count: int) -> Examples:
+        """With rows of which nothing counts added, up to `count`."""
+        extra = (count - len(self), self.tokens.shape[1])
+        return Examples(
+            np.concatenate([self.tokens, np.zeros(extra, np.int32)]),
+            np.concatenate([self.valid, np.ones(extra, bool)]),
+            np.concatenate([self.learn, np.zeros(extra, bool)]),
+            self.description,
+        )
+
 
 def from_windows(tokens: Int[np.ndarray, "n t"], description: str = "token windows") -> Examples:
     """Windows of token ids without padding, all of which count."""

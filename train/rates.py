@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 
 import jax.numpy as jnp
@@ -11,14 +10,12 @@ from jaxtyping import Float
 
 from uniql_jax import elastic
 from uniql_jax.plan import MAX_PRUNE_RATE, Plan
+from uniql_jax.train.settings import FALL as FALL
+from uniql_jax.train.settings import NUMBER, split_distribution
+from uniql_jax.train.settings import distribution as distribution
 
-DISTRIBUTIONS = ("low-kept-first", "uniform", "sandwich")
 RATES = tuple(round(0.05 * i, 2) for i in range(round(MAX_PRUNE_RATE / 0.05) + 1))
 """0 to 0.35 by 0.05."""
-JUDGED = (0.0, 0.15, 0.25, 0.35)
-"""The fixed rates of validation."""
-FALL = 0.1
-NUMBER = r"\d*\.?\d+"
 
 
 def probabilities(distribution: str) -> Float[np.ndarray, " rates"]:
@@ -28,27 +25,13 @@ def probabilities(distribution: str) -> Float[np.ndarray, " rates"]:
 
     Raises ValueError for an unknown distribution.
     """
-    name, colon, fall = distribution.partition(":")
-    if name not in DISTRIBUTIONS or (colon and (name != "low-kept-first" or not re.fullmatch(NUMBER, fall))):
-        raise ValueError(
-            f"the distribution of rates is one of {', '.join(DISTRIBUTIONS)} and low-kept-first:FALL, "
-            f"not {distribution!r}"
-        )
+    name, fall = split_distribution(distribution)
     weight = np.ones(len(RATES))
     if name == "sandwich":
         weight[0], weight[-1] = 2.0, 4.0
     elif name == "low-kept-first":
-        weight = np.exp(-float(fall or FALL) * np.arange(len(RATES)))[::-1]
+        weight = np.exp(-fall * np.arange(len(RATES)))[::-1]
     return weight / weight.sum()
-
-
-def distribution(text: str) -> str:
-    """Argument type: what `probabilities` knows."""
-    try:
-        probabilities(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def draw(distribution: str, seed: int, step: int) -> float:

@@ -106,9 +106,9 @@ def test_every_row_is_seen_once_an_epoch(rng: np.random.Generator) -> None:
     big = examples.batch_rows(3, 8, 3, 0)  # fewer rows than a batch
     assert set(big) == {0, 1, 2}
     whole = examples.from_windows(np.arange(40, dtype=np.int32).reshape(20, 2))
-    learnt, judged = examples.split(whole, 0.25, 3, 0)
-    assert len(judged) == 3
-    seen = np.concatenate([learnt.tokens, judged.tokens])
+    training, validation = examples.split(whole, 0.25, 3, 0)
+    assert len(validation) == 3
+    seen = np.concatenate([training.tokens, validation.tokens])
     np.testing.assert_array_equal(np.sort(seen[:, 0]), whole.tokens[:, 0])
 
 
