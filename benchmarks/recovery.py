@@ -72,11 +72,11 @@ class Row:
 def table() -> list[Row]:
     """The comparison, the most important first."""
     # What is trained at one rate is judged by it: over all of them its start would be its best.
-    single = [Row(f"one rate {rate:g}", {"rates": f"{rate:g}", "judged": (rate,)}) for rate in (0.15, 0.25, 0.35)]
+    single = [Row(f"one rate {rate:g}", {"rates": f"{rate:g}", "validation_rates": (rate,)}) for rate in (0.15, 0.25, 0.35)]
     return [
         Row("no recovery", bits=(16, 4)),
         Row("lora 8", {}, bits=(16, 4)),
-        Row("original, fine-tuned", {"rates": "0", "judged": (0.0,)}),
+        Row("original, fine-tuned", {"rates": "0", "validation_rates": (0.0,)}),
         Row("lora 32", {"rank": 32}),
         Row("lora 32, distill 0.5", {"rank": 32, "distill": 0.5}, bits=(16, 4)),
         Row("lora 8, distill 0.5", {"distill": 0.5}),
@@ -172,7 +172,7 @@ class Bench:
         options = self.options_of(row.train)
         if options not in self.trained:
             # Which rates are drawn and judged is no part of the program: such rows share it.
-            program = dataclasses.replace(options, rates="uniform", judged=self.options.judged)
+            program = dataclasses.replace(options, rates="uniform", validation_rates=self.options.validation_rates)
             model, start = self.model, time.perf_counter()
             if program not in self.trainers:
                 steps = options.total_steps(len(self.learnt))

@@ -28,6 +28,7 @@ from uniql_jax import config as model_config
 from uniql_jax import console, data
 from uniql_jax.commands import cli
 from uniql_jax.config import ModelConfig
+from uniql_jax.documents import read_documents
 from uniql_jax.errors import UserError
 from uniql_jax.files import check_output, copy_side_files, staged_output
 
@@ -84,7 +85,7 @@ def choose_tokenizer(folder: str | None, specs: Sequence[str], vocab: int) -> An
     if folder is None:
         if all_npy(specs):
             raise UserError("token ids tell nothing about their tokenizer: name its folder with --tokenizer")
-        return train_tokenizer(data.read_documents([s for s in specs if not all_npy([s])]), vocab)
+        return train_tokenizer(read_documents([s for s in specs if not all_npy([s])]), vocab)
     if not Path(folder).is_dir() or not any((Path(folder) / name).exists() for name in data.TOKENIZER_FILES):
         raise UserError(f"--tokenizer {folder} holds no tokenizer files")
     if all_npy(specs):
