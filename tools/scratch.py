@@ -99,11 +99,11 @@ def train(
     Returns the parameters (float32, checkpoint leaves) that did best in validation, and how it went.
     Raises UserError when there are fewer tokens than one window holds, or when the loss is no longer finite.
     """
-    judged = math.ceil(options.validate * len(windows))
-    learnt, validation = windows[: len(windows) - judged], windows[len(windows) - judged :]
-    if learnt.size <= options.length:
+    held = math.ceil(options.validate * len(windows))
+    training, validation = windows[: len(windows) - held], windows[len(windows) - held :]
+    if training.size <= options.length:
         raise UserError(f"{windows.size} tokens do not fill one window of {options.length}: name more text")
-    stream = jnp.asarray(learnt.reshape(-1))
+    stream = jnp.asarray(training.reshape(-1))
     data_key = jax.random.key(options.seed)
     params = initialize(config, options.seed)
     optimiser = optimizer(config, params, options)
@@ -136,9 +136,9 @@ def train(
             losses = []
             if not math.isfinite(mean):
                 raise UserError(f"the loss is {mean} by step {i + 1}; a smaller --lr may help")
-            score = evaluate(params, validation) if judged else math.nan
+            score = evaluate(params, validation) if held else math.nan
             history.append((i + 1, mean, score))
-            if not judged or score < least:
+            if not held or score < least:
                 best, least = jax.tree.map(jnp.copy, params), score  # the next step takes these buffers
             if hasattr(bar, "set_postfix_str"):
                 bar.set_postfix_str(f"loss {mean:.3f}, validation {score:.3f}")  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,40 +1,26 @@
 """What recovery trains on: fixed shapes, and a mark on every token that counts.
 
-Plain text comes in windows without padding, where every token counts. Instruction data (instruction, input, output)
-comes one example a row: only the answer counts, never the prompt and never padding.
+Plain text comes in windows without padding, where every token counts. Rows with a task (see `uniql_jax.rows`) come one
+example a row: only the answers count, never the prompt and never padding.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from uniql_jax import data
+from uniql_jax import data, rows
+from uniql_jax.documents import Item, read_source
 from uniql_jax.errors import UserError
-
-PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-"""The prompts of Stanford Alpaca, which instruction sets of this form are written for."""
-SAVED = {"dataset_info.json", "dataset_dict.json"}
-"""One of these is in the folder of a dataset that was saved to disk."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Rows of equal length: token ids, which of them are no padding, which of them are trained on.
+    """Rows of equal length: token ids, which of them are no padding, which of them count in the loss.
 
     Padding is on the right. Raises ValueError where it is not.
     """
@@ -57,6 +43,16 @@ class Examples:
         """Some of the rows."""
         return Examples(self.tokens[rows], self.valid[rows], self.learn[rows], self.description)
 
+    def filled(self, count: int) -> Examples:
+        """With rows of which nothing counts added, up to `count`."""
+        extra = (count - len(self), self.tokens.shape[1])
+        return Examples(
+            np.concatenate([self.tokens, np.zeros(extra, np.int32)]),
+            np.concatenate([self.valid, np.ones(extra, bool)]),
+            np.concatenate([self.learn, np.zeros(extra, bool)]),
+            self.description,
+        )
+
 
 def from_windows(tokens: Int[np.ndarray, "n t"], description: str = "token windows") -> Examples:
     """Windows of token ids without padding, all of which count."""
@@ -64,100 +60,98 @@ def from_windows(tokens: Int[np.ndarray, "n t"], description: str = "token windo
     return Examples(tokens.astype(np.int32), whole, whole, description)
 
 
-def prompt_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
-    """The text to go on from, and how it goes on."""
-    form = PROMPT_WITH_INPUT if row.get("input") else PROMPT
-    # str.replace, not format: braces in a task are text
-    prompt = form.replace("{instruction}", row["instruction"]).replace("{input}", row.get("input") or "")
-    return prompt, row["output"]
+def encode(items: Sequence[Item], tokenizer: Any, length: int, end: int | None, description: str) -> Examples:
+    """One example a row with a task: prompt, answer and end token, or a chat, cut or padded on the right.
 
+    Args:
+        items: rows that are a `rows.Task` or a `rows.Chat`.
+        tokenizer: of the model; a fast one, with a chat template, where there are chats.
+        length: tokens of an example.
+        end: the token that ends an answer; a chat template writes its own.
+        description: names the rows.
 
-def encode(
-    rows: Sequence[Mapping[str, Any]], tokenizer: Any, length: int, end: int | None, description: str
-) -> Examples:
-    """One example a row, prompt, answer and end token, cut or padded on the right to `length`.
+    Returns:
+        The examples. Rows of which no answer is left within `length` are left out, and the description says how many.
 
-    Examples of which no answer is left within `length` are left out, and the description says how many.
-    Raises UserError when none is left.
+    Raises:
+        UserError: a row cannot be used, or none is left.
     """
-    tokens = np.zeros((len(rows), length), np.int32)
+    tokens = np.zeros((len(items), length), np.int32)
     valid, learn = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
-    for i, row in enumerate(rows):
-        prompt, answer = prompt_and_answer(row)
-        start = tokenizer(prompt)["input_ids"]
-        ids = [*start, *tokenizer(answer, add_special_tokens=False)["input_ids"], *([] if end is None else [end])]
-        ids = ids[:length]
-        tokens[i, : len(ids)] = ids
-        valid[i, : len(ids)] = True
-        learn[i, len(start) : len(ids)] = True
+    for i, item in enumerate(items):
+        content = rows.parse(item.value, item.where, task_first=True)
+        if isinstance(content, rows.Text):
+            raise ValueError(f"{item.where} is plain text")
+        if isinstance(content, rows.Chat):
+            ids, counts = encode_chat(content, tokenizer, item.where)
+        else:
+            ids, counts = encode_task(content, tokenizer, end)
+        size = min(len(ids), length)
+        tokens[i, :size], learn[i, :size], valid[i, :size] = ids[:size], counts[:size], True
     usable = learn[:, 1:].any(1)  # nothing predicts the first token
     if not usable.any():
-        raise UserError(f"{description}: no answer begins within {length} tokens; a larger --length is needed")
-    description = f"{int(usable.sum())} instructions of up to {length} tokens: {description}"
+        raise UserError(f"{description}: no row has an answer within {length} tokens; a larger --length may be needed")
+    description = f"{int(usable.sum())} tasks of up to {length} tokens: {description}"
     if not usable.all():
-        description += f" (of {len(rows)}; the prompts of the others fill all {length} tokens)"
+        description += f" (of {len(items)}; the others have no answer within {length} tokens)"
     return Examples(tokens, valid, learn, description).take(np.flatnonzero(usable))
 
 
-def is_instruction(row: Any) -> bool:
-    """Whether a row has an instruction and its output."""
-    return isinstance(row, Mapping) and all(isinstance(row.get(key), str) for key in ("instruction", "output"))
+def encode_task(task: rows.Task, tokenizer: Any, end: int | None) -> tuple[list[int], list[bool]]:
+    """Token ids of a task, and which of them are its answer or end."""
+    start = list(tokenizer(rows.without_bos(tokenizer, task.prompt))["input_ids"])
+    eos = getattr(tokenizer, "eos_token_id", None)
+    if len(start) > 1 and start[-1] == eos and not task.prompt.endswith(tokenizer.eos_token):
+        start.pop()  # some tokenizers end every text, and here it goes on
+    answer = tokenizer(task.answer, add_special_tokens=False)["input_ids"] if task.answer else []
+    answer = [*answer, *([] if end is None or not answer else [end])]
+    return [*start, *answer], [False] * len(start) + [True] * len(answer)
 
 
-def instruction_rows(spec: str) -> list[Mapping[str, Any]] | None:
-    """The rows of an instruction set: .json, .jsonl or `datasets` name; None when the spec is anything else.
+def encode_chat(chat: rows.Chat, tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
+    """Token ids of a chat as its template writes it, and which of them lie in the turns of the assistant.
 
-    Raises UserError when some rows are instructions and others are not.
+    Raises:
+        UserError: there is no template, or one that writes turns differently once others follow.
     """
-    path = Path(spec).expanduser()
-    if path.suffix.lower() in (".json", ".jsonl"):
-        rows = _json_rows(path)
-    elif path.is_dir():
-        rows = _dataset_rows(spec) if SAVED & {p.name for p in path.iterdir()} else []
-    elif path.suffix or path.exists() or spec.startswith(("sotu:", "docs:", "/", ".", "~")):
-        rows = []
-    else:
-        rows = _dataset_rows(spec)
-    if not rows or not is_instruction(rows[0]):
-        return None
-    for number, row in enumerate(rows, 1):
-        if not is_instruction(row):
-            raise UserError(f"row {number} of {spec} has no instruction and output, as the first one has")
-    return rows
+    text = rows.render_chat(tokenizer, chat.messages, where)
+    spans = []
+    for i, message in enumerate(chat.messages):
+        if i < chat.first or message["role"] != "assistant":
+            continue
+        before = rows.render_chat(tokenizer, chat.messages[:i], where, prompt=True)
+        after = rows.render_chat(tokenizer, chat.messages[: i + 1], where)
+        if not (text.startswith(after) and after.startswith(before)):
+            raise UserError(
+                f"{where}: the chat template does not write message {i + 1} where generation would begin, so its "
+                "answer cannot be told from the prompt; give rows of prompt and completion"
+            )
+        spans.append((len(before), len(after)))
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{where}: rows of messages need a tokenizer that knows offsets (tokenizer.json)")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    counts = [any(low <= a < high for low, high in spans) and b > a for a, b in encoded["offset_mapping"]]
+    return list(encoded["input_ids"]), counts
 
 
-def _json_rows(path: Path) -> list[Any]:
-    """Rows of one JSON array, or of one object a line; [] for what is neither (who reads it next will say why)."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return []
-    try:
-        found = json.loads(text)
-        return found if isinstance(found, list) else [found]
-    except json.JSONDecodeError:
-        pass
-    try:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError:
-        return []
+def task_items(spec: str) -> tuple[list[Item], bool]:
+    """(the rows of a spec that have a task, whether it holds plain text as well).
 
-
-def _dataset_rows(spec: str) -> list[Any]:
-    """Rows of a `datasets` name (NAME or NAME:SPLIT) or saved folder; [] when it cannot be loaded."""
-    import datasets  # only here: it is slow to import
-
-    name, _, split = spec.partition(":")
-    split = split or "train"
-    try:
-        if Path(spec).is_dir():
-            loaded = datasets.load_from_disk(spec)
-            rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            rows = datasets.load_dataset(name, split=split)
-    except Exception:  # hub, network and parser each raise their own kinds; uniql_jax.data then names the reason
-        return []
-    return list(rows)
+    Raises:
+        UserError: it cannot be read, or one file mixes plain text and tasks.
+    """
+    if data.is_token_file(spec) or spec.startswith(("docs:", "sotu:")):
+        return [], True
+    tasks: list[Item] = []
+    kinds: dict[str, bool] = {}  # of each file, by its first row
+    for item in read_source(spec).items:
+        is_task = _is_task(item)
+        if kinds.setdefault(item.source, is_task) != is_task:
+            has, others = ("a task", "plain text") if is_task else ("plain text", "tasks")
+            raise UserError(f"{item.where} is {has} and the rows before it are {others}; put each kind in its own file")
+        if is_task:
+            tasks.append(item)
+    return tasks, not all(kinds.values()) or not kinds
 
 
 def load(
@@ -170,26 +164,33 @@ def load(
     vocab_size: int,
     end: int | None = None,
 ) -> Examples:
-    """Examples of `length` tokens from instruction sets and plain text; at most `count` per kind (None: all).
+    """Examples of `length` tokens from rows with tasks and from plain text; at most `count` of each spec (None: all).
 
     `end` is the token that ends an answer. Raises UserError as `uniql_jax.data.token_windows` and `encode` do.
     """
+    if length < 2:
+        raise UserError("an example has at least two tokens, one to predict the other")
     found: list[Examples] = []
     texts = []
     for spec in specs:
-        rows = instruction_rows(spec)
-        if rows is None:
+        tasks, plain = task_items(spec)
+        if plain:
             texts.append(spec)
+        if not tasks:
             continue
         if tokenizer is None:
             raise UserError(f"{spec}: the checkpoint has no tokenizer, so give token ids (.npy)")
-        if count is not None and len(rows) > count:
-            chosen = np.sort(np.random.default_rng(seed).choice(len(rows), count, replace=False))
-            rows = [rows[i] for i in chosen]
-        found.append(encode(rows, tokenizer, length, end, spec))
+        if count is not None and len(tasks) > count:
+            chosen = np.sort(np.random.default_rng(seed).choice(len(tasks), count, replace=False))
+            tasks = [tasks[i] for i in chosen]
+        found.append(encode(tasks, tokenizer, length, end, spec))
     if texts:
-        windows = data.token_windows(texts, tokenizer, length, count, seed, vocab_size=vocab_size)
+        windows = data.token_windows(
+            texts, tokenizer, length, count, seed, vocab_size=vocab_size, select=lambda item: not _is_task(item)
+        )
         found.append(_padded(from_windows(windows.tokens, windows.description), length))
+    if not found:
+        raise UserError("no text was named")
     examples = Examples(
         np.concatenate([e.tokens for e in found]),
         np.concatenate([e.valid for e in found]),
@@ -201,6 +202,10 @@ def load(
     return examples
 
 
+def _is_task(item: Item) -> bool:
+    return not isinstance(rows.parse(item.value, item.where, task_first=True), rows.Text)
+
+
 def _padded(examples: Examples, length: int) -> Examples:
     """Shorter rows (a source that is no longer) with padding on the right."""
     room = ((0, 0), (0, length - examples.tokens.shape[1]))
@@ -209,14 +214,14 @@ def _padded(examples: Examples, length: int) -> Examples:
 
 
 def split(examples: Examples, share: float, most: int, seed: int) -> tuple[Examples, Examples]:
-    """(train split, validation split): a random `share` of the rows, at least one and at most `most`, is held out.
+    """(training set, validation set): a random `share` of the rows, at least one and at most `most`, is held out.
 
     Raises UserError when there is a single row.
     """
     total = len(examples)
     if total < 2:
-        raise UserError(f"{examples.description}: too little to train on and validate by; name more text")
-    held = min(max(1, round(share * total)), most)
+        raise UserError(f"{examples.description}: too little to train on and to validate with; name more text")
+    held = max(1, min(round(share * total), most, total - 1))
     order = np.random.default_rng([seed, total]).permutation(total)
     return examples.take(np.sort(order[held:])), examples.take(np.sort(order[:held]))
 
@@ -227,8 +232,8 @@ def batch_rows(total: int, batch: int, seed: int, step: int) -> Int[np.ndarray, 
     A function of (seed, step) alone, so that a resumed run goes on with the rows that come next.
     """
     places = np.arange(step * batch, (step + 1) * batch)
-    rows = np.empty(batch, np.int64)
+    chosen = np.empty(batch, np.int64)
     for epoch in np.unique(places // total):
         inside = places // total == epoch
-        rows[inside] = np.random.default_rng([seed, int(epoch)]).permutation(total)[places[inside] % total]
-    return rows
+        chosen[inside] = np.random.default_rng([seed, int(epoch)]).permutation(total)[places[inside] % total]
+    return chosen

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from uniql_jax.train.settings import RecoverySettings
+
 
 class LazyAdamState(NamedTuple):
     """Per entry: how many steps saw it, int32, and the means of its gradient and of the gradient's square."""
@@ -53,3 +55,24 @@ def scale_by_lazy_adam(
         return parts[0], LazyAdamState(*parts[1:])
 
     return optax.GradientTransformation(init, update)
+
+
+def schedule(options: RecoverySettings, steps: int) -> optax.Schedule:
+    """Learning rate at each step: linear warm-up, then linear decay to zero; of `resolved` settings."""
+    assert options.lr is not None
+    warmup = min(options.warmup, steps // 10)
+    fall = optax.linear_schedule(options.lr, 0.0, max(1, steps - warmup))
+    if not warmup:
+        return fall
+    # the first step would change nothing at a rate of exactly zero
+    rise = optax.linear_schedule(options.lr / (warmup + 1), options.lr, warmup)
+    return optax.join_schedules([rise, fall], [warmup])
+
+
+def optimizer(options: RecoverySettings, steps: int) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW that leaves alone what a step did not see."""
+    return optax.chain(
+        optax.clip_by_global_norm(options.clip),
+        scale_by_lazy_adam(weight_decay=options.weight_decay),
+        optax.scale_by_learning_rate(schedule(options, steps)),
+    )

@@ -6,7 +6,6 @@ A step draws nothing itself: rate, rows and dropout follow from (seed, step), so
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -24,10 +23,10 @@ from uniql_jax.model.causal_lm import CausalLM, embed, logits
 from uniql_jax.model.layers.context import full_context
 from uniql_jax.train import lora, stack
 from uniql_jax.train.examples import Examples
-from uniql_jax.train.lazy import scale_by_lazy_adam
+from uniql_jax.train.lazy import optimizer
 from uniql_jax.train.lora import Factors
 from uniql_jax.train.losses import head_losses
-from uniql_jax.train.settings import TEACHERS, RecoverySettings
+from uniql_jax.train.settings import TEACHERS, RecoverySettings, resolved
 from uniql_jax.weights.fake_quantized import FakeQuantizedArray
 
 Batch = Mapping[str, Array]
@@ -43,22 +42,6 @@ def on_device() -> dict[str, str]:
     return {"compute": "bfloat16", "remat": "products"}
 
 
-def usual_lr(config: ModelConfig, rank: int = RecoverySettings.rank) -> float:
-    """The paper's 1e-4 at a width of 4096, and for other widths in inverse proportion, as Adam's steps transfer between
-    them (Yang et al., arXiv 2203.03466); 2e-3 at most. SmolLM2, 576 wide, won more at 1e-3 than at 3e-4 wherever much
-    is cut. Where every weight is trained (rank 0), the rate is a part of a weight's usual size, which itself falls with
-    the root of the width: SmolLM2's 5e-3, and for other widths in inverse proportion to their root
-    (benchmarks/recovery.md).
-    """
-    width = config.hidden_size
-    return min(2e-3, 1e-4 * 4096 / width) if rank else 5e-3 * math.sqrt(576 / width)
-
-
-def resolved(options: RecoverySettings, config: ModelConfig) -> RecoverySettings:
-    """The settings with what depends on the model filled in."""
-    return options if options.lr is not None else dataclasses.replace(options, lr=usual_lr(config, options.rank))
-
-
 def memory_bytes(config: ModelConfig, options: RecoverySettings) -> int:
     """About what weights, factors and optimizer take on each device; activations come on top."""
     trained, frozen = lora.planned(config, options.rank)
@@ -66,27 +49,6 @@ def memory_bytes(config: ModelConfig, options: RecoverySettings) -> int:
     # factors, their gradients and three numbers of the optimizer for each, the best state, what came of `adapt`
     copies = 6 + bool(options.adapt)
     return jnp.dtype(options.compute).itemsize * (frozen + tables) + 4 * copies * trained
-
-
-def schedule(options: RecoverySettings, steps: int) -> optax.Schedule:
-    """Learning rate at each step: linear warm-up, then linear decay to zero; of `resolved` settings."""
-    assert options.lr is not None
-    warmup = min(options.warmup, steps // 10)
-    fall = optax.linear_schedule(options.lr, 0.0, max(1, steps - warmup))
-    if not warmup:
-        return fall
-    # the first step would change nothing at a rate of exactly zero
-    rise = optax.linear_schedule(options.lr / (warmup + 1), options.lr, warmup)
-    return optax.join_schedules([rise, fall], [warmup])
-
-
-def optimizer(options: RecoverySettings, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW that leaves alone what a step did not see."""
-    return optax.chain(
-        optax.clip_by_global_norm(options.clip),
-        scale_by_lazy_adam(weight_decay=options.weight_decay),
-        optax.scale_by_learning_rate(schedule(options, steps)),
-    )
 
 
 def data_mesh(rows: int) -> Mesh:
@@ -120,7 +82,7 @@ class Trainer:
         self.frozen = self._place_model(layers, top)
         if teacher is not None:
             self.frozen["teacher"] = self._place_model(*teacher)
-        self._settle(options, steps)
+        self._compile(options, steps)
 
     def _place_model(self, layers: Sequence[lora.Layer], top: Mapping[str, Any]) -> dict[str, Any]:
         return self.everywhere(
@@ -130,7 +92,7 @@ class Trainer:
             }
         )
 
-    def _settle(self, options: RecoverySettings, steps: int) -> None:
+    def _compile(self, options: RecoverySettings, steps: int) -> None:
         if options.teacher not in TEACHERS:
             raise ValueError(f"a teacher is one of {', '.join(TEACHERS)}, not {options.teacher!r}")
         options = resolved(options, self.config)
@@ -146,7 +108,7 @@ class Trainer:
             raise ValueError(f"the frozen model is held in {self.dtype}, not {options.compute}")
         other = copy.copy(self)
         other.frozen = {name: value for name, value in self.frozen.items() if name != "adapted"}
-        other._settle(options, steps)
+        other._compile(options, steps)
         return other
 
     def start_from(self, factors: Factors) -> None:
@@ -199,13 +161,12 @@ class Trainer:
 
     def with_tables(self, factors: Factors | None, frozen: Mapping[str, Any]) -> dict[str, Any]:
         """The frozen model with embedding and head dense, float32 where they train as they will be stored."""
-        alpha, own = self.options.alpha, factors or {}
-        top = {
-            name: cast(FakeQuantizedArray, lora.beside(value, elastic.TOP[name], own[f"top.{name}"], alpha)).value()
-            if isinstance(value, FakeQuantizedArray)
-            else value
-            for name, value in frozen["top"].items()
-        }
+        top = dict(frozen["top"])
+        for name, value in top.items():
+            if isinstance(value, FakeQuantizedArray):
+                own = (factors or {})[f"top.{name}"]
+                moved = lora.with_factors(value, elastic.TOP[name], own, self.options.alpha)
+                top[name] = cast(FakeQuantizedArray, moved).value()
         return {**frozen, "top": top}
 
     def hidden(
@@ -224,7 +185,7 @@ class Trainer:
         if factors is not None:
             pairs = zip(layers, stack.runs(self.config), strict=True)
             layers = [stack.attach(one, run, factors, options.alpha, options.dropout, key) for one, run in pairs]
-        # Padding is on the right: no real token sees it, and attention need not be told of it.
+        # Padding is on the right: no real token sees it, and attention needs no mask for it.
         context = full_context(valid, padded=False)
         x = embed(frozen["top"], tokens, self.dtype)
         return stack.apply_runs(self.config, layers, x, context, keep, options.remat)
@@ -256,10 +217,10 @@ class Trainer:
         x = self.hidden(factors, frozen, tokens, valid, keep, key)
         share, given = self.options.distill, frozen.get("teacher")
         grown = self.options.teacher == "rate 0"
-        model, adapted = given or frozen, None if given else factors if grown else frozen.get("adapted")
+        model, own = given or frozen, None if given else factors if grown else frozen.get("adapted")
         teacher = teacher_top = None
         if share:
-            teacher = jax.lax.stop_gradient(self.hidden(adapted, model, tokens, valid, None))
+            teacher = jax.lax.stop_gradient(self.hidden(own, model, tokens, valid, None))
             teacher_top = jax.lax.stop_gradient(model["top"])
         learn = batch["learn"].astype(jnp.float32)
         return head_losses(
@@ -338,11 +299,5 @@ class Trainer:
     def evaluation_batches(self, examples: Examples) -> list[dict[str, Array]]:
         """All rows in batches of one shape; the last one is filled with rows of which nothing counts."""
         count = -(-len(examples) // self.rows) * self.rows
-        extra = count - len(examples)
-        filled = Examples(
-            np.concatenate([examples.tokens, np.zeros((extra, examples.tokens.shape[1]), np.int32)]),
-            np.concatenate([examples.valid, np.ones((extra, examples.valid.shape[1]), bool)]),
-            np.concatenate([examples.learn, np.zeros((extra, examples.learn.shape[1]), bool)]),
-            examples.description,
-        )
+        filled = examples.filled(count)
         return [self.place(filled, np.arange(i, i + self.rows), 1) for i in range(0, count, self.rows)]

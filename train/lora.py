@@ -1,4 +1,4 @@
-"""What training changes of a whole model, LoRA factors or updates of every weight: made, put beside the weights for a
+"""What training changes of a whole model, LoRA factors or updates of every weight: made, joined to the weights for a
 training step, and merged into them at the end.
 """
 
@@ -20,6 +20,8 @@ from uniql_jax import elastic
 from uniql_jax.checkpoint import reachable_bias
 from uniql_jax.config import ModelConfig
 from uniql_jax.elastic import Leaf
+from uniql_jax.errors import UserError
+from uniql_jax.train.settings import alpha_of as alpha_of
 from uniql_jax.weights.delta import DeltaArray
 from uniql_jax.weights.fake_quantized import FakeQuantizedArray
 from uniql_jax.weights.lora import LoraArray
@@ -66,7 +68,7 @@ def usual_size(leaf: Leaf, shape: Sequence[int]) -> float:
     return 1 / math.sqrt(shape[-1] if leaf.contract == "last" else math.prod(shape[:-1]))
 
 
-def beside(
+def with_factors(
     value: Any,
     leaf: Leaf,
     factors: Mapping[str, Array | np.ndarray],
@@ -114,7 +116,7 @@ def attach(
     dropout: float = 0.0,
     key: Key[Array, ""] | None = None,
 ) -> list[dict[str, dict[str, Any]]]:
-    """The layers with what `beside` makes of every weight that has factors; traceable, nothing is copied.
+    """The layers with what `with_factors` makes of every weight that has factors; traceable, nothing is copied.
 
     With a key, `dropout` of what each low-rank path receives is dropped, differently for every leaf.
     """
@@ -123,7 +125,7 @@ def attach(
         if name not in factors:
             return value
         own = None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
-        return beside(value, leaf, factors[name], alpha, dropout, own)
+        return with_factors(value, leaf, factors[name], alpha, dropout, own)
 
     return [_mapped(i, layer, attached) for i, layer in enumerate(layers)]
 
@@ -137,32 +139,44 @@ def _mapped(i: int, layer: Layer, change: Callable[[str, Leaf, Any], Any]) -> di
 
 
 def merge_layer(i: int, layer: Layer, factors: Factors, alpha: float) -> dict[str, dict[str, Any]]:
-    """Layer i with its update in its weights: matrices float32 numpy arrays, the rest as it was."""
+    """Layer i with its update in its weights: matrices float32 numpy arrays, the rest as it was.
+
+    Raises:
+        UserError: a merged weight is not finite; the message names it.
+    """
 
     def merged(name: str, leaf: Leaf, value: Any) -> Any:
         if name not in factors:
             return value
-        moved: Any = beside(value, leaf, factors[name], alpha)
-        return np.asarray(moved.dense())
+        moved: Any = with_factors(value, leaf, factors[name], alpha)
+        return _finite(name, np.asarray(moved.merged()))
 
     return _mapped(i, layer, merged)
 
 
 def packed_top(top: Mapping[str, Any], factors: Factors, alpha: float) -> dict[str, Any]:
     """Embedding, norm and head as they are stored once their factors have moved them; other leaves stay."""
-    return {name: _settled(f"top.{name}", elastic.TOP[name], value, factors, alpha) for name, value in top.items()}
+    return {name: _stored_form(f"top.{name}", elastic.TOP[name], value, factors, alpha) for name, value in top.items()}
 
 
-def _settled(name: str, leaf: Leaf, value: Any, factors: Factors, alpha: float) -> Any:
+def _stored_form(name: str, leaf: Leaf, value: Any, factors: Factors, alpha: float) -> Any:
     if not isinstance(value, FakeQuantizedArray):
         return value
-    moved: Any = beside(value, leaf, factors[name], alpha)
-    return moved.quantized()
+    moved: Any = with_factors(value, leaf, factors[name], alpha)
+    return _finite(name, moved.quantized())
+
+
+def _finite(name: str, value: Any) -> Any:
+    """The value, unless a number in it is not finite: then UserError."""
+    for part in jax.tree.leaves(value):
+        if jnp.issubdtype(part.dtype, jnp.floating) and not bool(jnp.isfinite(part).all()):
+            raise UserError(f"{name} is not finite after training; a smaller --lr may help")
+    return value
 
 
 def packed_layer(
     config: ModelConfig, i: int, layer: Layer, factors: Factors, alpha: float
 ) -> dict[str, dict[str, Any]]:
     """Layer i of RoundedArrays as what is stored of them once their factors have moved them."""
-    done = _mapped(i, layer, functools.partial(_settled, factors=factors, alpha=alpha))
+    done = _mapped(i, layer, functools.partial(_stored_form, factors=factors, alpha=alpha))
     return {kind: reachable_bias(config, kind, block) for kind, block in done.items()}

@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import Float
 
 from uniql_jax import elastic
-from uniql_jax.limits import MAX_PRUNE_RATE
-from uniql_jax.plan import Plan
-from uniql_jax.train.settings import FALL, NUMBER, check_distribution
+from uniql_jax.plan import MAX_PRUNE_RATE, Plan
+from uniql_jax.train.settings import FALL as FALL
+from uniql_jax.train.settings import NUMBER, split_distribution
+from uniql_jax.train.settings import distribution as distribution
 
 RATES = tuple(round(0.05 * i, 2) for i in range(round(MAX_PRUNE_RATE / 0.05) + 1))
 """0 to 0.35 by 0.05."""
@@ -24,12 +25,12 @@ def probabilities(distribution: str) -> Float[np.ndarray, " rates"]:
 
     Raises ValueError for an unknown distribution.
     """
-    name, _, fall = check_distribution(distribution).partition(":")
+    name, fall = split_distribution(distribution)
     weight = np.ones(len(RATES))
     if name == "sandwich":
         weight[0], weight[-1] = 2.0, 4.0
     elif name == "low-kept-first":
-        weight = np.exp(-float(fall or FALL) * np.arange(len(RATES)))[::-1]
+        weight = np.exp(-fall * np.arange(len(RATES)))[::-1]
     return weight / weight.sum()
 
 

@@ -7,10 +7,7 @@ which rates, rows and dropout follow. A resumed run gives the same numbers, bit 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,20 +18,21 @@ from jaxtyping import Int
 
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
+from uniql_jax.locking import hold_lock
 from uniql_jax.plan import Plan
 from uniql_jax.train import lora, rates, stack
 from uniql_jax.train.examples import Examples, batch_rows, from_windows, split
-from uniql_jax.train.loop import Trainer, resolved
+from uniql_jax.train.loop import Trainer
 from uniql_jax.train.lora import Factors
-from uniql_jax.train.settings import RecoverySettings
+from uniql_jax.train.settings import RecoverySettings, resolved
+from uniql_jax.train.work import LOG, Log, Saved, disk_errors, manifest
 
-LOG = "log.jsonl"
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The best factors, validation loss per rate before and after (nats), and the steps that were made."""
+    """The best factors, the validation loss per rate before and after (nats), and the steps that were made."""
 
     factors: Factors
     before: dict[float, float]
@@ -43,95 +41,12 @@ class Result:
     best_step: int
 
 
-def fingerprint(
-    config: ModelConfig,
-    layers: Sequence[lora.Layer],
-    plan: Plan,
-    examples: Examples,
-    validation: Examples,
-    options: RecoverySettings,
-) -> str:
-    """Names a run: what it starts from and how; another one must not go on with its work."""
-    digest = hashlib.sha256(repr((config, plan.digest, dataclasses.asdict(options))).encode())
-    for layer in layers:
-        for block in layer.values():
-            for value in jax.tree.leaves(block):
-                digest.update(np.ascontiguousarray(value[:1]).tobytes())  # enough to tell models apart
-    for part in (examples, validation):
-        for array in (part.tokens, part.valid, part.learn):
-            digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-class Log:
-    """A .jsonl file of losses; a resumed run takes back what came after the state that it goes on from."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
-
-    def write(self, entry: Mapping[str, Any]) -> None:
-        """Append one line."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(dict(entry)) + "\n")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # cut short by the kill
-        return math.inf
-
-
-class Saved:
-    """The resumable state in a work folder, through orbax: the newest whole one is what counts."""
-
-    def __init__(self, folder: Path, name: str):
-        """Raises UserError when the folder belongs to another run."""
-        import orbax.checkpoint as ocp  # slow to import
-
-        self._args = ocp.args
-        folder.mkdir(parents=True, exist_ok=True)
-        note = folder / "run.json"
-        if note.exists():
-            if json.loads(note.read_text())["fingerprint"] != name:
-                raise UserError(f"{folder} holds a run with other settings; remove it or repeat those settings")
-        else:
-            temporary = folder / "run.tmp"
-            temporary.write_text(json.dumps({"fingerprint": name}))
-            os.replace(temporary, note)
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(
-            (folder / "state").absolute(), options=options, item_names=("arrays", "notes")
-        )
-
-    def save(self, step: int, arrays: Any, notes: Mapping[str, Any]) -> None:
-        """Keep a state; a kill in the middle leaves the one before."""
-        kept, noted = self._args.StandardSave(arrays), self._args.JsonSave(dict(notes))
-        self._manager.save(step, args=self._args.Composite(arrays=kept, notes=noted))
-
-    def load(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """(step, arrays placed as those of `like`, notes) of the newest state, or None."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        kept, noted = self._args.StandardRestore(like), self._args.JsonRestore()
-        found = self._manager.restore(step, args=self._args.Composite(arrays=kept, notes=noted))
-        return step, found["arrays"], found["notes"]
-
-    def close(self) -> None:
-        """Let go of the folder."""
-        self._manager.close()
-
-
 def train(
     config: ModelConfig,
     layers: Sequence[lora.Layer],
     top: Mapping[str, Any],
     plan: Plan,
-    examples: Examples,
+    training: Examples,
     validation: Examples,
     options: RecoverySettings,
     folder: Path,
@@ -139,14 +54,32 @@ def train(
     trainer: Trainer | None = None,
     teacher: tuple[Sequence[lora.Layer], Mapping[str, Any]] | None = None,
 ) -> Result:
-    """Train LoRA factors at rates drawn from `options.rates`; those with the best mean validation loss are returned.
+    """Train LoRA factors at rates drawn from `options.rates`; the best at the validation rates, on average, are
+    returned.
 
-    layers, top, teacher: as for Trainer, sorted, unpruned. The work folder is made, or gone on with. Raises UserError
-    when it belongs to another run, and when the loss is no longer finite.
+    Args:
+        config: of the model.
+        layers: dense leaves as for Trainer, sorted, unpruned.
+        top: embedding, norm and head, as for Trainer.
+        plan: what each rate keeps.
+        training: examples to train on.
+        validation: examples to validate on.
+        options: settings of the run.
+        folder: work folder, made, or gone on with; whoever calls holds its lock (`hold_lock`).
+        progress: wraps the steps of each part of the run.
+        trainer: one that is compiled already.
+        teacher: layers and top to distill from, where that is not the unpruned model itself.
+
+    Raises:
+        UserError: the folder belongs to another run, nothing in the examples counts, the loss is no longer finite,
+            or the disk cannot be written.
     """
+    for part in (training, validation):
+        if not part.learn[:, 1:].any():
+            raise UserError(f"{part.description}: no token in it is to be predicted; name other text")
     options = resolved(options, config)
-    steps = options.total_steps(len(examples))
-    saved = Saved(folder, fingerprint(config, layers, plan, examples, validation, options))
+    steps = options.total_steps(len(training))
+    saved = Saved(folder, manifest(config, layers, top, plan, training, validation, options, teacher))
     try:
         trainer = trainer or Trainer(config, layers, top, options, steps, teacher=teacher)
         if options.adapt:
@@ -154,95 +87,111 @@ def train(
             first = dataclasses.replace(options, adapt=0, steps=options.adapt, **rate_0)
             alone = trainer.variant(first, options.adapt)
             found = train(
-                config, layers, top, plan, examples, validation, first, folder / "adapt", progress, alone, teacher
+                config, layers, top, plan, training, validation, first, folder / "adapt", progress, alone, teacher
             )
             trainer.start_from(found.factors)
-        return _run(trainer, plan, examples, validation, options, steps, saved, folder, progress)
+        return _Run(trainer, plan, training, validation, options, steps, saved).go(progress)
     finally:
         saved.close()
 
 
-def evaluations(options: RecoverySettings, steps: int, validation: int) -> int:
+def evaluations(options: RecoverySettings, steps: int, examples: int) -> int:
     """Evaluations of a run: as many as asked, but no more than cost what training does; one at least.
 
-    A step is one forward and one backward pass over a batch, an evaluation a forward pass over all examples that judge,
-    at each rate.
+    A step is one forward and one backward pass over a batch, an evaluation a forward pass over all examples of the
+    validation set, at each rate.
     """
-    affordable = 3 * options.batch * steps // (validation * len(options.validation_rates))
+    affordable = 3 * options.batch * steps // (examples * len(options.validation_rates))
     return max(1, min(options.evaluations, affordable))
 
 
-def _run(
-    trainer: Trainer,
-    plan: Plan,
-    examples: Examples,
-    validation: Examples,
-    options: RecoverySettings,
-    steps: int,
-    saved: Saved,
-    folder: Path,
-    progress: Progress,
-) -> Result:
-    batches = trainer.evaluation_batches(validation)
-    keeps = {rate: rates.keep_arrays(plan, rate) for rate in {*rates.RATES, *options.validation_rates}}
-    every = max(1, steps // evaluations(options, steps, len(validation)))
+class _Run:
+    """One training run: its state, and what is noted of it (all that a resumed run needs)."""
 
-    def judge(factors: Factors) -> dict[float, float]:
-        return {rate: trainer.evaluate(factors, batches, keeps[rate]) for rate in options.validation_rates}
+    def __init__(
+        self,
+        trainer: Trainer,
+        plan: Plan,
+        training: Examples,
+        validation: Examples,
+        options: RecoverySettings,
+        steps: int,
+        saved: Saved,
+    ):
+        self.trainer, self.training, self.options, self.steps, self.saved = trainer, training, options, steps, saved
+        self.batches = trainer.evaluation_batches(validation)
+        self.keeps = {rate: rates.keep_arrays(plan, rate) for rate in {*rates.RATES, *options.validation_rates}}
+        self.every = max(1, steps // evaluations(options, steps, len(validation)))
+        self.factors, self.state = trainer.init()
+        self.best = self.factors
+        found = saved.load({"factors": self.factors, "state": self.state, "best": self.best})
+        if found is None:
+            self.start, after = 0, self.validate(self.factors)
+            before = self.validate(trainer.fresh()) if options.adapt else after
+            self.notes: dict[str, Any] = {"before": before, "after": after, "best_step": 0, "lowest": None, "bad": 0}
+        else:
+            self.start, arrays, self.notes = found
+            self.factors, self.state, self.best = arrays["factors"], arrays["state"], arrays["best"]
+        with disk_errors(saved.folder):
+            self.log = Log(saved.folder / LOG, self.start)
+            if found is None:
+                self.log.write({"step": 0, "validation": self._by_rate(self.notes["after"])})
 
-    factors, state = trainer.init()
-    best = factors
-    found = saved.load({"factors": factors, "state": state, "best": best})
-    if found is None:
-        start, after = 0, judge(factors)
-        before = judge(trainer.fresh()) if options.adapt else after
-        notes: dict[str, Any] = {"before": list(before.values()), "after": list(after.values()), "best_step": 0}
-        notes |= {"lowest": None, "bad": 0}
-    else:
-        start, arrays, notes = found
-        factors, state, best = arrays["factors"], arrays["state"], arrays["best"]
-    log = Log(folder / LOG, start)
-    if found is None:
-        log.write({"step": 0, "validation": _by_rate(options.validation_rates, notes["after"])})
-    pending: list[tuple[int, float, Any]] = []
-    bar = progress(range(start, steps))
-    for i in bar:
-        if notes["bad"] >= options.patience:
-            break
+    def validate(self, factors: Factors) -> list[float]:
+        """Validation loss at each of the validation rates, nats."""
+        return [self.trainer.evaluate(factors, self.batches, self.keeps[r]) for r in self.options.validation_rates]
+
+    def go(self, progress: Progress) -> Result:
+        """Make the steps that are left."""
+        pending: list[tuple[int, float, Any]] = []
+        bar = progress(range(self.start, self.steps))
+        for i in bar:
+            if self.notes["bad"] >= self.options.patience:
+                break
+            pending.append(self._step(i))
+            if (i + 1) % self.every and i + 1 < self.steps:
+                continue
+            scores = self._keep(i + 1, pending)
+            pending = []
+            if hasattr(bar, "set_postfix_str"):
+                text = ", ".join(f"{rate}: {score:.3f}" for rate, score in self._by_rate(scores).items())
+                bar.set_postfix_str(f"validation loss at {text}")  # pyright: ignore[reportAttributeAccessIssue]
+        measured = self.options.validation_rates
+        by_rate = {name: dict(zip(measured, self.notes[name], strict=True)) for name in ("before", "after")}
+        best = stack.unstack_factors(self.trainer.config, jax.device_get(self.best))
+        return Result(best, **by_rate, steps=self.log.last, best_step=int(self.notes["best_step"]))
+
+    def _step(self, i: int) -> tuple[int, float, Any]:
+        """One update; its number, rate and loss, which is still on the device so that steps queue up."""
+        options, trainer = self.options, self.trainer
         rate = rates.draw(options.rates, options.seed, i)
-        rows = batch_rows(len(examples), options.batch, options.seed, i)
-        batch = trainer.place(examples, rows, options.accumulate)
-        # `best` may be the very buffers that the step consumes
-        best = jax.tree.map(lambda x: x.copy(), best) if best is factors else best
-        factors, state, loss = trainer.step(factors, state, batch, keeps[rate], i)
-        pending.append((i + 1, rate, loss))
-        if (i + 1) % every and i + 1 < steps:
-            continue
-        for step, seen, value in pending:  # waits here only, so that steps queue up in between
-            if not math.isfinite(float(value)):
-                raise UserError(f"the loss is {float(value)} at step {step}; a smaller --lr may help")
-            log.write({"step": step, "rate": seen, "loss": float(value)})
-        pending = []
-        scores = judge(factors)
-        log.write({"step": i + 1, "validation": _by_rate(options.validation_rates, scores.values())})
-        mean = float(np.mean(list(scores.values())))
-        if mean < np.mean(notes["after"]):
-            best, notes = factors, notes | {"after": list(scores.values()), "best_step": i + 1}
+        rows = batch_rows(len(self.training), options.batch, options.seed, i)
+        batch = trainer.place(self.training, rows, options.accumulate)
+        if self.best is self.factors:  # the step consumes these buffers
+            self.best = jax.tree.map(lambda x: x.copy(), self.best)
+        self.factors, self.state, loss = trainer.step(self.factors, self.state, batch, self.keeps[rate], i)
+        return i + 1, rate, loss
+
+    def _keep(self, step: int, pending: Sequence[tuple[int, float, Any]]) -> list[float]:
+        """Log the losses since the last time, validate, and save the state."""
+        with disk_errors(self.saved.folder):
+            for number, rate, value in pending:
+                if not math.isfinite(float(value)):
+                    raise UserError(f"the loss is {float(value)} at step {number}; a smaller --lr may help")
+                self.log.write({"step": number, "rate": rate, "loss": float(value)})
+            scores = self.validate(self.factors)
+            self.log.write({"step": step, "validation": self._by_rate(scores)})
+        mean = float(np.mean(scores))
+        if mean < np.mean(self.notes["after"]):
+            self.best, self.notes = self.factors, self.notes | {"after": scores, "best_step": step}
         # While the learning rate is high a run may be worse than its start, which is no reason to end it.
-        gained = notes["lowest"] is None or mean < notes["lowest"]
-        notes = notes | ({"lowest": mean, "bad": 0} if gained else {"bad": notes["bad"] + 1})
-        saved.save(i + 1, {"factors": factors, "state": state, "best": best}, notes)
-        if hasattr(bar, "set_postfix_str"):
-            text = ", ".join(f"{rate:g}: {score:.3f}" for rate, score in scores.items())
-            bar.set_postfix_str(f"validation loss at {text}")  # pyright: ignore[reportAttributeAccessIssue]
-    done = json.loads((folder / LOG).read_text().splitlines()[-1])["step"]
-    before, after = (dict(zip(options.validation_rates, notes[name], strict=True)) for name in ("before", "after"))
-    best = stack.unstack_factors(trainer.config, jax.device_get(best))
-    return Result(best, before, after, int(done), int(notes["best_step"]))
+        gained = self.notes["lowest"] is None or mean < self.notes["lowest"]
+        self.notes |= {"lowest": mean, "bad": 0} if gained else {"bad": self.notes["bad"] + 1}
+        self.saved.save(step, {"factors": self.factors, "state": self.state, "best": self.best}, self.notes)
+        return scores
 
-
-def _by_rate(validation: Sequence[float], scores: Iterable[float]) -> dict[str, float]:
-    return {f"{rate:g}": score for rate, score in zip(validation, scores, strict=True)}
+    def _by_rate(self, scores: Iterable[float]) -> dict[str, float]:
+        return {f"{rate:g}": score for rate, score in zip(self.options.validation_rates, scores, strict=True)}
 
 
 def recover(
@@ -259,13 +208,15 @@ def recover(
     """The layers with masked LoRA trained and merged in: between sorting and quantizing.
 
     layers, top: dense leaves, sorted and unpruned, in the layout of `elastic.BLOCKS`; examples: token windows int32
-    [n, t] without padding, or `Examples`, of which a part is held out to judge by. `folder` keeps the work, and a
-    killed run called again goes on with it. Returns merged layers (matrices float32) and what was gained.
+    [n, t] without padding, or `Examples`, of which a part is held out for validation. `folder` keeps the work,
+    locked while this runs, and a killed run called again goes on with it. Returns merged layers (matrices float32) and
+    what was gained.
     Raises UserError as `train` does, and for a single example.
     """
     options = options or RecoverySettings()
     known = examples if isinstance(examples, Examples) else from_windows(examples)
-    train_split, validation = split(known, options.held_share, options.held_most, options.seed)
-    result = train(config, layers, top, plan, train_split, validation, options, Path(folder), progress)
+    training, validation = split(known, options.held_share, options.held_most, options.seed)
+    with hold_lock(folder):
+        result = train(config, layers, top, plan, training, validation, options, Path(folder), progress)
     host = jax.device_get(result.factors)
     return [lora.merge_layer(i, layer, host, options.alpha) for i, layer in enumerate(layers)], result

@@ -1,14 +1,21 @@
-"""Settings of recovery training, and the choices that commands offer; nothing heavy is imported here."""
+"""Settings of masked recovery and their defaults, without JAX: what the command lines need to print their help."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import re
+from typing import TYPE_CHECKING
 
-DISTRIBUTIONS = ("low-kept-first", "uniform", "sandwich")
+if TYPE_CHECKING:
+    from uniql_jax.config import ModelConfig
+
+LENGTH = 256
+"""Tokens of a training example."""
 VALIDATION_RATES = (0.0, 0.15, 0.25, 0.35)
-"""The fixed rates of validation."""
+"""The prune rates at which a validation measures."""
+DISTRIBUTIONS = ("low-kept-first", "uniform", "sandwich")
 FALL = 0.1
 NUMBER = r"\d*\.?\d+"
 REMAT = ("none", "products", "all")
@@ -16,7 +23,7 @@ REMAT = ("none", "products", "all")
 all but what passes between layers, which needs the least memory and a third more arithmetic."""
 TEACHERS = ("original", "rate 0")
 """Whom pruned rates learn from: the unpruned model as it was, which keeps what it knew, or as it has become at rate 0
-in the same training, which has adapted to the text meanwhile."""
+in the same training, which has been trained on the text meanwhile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +32,11 @@ class RecoverySettings:
 
     lr: None for `usual_lr`. steps: None for `epochs` passes over the examples. A step's `batch` rows are worked on in
     `accumulate` parts, which changes memory and nothing else. rank: of LoRA; 0 trains every weight on its own. dropout:
-    of what the low-rank path receives. rates: a distribution that `rates.probabilities` knows, or a number, the rate of
+    of what the low-rank path receives. rates: a distribution of DISTRIBUTIONS, or a number, the rate of
     every step. distill: weight of the divergence from the teacher, 1 - distill that of the text; teacher: one of
     TEACHERS. adapt: steps at rate 0, on the text alone, that come before all others: what they make of the unpruned
     model is then what training starts from, and stands for the original as a teacher. compute: dtype of activations and
-    frozen weights; what is trained and the optimizer stay float32. remat: one of `stack.REMAT`.
+    frozen weights; what is trained and the optimizer stay float32. remat: one of REMAT.
     """
 
     rank: int = 8
@@ -53,7 +60,7 @@ class RecoverySettings:
     seed: int = 0
     evaluations: int = 20  # spread over the run; fewer where they would cost more than training does
     patience: int = 5  # evaluations in a row, none better than the best after the start, that end it
-    held_share: float = 0.05
+    held_share: float = 0.05  # of the examples: the validation set
     held_most: int = 128
 
     def total_steps(self, examples: int) -> int:
@@ -65,18 +72,48 @@ class RecoverySettings:
         return (f"{self.adapt} at rate 0, then " if self.adapt else "") + f"{self.total_steps(examples)}"
 
 
+def usual_lr(config: ModelConfig, rank: int = RecoverySettings.rank) -> float:
+    """The paper's 1e-4 at a width of 4096, and for other widths in inverse proportion, as Adam's steps transfer between
+    them (Yang et al., arXiv 2203.03466); 2e-3 at most. SmolLM2, 576 wide, won more at 1e-3 than at 3e-4 wherever much
+    is cut. Where every weight is trained (rank 0), the rate is a part of a weight's usual size, which itself falls with
+    the root of the width: SmolLM2's 5e-3, and for other widths in inverse proportion to their root
+    (benchmarks/recovery.md).
+    """
+    width = config.hidden_size
+    return min(2e-3, 1e-4 * 4096 / width) if rank else 5e-3 * math.sqrt(576 / width)
+
+
+def resolved(options: RecoverySettings, config: ModelConfig) -> RecoverySettings:
+    """The settings with what depends on the model filled in."""
+    return options if options.lr is not None else dataclasses.replace(options, lr=usual_lr(config, options.rank))
+
+
+def split_distribution(distribution: str) -> tuple[str, float]:
+    """A distribution of prune rates, such as "low-kept-first:0.3", as its name and its fall.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    name, colon, fall = distribution.partition(":")
+    if name not in DISTRIBUTIONS or (colon and (name != "low-kept-first" or not re.fullmatch(NUMBER, fall))):
+        raise ValueError(
+            f"the distribution of rates is one of {', '.join(DISTRIBUTIONS)} and low-kept-first:FALL, "
+            f"not {distribution!r}"
+        )
+    return name, float(fall or FALL)
+
+
+def distribution(text: str) -> str:
+    """Argument type: what `split_distribution` knows."""
+    try:
+        split_distribution(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def alpha_of(rank: int) -> float:
     """The paper's 16 at rank 8, and for other ranks what makes the sum of their updates grow no faster: alpha / rank
     falls with the root of the rank (Kalajdzievski, arXiv 2312.03732).
     """
     return 16.0 * math.sqrt(rank / 8)
-
-
-def check_distribution(text: str) -> str:
-    """The name of a distribution of prune rates; ValueError where `rates.probabilities` does not know it."""
-    name, colon, fall = text.partition(":")
-    if name not in DISTRIBUTIONS or (colon and (name != "low-kept-first" or not re.fullmatch(NUMBER, fall))):
-        raise ValueError(
-            f"the distribution of rates is one of {', '.join(DISTRIBUTIONS)} and low-kept-first:FALL, not {text!r}"
-        )
-    return text

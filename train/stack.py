@@ -21,7 +21,7 @@ from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 from uniql_jax.model.causal_lm import apply_layer
 from uniql_jax.model.layers.context import Context
-from uniql_jax.train.lora import Factors, Layer, beside
+from uniql_jax.train.lora import Factors, Layer, with_factors
 from uniql_jax.train.settings import REMAT
 from uniql_jax.weights.lora import PRODUCT
 
@@ -72,7 +72,7 @@ def attach(
             return value
         names = [f"{i}.{kind}.{leaf}" for i in range(run.first, run.first + run.count)]
         keys = None if key is None else jnp.stack([jax.random.fold_in(key, zlib.crc32(n.encode())) for n in names])
-        return beside(value, elastic.BLOCKS[kind][leaf], factors[name], alpha, dropout, keys, stacked=True)
+        return with_factors(value, elastic.BLOCKS[kind][leaf], factors[name], alpha, dropout, keys, stacked=True)
 
     return {
         kind: {leaf: attached(kind, leaf, value) for leaf, value in block.items()} for kind, block in stacked.items()

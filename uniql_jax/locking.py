@@ -1,4 +1,4 @@
-"""A work folder belongs to one process at a time."""
+"""An advisory lock on a work folder, so that two processes never resume the same run at the same time."""
 
 from __future__ import annotations
 
@@ -7,33 +7,47 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from uniql_jax.errors import UserError
 
 LOCK = ".lock"
+OWNER = ".lock.pid"
 
 
 @contextlib.contextmanager
-def hold_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a work folder that exists; the operating system releases it when the process ends, however.
+def hold_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold the lock of a work folder, which is made if it is missing, while the block runs.
+
+    The operating system frees the lock when the process ends, however it ends.
+
+    Args:
+        folder: the work folder of a run.
 
     Raises:
-        UserError: when another process holds it.
+        UserError: another process, or another thread of this one, holds the lock, or the folder cannot be written.
     """
-    from filelock import FileLock, Timeout
-
-    owner = folder / f"{LOCK}-owner"
-    lock = FileLock(folder / LOCK, timeout=0)
+    place = Path(folder)
     try:
+        place.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place / LOCK, timeout=0)
         lock.acquire()
     except Timeout:
-        try:
-            who = f"process {owner.read_text().strip()}"
-        except OSError:
-            who = "another process"
-        raise UserError(f"{who} is working on {folder}; wait for it, or name another output") from None
+        raise UserError(
+            f"another process ({_owner(place)}) is working on {place}; wait until it has ended, or end it"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise UserError(f"cannot lock {place}: {getattr(error, 'strerror', None) or error}") from None
     try:
-        owner.write_text(f"{os.getpid()}\n")
+        with contextlib.suppress(OSError):  # on a full disk the lock still holds; only the message lacks a number
+            (place / OWNER).write_text(str(os.getpid()))
         yield
     finally:
-        owner.unlink(missing_ok=True)
         lock.release()
+
+
+def _owner(folder: Path) -> str:
+    try:
+        return f"pid {int((folder / OWNER).read_text())}"
+    except (OSError, ValueError):
+        return "pid unknown"

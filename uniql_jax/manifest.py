@@ -1,103 +1,167 @@
-"""What a run was made from: a hash of every input by name, so that resuming can tell what has changed."""
+"""What a resumable run was made from: one entry for each input, so that a changed input can be named."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from uniql_jax.errors import UserError
 from uniql_jax.outputs import sync
 
-DIGITS = 32
-"""Hex digits kept of each input's hash: 128 bits."""
+HASH = re.compile(r"[0-9a-f]{64}")
+CHUNK = 1 << 24  # bytes hashed at a time
+NAMED = 3  # differences that a message lists
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Inputs of a run, name -> hash or short value."""
+    """Named inputs of a run, each with a hash of its content or, for a setting, its value as text."""
 
-    inputs: Mapping[str, str]
+    entries: dict[str, str]
 
-    @functools.cached_property
+    @property
     def hash(self) -> str:
-        """One hash of all inputs."""
-        return hash_bytes([json.dumps(dict(self.inputs), sort_keys=True).encode()])
+        """One hash over all entries, whatever their order."""
+        return hash_json(self.entries)
 
     def differences(self, other: Manifest) -> list[str]:
-        """Names of the inputs that differ, are missing or are new."""
-        names = {*self.inputs, *other.inputs}
-        return sorted(name for name in names if self.inputs.get(name) != other.inputs.get(name))
+        """What differs in `other`, sorted by name: "NAME" for content, "NAME (OLD -> NEW)" for a value."""
+        found = []
+        for name in sorted({*self.entries, *other.entries}):
+            old, new = self.entries.get(name), other.entries.get(name)
+            if old != new:
+                found.append(name + _change(old, new))
+        return found
 
-    def check(self, other: Manifest, where: str | os.PathLike[str], otherwise: str) -> None:
-        """Raise a UserError that names what changed since the run that left `other` at `where`.
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the manifest as JSON, atomically.
 
-        `otherwise` says what to do instead of repeating that run.
+        Raises:
+            UserError: the file cannot be written.
         """
-        changed = self.differences(other)
-        if changed:
-            listed = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-            raise UserError(
-                f"{where} was made from other inputs; changed: {listed}; --resume wants those it was made from, "
-                f"otherwise {otherwise}"
-            )
+        write_json(path, {"entries": self.entries})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Manifest | None:
+        """The manifest in a file, or None where there is no such file.
+
+        Raises:
+            UserError: the file is not a manifest.
+        """
+        try:
+            entries = json.loads(Path(path).read_text(encoding="utf-8"))["entries"]
+            if all(isinstance(value, str) for value in entries.values()):
+                return cls(dict(entries))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass
+        raise UserError(f"{path} does not say what its run was made from; remove the work folder to start anew")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for a checkpoint's config.json."""
-        return {"hash": self.hash, "inputs": dict(self.inputs)}
+        """What a checkpoint keeps of it (docs/format.md)."""
+        return {"hash": self.hash, "inputs": dict(self.entries)}
 
     @classmethod
     def from_json(cls, data: Any) -> Manifest:
-        """Inverse of `to_json`; ValueError where the data is none or was changed."""
+        """Inverse of `to_json`; ValueError where the data is no manifest, or its hash is not that of its inputs."""
         inputs = data.get("inputs") if isinstance(data, Mapping) else None
-        if not isinstance(inputs, Mapping) or not all(isinstance(v, str) for v in inputs.values()):
+        if not isinstance(inputs, Mapping) or not all(isinstance(value, str) for value in inputs.values()):
             raise ValueError("no manifest")
         found = cls(dict(inputs))
         if found.hash != data.get("hash"):
             raise ValueError("the hash does not belong to the inputs")
         return found
 
-    def save(self, path: Path) -> None:
-        """Write the manifest whole or not at all."""
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+    def require(
+        self,
+        other: Manifest,
+        where: str | os.PathLike[str],
+        holds: str = "holds an unfinished run",
+        otherwise: str = "remove the folder to start anew",
+    ) -> None:
+        """Compare the kept manifest (self) of `where` with that of the present run.
 
-    @classmethod
-    def load(cls, path: Path) -> Manifest:
-        """Read a manifest; UserError when it is damaged."""
-        try:
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            raise UserError(f"{path} is damaged; remove {path.parent} to start anew") from None
+        Args:
+            other: of the present run.
+            where: the work folder or checkpoint that self is of.
+            holds: what that is, for the message.
+            otherwise: what to do instead of repeating the run, for the message.
 
-
-def hash_bytes(parts: Iterable[bytes | memoryview]) -> str:
-    """SHA-256 of parts one after another, shortened to `DIGITS` hex digits."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:DIGITS]
-
-
-def hash_arrays(*arrays: Any) -> str:
-    """Hash of arrays with their dtypes and shapes."""
-    parts: list[bytes | memoryview] = []
-    for array in map(np.ascontiguousarray, arrays):
-        parts += [f"{array.dtype.name}{array.shape}".encode(), array.reshape(-1).view(np.uint8).data]
-    return hash_bytes(parts)
+        Raises:
+            UserError: they differ; the message names what changed.
+        """
+        changed = self.differences(other)
+        if changed:
+            more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
+            raise UserError(
+                f"{where} {holds} with other inputs or settings ({', '.join(changed[:NAMED])}{more}); "
+                f"repeat those, or {otherwise}"
+            )
 
 
-def settings_inputs(prefix: str, settings: Any, leave_out: Iterable[str] = ()) -> dict[str, str]:
-    """One input per field of a dataclass of settings, "PREFIX FIELD"; `leave_out` names those that change nothing."""
-    values = dataclasses.asdict(settings)
-    return {f"{prefix} {name}": json.dumps(value) for name, value in values.items() if name not in leave_out}
+def _change(old: str | None, new: str | None) -> str:
+    if any(value is not None and (HASH.fullmatch(value) or len(value) > 60) for value in (old, new)):
+        return " (new)" if old is None else " (missing)" if new is None else ""
+    return f" ({'none' if old is None else old} -> {'none' if new is None else new})"
+
+
+def settings_entries(settings: Mapping[str, Any], prefix: str = "settings.") -> dict[str, str]:
+    """One entry for each setting, with its value as JSON."""
+    return {prefix + name: json.dumps(value, sort_keys=True) for name, value in settings.items()}
+
+
+def hash_array(array: Shaped[Any, "..."]) -> str:
+    """SHA-256 of dtype, shape and values of an array (numpy, or whatever numpy can read), in hex."""
+    value = np.asarray(array, order="C")
+    digest = hashlib.sha256(f"{value.dtype.name} {value.shape}\n".encode())
+    flat = value.reshape(-1).view(np.uint8)
+    for start in range(0, flat.size, CHUNK):
+        digest.update(flat[start : start + CHUNK].data)
+    return digest.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a JSON value with its keys sorted, in hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a JSON file so that a crash at any moment leaves the old one or the new one, whole.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    place = Path(path)
+    temporary = place.with_name(f"{place.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, place)
+        sync(place.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {place}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Only answers are train_split: prompts and padding are seen to carry no loss, and every source has its form."""
+"""Only answers are learnt: prompts and padding are seen to carry no loss, and every source has its form."""
 
 from __future__ import annotations
 
@@ -106,9 +106,9 @@ def test_every_row_is_seen_once_an_epoch(rng: np.random.Generator) -> None:
     big = examples.batch_rows(3, 8, 3, 0)  # fewer rows than a batch
     assert set(big) == {0, 1, 2}
     whole = examples.from_windows(np.arange(40, dtype=np.int32).reshape(20, 2))
-    train_split, validation = examples.split(whole, 0.25, 3, 0)
+    training, validation = examples.split(whole, 0.25, 3, 0)
     assert len(validation) == 3
-    seen = np.concatenate([train_split.tokens, validation.tokens])
+    seen = np.concatenate([training.tokens, validation.tokens])
     np.testing.assert_array_equal(np.sort(seen[:, 0]), whole.tokens[:, 0])
 
 

@@ -19,9 +19,10 @@ from tests.train import cases
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.train import rates, stack
 from uniql_jax.train.examples import Examples, from_windows
-from uniql_jax.train.loop import Trainer, resolved, schedule, usual_lr
+from uniql_jax.train.lazy import schedule
+from uniql_jax.train.loop import Trainer
 from uniql_jax.train.lora import Factors
-from uniql_jax.train.settings import RecoverySettings
+from uniql_jax.train.settings import RecoverySettings, resolved, usual_lr
 
 PLAIN = RecoverySettings(rank=4, dropout=0.0, batch=8, lr=1e-2, warmup=0, rates="uniform", steps=10)
 
@@ -258,8 +259,7 @@ from jax.sharding import Mesh
 from tests.train import cases
 from uniql_jax.train import rates, stack
 from uniql_jax.train.examples import from_windows
-from uniql_jax.train.loop import Trainer
-from uniql_jax.train.settings import RecoverySettings
+from uniql_jax.train.loop import RecoverySettings, Trainer
 
 rng = np.random.default_rng(0)
 model = cases.model("llama", rng, num_hidden_layers=1)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tests.train import cases
-from uniql_jax.train import rates
+from uniql_jax.train import rates, settings
 
 
-@pytest.mark.parametrize("distribution", [*rates.DISTRIBUTIONS, "low-kept-first:0.3"])
+@pytest.mark.parametrize("distribution", [*settings.DISTRIBUTIONS, "low-kept-first:0.3"])
 def test_drawn_as_announced(distribution: str) -> None:
     expected = rates.probabilities(distribution)
     assert expected.sum() == pytest.approx(1)

@@ -20,10 +20,9 @@ from tools import scratch
 from tools.initialize import complete
 from uniql_jax.model.causal_lm import CausalLM, prune
 from uniql_jax.plan import make_plan
-from uniql_jax.train import rates, recover
+from uniql_jax.train import rates, recover, work
 from uniql_jax.train.examples import from_windows, split
-from uniql_jax.train.loop import Trainer
-from uniql_jax.train.settings import RecoverySettings
+from uniql_jax.train.loop import RecoverySettings, Trainer
 
 SHORT = RecoverySettings(
     rank=4, batch=8, lr=1e-2, warmup=0, steps=12, evaluations=6, validation_rates=(0.0, 0.35), patience=99
@@ -87,8 +86,8 @@ def test_it_wins_back_what_pruning_costs(rng: np.random.Generator, tmp_path: Pat
 
 def test_killed_and_resumed_is_never_killed(rng: np.random.Generator, tmp_path: Path) -> None:
     model = cases.model("llama", rng, num_hidden_layers=1)
-    train_split, validation = split(from_windows(cases.tokens(rng, 30)), 0.2, 8, 0)
-    args = {**_parts(model), "examples": train_split, "validation": validation, "options": SHORT}
+    training, validation = split(from_windows(cases.tokens(rng, 30)), 0.2, 8, 0)
+    args = {**_parts(model), "training": training, "validation": validation, "options": SHORT}
     trainer = Trainer(args["config"], args["layers"], args["top"], SHORT, 12)  # compiled once for all runs
     args["trainer"] = trainer
     whole = recover.train(**args, folder=tmp_path / "whole")
@@ -96,14 +95,14 @@ def test_killed_and_resumed_is_never_killed(rng: np.random.Generator, tmp_path: 
     for steps in (5, 3):  # twice, between two states that were kept
         with pytest.raises(Killed):
             recover.train(**args, folder=broken, progress=_killed_after(steps))
-    with (broken / recover.LOG).open("a") as log:
+    with (broken / work.LOG).open("a") as log:
         log.write('{"step": 7, "ra')  # a line that the kill cut short
     resumed = recover.train(**args, folder=broken)
-    assert (broken / recover.LOG).read_text() == (tmp_path / "whole" / recover.LOG).read_text()
+    assert (broken / work.LOG).read_text() == (tmp_path / "whole" / work.LOG).read_text()
     for a, b in zip(jax.tree.leaves(resumed.factors), jax.tree.leaves(whole.factors), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     assert dataclasses.replace(resumed, factors={}) == dataclasses.replace(whole, factors={})
-    lines = [json.loads(line) for line in (broken / recover.LOG).read_text().splitlines()]
+    lines = [json.loads(line) for line in (broken / work.LOG).read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     for line in lines:
         if "loss" in line:
@@ -113,7 +112,7 @@ def test_killed_and_resumed_is_never_killed(rng: np.random.Generator, tmp_path: 
     again = recover.train(**args, folder=broken, progress=_killed_after(0))
     assert again.best_step == whole.best_step
     other = args | {"options": dataclasses.replace(SHORT, lr=2e-2)}
-    with pytest.raises(uniql_jax.UserError, match="other settings"):
+    with pytest.raises(uniql_jax.UserError, match=r"lr \(0.01 -> 0.02\)"):
         recover.train(**other, folder=broken)
 
 
@@ -123,18 +122,18 @@ def test_what_adapts_first_is_the_start_and_the_teacher(rng: np.random.Generator
     """
     model = cases.model("llama", rng, num_hidden_layers=1)
     text = _walk(rng, 60)
-    train_split, validation = split(from_windows(text), 0.2, 8, 0)
+    training, validation = split(from_windows(text), 0.2, 8, 0)
     options = dataclasses.replace(SHORT, adapt=6, steps=6, distill=1.0, dropout=0.0, rates="0.35", evaluations=3)
-    args = {**_parts(model), "examples": train_split, "validation": validation, "options": options}
+    args = {**_parts(model), "training": training, "validation": validation, "options": options}
     trainer = Trainer(args["config"], args["layers"], args["top"], options, 6)
     whole = recover.train(**args, folder=tmp_path / "whole", trainer=trainer)
     alone = dataclasses.replace(options, adapt=0, steps=6, distill=0.0, rates="0", validation_rates=(0.0,))
     adapted = recover.train(**args | {"options": alone}, folder=tmp_path / "alone")
     assert adapted.after[0.0] < adapted.before[0.0] - 0.1
     assert whole.before[0.0] == pytest.approx(adapted.before[0.0], rel=1e-5)  # what is told is where it all began
-    lines = [json.loads(line) for line in (tmp_path / "whole" / recover.LOG).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "whole" / work.LOG).read_text().splitlines()]
     assert lines[0]["validation"]["0"] == pytest.approx(adapted.after[0.0], rel=1e-5)
-    batch, keep = trainer.place(train_split, np.arange(8), 1), rates.keep_arrays(model.plan, 0.0)
+    batch, keep = trainer.place(training, np.arange(8), 1), rates.keep_arrays(model.plan, 0.0)
     start, _ = trainer.init()
     still, _ = trainer.gradients(start, trainer.frozen, batch, keep, jnp.int32(0))
     fresh, _ = trainer.gradients(trainer.fresh(), trainer.frozen, batch, keep, jnp.int32(0))
@@ -180,7 +179,7 @@ def test_a_run_that_gets_worse_first_goes_on(
     scores = iter(means)
     monkeypatch.setattr(Trainer, "evaluate", lambda *_: next(scores))
     monkeypatch.setattr(Trainer, "step", lambda self, factors, state, *_: (factors, state, 1.0))
-    args = {**_parts(model), "examples": text, "validation": text, "options": options}
+    args = {**_parts(model), "training": text, "validation": text, "options": options}
     result = recover.train(**args, folder=tmp_path)
     assert (result.steps, result.best_step) == (steps, best)
 
@@ -188,12 +187,12 @@ def test_a_run_that_gets_worse_first_goes_on(
 def test_the_best_state_is_kept_and_patience_ends_a_run(rng: np.random.Generator, tmp_path: Path) -> None:
     """Random tokens teach nothing that holds elsewhere, so the state to keep is an early one."""
     model = cases.model("llama", rng, num_hidden_layers=1)
-    train_split, validation = split(from_windows(cases.tokens(rng, 12)), 0.3, 8, 0)
+    training, validation = split(from_windows(cases.tokens(rng, 12)), 0.3, 8, 0)
     options = dataclasses.replace(SHORT, lr=0.1, steps=60, evaluations=30, patience=3)
     result = recover.train(
-        **_parts(model), examples=train_split, validation=validation, options=options, folder=tmp_path / "work"
+        **_parts(model), training=training, validation=validation, options=options, folder=tmp_path / "work"
     )
-    lines = [json.loads(line) for line in (tmp_path / "work" / recover.LOG).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "work" / work.LOG).read_text().splitlines()]
     scores = {line["step"]: np.mean(list(line["validation"].values())) for line in lines if "validation" in line}
     assert result.steps == result.best_step + 3 * 2 < 60
     assert scores[result.best_step] == min(scores.values())

@@ -12,8 +12,7 @@ from tests.train import cases
 from uniql_jax.model.causal_lm import CausalLM, hidden_states, logits
 from uniql_jax.model.layers.context import full_context
 from uniql_jax.train import lora, rates, stack
-from uniql_jax.train.loop import Trainer
-from uniql_jax.train.settings import RecoverySettings
+from uniql_jax.train.loop import RecoverySettings, Trainer
 from uniql_jax.weights.lora import LoraArray
 
 

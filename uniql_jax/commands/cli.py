@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from uniql_jax.errors import UserError
 from uniql_jax.limits import MAX_PRUNE_RATE
-from uniql_jax.train.settings import check_distribution
 
 T = TypeVar("T")
 
@@ -126,14 +125,6 @@ def prune_rate(text: str) -> float:
 def prune_rates(text: str) -> list[float]:
     """Argument type: prune rates joined by commas; repeated ones count once."""
     return list(dict.fromkeys(prune_rate(part.strip()) for part in text.split(",")))
-
-
-def rate_distribution(text: str) -> str:
-    """Argument type: how the prune rates of training steps are drawn."""
-    try:
-        return check_distribution(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def memory_size(text: str) -> int:

@@ -13,7 +13,7 @@ from uniql_jax.commands import cli
 from uniql_jax.compression import settings as choices
 from uniql_jax.compression.settings import LENGTH, RECOVER_LENGTH, WINDOWS, CompressionSettings
 from uniql_jax.limits import MAX_PRUNE_RATE
-from uniql_jax.train.settings import RecoverySettings, alpha_of
+from uniql_jax.train.settings import RecoverySettings, alpha_of, distribution
 
 if TYPE_CHECKING:
     from uniql_jax.compression.contract import Gains
@@ -159,7 +159,7 @@ def parser() -> cli.Parser:
         "--recover-batch", type=cli.positive_int, default=RECOVERY.batch, metavar="N", help="examples of a step"
     )
     training.add_argument(
-        "--recover-rates", type=cli.rate_distribution, default=RECOVERY.rates, metavar="HOW",
+        "--recover-rates", type=distribution, default=RECOVERY.rates, metavar="HOW",
         help="how prune rates are drawn: low-kept-first (high rates more often), sandwich (both ends), uniform",
     )  # fmt: skip
     training.add_argument(

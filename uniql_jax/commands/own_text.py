@@ -8,12 +8,23 @@ from pathlib import Path
 from uniql_jax import console
 from uniql_jax.commands import cli
 from uniql_jax.errors import UserError
+from uniql_jax.model.causal_lm import cache_bytes
+from uniql_jax.train.own_text import (
+    BATCH,
+    LENGTH,
+    WINDOWS,
+    beginnings,
+    kept,
+    npy_bytes,
+    open_model,
+    own_text,
+    tokenizer_of,
+)
 
-WINDOWS, LENGTH, BATCH = 2048, 256, 64
 EXAMPLES = """\
 examples:
   recovery without any text:
-    python -m train.own_text --ckpt path/to/model --out own.npy
+    python -m uniql_jax.own_text --ckpt path/to/model --out own.npy
     python -m uniql_jax.compress --ckpt path/to/model --out small --calib own.npy --recover own.npy --recover-distill 1
 
   beside text of the kind that the model will meet:
@@ -48,9 +59,6 @@ def parser() -> cli.Parser:
 def main(argv: list[str]) -> None:
     """Run the command; raises UserError."""
     args = parser().parse_args(argv)
-    from uniql_jax.model.causal_lm import cache_bytes
-    from uniql_jax.train.own_text import beginnings, kept, npy_bytes, open_model, own_text, tokenizer_of
-
     out = Path(args.out).expanduser()
     if out.suffix.lower() != ".npy":
         raise UserError(f"{args.out} must end in .npy, by which calibration and training know token ids")

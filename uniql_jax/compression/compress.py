@@ -120,7 +120,7 @@ def _check_finished(out: str | Path, manifest: Manifest) -> None:
         made_from = Manifest.from_json(found)
     except ValueError:
         raise UserError(f"{out} exists and does not say what it was made from; add --overwrite to replace it") from None
-    manifest.check(made_from, out, "add --overwrite to replace it")
+    made_from.require(manifest, out, "was made", "add --overwrite to replace it")
     shutil.rmtree(work_folder(out), ignore_errors=True)  # a run killed between its last two steps leaves it
 
 

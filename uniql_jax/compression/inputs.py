@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import tempfile
@@ -12,7 +13,7 @@ from jaxtyping import Int
 
 from uniql_jax.compression.contract import Progress, RecoveryData, Source
 from uniql_jax.compression.settings import CompressionSettings
-from uniql_jax.manifest import Manifest, hash_arrays, hash_bytes, settings_inputs
+from uniql_jax.manifest import Manifest, hash_array, hash_file, hash_json, settings_entries
 from uniql_jax.train.settings import RecoverySettings
 from uniql_jax.version import __version__
 
@@ -35,14 +36,16 @@ def manifest_of(
     inputs = {
         "version of uniql-jax": __version__,
         "version of jax": importlib.metadata.version("jax"),
-        "config of the source": hash_bytes([json.dumps(dict(source.hf_config), sort_keys=True, default=str).encode()]),
-        "calibration tokens": hash_arrays(tokens),
+        "config of the source": hash_json(json.loads(json.dumps(dict(source.hf_config), default=str))),
+        "calibration tokens": hash_array(tokens),
         **_side_files(source),
-        **settings_inputs("setting", settings),
+        **settings_entries(dataclasses.asdict(settings), "setting "),
     }
     if recovery is not None:
         for name, part in (("training", recovery.train), ("validation", recovery.validation)):
-            inputs[f"{name} examples"] = hash_arrays(part.tokens, part.valid, part.learn)
+            inputs[f"{name} examples"] = hash_json(
+                [hash_array(value) for value in (part.tokens, part.valid, part.learn)]
+            )
         inputs |= _training("recovery", recovery.settings)
         if recovery.tuning is not None:
             inputs |= _training("tuning", recovery.tuning)
@@ -52,7 +55,8 @@ def manifest_of(
 
 
 def _training(name: str, settings: RecoverySettings) -> dict[str, str]:
-    return settings_inputs(f"{name} setting", settings, WITHOUT_EFFECT)
+    deciding = {key: value for key, value in dataclasses.asdict(settings).items() if key not in WITHOUT_EFFECT}
+    return settings_entries(deciding, f"{name} setting ")
 
 
 def _side_files(source: Source) -> dict[str, str]:
@@ -60,4 +64,4 @@ def _side_files(source: Source) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         source.write_side_files(Path(folder))
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        return {f"file {path.relative_to(folder)}": hash_bytes([path.read_bytes()]) for path in files}
+        return {f"file {path.relative_to(folder)}": hash_file(path) for path in files}

@@ -35,7 +35,9 @@ class Workspace:
     def begin(self, manifest: Manifest) -> None:
         """Start a run from these inputs, or go on with one from the very same; UserError names what changed."""
         if self.started:
-            manifest.check(Manifest.load(self.folder / MANIFEST), self.folder, "remove that folder to start anew")
+            kept = Manifest.load(self.folder / MANIFEST)
+            assert kept is not None
+            kept.require(manifest, self.folder)
         else:
             manifest.save(self.folder / MANIFEST)
             self.started = True
@@ -81,9 +83,8 @@ def workspace(out: str | Path, resume: bool, overwrite: bool, source: str | Path
             except OSError as error:
                 if error.errno not in DISK_ERRORS or not work.started:
                     raise
-                raise UserError(
-                    f"the disk refuses to write ({os.strerror(error.errno)}); mend that and add --resume: {folder} is kept"
-                ) from None
+                reason = os.strerror(error.errno)
+                raise UserError(f"cannot write {folder}: {reason}; it is kept: mend that and add --resume") from None
             finally:
                 if not work.started:
                     shutil.rmtree(folder, ignore_errors=True)

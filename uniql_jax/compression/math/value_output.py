@@ -146,7 +146,7 @@ def _reached(v: Float[Array, "d g h"], o: Float[Array, "d n h"]) -> Float[np.nda
     d, groups, _ = v.shape
     directions = []
     for rows in np.asarray(v, np.float64).transpose(1, 0, 2):
-        u, s, _ = np.linalg.svd(np.linalg.qr(rows.T, mode="r").T)
+        u, s, _ = np.linalg.svd(np.linalg.qr(rows.T)[1].T)
         directions.append(u[:, : len(s)] * (s > CUTOFF * s[0]) if s[0] > 0 else np.zeros((d, d)))
     if all(basis.shape[1] == d and basis.any(axis=0).all() for basis in directions):
         return o
