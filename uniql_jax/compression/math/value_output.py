@@ -1,67 +1,184 @@
-"""Quantization-aware SVD of the V/O product: lossless at full rank, best ranks first (method: V/O).
+"""Quantization-aware SVD of the V/O product: lossless for every rank of V and O, best ranks first (method: V/O).
 
-All scale goes into V and O gets orthonormal rows, which is kind to a 4-bit O.
+All scale goes into V, and the rows of O get one norm, which is kind to a 4-bit O.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from uniql_jax.compression.finite import first_nonfinite
 from uniql_jax.compression.math.order import tail_loss
 
 METHODS = ("attention_output", "joint", "published", "random")
+EPS = float(np.finfo(np.float32).eps)
+RANK_CUTOFF = 4 * EPS
+"""A singular value below this part of the largest is what rounding to float32 leaves of a zero."""
+METRIC_FLOOR = 1e-4
+"""What every output counts at least, as a part of the metric's mean diagonal: bounds the condition of the change."""
 
 
-def square_root(gram: Float[Array, "... d d"]) -> Float[Array, "... d d"]:
-    """R with R^T R = gram for symmetric positive semidefinite matrices; eigenvalues below zero count as zero."""
-    values, vectors = jnp.linalg.eigh(gram)
-    return jnp.sqrt(jnp.maximum(values, 0.0))[..., :, None] * jnp.swapaxes(vectors, -1, -2)
+def row_basis(
+    matrix: Float[np.ndarray, "d n"],
+) -> tuple[Float[np.ndarray, "d k"], Float[np.ndarray, "k n"]]:
+    """The rank factorization matrix = left @ basis with orthonormal rows in `basis`, float64.
+
+    Rows are scaled to one norm before the numerical rank k is taken: a row keeps its relative precision however
+    small it is, a zero row is exactly zero in `left`.
+    """
+    norms = np.linalg.norm(matrix, axis=1, keepdims=True)
+    u, values, basis = np.linalg.svd(matrix / np.where(norms == 0, 1.0, norms), full_matrices=False)
+    rank = int(np.sum(values > RANK_CUTOFF * values[0]))
+    return norms * u[:, :rank] * values[:rank], basis[:rank]
+
+
+def within_values(v: Float[np.ndarray, "d h"], o: Float[np.ndarray, "d n"]) -> Float[np.ndarray, "d n"]:
+    """The part of O that V reaches, float64: the same V^T O, and nothing where V holds linearly dependent rows."""
+    norms = np.linalg.norm(v, axis=1, keepdims=True)
+    scaled = v / np.where(norms == 0, 1.0, norms)
+    values, vectors = np.linalg.eigh(scaled @ scaled.T)
+    reached = vectors[:, values > RANK_CUTOFF**2 * values[-1]]
+    if reached.shape[1] == len(v):
+        return o
+    scaled = norms * o
+    kept = reached @ (reached.T @ scaled)
+    # What rounding leaves of a zero row is zero.
+    kept[np.linalg.norm(kept, axis=1) <= 1e-13 * np.linalg.norm(scaled, axis=1).max()] = 0.0
+    return kept / np.where(norms == 0, 1.0, norms)
+
+
+@functools.partial(jax.jit, static_argnames="hidden")
+def _weighed(basis: Float[Array, "g d n"], metric: Float[Array, "h h"], hidden: int) -> Float[Array, "g d d"]:
+    """basis (I x metric) basis^T, the metric repeated for every query head."""
+    heads = basis.reshape(*basis.shape[:2], -1, hidden)
+    return jnp.einsum("gdmh,hk,gemk->gde", heads, metric, heads, precision="highest")
+
+
+@jax.jit
+def _apply(matrix: Float[Array, "g d d"], basis: Float[Array, "g d n"]) -> Float[Array, "g d n"]:
+    return jnp.matmul(matrix, basis, precision="highest")
+
+
+def _small_factors(
+    left: Float[np.ndarray, "d k"], gram: Float[np.ndarray, "d d"], weight: Float[np.ndarray, "k k"]
+) -> tuple[Float[np.ndarray, "k d"], Float[np.ndarray, "k k"]]:
+    """(change, turn) of one key/value head: O' = turn @ basis, and change^T @ turn = left; float64.
+
+    weight = root @ root^T is well conditioned by its floor. With R^T R = gram, svd(R left root) = U S Z^T gives
+    change^T = left root Z and turn = Z^T root^-1; the rank and the scale of O stay in `left`, which is never inverted.
+    """
+    # Channels scaled to one size, so that what rounding leaves of a large one does not hide a small one.
+    sizes = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
+    sizes = np.where(sizes > 0, sizes, np.min(sizes, where=sizes > 0, initial=np.inf) if sizes.any() else 1.0)
+    values, vectors = np.linalg.eigh(gram / sizes / sizes[:, None])
+    # Directions that carry nothing are kept, last, in the order of what O makes of them.
+    root_gram = np.sqrt(np.maximum(values, 0.0) + EPS)[:, None] * vectors.T * sizes
+    values, vectors = np.linalg.eigh(weight)
+    root = np.sqrt(values) * vectors
+    zt = np.linalg.svd(root_gram @ left @ root, full_matrices=False)[2]
+    turn = zt / np.sqrt(values) @ vectors.T
+    norms = np.linalg.norm(turn, axis=1, keepdims=True)
+    return norms * (zt @ root.T @ left.T), turn / norms
 
 
 def decompose(
-    o: Float[Array, "d n h"], gram: Float[Array, "g d d"], metric: Float[Array, "h h"] | None = None
+    o: Float[Array, "d n h"],
+    gram: Float[Array, "g d d"],
+    metric: Float[Array, "h h"] | None = None,
+    v: Float[Array, "d g h"] | None = None,
 ) -> tuple[Float[Array, "g d d"], Float[Array, "d n h"]]:
-    """(change of value basis per key/value head, new O): the same product per head, ranks sorted by what they carry.
+    """The same product V O per head, its ranks sorted by what they carry.
 
-    gram: what weighs the error, per key/value head, d x d. With O^T = Q2 R2 (the group's heads side by side) and
-    R1^T R1 = gram, svd(R1 R2^T) = U S Z^T gives V' = V R2^T Z and O' = Z^T Q2^T. `metric` [h, h] weighs the error of
-    the output as well: then O metric^1/2 takes the place of O in finding Z, and O' = Z^T R2^-T O.
+    Per key/value head, with its query heads' O one after another, the parts of O of every rank are those of the SVD of
+    gram^1/2 O metric^1/2: no other choice of as many ranks has a smaller weighed error. Small factorizations run in
+    float64 on the host; products with metric and basis run on the device.
 
-    Factorizations run one after another: XLA's CPU thread pool can deadlock when two batched ones wait at once.
+    Args:
+        o: output weight, float32, n query heads in g groups.
+        gram: weighs the error on the side of the values; positive semidefinite, of any rank.
+        metric: weighs the error of the output; positive semidefinite, of any rank. None weighs all outputs alike.
+        v: value weight. Where given, O loses what V does not reach.
+
+    Returns:
+        (change, new O) with V' = change V. Rows of O have norm one, and are orthogonal without a metric. Ranks that
+        carry nothing come last, with zeros in `change` and O.
+
+    Raises:
+        ValueError: an input is not finite.
     """
+    bad = first_nonfinite({"o": o, "gram": gram, "metric": metric, "v": v})
+    if bad:
+        raise ValueError(f"cannot decompose the V/O product: {bad} holds values that are not finite")
     groups, d = gram.shape[:2]
     heads, hidden = o.shape[1:]
-    stacked = o.reshape(d, groups, heads // groups, hidden).transpose(1, 0, 2, 3).reshape(groups, d, -1)
-    weighed = stacked
-    if metric is not None:
-        floor = 1e-4 * jnp.mean(jnp.diagonal(metric)) * jnp.eye(hidden)
-        root = jax.block_until_ready(square_root(metric + floor))
-        weighed = (stacked.reshape(groups, d, -1, hidden) @ root.T).reshape(stacked.shape)
-    q2, r2 = jax.block_until_ready(jnp.linalg.qr(jnp.swapaxes(weighed, -1, -2)))
-    core = square_root(gram) @ jnp.swapaxes(r2, -1, -2)
-    zt = jax.block_until_ready(jnp.linalg.svd(jax.block_until_ready(core))[2])
-    change = zt @ r2
-    if metric is None:
-        flat = zt @ jnp.swapaxes(q2, -1, -2)
-    else:
-        flat = jax.block_until_ready(jnp.linalg.solve(jnp.swapaxes(change, -1, -2), stacked))
-        # Rows of equal size are kind to a 4-bit O; their scale moves into V.
-        scale = jnp.linalg.norm(flat, axis=-1, keepdims=True)
-        flat, change = flat / scale, change * scale
-    return change, flat.reshape(groups, d, heads // groups, hidden).transpose(1, 0, 2, 3).reshape(o.shape)
+    grams = np.asarray(gram, np.float64)
+    stacked = _by_group(np.asarray(o), groups)
+    lefts: list[np.ndarray] = []
+    basis = np.zeros(stacked.shape, np.float32)
+    for g in range(groups):
+        mine = stacked[g].astype(np.float64)
+        if v is not None:
+            mine = within_values(np.asarray(v[:, g], np.float64), mine)
+        left, rows = row_basis(mine)
+        lefts.append(left)
+        basis[g, : len(rows)] = rows
+    on_device = jnp.asarray(basis)
+    weights = _output_weights(on_device, metric, hidden)
+    change, turn = np.zeros((2, groups, d, d), np.float32)
+    for g, left in enumerate(lefts):
+        rank = left.shape[1]
+        if rank:
+            found = _small_factors(left, grams[g], weights[g, :rank, :rank])
+            change[g, :rank], turn[g, :rank, :rank] = found
+    new = _apply(jnp.asarray(turn), on_device).reshape(groups, d, heads // groups, hidden)
+    return jnp.asarray(change), new.transpose(1, 0, 2, 3).reshape(o.shape)
+
+
+def _by_group(o: Float[np.ndarray, "d n h"], groups: int) -> Float[np.ndarray, "g d mh"]:
+    """O of a group's query heads side by side."""
+    d, heads, hidden = o.shape
+    return o.reshape(d, groups, heads // groups, hidden).transpose(1, 0, 2, 3).reshape(groups, d, -1)
+
+
+def _output_weights(
+    basis: Float[Array, "g d n"], metric: Float[Array, "h h"] | None, hidden: int
+) -> Float[np.ndarray, "g d d"]:
+    """What the metric makes of a basis, float64, floor included; the identity for no metric and for zero."""
+    eye = np.eye(basis.shape[1])
+    peak = 0.0 if metric is None else float(jnp.max(jnp.abs(metric)))
+    if metric is None or peak == 0:
+        return np.broadcast_to(eye, (basis.shape[0], *eye.shape))
+    metric = metric / peak
+    floor = METRIC_FLOOR * float(jnp.mean(jnp.diagonal(metric)))
+    weights = np.asarray(_weighed(basis, metric, hidden), np.float64)
+    values, vectors = np.linalg.eigh((weights + weights.swapaxes(-1, -2)) / 2)
+    return (vectors * (np.maximum(values, 0.0) + floor)[..., None, :]) @ vectors.swapaxes(-1, -2)
 
 
 def published(
     v: Float[Array, "d g h"], o: Float[Array, "d n h"], gram_x: Float[Array, "h h"]
 ) -> tuple[Float[Array, "g d d"], Float[Array, "d n h"]]:
-    """The published route for shared heads looks at V alone: SVD of C^1/2 W_V per head; O follows by its basis."""
-    root = jax.block_until_ready(square_root(gram_x))
-    zt = jax.block_until_ready(jnp.linalg.svd(root @ v.transpose(1, 2, 0), full_matrices=False)[2])
+    """The published route for shared heads looks at V alone: SVD of C^1/2 W_V per head; O follows by its basis.
+
+    Its right singular vectors are the eigenvectors of W_V C W_V^T.
+    """
     d, groups, hidden = v.shape
+    carried = np.asarray(_carried(v, gram_x), np.float64)
+    zt = jnp.asarray(np.linalg.eigh(carried)[1][..., ::-1].swapaxes(-1, -2), jnp.float32)
     grouped = o.reshape(d, groups, -1, hidden)
-    return zt, jnp.einsum("grd,dgmh->rgmh", zt, grouped).reshape(o.shape)
+    return zt, jnp.einsum("grd,dgmh->rgmh", zt, grouped, precision="highest").reshape(o.shape)
+
+
+@jax.jit
+def _carried(v: Float[Array, "d g h"], gram_x: Float[Array, "h h"]) -> Float[Array, "g d d"]:
+    """Gram of the values, from that of V's input."""
+    found = jnp.einsum("dgh,hk,egk->gde", v, gram_x, v, precision="highest")
+    return (found + jnp.swapaxes(found, -1, -2)) / 2
 
 
 def sort_value_output(
@@ -73,17 +190,29 @@ def sort_value_output(
     seed: Int[Array, ""] | int = 0,
     metric: Float[Array, "h h"] | None = None,
 ) -> tuple[Float[Array, "g d d"], Float[Array, "d g h"], Float[Array, "d n h"]]:
-    """(change, V, O) with ranks sorted; V is `change` times the old V, per key/value head.
+    """V and O with their ranks sorted, most important first; V has no bias (it is folded into O's).
 
-    gram_out: Gram of what o_proj receives, summed over the heads of each group; gram_x: Gram of V's input; metric:
-    Gram of the loss gradient at the output, used by attention_output. attention_output weighs by gram_out, joint by
-    W_V C W_V^T, published ignores O, random permutes the given basis. ValueError for another method.
+    Args:
+        v: value weight, float32.
+        o: output weight, float32.
+        gram_out: Gram of what O receives, summed over the heads of each group.
+        gram_x: Gram of V's input.
+        method: attention_output weighs by gram_out and the metric; joint weighs by W_V C W_V^T; published ignores O;
+            random permutes the given basis.
+        seed: of the random method.
+        metric: Gram of the loss gradient at the output.
+
+    Returns:
+        (change, V, O); V is `change` times the old V, per key/value head.
+
+    Raises:
+        ValueError: the method is unknown, or an input is not finite.
     """
     d, groups, _ = v.shape
     if method == "attention_output":
-        change, new_o = decompose(o, gram_out, metric)
+        change, new_o = decompose(o, gram_out, metric, v)
     elif method == "joint":
-        change, new_o = decompose(o, jnp.einsum("dgh,hk,egk->gde", v, gram_x, v))
+        change, new_o = decompose(o, _carried(v, gram_x), None, v)
     elif method == "published":
         change, new_o = published(v, o, gram_x)
     elif method == "random":
@@ -91,14 +220,22 @@ def sort_value_output(
         change, new_o = jnp.broadcast_to(jnp.eye(d)[order], (groups, d, d)), o[order]
     else:
         raise ValueError(f"unknown V/O method {method!r}; one of {', '.join(METHODS)}")
-    return change, jnp.einsum("grk,kgh->rgh", change, v), new_o
+    return change, jnp.einsum("grk,kgh->rgh", change, v, precision="highest"), new_o
 
 
 def rank_loss(
     change: Float[Array, "g d d"], new_o: Float[Array, "d n h"], gram_out: Float[Array, "g d d"], metric: Array
 ) -> Float[Array, " d+1"]:
-    """Loss of keeping the leading k ranks, k = 0 ... d: what the dropped ranks add to the output, weighed by `metric`
-    [h, h] and summed over key/value heads (query heads of a group are averaged).
+    """Loss of keeping the leading k ranks, k = 0 ... d.
+
+    Args:
+        change: the new value basis per key/value head.
+        new_o: the output weight in that basis.
+        gram_out: Gram of what O receives, in the old basis.
+        metric: weighs the outputs, [h, h].
+
+    Returns:
+        What the dropped ranks add to the output, summed over key/value heads (query heads of a group are averaged).
     """
     groups, d = change.shape[:2]
     received = jnp.einsum("grd,gde,gse->grs", change, gram_out, change)
