@@ -186,7 +186,9 @@ def _best_errors(o: np.ndarray, gram: np.ndarray, metric: np.ndarray) -> np.ndar
         values, vectors = np.linalg.eigh(matrix.astype(np.float64))
         return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
 
-    whole = np.concatenate([root(gram) @ o[:, n] @ root(metric) for n in range(o.shape[1])], axis=1)
+    sizes = np.sqrt(np.diagonal(gram).astype(np.float64))  # an eigendecomposition sees no more than 16 digits
+    left = root(gram / sizes / sizes[:, None]) * sizes
+    whole = np.concatenate([left @ o[:, n] @ root(metric) for n in range(o.shape[1])], axis=1)
     values = np.linalg.svd(whole, compute_uv=False) ** 2
     return np.append(np.cumsum(values[::-1])[::-1], 0.0)
 

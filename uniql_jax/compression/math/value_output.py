@@ -23,30 +23,41 @@ METRIC_FLOOR = 1e-4
 """What every output counts at least, as a part of the metric's mean diagonal: bounds the condition of the change."""
 
 
+def row_space(
+    matrix: Float[np.ndarray, "d n"],
+) -> tuple[Float[np.ndarray, "d 1"], Float[np.ndarray, " k"], Float[np.ndarray, "d k"]]:
+    """(norms of rows, singular values, left singular vectors) of a matrix, its rows scaled to norm one; float64.
+
+    Their number k is the numerical rank. In float64 the Gram matrix serves: it resolves singular values to 1e-8 of the
+    largest, below what float32 weights hold, in a fraction of an SVD's time.
+    """
+    norms = np.linalg.norm(matrix, axis=1, keepdims=True)
+    scaled = matrix / np.where(norms == 0, 1.0, norms)
+    values, vectors = np.linalg.eigh(scaled @ scaled.T)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    rank = int(np.sum(values > RANK_CUTOFF**2 * values[0]))
+    return norms, np.sqrt(values[:rank]), vectors[:, :rank]
+
+
 def row_basis(
     matrix: Float[np.ndarray, "d n"],
 ) -> tuple[Float[np.ndarray, "d k"], Float[np.ndarray, "k n"]]:
     """The rank factorization matrix = left @ basis with orthonormal rows in `basis`, float64.
 
-    Rows are scaled to one norm before the numerical rank k is taken: a row keeps its relative precision however
-    small it is, a zero row is exactly zero in `left`.
+    Since rows are scaled to one norm first, each keeps its relative precision however small it is, and a zero row is
+    exactly zero in `left`.
     """
-    norms = np.linalg.norm(matrix, axis=1, keepdims=True)
-    u, values, basis = np.linalg.svd(matrix / np.where(norms == 0, 1.0, norms), full_matrices=False)
-    rank = int(np.sum(values > RANK_CUTOFF * values[0]))
-    return norms * u[:, :rank] * values[:rank], basis[:rank]
+    norms, values, vectors = row_space(matrix)
+    return norms * vectors * values, (vectors / values).T @ (matrix / np.where(norms == 0, 1.0, norms))
 
 
 def within_values(v: Float[np.ndarray, "d h"], o: Float[np.ndarray, "d n"]) -> Float[np.ndarray, "d n"]:
     """The part of O that V reaches, float64: the same V^T O, and nothing where V holds linearly dependent rows."""
-    norms = np.linalg.norm(v, axis=1, keepdims=True)
-    scaled = v / np.where(norms == 0, 1.0, norms)
-    values, vectors = np.linalg.eigh(scaled @ scaled.T)
-    reached = vectors[:, values > RANK_CUTOFF**2 * values[-1]]
-    if reached.shape[1] == len(v):
+    norms, _, vectors = row_space(v)
+    if vectors.shape[1] == len(v):
         return o
     scaled = norms * o
-    kept = reached @ (reached.T @ scaled)
+    kept = vectors @ (vectors.T @ scaled)
     # What rounding leaves of a zero row is zero.
     kept[np.linalg.norm(kept, axis=1) <= 1e-13 * np.linalg.norm(scaled, axis=1).max()] = 0.0
     return kept / np.where(norms == 0, 1.0, norms)
