@@ -26,9 +26,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from uniql_jax import console, data
-from uniql_jax.compression.math.ssm import CHANNEL_METHODS, STATE_METHODS
 from uniql_jax.compression.pipeline import compress
-from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.compression.settings import CHANNEL_SCORES, STATE_SCORES, CompressionSettings
 from uniql_jax.convert.source import open_source
 from uniql_jax.evaluation.timing import environment
 from uniql_jax.model.causal_lm import CausalLM, hidden_states, logits
@@ -98,9 +97,9 @@ def ssm() -> dict[str, CompressionSettings]:
     base = CompressionSettings(bits=32)
     replace = dataclasses.replace
     rows = {"default": base}
-    for method in CHANNEL_METHODS:
+    for method in CHANNEL_SCORES:
         rows[f"channels {method}"] = replace(base, channel_score=method)
-    for method in STATE_METHODS:
+    for method in STATE_SCORES:
         rows[f"states {method}"] = replace(base, state_score=method)
     published = dict(PUBLISHED, state_score="energy")
     rows["published, state-aware"] = replace(base, **published, channel_score="state_aware")

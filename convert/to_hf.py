@@ -22,7 +22,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
 from uniql_jax.files import ShardWriter, copy_side_files
 from uniql_jax.outputs import check_output, check_space, staged_output
-from uniql_jax.value_bias import value_bias
+from uniql_jax.value_bias import free_rank, value_bias
 from uniql_jax.weights import quantized as int4
 
 Tensors = dict[str, Float[np.ndarray, "..."]]
@@ -73,7 +73,7 @@ def layer_to_hf(
         if "v_bias" in has:
             leaves["v_bias"] = np.zeros(elastic.shape(config, tables.leaf_of(kind, "v_bias")), np.float32)
         if "o_bias" in leaves and "o_bias" not in has:
-            _carry_o_bias(config, leaves, kept=layer[kind]["v"].shape[0])
+            _carry_o_bias(config, leaves)
         for row in rows:
             tensors[row.name.format(layer=i)] = tables.from_leaves(config, row, leaves)
     return tensors
@@ -98,12 +98,14 @@ def _full(config: ModelConfig, kind: str, block: Block) -> Tensors:
     return full
 
 
-def _carry_o_bias(config: ModelConfig, leaves: Tensors, kept: int) -> None:
+def _carry_o_bias(config: ModelConfig, leaves: Tensors) -> None:
     """Move o_bias into a value bias, for a family without an output bias: softmax weights sum to one."""
-    if kept < config.head_dim:
-        # a freed channel whose value is always 1 carries any vector
-        leaves["v_bias"][kept, 0] = 1.0
-        leaves["o"][kept, 0] = leaves["o_bias"]
+    free = free_rank(leaves["v"], leaves["o"])
+    if free is not None:
+        # a channel without content, its value always 1, carries any vector
+        rank, group = free
+        leaves["v_bias"][rank, group] = 1.0
+        leaves["o"][rank, group * config.query_groups] = leaves["o_bias"]
         return
     leaves["v_bias"], carried = value_bias(leaves["o"], leaves["o_bias"], config.kv_heads)
     missed = _missed(carried, leaves["o_bias"])
@@ -162,8 +164,8 @@ def o_bias_fits(checkpoint: Checkpoint, keep: Sequence[Mapping[str, int]]) -> bo
         if "o_bias" in held or keep[i]["vo"] < config.head_dim:
             continue
         block = checkpoint.layer(i, keep[i])["attention"]
-        o, o_bias = (np.asarray(int4.dense(block[name])) for name in ("o", "o_bias"))
-        if _missed(value_bias(o, o_bias, config.kv_heads)[1], o_bias) > RESIDUAL:
+        v, o, o_bias = (np.asarray(int4.dense(block[name])) for name in ("v", "o", "o_bias"))
+        if free_rank(v, o) is None and _missed(value_bias(o, o_bias, config.kv_heads)[1], o_bias) > RESIDUAL:
             return False
     return True
 

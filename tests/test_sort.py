@@ -10,6 +10,7 @@ import pytest
 
 from uniql_jax.compression.math import mlp, rope_pairs, value_output
 from uniql_jax.compression.math.order import descending, greedy, tail_loss
+from uniql_jax.compression.settings import MLP_SCORES, PAIR_SCORES, VALUE_OUTPUTS
 
 
 def psd(rng: np.random.Generator, size: int, rank: int | None = None) -> np.ndarray:
@@ -63,7 +64,7 @@ def test_leverage_is_the_ridge_formula(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(mlp.leverage(f32(gram)), want, rtol=2e-3)
 
 
-@pytest.mark.parametrize("method", mlp.METHODS)
+@pytest.mark.parametrize("method", MLP_SCORES)
 def test_every_mlp_order_is_a_permutation(method: str, rng: np.random.Generator) -> None:
     order = mlp.order_channels(
         f32(psd(rng, 20)), f32(rng.standard_normal((20, 8))), method, 3, f32(psd(rng, 8)), f32(psd(rng, 20))
@@ -109,7 +110,7 @@ def test_pair_loss_is_the_expected_squared_change_of_scores(rng: np.random.Gener
         np.testing.assert_allclose(loss[g][np.ix_(dropped, dropped)].sum(), want, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", rope_pairs.METHODS)
+@pytest.mark.parametrize("method", PAIR_SCORES)
 def test_pairs_are_permuted_per_head(method: str, rng: np.random.Generator) -> None:
     gram_q = np.stack([[psd(rng, 16) for _ in range(3)] for _ in range(2)])
     gram_k = np.stack([psd(rng, 16) for _ in range(2)])
@@ -126,7 +127,7 @@ def products(v: np.ndarray, o: np.ndarray) -> np.ndarray:
     return np.stack([v[:, n // shared].T @ o[:, n] for n in range(o.shape[1])])
 
 
-@pytest.mark.parametrize("method", value_output.METHODS)
+@pytest.mark.parametrize("method", VALUE_OUTPUTS)
 @pytest.mark.parametrize(("groups", "heads"), [(2, 6), (4, 4)])
 def test_value_output_is_lossless_at_full_rank(method: str, groups: int, heads: int, rng: np.random.Generator) -> None:
     d, hidden = 8, 40

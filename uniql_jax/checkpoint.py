@@ -30,7 +30,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader, ShardWriter, copy_side_files, side_files
 from uniql_jax.plan import Plan
-from uniql_jax.value_bias import value_bias
+from uniql_jax.value_bias import free_rank, value_bias
 from uniql_jax.weights.protocol import as_stored, dense
 from uniql_jax.weights.quantized import QuantizedArray
 
@@ -244,5 +244,7 @@ def reachable_bias(config: ModelConfig, kind: str, block: Mapping[str, Any]) -> 
     """
     if "o_bias" not in elastic.leaves(config, kind) or config.o_bias:
         return dict(block)
-    o, bias = np.asarray(dense(block["o"])), np.asarray(block["o_bias"])
+    v, o, bias = (np.asarray(dense(block[name])) for name in ("v", "o", "o_bias"))
+    if free_rank(v, o) is not None:
+        return dict(block)
     return dict(block) | {"o_bias": value_bias(o, bias, config.kv_heads)[1]}

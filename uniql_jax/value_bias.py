@@ -5,16 +5,36 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
+CUTOFF = 1e-6
+"""Directions of O below this part of the largest are what rounding to float32 left of zero: nothing is put on them."""
+
 
 def value_bias(
     o: Float[np.ndarray, "vo head embed"], o_bias: Float[np.ndarray, " embed"], kv_heads: int
 ) -> tuple[Float[np.ndarray, "vo kv_head"], Float[np.ndarray, " embed"]]:
-    """The smallest value bias that o turns into o_bias as nearly as one can, and what it gives (both float32).
+    """The smallest value bias that O turns into an output bias as nearly as one can; solved in float64.
 
-    A value bias reaches the output through the sum of the o columns of its query heads. Solved in float64.
+    A value bias reaches the output through the sum of the O columns of its query heads.
+
+    Args:
+        o: output weight, of any rank.
+        o_bias: what is wanted.
+        kv_heads: number of key/value heads.
+
+    Returns:
+        The value bias and what it gives, both float32 and finite.
     """
     ranks, heads, embed = o.shape
     columns = np.asarray(o, np.float64).reshape(ranks, kv_heads, heads // kv_heads, embed).sum(2)
     matrix = columns.reshape(-1, embed).T
-    solution = np.linalg.lstsq(matrix, np.asarray(o_bias, np.float64), rcond=None)[0]
+    solution = np.linalg.lstsq(matrix, np.asarray(o_bias, np.float64), rcond=CUTOFF)[0]
     return solution.reshape(ranks, kv_heads).astype(np.float32), (matrix @ solution).astype(np.float32)
+
+
+def free_rank(
+    v: Float[np.ndarray, "vo kv_head embed"], o: Float[np.ndarray, "vo head embed"]
+) -> tuple[int, int] | None:
+    """(rank, key/value head) of a channel whose V and O are zero: with a value bias of 1 it carries any output bias."""
+    free = ~v.any(-1) & ~o.reshape(len(o), v.shape[1], -1).any(-1)
+    found = np.argwhere(free)
+    return (int(found[0][0]), int(found[0][1])) if len(found) else None

@@ -1,4 +1,4 @@
-"""No stage may pass on a value that is not finite."""
+"""Finds values that are not finite, so that no stage of a run passes them on."""
 
 from __future__ import annotations
 
@@ -7,35 +7,51 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from uniql_jax.errors import UserError
 
 
 @jax.jit
-def _finite(leaves: list[Any]) -> jax.Array:
+def _finite(leaves: list[Array]) -> Bool[Array, " leaves"]:
+    """Whether each array holds finite values only: one reduction an array, one small result for all."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
 
 
 def first_nonfinite(tree: Any) -> str | None:
-    """The dotted name of the first leaf of a tree that holds NaN or infinity, None where there is none."""
-    named = [
-        (path, leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    """The name of the first leaf that holds NaN or an infinity.
+
+    Args:
+        tree: any pytree of JAX or NumPy arrays and numbers. Integers and booleans are always finite and cost nothing.
+            Arrays on a device are reduced there; a single array of booleans comes back.
+
+    Returns:
+        The leaf's path, its keys joined by dots ("attention.o"), "" for a tree that is one leaf; None when all is
+        finite.
+    """
+    leaves = [
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
         if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
     ]
-    if not named:
-        return None
-    good = np.asarray(_finite([leaf for _, leaf in named]))
-    return None if good.all() else _name(named[int(np.argmin(good))][0])
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    parts = (getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path)
-    return ".".join(map(str, parts))
+    on_device = [leaf for _, leaf in leaves if isinstance(leaf, jax.Array)]
+    answers = iter(jax.device_get(_finite(on_device)) if on_device else ())
+    for name, leaf in leaves:
+        if not (next(answers) if isinstance(leaf, jax.Array) else np.isfinite(leaf).all()):
+            return name
+    return None
 
 
 def check_finite(tree: Any, what: str) -> None:
-    """Raise a UserError that names the leaf, `what` saying whose it is, where one holds NaN or infinity."""
+    """Refuse to go on with a value that is not finite.
+
+    Args:
+        tree: as in `first_nonfinite`.
+        what: whose leaves they are, for the message.
+
+    Raises:
+        UserError: naming the leaf.
+    """
     name = first_nonfinite(tree)
     if name is not None:
         raise UserError(

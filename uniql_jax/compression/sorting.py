@@ -31,8 +31,19 @@ def layer_forward(
     input and output (block influence is one minus its mean).
     """
     y = apply_layer(config, kinds, layer, x, full_context(jnp.ones(x.shape[:2], bool), padded=False))
-    norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
-    return y, jnp.sum(jnp.sum(x * y, axis=-1) / jnp.maximum(norms, 1e-30))
+    return y, jnp.sum(cosine(x, y))
+
+
+def cosine(x: Float[Array, "*b h"], y: Float[Array, "*b h"]) -> Float[Array, "*b"]:
+    """Cosine between vectors of any finite size; 1 between two zero vectors, 0 between a zero vector and another."""
+
+    def unit(z: Array) -> tuple[Array, Array]:
+        peak = jnp.max(jnp.abs(z), axis=-1, keepdims=True)
+        z = z / jnp.where(peak == 0, 1.0, peak)
+        return z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1.0), peak[..., 0]
+
+    (x, of_x), (y, of_y) = unit(x), unit(y)
+    return jnp.where((of_x == 0) & (of_y == 0), 1.0, jnp.sum(x * y, axis=-1))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kinds", "thorough"))
@@ -80,7 +91,7 @@ def sort_layer(
     """The layer with every elastic axis sorted, most important first, and per axis the estimated loss of keeping
     0 ... all of its entries; `stats` are means over tokens.
 
-    Not for `jax.jit`: see `value_output.decompose` on factorizations.
+    Not for `jax.jit`: V/O is decomposed on the host.
     """
     done, losses = {}, {}
     for kind in kinds:

@@ -17,6 +17,9 @@ from uniql_jax.weights.quantized import limits
 
 SCALE_GRID = tuple(1.0 - 0.025 * i for i in range(21))
 """Shrink factors tried for a group's scale, from max-abs down to half of it."""
+LEAST_DAMPING, MOST_DAMPING = 1e-7, 1e6
+SMALLEST = float(jnp.finfo(jnp.bfloat16).tiny)
+"""The smallest normal bfloat16, and float32: what is below may be flushed to zero, and has no finite inverse."""
 
 
 def inverse_factor(hessian: Float[Array, "k k"], damping: float | Float[Array, ""] = 0.01) -> Float[Array, "k k"]:
@@ -24,24 +27,41 @@ def inverse_factor(hessian: Float[Array, "k k"], damping: float | Float[Array, "
 
     JAX returns NaN where a factorization fails, so lambda grows tenfold until the factor is finite. One Cholesky of
     the reversed matrix and one triangular inverse give U without forming the inverse.
+
+    Args:
+        hessian: symmetric, float32; positive semidefinite up to rounding, of any rank and size.
+        damping: not negative.
+
+    Returns:
+        The factor, float32; NaN where the Hessian is not finite.
     """
     size = hessian.shape[0]
     eye = jnp.eye(size, dtype=hessian.dtype)
+    peak = _peak(jnp.diagonal(hessian))
+    hessian = hessian / peak
     mean = jnp.mean(jnp.diagonal(hessian))
     base = jnp.where(mean > 0, mean, 1.0)
+    finite = jnp.isfinite(hessian).all()
 
     def factor(amount: Array) -> Array:
         lower = jnp.linalg.cholesky((hessian + amount * base * eye)[::-1, ::-1])
         return jax.scipy.linalg.solve_triangular(lower, eye, lower=True)[::-1, ::-1]
 
     def bad(state: tuple[Array, Array]) -> Array:
-        return ~jnp.isfinite(state[1]).all() & (state[0] < 1e3)
+        return ~jnp.isfinite(state[1]).all() & finite & (state[0] < MOST_DAMPING)
 
     def worse(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        return state[0] * 10, factor(state[0] * 10)
+        amount = jnp.maximum(state[0], LEAST_DAMPING) * 10
+        return amount, factor(amount)
 
     start = jnp.asarray(damping, hessian.dtype)
-    return jax.lax.while_loop(bad, worse, (start, factor(start)))[1]
+    return jax.lax.while_loop(bad, worse, (start, factor(start)))[1] / jnp.sqrt(peak)
+
+
+def _peak(values: Float[Array, "..."]) -> Float[Array, ""]:
+    """The largest magnitude, to divide by: 1 where all is zero."""
+    peak = jnp.max(jnp.abs(values))
+    return jnp.where(peak == 0, 1.0, peak)
 
 
 def search_scale(
@@ -50,15 +70,26 @@ def search_scale(
     """Scale per row: the shrunk max-abs scale with the least importance-weighted squared error, bfloat16-exact.
 
     The sign is chosen so that the entry of largest magnitude meets the end of the grid that has one step more.
-    An all-zero row gets scale 0.
+
+    Args:
+        weight: what is to be rounded, float32; errors are measured in the row's largest entry, so that none overflows.
+        importance: weight of each entry's squared error, of any common size.
+        bits: 4 or 8.
+        search: False takes the max-abs scale.
+
+    Returns:
+        Scales, float32. 0 for a row of zeros and where the scale would be too small for a normal bfloat16.
     """
     low, high = limits(bits)
     top, bottom = jnp.max(weight, axis=0), jnp.min(weight, axis=0)
-    base = jnp.where(top > -bottom, top, bottom) / low
+    most = jnp.where(top > -bottom, top, bottom)
+    most = jnp.where(jnp.abs(most / low) < 2 * SMALLEST, 0.0, most)
+    base, unit = most / low, jnp.where(most == 0, 1.0, most)
+    importance = importance / _peak(importance)
 
     def attempt(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
         scale = (base * jnp.asarray(SCALE_GRID, weight.dtype)[i]).astype(jnp.bfloat16).astype(weight.dtype)
-        error = weight - round_to(weight, scale, low, high) * scale
+        error = (weight - round_to(weight, scale, low, high) * scale) / unit
         cost = jnp.sum(error * error * importance[:, None], axis=0)
         better = cost < best[0]
         return jnp.where(better, cost, best[0]), jnp.where(better, scale, best[1])
@@ -88,11 +119,21 @@ def quantize(
     damping: float | Float[Array, ""] = 0.01,
     keep: bool = False,
 ) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"] | None]:
-    """Integers (int8) and bfloat16 scales of a weight whose rows each contract `width` inputs; with `keep` also what
-    was rounded to them, float32: the weight with all errors that were carried to it.
+    """Round a weight whose rows each contract `width` inputs.
 
-    hessian: mean outer product of those inputs, float32; None means plain rounding. search=False takes max-abs
-    scales, propagate=False rounds without carrying errors over (both baselines). A last group may be short.
+    Args:
+        weight: the rows.
+        hessian: mean outer product of the inputs, float32; None means plain rounding.
+        bits: 4 or 8.
+        group: entries of a row that share a scale; a last group may be short.
+        search: False takes max-abs scales (a baseline).
+        propagate: False rounds without carrying errors over (a baseline).
+        damping: see `inverse_factor`.
+        keep: return what was rounded as well.
+
+    Returns:
+        Integers (int8), bfloat16 scales and, with `keep`, what was rounded to them, float32: the weight with all errors
+        that were carried to it. Integers cannot be NaN: where an input or a result is not finite, the scales are.
     """
     low, high = limits(bits)
     rows, width = weight.shape
@@ -105,7 +146,8 @@ def quantize(
         factor = None
     else:
         hessian = jnp.pad(hessian.astype(jnp.float32), ((0, pad), (0, pad)))
-        importance = jnp.diagonal(hessian) + 1e-6 * jnp.mean(jnp.diagonal(hessian)) + jnp.finfo(jnp.float32).tiny
+        diagonal = jnp.diagonal(hessian) / _peak(jnp.diagonal(hessian))
+        importance = diagonal + 1e-6 * jnp.mean(diagonal) + jnp.finfo(jnp.float32).tiny
         factor = inverse_factor(hessian, damping) if propagate else None
     later = jnp.arange(groups * group)
 
@@ -126,9 +168,9 @@ def quantize(
                 integer = round_to(column, scale, low, high)
                 row = jax.lax.dynamic_slice_in_dim(square, j, 1)[0]
                 error = (column - integer * scale) / row[j]
-                # What was settled stays; row j itself keeps its error, which the later groups need.
-                settled = jnp.arange(group)[:, None]
-                block = jnp.where(settled > j, block - row[:, None] * error, jnp.where(settled == j, error, block))
+                # Rows before j are done; row j itself keeps its error, which the later groups need.
+                index = jnp.arange(group)[:, None]
+                block = jnp.where(index > j, block - row[:, None] * error, jnp.where(index == j, error, block))
                 before = jax.lax.dynamic_update_slice_in_dim(before, column, j, 0) if keep else None
                 return block, jax.lax.dynamic_update_slice_in_dim(quantized, integer, j, 0), before
 
@@ -145,5 +187,9 @@ def quantize(
     codes = jnp.zeros((groups * group, rows), jnp.int8)
     scales = jnp.zeros((groups, rows), jnp.float32)
     begin = (columns, codes, scales, jnp.zeros_like(columns) if keep else None)
-    _, codes, scales, rounded = jax.lax.fori_loop(0, groups, one_group, begin)
+    left, codes, scales, rounded = jax.lax.fori_loop(0, groups, one_group, begin)
+    finite = jnp.isfinite(weight).all() & jnp.isfinite(left).all()
+    if hessian is not None:
+        finite &= jnp.isfinite(hessian).all()
+    scales = jnp.where(finite, scales, jnp.nan)
     return codes[:width].T, scales.T.astype(jnp.bfloat16), rounded[:width].T if keep else None

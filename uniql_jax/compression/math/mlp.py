@@ -6,17 +6,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.compression.math.order import descending, greedy
-
-METHODS = ("greedy", "fisher", "fisher_diagonal", "energy", "energy_weight", "leverage", "magnitude", "random")
+from uniql_jax.compression.math.order import descending, greedy, unit_peak
+from uniql_jax.compression.settings import MLP_SCORES
 
 
 def leverage(gram: Float[Array, "i i"], ridge: float = 1e-2) -> Float[Array, " i"]:
     """Ridge leverage scores diag(C (C + lambda I)^-1) in [0, 1], lambda = ridge * mean diagonal (the paper's score).
 
-    From one Cholesky factorization: 1 - lambda * ||column of L^-1||^2.
+    From one Cholesky factorization: 1 - lambda * ||column of L^-1||^2. A Gram matrix of zeros scores zero.
     """
-    amount = ridge * jnp.mean(jnp.diagonal(gram)) + jnp.finfo(gram.dtype).tiny
+    gram = unit_peak(gram)
+    mean = jnp.mean(jnp.diagonal(gram))
+    amount = ridge * jnp.where(mean > 0, mean, 1.0)
     factor = jnp.linalg.cholesky(gram + amount * jnp.eye(gram.shape[0], dtype=gram.dtype))
     inverse = jax.scipy.linalg.solve_triangular(factor, jnp.eye(gram.shape[0], dtype=gram.dtype), lower=True)
     return 1 - amount * jnp.sum(inverse * inverse, axis=0)
@@ -39,6 +40,8 @@ def order_channels(
     fisher_diagonal takes its diagonal alone. energy is C_jj, energy_weight C_jj
     ||W_j||^2, leverage the paper's; magnitude and random are baselines. Raises ValueError on an unknown method.
     """
+    gram, down = unit_peak(gram), unit_peak(down)
+    metric = None if metric is None else unit_peak(metric)
     energy = jnp.diagonal(gram)
     if method == "greedy":
         return greedy(gram * ((down if metric is None else down @ metric) @ down.T))
@@ -56,4 +59,4 @@ def order_channels(
         return descending(jnp.sum(down * down, axis=1))
     if method == "random":
         return jax.random.permutation(jax.random.key(seed), gram.shape[0])
-    raise ValueError(f"unknown MLP score {method!r}; one of {', '.join(METHODS)}")
+    raise ValueError(f"unknown MLP score {method!r}; one of {', '.join(MLP_SCORES)}")

@@ -12,28 +12,48 @@ def descending(scores: Float[Array, " n"]) -> Int[Array, " n"]:
     return jnp.argsort(-scores, stable=True)
 
 
+def unit_peak(values: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Values over their largest magnitude, for what follows of their ratios alone and might overflow."""
+    peak = jnp.max(jnp.abs(values))
+    return values / jnp.where(peak == 0, 1.0, peak)
+
+
 @jax.jit
 def greedy(loss: Float[Array, "n n"]) -> Int[Array, " n"]:
     """Indices, most important first, by dropping one after another the entry that adds least to the loss.
 
-    Dropping the set D costs sum over i, j in D of loss[i, j] (symmetric; the squared error of the product whose
-    terms are dropped), so an entry's price is loss[j, j] + 2 * (its coupling to what is already dropped).
+    Dropping the set D costs sum over i, j in D of loss[i, j] (the squared error of the product whose terms are
+    dropped), so an entry's price is loss[j, j] + 2 * (its coupling to what is already dropped).
+
+    Args:
+        loss: symmetric, of any size.
+
+    Returns:
+        A permutation, whatever the values; of equals the later one is dropped first.
     """
     count = loss.shape[0]
+    loss = unit_peak(loss)
+    most = jnp.finfo(loss.dtype).max
 
-    def step(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        price, order = state
-        drop = jnp.argmin(price)
-        return (price + 2 * loss[drop]).at[drop].set(jnp.inf), order.at[count - 1 - i].set(drop)
+    def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        price, left, order = state
+        asked = jnp.where(left, jnp.nan_to_num(price, nan=most, posinf=most), jnp.inf)
+        drop = count - 1 - jnp.argmin(asked[::-1])
+        return price + 2 * loss[drop], left.at[drop].set(False), order.at[count - 1 - i].set(drop)
 
-    price, order = jnp.diagonal(loss), jnp.zeros(count, jnp.int32)
-    return jax.lax.fori_loop(0, count, step, (price, order))[1]
+    begin = jnp.diagonal(loss), jnp.ones(count, bool), jnp.zeros(count, jnp.int32)
+    return jax.lax.fori_loop(0, count, step, begin)[2]
 
 
 def tail_loss(loss: Float[Array, "*g n n"]) -> Float[Array, "*g n+1"]:
-    """For every count k = 0 ... n of kept leading entries, the sum of loss[i, j] over all dropped i, j >= k.
+    """The loss of keeping the leading k entries, for k = 0 ... n.
 
-    loss is symmetric, so entry i brings loss[i, i] and twice its coupling to what comes after it.
+    Args:
+        loss: symmetric matrices.
+
+    Returns:
+        The sum of loss[i, j] over all dropped i, j >= k: entry i brings loss[i, i] and twice its coupling to what comes
+        after it.
     """
     brought = jnp.diagonal(loss, axis1=-2, axis2=-1) + 2 * jnp.sum(jnp.triu(loss, 1), axis=-1)
     total = jnp.cumsum(brought[..., ::-1], axis=-1)[..., ::-1]

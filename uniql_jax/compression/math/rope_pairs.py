@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.compression.math.order import descending, greedy
-
-METHODS = ("greedy", "fisher", "fisher_diagonal", "energy", "published", "random")
+from uniql_jax.compression.math.order import descending, greedy, unit_peak
+from uniql_jax.compression.settings import PAIR_SCORES
 
 
 def pair_loss(
@@ -56,9 +55,9 @@ def order_pairs(
         return jax.vmap(greedy)(gate_fisher).T
     if method == "fisher_diagonal" and gate_fisher is not None:
         return jax.vmap(lambda matrix: descending(jnp.diagonal(matrix)))(gate_fisher).T
-    loss = pair_loss(gram_q, gram_k, width)
+    loss = pair_loss(unit_peak(gram_q), unit_peak(gram_k), width)
     if method == "greedy":
         return jax.vmap(greedy)(loss).T
     if method == "energy":
         return jax.vmap(lambda matrix: descending(jnp.diagonal(matrix)))(loss).T
-    raise ValueError(f"unknown RoPE-pair score {method!r}; one of {', '.join(METHODS)}")
+    raise ValueError(f"unknown RoPE-pair score {method!r}; one of {', '.join(PAIR_SCORES)}")

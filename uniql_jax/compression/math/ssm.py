@@ -7,19 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.compression.math.mlp import leverage
-from uniql_jax.compression.math.order import descending, greedy
-
-STATE_METHODS = ("fisher", "fisher_diagonal", "energy", "random")
-CHANNEL_METHODS = (
-    "fisher",
-    "fisher_diagonal",
-    "greedy",
-    "energy",
-    "state_aware",
-    "gated_output",
-    "magnitude",
-    "random",
-)
+from uniql_jax.compression.math.order import descending, greedy, unit_peak
+from uniql_jax.compression.settings import CHANNEL_SCORES, STATE_SCORES
 
 
 def order_states(
@@ -39,12 +28,12 @@ def order_states(
         keys = jax.random.split(jax.random.key(seed), square_c.shape[1])
         return jax.vmap(lambda key: jax.random.permutation(key, square_c.shape[0]))(keys).T
     if method == "energy":
-        return jax.vmap(descending, 1, 1)(jnp.sqrt(step_b).sum(-1) * jnp.sqrt(square_c))
+        return jax.vmap(descending, 1, 1)(unit_peak(jnp.sqrt(step_b)).sum(-1) * unit_peak(jnp.sqrt(square_c)))
     if method == "fisher" and gate_fisher is not None:
         return jax.vmap(greedy)(gate_fisher).T
     if method == "fisher_diagonal" and gate_fisher is not None:
         return jax.vmap(lambda matrix: descending(jnp.diagonal(matrix)))(gate_fisher).T
-    raise ValueError(f"unknown SSM state score {method!r}; one of {', '.join(STATE_METHODS)}")
+    raise ValueError(f"unknown SSM state score {method!r}; one of {', '.join(STATE_SCORES)}")
 
 
 def per_head(matrix: Float[Array, "w w"], heads: int) -> Float[Array, "heads hd hd"]:
@@ -77,8 +66,8 @@ def order_head_channels(
     if method == "fisher" and gate_fisher is not None:
         return jax.vmap(greedy)(per_head(gate_fisher, heads)).T
     if method == "greedy":
-        flat = out.reshape(-1, hidden)
-        loss = gram * ((flat if metric is None else flat @ metric) @ flat.T)
+        flat = unit_peak(out).reshape(-1, hidden)
+        loss = unit_peak(gram) * ((flat if metric is None else flat @ unit_peak(metric)) @ flat.T)
         return jax.vmap(greedy)(per_head(loss, heads)).T
     if method == "fisher_diagonal" and gate_fisher is not None:
         scores = jnp.diagonal(gate_fisher)
@@ -89,7 +78,7 @@ def order_head_channels(
     elif method == "gated_output":
         scores = leverage(gram)
     elif method == "magnitude":
-        scores = jnp.sum(out * out, axis=-1).reshape(-1)
+        scores = jnp.sum(jnp.square(unit_peak(out)), axis=-1).reshape(-1)
     else:
-        raise ValueError(f"unknown SSM channel score {method!r}; one of {', '.join(CHANNEL_METHODS)}")
+        raise ValueError(f"unknown SSM channel score {method!r}; one of {', '.join(CHANNEL_SCORES)}")
     return jax.vmap(descending, 1, 1)(scores.reshape(channels, heads))

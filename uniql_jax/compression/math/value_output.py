@@ -1,114 +1,195 @@
-"""Quantization-aware SVD of the V/O product: lossless at full rank, best ranks first (method: V/O).
+"""Quantization-aware SVD of the V/O product: lossless for every rank of V and O, best ranks first (method: V/O).
 
-All scale goes into V and O gets orthonormal rows, which is kind to a 4-bit O.
+All scale goes into V, and the rows of O get one norm, which is kind to a 4-bit O.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from uniql_jax.compression.finite import first_nonfinite
 from uniql_jax.compression.math.order import tail_loss
 from uniql_jax.compression.settings import VALUE_OUTPUTS
 
-METHODS = VALUE_OUTPUTS
-CUTOFF = 1e-7
-"""Singular values of O below this part of the largest are rounding of float32 weights, not content."""
-FLOOR = 1e-4
-"""Every output counts at least this part of the mean."""
+EPS = float(np.finfo(np.float32).eps)
+RANK_CUTOFF = 4 * EPS
+"""A singular value below this part of the largest is what rounding to float32 leaves of a zero."""
+METRIC_FLOOR = 1e-4
+"""What every output counts at least, as a part of the metric's mean diagonal: bounds the condition of the change."""
 
 
-def square_root(gram: Float[Array, "... d d"]) -> Float[Array, "... d d"]:
-    """R with R^T R = gram for symmetric positive semidefinite matrices; eigenvalues below zero count as zero."""
-    values, vectors = jnp.linalg.eigh(gram)
-    return jnp.sqrt(jnp.maximum(values, 0.0))[..., :, None] * jnp.swapaxes(vectors, -1, -2)
+def row_space(
+    matrix: Float[np.ndarray, "d n"],
+) -> tuple[Float[np.ndarray, "d 1"], Float[np.ndarray, " k"], Float[np.ndarray, "d k"]]:
+    """(norms of rows, singular values, left singular vectors) of a matrix, its rows scaled to norm one; float64.
+
+    Their number k is the numerical rank. In float64 the Gram matrix serves: it resolves singular values to 1e-8 of the
+    largest, below what float32 weights hold, in a fraction of an SVD's time.
+    """
+    norms = np.linalg.norm(matrix, axis=1, keepdims=True)
+    scaled = matrix / np.where(norms == 0, 1.0, norms)
+    values, vectors = np.linalg.eigh(scaled @ scaled.T)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    rank = int(np.sum(values > RANK_CUTOFF**2 * values[0]))
+    return norms, np.sqrt(values[:rank]), vectors[:, :rank]
+
+
+def row_basis(
+    matrix: Float[np.ndarray, "d n"],
+) -> tuple[Float[np.ndarray, "d k"], Float[np.ndarray, "k n"]]:
+    """The rank factorization matrix = left @ basis with orthonormal rows in `basis`, float64.
+
+    Since rows are scaled to one norm first, each keeps its relative precision however small it is, and a zero row is
+    exactly zero in `left`.
+    """
+    norms, values, vectors = row_space(matrix)
+    return norms * vectors * values, (vectors / values).T @ (matrix / np.where(norms == 0, 1.0, norms))
+
+
+def within_values(v: Float[np.ndarray, "d h"], o: Float[np.ndarray, "d n"]) -> Float[np.ndarray, "d n"]:
+    """The part of O that V reaches, float64: the same V^T O, and nothing where V holds linearly dependent rows."""
+    norms, _, vectors = row_space(v)
+    if vectors.shape[1] == len(v):
+        return o
+    scaled = norms * o
+    kept = vectors @ (vectors.T @ scaled)
+    # What rounding leaves of a zero row is zero.
+    kept[np.linalg.norm(kept, axis=1) <= 1e-13 * np.linalg.norm(scaled, axis=1).max()] = 0.0
+    return kept / np.where(norms == 0, 1.0, norms)
+
+
+@functools.partial(jax.jit, static_argnames="hidden")
+def _weighed(basis: Float[Array, "g d n"], metric: Float[Array, "h h"], hidden: int) -> Float[Array, "g d d"]:
+    """basis (I x metric) basis^T, the metric repeated for every query head."""
+    heads = basis.reshape(*basis.shape[:2], -1, hidden)
+    return jnp.einsum("gdmh,hk,gemk->gde", heads, metric, heads, precision="highest")
+
+
+@jax.jit
+def _apply(matrix: Float[Array, "g d d"], basis: Float[Array, "g d n"]) -> Float[Array, "g d n"]:
+    return jnp.matmul(matrix, basis, precision="highest")
+
+
+def _small_factors(
+    left: Float[np.ndarray, "d k"], gram: Float[np.ndarray, "d d"], weight: Float[np.ndarray, "k k"]
+) -> tuple[Float[np.ndarray, "k d"], Float[np.ndarray, "k k"]]:
+    """(change, turn) of one key/value head: O' = turn @ basis, and change^T @ turn = left; float64.
+
+    weight = root @ root^T is well conditioned by its floor. With R^T R = gram, svd(R left root) = U S Z^T gives
+    change^T = left root Z and turn = Z^T root^-1; the rank and the scale of O stay in `left`, which is never inverted.
+    """
+    # Channels scaled to one size, so that what rounding leaves of a large one does not hide a small one.
+    sizes = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
+    sizes = np.where(sizes > 0, sizes, np.min(sizes, where=sizes > 0, initial=np.inf) if sizes.any() else 1.0)
+    values, vectors = np.linalg.eigh(gram / sizes / sizes[:, None])
+    # Directions that carry nothing are kept, last, in the order of what O makes of them.
+    root_gram = np.sqrt(np.maximum(values, 0.0) + EPS)[:, None] * vectors.T * sizes
+    values, vectors = np.linalg.eigh(weight)
+    root = np.sqrt(values) * vectors
+    zt = np.linalg.svd(root_gram @ left @ root, full_matrices=False)[2]
+    turn = zt / np.sqrt(values) @ vectors.T
+    norms = np.linalg.norm(turn, axis=1, keepdims=True)
+    return norms * (zt @ root.T @ left.T), turn / norms
 
 
 def decompose(
-    o: Float[Array | np.ndarray, "d n h"], gram: Float[Array, "g d d"], metric: Float[Array, "h h"] | None = None
+    o: Float[Array, "d n h"],
+    gram: Float[Array, "g d d"],
+    metric: Float[Array, "h h"] | None = None,
+    v: Float[Array, "d g h"] | None = None,
 ) -> tuple[Float[Array, "g d d"], Float[Array, "d n h"]]:
-    """A new basis of the values of each key/value head: the same product with O, ranks sorted by what they carry.
+    """The same product V O per head, its ranks sorted by what they carry.
 
-    With the heads of a group next to each other, O = U S W^T up to its numerical rank r, W^T having orthonormal rows.
-    What those rows receive is S U^T v; its Gram matrix is R1^T R1, and that of what they write, weighed by `metric`,
-    is K = R2^T R2. svd(R1 R2^T) = P T Z^T sorts the ranks: V' = Z^T R2 S U^T V and O' = Z^T R2^-T W^T. R2 is well
-    conditioned whatever O is, so nothing singular is ever inverted; ranks beyond r are exact zeros.
+    Per key/value head, with its query heads' O one after another, the parts of O of every rank are those of the SVD of
+    gram^1/2 O metric^1/2: no other choice of as many ranks has a smaller weighed error. Small factorizations run in
+    float64 on the host; products with metric and basis run on the device.
 
     Args:
-        o: output matrix, [head size, query heads, hidden].
-        gram: Gram matrix of what O receives, per key/value head [g, d, d].
-        metric: Gram matrix of the loss gradient at the output [h, h]; None weighs all outputs alike.
+        o: output weight, float32, n query heads in g groups.
+        gram: weighs the error on the side of the values; positive semidefinite, of any rank.
+        metric: weighs the error of the output; positive semidefinite, of any rank. None weighs all outputs alike.
+        v: value weight. Where given, O loses what V does not reach.
 
     Returns:
-        The change of basis [g, d, d], float32, and the new O, whose rows have norm one where they are not zero: all
-        scale is in V.
+        (change, new O) with V' = change V. Rows of O have norm one, and are orthogonal without a metric. Ranks that
+        carry nothing come last, with zeros in `change` and O.
 
-    Source: method, V/O. The factorizations are of d x d matrices in float64 on the host, which finds the numerical rank
-    of float32 weights reliably and is small work next to the Gram matrices.
+    Raises:
+        ValueError: an input is not finite.
     """
+    bad = first_nonfinite({"o": o, "gram": gram, "metric": metric, "v": v})
+    if bad:
+        raise ValueError(f"cannot decompose the V/O product: {bad} holds values that are not finite")
     groups, d = gram.shape[:2]
     heads, hidden = o.shape[1:]
-    shared = heads // groups
-    stacked = np.asarray(o, np.float64).reshape(d, groups, shared * hidden).transpose(1, 0, 2)
-    bases = [_row_space(rows) for rows in stacked]
-    rows = np.zeros((groups, d, shared * hidden), np.float32)
-    for group, (_, basis) in enumerate(bases):
-        rows[group, : len(basis)] = basis
-    written = _written(jnp.asarray(rows.reshape(groups, d, shared, hidden)), metric)
-    change, new_o = np.zeros((groups, d, d)), np.zeros(stacked.shape)
-    for group, (received, basis) in enumerate(bases):
-        rank = len(basis)
-        seen = received @ np.asarray(gram[group], np.float64) @ received.T
-        turn, back = _ordered(seen, written[group, :rank, :rank])
-        flat = back @ basis
-        scale = np.linalg.norm(flat, axis=1, keepdims=True)
-        change[group, :rank] = turn @ received * scale
-        new_o[group, :rank] = flat / scale
-    new_o = new_o.reshape(groups, d, shared, hidden).transpose(1, 0, 2, 3).reshape(o.shape)
-    return jnp.asarray(change, jnp.float32), jnp.asarray(new_o, jnp.float32)
+    grams = np.asarray(gram, np.float64)
+    stacked = _by_group(np.asarray(o), groups)
+    lefts: list[np.ndarray] = []
+    basis = np.zeros(stacked.shape, np.float32)
+    for g in range(groups):
+        mine = stacked[g].astype(np.float64)
+        if v is not None:
+            mine = within_values(np.asarray(v[:, g], np.float64), mine)
+        left, rows = row_basis(mine)
+        lefts.append(left)
+        basis[g, : len(rows)] = rows
+    on_device = jnp.asarray(basis)
+    weights = _output_weights(on_device, metric, hidden)
+    change, turn = np.zeros((2, groups, d, d), np.float32)
+    for g, left in enumerate(lefts):
+        rank = left.shape[1]
+        if rank:
+            found = _small_factors(left, grams[g], weights[g, :rank, :rank])
+            change[g, :rank], turn[g, :rank, :rank] = found
+    new = _apply(jnp.asarray(turn), on_device).reshape(groups, d, heads // groups, hidden)
+    return jnp.asarray(change), new.transpose(1, 0, 2, 3).reshape(o.shape)
 
 
-def _row_space(o: Float[np.ndarray, "d n"]) -> tuple[Float[np.ndarray, "r d"], Float[np.ndarray, "r n"]]:
-    """(S U^T, W^T) of O = U S W^T, without the singular values that float32 weights cannot mean."""
-    q, r = np.linalg.qr(o.T)
-    u, s, wt = np.linalg.svd(r.T)
-    rank = int(np.sum(s > CUTOFF * s[0])) if s[0] > 0 else 0
-    return s[:rank, None] * u[:, :rank].T, wt[:rank] @ q.T
+def _by_group(o: Float[np.ndarray, "d n h"], groups: int) -> Float[np.ndarray, "g d mh"]:
+    """O of a group's query heads side by side."""
+    d, heads, hidden = o.shape
+    return o.reshape(d, groups, heads // groups, hidden).transpose(1, 0, 2, 3).reshape(groups, d, -1)
 
 
-def _written(rows: Float[Array, "g d m h"], metric: Float[Array, "h h"] | None) -> Float[np.ndarray, "g d d"]:
-    """Gram matrices of what orthonormal rows write, weighed by the metric over its mean diagonal and a small floor."""
-    mean = 0.0 if metric is None else float(jnp.mean(jnp.diagonal(metric)))
-    if metric is None or not mean > 0:
-        return np.broadcast_to(np.eye(rows.shape[1]), (rows.shape[0], rows.shape[1], rows.shape[1]))
-    weighed = jnp.einsum("grmh,hk,gsmk->grs", rows, metric / mean, rows)
-    return np.asarray(weighed, np.float64) + FLOOR * np.eye(rows.shape[1])
-
-
-def _ordered(
-    seen: Float[np.ndarray, "r r"], written: Float[np.ndarray, "r r"]
-) -> tuple[Float[np.ndarray, "r r"], Float[np.ndarray, "r r"]]:
-    """(Z^T R2, Z^T R2^-T) that sort ranks by what is received and written together."""
-    values, vectors = np.linalg.eigh(written)
-    values = np.maximum(values, 1e-7 * values.max(initial=0.0) + np.finfo(np.float64).tiny)
-    received, directions = np.linalg.eigh(seen)
-    root = np.sqrt(np.maximum(received, 0.0))[:, None] * directions.T
-    r2 = np.sqrt(values)[:, None] * vectors.T
-    zt = np.linalg.svd(root @ r2.T)[2]
-    return zt @ r2, zt @ (vectors.T / np.sqrt(values)[:, None])
+def _output_weights(
+    basis: Float[Array, "g d n"], metric: Float[Array, "h h"] | None, hidden: int
+) -> Float[np.ndarray, "g d d"]:
+    """What the metric makes of a basis, float64, floor included; the identity for no metric and for zero."""
+    eye = np.eye(basis.shape[1])
+    peak = 0.0 if metric is None else float(jnp.max(jnp.abs(metric)))
+    if metric is None or peak == 0:
+        return np.broadcast_to(eye, (basis.shape[0], *eye.shape))
+    metric = metric / peak
+    floor = METRIC_FLOOR * float(jnp.mean(jnp.diagonal(metric)))
+    weights = np.asarray(_weighed(basis, metric, hidden), np.float64)
+    values, vectors = np.linalg.eigh((weights + weights.swapaxes(-1, -2)) / 2)
+    return (vectors * (np.maximum(values, 0.0) + floor)[..., None, :]) @ vectors.swapaxes(-1, -2)
 
 
 def published(
     v: Float[Array, "d g h"], o: Float[Array, "d n h"], gram_x: Float[Array, "h h"]
 ) -> tuple[Float[Array, "g d d"], Float[Array, "d n h"]]:
-    """The published route for shared heads looks at V alone: SVD of C^1/2 W_V per head; O follows by its basis."""
-    root = jax.block_until_ready(square_root(gram_x))
+    """The published route for shared heads looks at V alone: SVD of C^1/2 W_V per head; O follows by its basis.
+
+    Its right singular vectors are the eigenvectors of W_V C W_V^T.
+    """
     d, groups, hidden = v.shape
-    zt = jax.block_until_ready(jnp.linalg.svd(root @ v.transpose(1, 2, 0), full_matrices=hidden < d)[2])
+    carried = np.asarray(_carried(v, gram_x), np.float64)
+    zt = jnp.asarray(np.linalg.eigh(carried)[1][..., ::-1].swapaxes(-1, -2), jnp.float32)
     grouped = o.reshape(d, groups, -1, hidden)
-    return zt, jnp.einsum("grd,dgmh->rgmh", zt, grouped).reshape(o.shape)
+    return zt, jnp.einsum("grd,dgmh->rgmh", zt, grouped, precision="highest").reshape(o.shape)
+
+
+@jax.jit
+def _carried(v: Float[Array, "d g h"], gram_x: Float[Array, "h h"]) -> Float[Array, "g d d"]:
+    """Gram of the values, from that of V's input."""
+    found = jnp.einsum("dgh,hk,egk->gde", v, gram_x, v, precision="highest")
+    return (found + jnp.swapaxes(found, -1, -2)) / 2
 
 
 def sort_value_output(
@@ -120,46 +201,52 @@ def sort_value_output(
     seed: Int[Array, ""] | int = 0,
     metric: Float[Array, "h h"] | None = None,
 ) -> tuple[Float[Array, "g d d"], Float[Array, "d g h"], Float[Array, "d n h"]]:
-    """(change, V, O) with ranks sorted; V is `change` times the old V, per key/value head.
+    """V and O with their ranks sorted, most important first; V has no bias (it is folded into O's).
 
-    gram_out: Gram of what o_proj receives, summed over the heads of each group; gram_x: Gram of V's input; metric:
-    Gram of the loss gradient at the output, used by attention_output. attention_output weighs by gram_out, joint by
-    W_V C W_V^T, published ignores O, random permutes the given basis. ValueError for another method.
+    Args:
+        v: value weight, float32.
+        o: output weight, float32.
+        gram_out: Gram of what O receives, summed over the heads of each group.
+        gram_x: Gram of V's input.
+        method: attention_output weighs by gram_out and the metric; joint weighs by W_V C W_V^T; published ignores O;
+            random permutes the given basis.
+        seed: of the random method.
+        metric: Gram of the loss gradient at the output.
+
+    Returns:
+        (change, V, O); V is `change` times the old V, per key/value head.
+
+    Raises:
+        ValueError: the method is unknown, or an input is not finite.
     """
     d, groups, _ = v.shape
     if method == "attention_output":
-        change, new_o = decompose(_reached(v, o), gram_out, metric)
+        change, new_o = decompose(o, gram_out, metric, v)
     elif method == "joint":
-        change, new_o = decompose(_reached(v, o), jnp.einsum("dgh,hk,egk->gde", v, gram_x, v))
+        change, new_o = decompose(o, _carried(v, gram_x), None, v)
     elif method == "published":
         change, new_o = published(v, o, gram_x)
     elif method == "random":
         order = jax.random.permutation(jax.random.key(seed), d)
         change, new_o = jnp.broadcast_to(jnp.eye(d)[order], (groups, d, d)), o[order]
     else:
-        raise ValueError(f"unknown V/O method {method!r}; one of {', '.join(METHODS)}")
-    return change, jnp.einsum("grk,kgh->rgh", change, v), new_o
-
-
-def _reached(v: Float[Array, "d g h"], o: Float[Array, "d n h"]) -> Float[np.ndarray | Array, "d n h"]:
-    """O without what no value reaches, where values of a group are linearly dependent or zero: the same product."""
-    d, groups, _ = v.shape
-    directions = []
-    for rows in np.asarray(v, np.float64).transpose(1, 0, 2):
-        u, s, _ = np.linalg.svd(np.linalg.qr(rows.T)[1].T)
-        directions.append(u[:, : len(s)] * (s > CUTOFF * s[0]) if s[0] > 0 else np.zeros((d, d)))
-    if all(basis.shape[1] == d and basis.any(axis=0).all() for basis in directions):
-        return o
-    grouped = np.asarray(o, np.float64).reshape(d, groups, -1)
-    reached = [basis @ (basis.T @ grouped[:, group]) for group, basis in enumerate(directions)]
-    return np.stack(reached, axis=1).reshape(o.shape).astype(np.float32)
+        raise ValueError(f"unknown V/O method {method!r}; one of {', '.join(VALUE_OUTPUTS)}")
+    return change, jnp.einsum("grk,kgh->rgh", change, v, precision="highest"), new_o
 
 
 def rank_loss(
     change: Float[Array, "g d d"], new_o: Float[Array, "d n h"], gram_out: Float[Array, "g d d"], metric: Array
 ) -> Float[Array, " d+1"]:
-    """Loss of keeping the leading k ranks, k = 0 ... d: what the dropped ranks add to the output, weighed by `metric`
-    [h, h] and summed over key/value heads (query heads of a group are averaged).
+    """Loss of keeping the leading k ranks, k = 0 ... d.
+
+    Args:
+        change: the new value basis per key/value head.
+        new_o: the output weight in that basis.
+        gram_out: Gram of what O receives, in the old basis.
+        metric: weighs the outputs, [h, h].
+
+    Returns:
+        What the dropped ranks add to the output, summed over key/value heads (query heads of a group are averaged).
     """
     groups, d = change.shape[:2]
     received = jnp.einsum("grd,gde,gse->grs", change, gram_out, change)
