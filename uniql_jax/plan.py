@@ -20,9 +20,9 @@ import numpy as np
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
+from uniql_jax.limits import MAX_PRUNE_RATE
 from uniql_jax.weights.quantized import TARGET_GROUP
 
-MAX_PRUNE_RATE = 0.35
 LAYER_CAP = 0.85
 """No layer gives up more than this part of an axis (UniQL, arXiv 2512.03383, section on layer-wise rates)."""
 

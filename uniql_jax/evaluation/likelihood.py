@@ -14,12 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM, hidden_states, logits
+from uniql_jax.runtime.sampling import NOT_FINITE
 
 LOGITS = 2**25
 """Logits held at a time: 128 MB in float32, about three times that while they are reduced."""
 LEAST = 32
 """Tokens of the shortest shape that is compiled for continuations; longer ones double."""
-BROKEN = "the model's output is not finite; the checkpoint may be damaged"
+BROKEN = NOT_FINITE
 Pair = tuple[Sequence[int], Sequence[int]]
 
 
