@@ -52,7 +52,7 @@ def test_run_lets_bugs_through() -> None:
 
 
 def test_a_reader_who_leaves_is_no_error() -> None:
-    program = "from uniql_jax import cli\ncli.run(lambda argv: [print('x' * 999) for _ in range(9999)] and 0)"
+    program = "from uniql_jax.commands import cli\ncli.run(lambda argv: [print('x' * 999) for _ in range(9999)] and 0)"
     writer = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1]
     )

@@ -61,11 +61,13 @@ def continuations(
     progress: Callable[[Sequence[Any]], Iterable[Any]] = list,
 ) -> list[tuple[float, bool]]:
     """(log p of the continuation after its context, nats; whether every token of it is the likeliest) of every pair of
-    token ids. The context has one token at least; of more tokens than `window` the last ones are seen.
+    token ids. Both have one token at least; of more tokens than `window` the last ones are seen.
 
     Rows are padded behind, where nothing looks, to few lengths, about `batch_tokens` a batch: few programs. Raises
-    UserError when the model's output is not finite.
+    UserError for a pair without context or continuation, and when the model's output is not finite.
     """
+    if not all(len(context) and len(continuation) for context, continuation in pairs):
+        raise UserError("a text to be rated needs at least one token of context and one of continuation")
     whole = [([*context, *continuation])[-window:] for context, continuation in pairs]
     counts = [min(len(continuation), len(row) - 1) for (_, continuation), row in zip(pairs, whole, strict=True)]
     shapes: dict[int, list[int]] = {}
@@ -76,7 +78,7 @@ def continuations(
         shapes.setdefault(min(length, max(window, 2)), []).append(i)
     batches = []
     for length, members in sorted(shapes.items(), reverse=True):  # the one that needs most memory first
-        size = max(1, batch_tokens // length)
+        size = min(max(1, batch_tokens // length), len(members))
         batches += [(length, size, members[i : i + size]) for i in range(0, len(members), size)]
     found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
     for length, size, members in progress(batches):

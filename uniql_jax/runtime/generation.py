@@ -194,7 +194,7 @@ def generate_tokens(
     check_sampling(temperature, top_p, top_k, max_new_tokens)
     tokens = token_array(tokens)
     mask = np.ones(tokens.shape, np.int32) if attention_mask is None else np.asarray(attention_mask).astype(np.int32)
-    check_prompt(model, tokens, mask, max_new_tokens)
+    check_prompt(model.config, tokens, mask, max_new_tokens)
     stops = stop_ids(model) if eos_ids is None else tuple(eos_ids)
     if not all(isinstance(i, numbers.Integral) for i in stops):
         raise UserError(f"eos_ids must be integers, not {list(stops)}")
@@ -252,7 +252,7 @@ def generate(
         raise UserError("a chat prompt must be text")
     else:
         ids = token_array(prompt)
-    check_prompt(model, ids[None], np.ones((1, ids.size), np.int32), max_new_tokens)
+    check_prompt(model.config, ids[None], np.ones((1, ids.size), np.int32), max_new_tokens)
     stops = set(stop_ids(model))
     if chat and tokenizer is not None and tokenizer.eos_token_id is not None:
         stops.add(int(tokenizer.eos_token_id))

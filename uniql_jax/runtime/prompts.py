@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
 
@@ -47,8 +48,8 @@ def token_array(tokens: Any) -> np.ndarray:
     return found.astype(np.int32) if found.size == 0 else found
 
 
-def check_prompt(model: CausalLM, tokens: np.ndarray, mask: np.ndarray, max_new_tokens: int) -> None:
-    """Raises UserError for token ids [batch, length] and their mask that the model cannot continue."""
+def check_prompt(config: ModelConfig, tokens: np.ndarray, mask: np.ndarray, max_new_tokens: int) -> None:
+    """Raises UserError for token ids [batch, length] and their mask that a model cannot continue."""
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"a prompt must be integer token ids, not {tokens.dtype} of shape {tokens.shape}")
     if tokens.size == 0:
@@ -56,10 +57,10 @@ def check_prompt(model: CausalLM, tokens: np.ndarray, mask: np.ndarray, max_new_
     if mask.shape != tokens.shape or not mask[:, -1].all() or (np.diff(mask != 0, axis=1) & (mask[:, 1:] == 0)).any():
         raise UserError("attention_mask must have the prompts' shape, with padding on the left")
     low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= model.config.vocab_size:
-        raise UserError(f"token id {low if low < 0 else high} is outside the vocabulary of {model.config.vocab_size}")
+    if low < 0 or high >= config.vocab_size:
+        raise UserError(f"token id {low if low < 0 else high} is outside the vocabulary of {config.vocab_size}")
     longest = int(mask.sum(1).max())
-    if longest + max_new_tokens > model.config.max_position:
+    if longest + max_new_tokens > config.max_position:
         raise UserError(
-            f"{longest} prompt tokens and {max_new_tokens} new ones exceed the model's {model.config.max_position}"
+            f"{longest} prompt tokens and {max_new_tokens} new ones exceed the model's {config.max_position}"
         )
