@@ -84,12 +84,23 @@ def test_nothing_to_say(folder: Path, talk) -> None:
     assert "/rate" in talk(folder, "/help\n")[2]
 
 
-def test_the_oldest_turns_go_when_the_model_reads_no_more(folder: Path, talk) -> None:
-    turn = "the people " * 8
-    code, out, err = talk(folder, f"{turn}\n" * 8)
-    assert code == 0
-    assert "the oldest turns are forgotten" in err
-    assert out.count("\n") >= 8
+def test_the_oldest_turns_go_when_the_model_reads_no_more(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many of them as needed, in pairs, never the instructions."""
+    settings = {"max_new_tokens": NEW, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0}
+    talk = chat.Chat(str(folder), 0.0, settings, "Be kind.")
+    old = [turn for i in range(9) for turn in (user(f"the people {i}"), assistant(f"at home {i}"))]
+    talk.messages = list(old)
+    ids = talk._prompt("hi")
+    assert "the oldest turns are forgotten" in capsys.readouterr().err
+    kept = talk.messages
+    assert kept == [*old[-len(kept) + 1 :], user("hi")]
+    assert 1 < len(kept) < len(old)
+    assert len(kept) % 2 == 1
+    assert tiny.tokenizer().decode(ids).startswith("<s>system: Be kind.")
+    assert len(ids) + NEW <= talk.checkpoint.config.max_position
+    talk.messages = old[-len(kept) - 1 :]  # one pair more does not fit
+    talk._prompt("hi")
+    assert talk.messages == kept
 
 
 @pytest.mark.parametrize(

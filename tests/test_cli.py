@@ -257,7 +257,7 @@ def test_good_memory_sizes(text: str, count: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "GiB", "3XB", "3 Gi B", "-1GB", "0", "0GB", "1,5GB", "1e9", "nanGB", "0.1", "80%", "٣GB", f"{10**30}TB"],
+    ["", "GiB", "3XB", "3 Gi B", "-1GB", "0", "0GB", "1,5GB", "1e9", "nanGB", "0.1", "80%", "1e30TB", "9" * 30],
 )
 def test_bad_memory_sizes(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="3GiB"):
