@@ -51,6 +51,7 @@ class Chat:
     def __init__(self, ckpt: str, rate: float, settings: dict[str, Any], system: str | None = None):
         self.ckpt, self.settings = ckpt, dict(settings)
         self.messages: list[dict[str, str]] = []
+        self.tokenizer: Any = None
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._answers = 0
         self._last: tuple[int, int, float, float] | None = None  # prompt, new tokens; seconds to the first, in all
