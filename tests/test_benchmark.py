@@ -16,10 +16,11 @@ import pytest
 from tests import tiny
 from tests.ahead_of_time import ahead_of_time  # noqa: F401  a fixture
 from uniql_jax.checkpoint import open_checkpoint
-from uniql_jax.commands import benchmark, cli
+from uniql_jax.commands import benchmark as benchmark_command
+from uniql_jax.commands import cli
 from uniql_jax.compression.estimate import parameter_count
 from uniql_jax.errors import UserError
-from uniql_jax.evaluation import benchmark_report, random_model, timing
+from uniql_jax.evaluation import benchmark, benchmark_report, random_model, timing
 from uniql_jax.evaluation.timing import Timing
 
 pytestmark = pytest.mark.usefixtures("ahead_of_time")
@@ -55,7 +56,7 @@ def runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def door(*argv: object) -> int:
     with pytest.raises(SystemExit) as stop:
-        cli.run(benchmark.main, [str(a) for a in argv])
+        cli.run(benchmark_command.main, [str(a) for a in argv])
     assert isinstance(stop.value.code, int)
     return stop.value.code
 
@@ -241,7 +242,7 @@ def test_a_device_that_runs_out_of_memory(
     assert "out of memory at rate 0.1" in capsys.readouterr().err
     words[0] = "INTERNAL: something of ours"
     with pytest.raises(jax.errors.JaxRuntimeError, match="ours"):
-        benchmark.main([str(a) for a in argv])
+        benchmark_command.main([str(a) for a in argv])
 
 
 @pytest.mark.parametrize(
@@ -288,8 +289,8 @@ def test_an_unsorted_checkpoint_has_no_rates(folder: Path, tmp_path: Path, runs_
     (tmp_path / "config.json").write_text(json.dumps(found))
     argv = ["--ckpt", str(tmp_path), "--size", "--prompt-len", "8"]
     with pytest.raises(UserError, match="never sorted"):
-        benchmark.main(argv)
-    benchmark.main([*argv, "--prune-rates", "0"])
+        benchmark_command.main(argv)
+    benchmark_command.main([*argv, "--prune-rates", "0"])
 
 
 def test_one_token_answers_have_a_first_token(

@@ -1,9 +1,13 @@
-"""What every door shares: exit codes, argument types, tables, whole files."""
+"""What every command shares: exit codes, signals, argument types, light imports, tables, whole files."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import io
+import os
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +19,8 @@ from uniql_jax import console
 from uniql_jax.commands import cli
 from uniql_jax.errors import UserError
 from uniql_jax.plan import MAX_PRUNE_RATE
+
+ROOT = Path(__file__).parents[1]
 
 
 def code_of(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
@@ -31,7 +37,7 @@ def raising(error: BaseException) -> Callable[[list[str]], int | None]:
     return main
 
 
-def test_run_gives_the_doors_own_code() -> None:
+def test_run_gives_the_commands_own_code() -> None:
     assert code_of(lambda argv: None) == 0
     assert code_of(lambda argv: 3) == 3
     assert code_of(lambda argv: len(argv), ["a", "b"]) == 2
@@ -53,9 +59,7 @@ def test_run_lets_bugs_through() -> None:
 
 def test_a_reader_who_leaves_is_no_error() -> None:
     program = "from uniql_jax.commands import cli\ncli.run(lambda argv: [print('x' * 999) for _ in range(9999)] and 0)"
-    writer = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1]
-    )
+    writer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     assert writer.stdout is not None
     assert writer.stderr is not None
     writer.stdout.readline()
@@ -63,6 +67,112 @@ def test_a_reader_who_leaves_is_no_error() -> None:
     assert writer.stderr.read() == b""
     writer.stderr.close()
     assert writer.wait() == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_cannot_be_written(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: list[str]) -> None:
+        raise OSError(number, os.strerror(number), "out/model.safetensors")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_drop_stdout", lambda: None)  # it is the test's own
+        assert code_of(main) == 2
+    assert capsys.readouterr().err == f"error: out/model.safetensors: {os.strerror(number)}\n"
+
+
+def test_other_errors_of_the_system_are_bugs() -> None:
+    with pytest.raises(FileNotFoundError):
+        cli.run(raising(FileNotFoundError(errno.ENOENT, "no such file")), [])
+
+
+def test_out_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    import jax
+
+    for error in (MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")):
+        assert code_of(raising(error)) == 1
+        line = capsys.readouterr().err
+        assert line.startswith("error: out of memory")
+        assert line.count("\n") == 1
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        cli.run(raising(jax.errors.JaxRuntimeError("INTERNAL: a bug")), [])
+
+
+def in_a_process(body: str, shell: str = "{}", **env: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a command's `main`, of which `body` is the last expression, as a program; `shell` redirects it."""
+    program = f"import os, sys, time\nfrom uniql_jax.commands import cli\ncli.run(lambda argv: {body})"
+    line = shell.format(f"{shlex.quote(sys.executable)} -c {shlex.quote(program)}")
+    return subprocess.run(
+        ["bash", "-c", line], capture_output=True, check=False, timeout=120, cwd=ROOT, env=os.environ | env
+    )
+
+
+@pytest.mark.parametrize(
+    "env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_a_terminal_without_unicode(env: dict[str, str]) -> None:
+    done = in_a_process(r"print('caf\u00e9 \u65e5')", **env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"caf? ?\n", b"")
+
+
+def test_outputs_that_cannot_be_written() -> None:
+    done = in_a_process("print('x' * 10**6)", "{} > /dev/full")
+    assert done.returncode == 2
+    assert done.stderr == b"error: the output: No space left on device\n"
+    closed = in_a_process("print('nobody reads this')", "{} >&-")
+    assert (closed.returncode, closed.stderr) == (0, b"")
+    head = in_a_process(
+        "[print('x' * 999) for _ in range(9999)] and 0", "{} | head -1 >/dev/null; exit ${{PIPESTATUS[0]}}"
+    )
+    assert (head.returncode, head.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (signal.SIGTERM, 143, b"terminated\n"),
+        (signal.SIGHUP, 129, b"hung up\n"),
+        (signal.SIGINT, 130, b"interrupted\n"),
+    ],
+)
+def test_signals_unwind(number: signal.Signals, code: int, line: bytes, tmp_path: Path) -> None:
+    """What a command has staged is gone, and a line says why."""
+    program = (
+        "import sys, time\nfrom uniql_jax.commands import cli\n"
+        "from uniql_jax.files import staged_output\n"
+        "def main(argv):\n"
+        "    with staged_output(argv[0]) as folder:\n"
+        "        (folder / 'half').write_text('half')\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(100)\n"
+        "cli.run(main)"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == b"ready\n"
+    writer.send_signal(number)
+    _, said = writer.communicate(timeout=60)
+    assert (writer.returncode, said) == (code, line)
+    assert not list(tmp_path.iterdir())
+
+
+HEAVY = ("jax", "numpy", "flax", "transformers", "torch", "datasets", "matplotlib")
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "evaluate", "benchmark"])
+def test_help_imports_nothing_heavy(verb: str) -> None:
+    program = (
+        "import sys\nfrom uniql_jax import commands\n"
+        "try:\n    commands.run(sys.argv[1], ['--help'])\n"
+        f"finally:\n    print('HEAVY', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, verb], capture_output=True, text=True, check=False, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +186,7 @@ def test_a_reader_who_leaves_is_no_error() -> None:
 )
 def test_parser_complains_in_one_line(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     def main(argv: list[str]) -> None:
-        parser = cli.Parser(prog="door")
+        parser = cli.Parser(prog="command")
         parser.add_argument("--rate", type=cli.prune_rate, required=True)
         parser.parse_args(argv)
 
@@ -90,7 +200,7 @@ def test_parser_complains_in_one_line(argv: list[str], says: str, capsys: pytest
 
 def test_help_and_version_exit_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     def main(argv: list[str]) -> None:
-        parser = cli.Parser(prog="door", description="What it does.")
+        parser = cli.Parser(prog="command", description="What it does.")
         parser.add_argument("--size", type=cli.positive_int, default=7, help="how big")
         parser.add_argument("--name", help="who")
         parser.parse_args(argv)
@@ -133,13 +243,22 @@ def test_lists_of_prune_rates() -> None:
         (".5TiB", 2**39),
         ("4096", 4096),
         ("10B", 10),
+        ("500M", 500_000_000),
+        ("0.5g", 500_000_000),
+        ("2G", 2 * 10**9),
+        ("3gi", 3 * 2**30),
+        ("1.5t", 1_500_000_000_000),
+        (" 64 k ", 64_000),
     ],
 )
 def test_good_memory_sizes(text: str, count: int) -> None:
     assert cli.memory_size(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "3XB", "3 Gi B", "-1GB", "0", "0GB", "1,5GB", "1e9", "nanGB"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "GiB", "3XB", "3 Gi B", "-1GB", "0", "0GB", "1,5GB", "1e9", "nanGB", "0.1", "80%", "1e30TB", "9" * 30],
+)
 def test_bad_memory_sizes(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="3GiB"):
         cli.memory_size(text)
@@ -151,7 +270,7 @@ def test_numbers_with_bounds() -> None:
     assert cli.bounded_float(0, 1)("0.5") == 0.5
     assert cli.bounded_float(0)("7") == 7.0
     for parse, bad in (
-        (cli.positive_int, ("0", "-1", "1.5", "x")),
+        (cli.positive_int, ("0", "-1", "1.5", "x", "", str(2**31), str(10**30))),
         (cli.natural_int, ("-1", "x", str(2**32))),
         (cli.bounded_float(0, 1), ("1.1", "-0.1", "nan", "x")),
         (cli.bounded_float(0), ("inf", "-1")),
@@ -159,6 +278,20 @@ def test_numbers_with_bounds() -> None:
         for text in bad:
             with pytest.raises(argparse.ArgumentTypeError, match="expected"):
                 parse(text)
+
+
+def test_a_number_that_is_too_large_hears_the_range() -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="from 0 to 4294967295"):
+        cli.natural_int("5000000000")
+    with pytest.raises(argparse.ArgumentTypeError, match="from 1 to 2147483647"):
+        cli.positive_int("3000000000")
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_an_empty_name_is_none(text: str) -> None:
+    """Path("") is the working folder."""
+    with pytest.raises(argparse.ArgumentTypeError, match="empty"):
+        cli.named(text)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Bad input at every door: exit code 2, exactly one line on stderr, and nothing left behind on the disk."""
+"""Bad input to every command: exit code 2, exactly one line on stderr, and nothing left behind on the disk."""
 
 from __future__ import annotations
 
@@ -216,6 +216,24 @@ def test_calibration_tokens_beyond_the_vocabulary(refuse: Refuse, source: Path, 
 
 def test_loading_what_was_never_compressed(refuse: Refuse, source: Path) -> None:
     assert "compress" in refuse("uniql_jax.generate", "--ckpt", source, "--prompt", "Once")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("uniql_jax.evaluate", "--ckpt", "", "--text", "a.txt"),
+        ("uniql_jax.evaluate", "--ckpt", "x", "--text", ""),
+        ("uniql_jax.evaluate", "--ckpt", "x", "--text", "a.txt", " "),
+        ("uniql_jax.evaluate", "--ckpt", "x", "--tasks", ""),
+        ("uniql_jax.evaluate", "--ckpt", "x", "--text", "a.txt", "--baseline", ""),
+        ("uniql_jax.generate", "--ckpt", "", "--prompt", "Once"),
+        ("uniql_jax.chat", "--ckpt", ""),
+    ],
+)
+def test_empty_names(refuse: Refuse, argv: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder, which they would name as paths, is not meant."""
+    monkeypatch.chdir(tmp_path)
+    assert "empty" in refuse(*argv)
 
 
 @pytest.mark.parametrize("argv", [("--size",), ("--size", "--prune-rates", "0"), ("--tpot", "--gen-len", "1")])

@@ -1,4 +1,4 @@
-"""Perplexity against its definition, the rows of the door, and the plot."""
+"""Perplexity against its definition, the rows of the command, and the plot."""
 
 from __future__ import annotations
 
@@ -162,8 +162,55 @@ def test_windows_are_no_longer_than_the_model_reads(folder: Path, text: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("settings", "length", "says"),
+    [
+        ({"max_tokens": 100, "window": 256}, 100, "windows of 256 are cut to --max-tokens 100"),
+        ({"window": 1024}, 256, "windows of 1024 are cut to the model's limit of 256"),
+        ({"window": 64, "max_tokens": 100}, 64, ""),
+        ({"max_tokens": 30}, 30, "cut to --max-tokens 30"),
+    ],
+)
+def test_windows_that_are_cut_are_said(
+    folder: Path, text: Path, settings: dict[str, int], length: int, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    measure = lambda model, windows, *rest: shapes.append(windows.shape) or 1.0  # noqa: E731
+    monkeypatch.setattr(evaluate, "perplexity", measure)
+    evaluate.evaluate(str(folder), [0], [str(text)], say=said.append, **settings)
+    assert f"of {length} tokens" in said[0]
+    assert said[0].endswith(f"({says})") if says else "cut" not in said[0]
+    [shape] = shapes
+    assert shape[1] == length
+    assert np.prod(shape) <= settings.get("max_tokens", 10**9)
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings"),
+    [([""], {}), ([" "], {}), (["a"], {"zero_shot": [""]}), (["a"], {"window": 1}), (["a"], {"max_tokens": 1}),
+     (["a"], {"limit": 0}), (["a"], {"batch_size": 0})],
+)  # fmt: skip
+def test_what_cannot_be_measured(folder: Path, texts: list[str], settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"empty|at least"):
+        evaluate.evaluate(str(folder), [0], texts, **settings)
+
+
+def test_a_plan_comes_first(folder: Path, text: Path) -> None:
+    heard: list[str] = []
+    evaluate.evaluate(str(folder), [0.1], [str(text)], window=16, max_tokens=32, say=heard.append, plan=heard.append)
+    plan = heard[0]
+    for part in (str(folder), "0.1 (", "of weights", str(text), "CPU"):
+        assert part in plan
+    assert "windows" in heard[1]
+
+
+@pytest.mark.parametrize(
     ("more", "says"),
     [
+        (["--max-tokens", "1"], "--max-tokens"),
+        (["--limit", "0"], "at least 1"),
+        (["--window", str(10**20)], "from 1 to"),
+        (["--batch-size", str(10**12)], "from 1 to"),
         (["--prune-rates", "abc"], "prune rate must be"),
         (["--prune-rates", "0,0.9"], "prune rate must be"),
         (["--text", "missing.txt"], "missing.txt"),

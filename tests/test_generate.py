@@ -1,9 +1,8 @@
-"""Sampling, streaming and batched generation, and the door."""
+"""Sampling, streaming and batched generation, and the command."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import subprocess
 import sys
@@ -190,9 +189,27 @@ def test_stop_ids_of_config_and_generation_config(tmp_path: Path) -> None:
     assert runtime.stop_ids(model) == (1, 3, 7)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
     assert runtime.stop_ids(model) == (1, 3, 9)
-    (tmp_path / "generation_config.json").write_text("[")
+    # no model makes these, so that they end nothing
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [-1, {tiny.VOCAB}, {10**12}]}}')
+    assert runtime.stop_ids(model) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[", "[1]", '{"eos_token_id": "2"}', '{"eos_token_id": [[1], 2]}', '{"eos_token_id": {"a": 1}}',
+     '{"eos_token_id": 1.5}', '{"eos_token_id": true}', '{"eos_token_id": [null]}', "[" * 100_000, "\udcff"],
+)  # fmt: skip
+def test_a_generation_config_that_cannot_be_used(tmp_path: Path, text: str) -> None:
+    model = CausalLM(tiny.config(), {"layers": []}, folder=str(tmp_path))
+    (tmp_path / "generation_config.json").write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match="generation_config"):
         runtime.stop_ids(model)
+
+
+def test_a_generation_config_that_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").mkdir()
+    with pytest.raises(UserError, match="generation_config"):
+        runtime.stop_ids(CausalLM(tiny.config(), {"layers": []}, folder=str(tmp_path)))
 
 
 def test_changing_settings_and_lengths_compiles_nothing(rng: np.random.Generator) -> None:
@@ -211,6 +228,13 @@ def test_changing_settings_and_lengths_compiles_nothing(rng: np.random.Generator
     [
         ([3], {"temperature": -1}, "temperature"),
         ([3], {"temperature": float("nan")}, "temperature"),
+        ([3], {"temperature": float("inf")}, "temperature"),
+        ([3], {"temperature": 1e39}, "temperature"),
+        ([3], {"max_new_tokens": 10**30}, "exceed"),
+        ([3], {"seed": 2**32}, "4294967295"),
+        ([3], {"seed": -1}, "seed"),
+        ("half \ud83d", {"tokenizer": tiny.tokenizer()}, "U\\+D83D"),
+        ("", {"tokenizer": tiny.tokenizer()}, "empty"),
         ([3], {"top_p": 0}, "top_p"),
         ([3], {"top_p": 1.5}, "top_p"),
         ([3], {"top_k": -1}, "top_k"),
@@ -229,6 +253,33 @@ def test_what_cannot_be_used_is_refused_at_once(prompt: object, settings: dict[s
         uniql_jax.generate(the_model(), given_prompt, **settings)
 
 
+def test_more_than_the_vocabulary_for_top_k_is_all_of_it() -> None:
+    found = [
+        uniql_jax.generate_tokens(the_model(), np.asarray([[3, 4]]), None, 3, temperature=1.0, top_k=k)
+        for k in (0, tiny.VOCAB, 3_000_000_000)
+    ]
+    assert (found[0] == found[1]).all()
+    assert (found[0] == found[2]).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_damaged_model_makes_no_text(temperature: float) -> None:
+    model = the_model()
+    params = dict(model.params) | {"norm": model.params["norm"] * jnp.nan}
+    broken = CausalLM(model.config, params)
+    settings = {"max_new_tokens": NEW, "temperature": temperature}
+    with pytest.raises(UserError, match="not finite"):
+        uniql_jax.generate_tokens(broken, np.asarray([[3]]), eos_ids=(), **settings)
+    with pytest.raises(UserError, match="not finite"):
+        list(uniql_jax.generate(broken, np.asarray([3]), **settings))
+
+
+@pytest.mark.parametrize("mask", [[1, 0, 1], [1, 1, 0]])
+def test_padding_is_on_the_left(mask: list[int]) -> None:
+    with pytest.raises(UserError, match="padding on the left"):
+        uniql_jax.generate_tokens(the_model(), np.full((1, 3), 5, np.int32), np.asarray([mask]), 2)
+
+
 def test_padding_on_the_right_is_refused() -> None:
     mask = np.asarray([[1, 1, 0], [1, 1, 1]], np.int32)
     with pytest.raises(UserError, match="padding on the left"):
@@ -238,56 +289,9 @@ def test_padding_on_the_right_is_refused() -> None:
 # ------------------------------------------------------------------------------------------------ text
 
 
-@given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=40), cut=st.integers(0, 10))
-def test_pieces_are_whole_characters_and_lose_nothing(text: str, cut: int) -> None:
-    """A byte-level tokenizer cuts characters into bytes; no piece may show half of one."""
-    tokenizer = _tokenizer()
-    ids = tokenizer(text)["input_ids"]
-    pieces = list(runtime.decode_stream(tokenizer, iter(ids), tokenizer("context " * cut)["input_ids"]))
-    if not text.endswith("\ufffd"):
-        assert "".join(pieces) == text
-    assert all(pieces)
-    assert "\ufffd" in text or "\ufffd" not in "".join(pieces)
-
-
 @functools.cache
 def _tokenizer() -> object:
     return tiny.tokenizer()
-
-
-def test_pieces_come_as_early_as_they_can() -> None:
-    ids = _tokenizer()("Once 🙂 x")["input_ids"]  # type: ignore[operator]
-    taken = []
-
-    def tokens() -> object:
-        for i in ids:
-            taken.append(i)
-            yield i
-
-    stream = runtime.decode_stream(_tokenizer(), tokens())  # type: ignore[arg-type]
-    first = next(stream)
-    assert "Once".startswith(first)
-    assert len(taken) == 1
-
-
-def test_a_character_never_finished_is_dropped() -> None:
-    ids = _tokenizer()("ok 日")["input_ids"]  # type: ignore[operator]
-    assert len(ids) >= 4
-    assert "".join(runtime.decode_stream(_tokenizer(), iter(ids[:-1]))).rstrip() == "ok"  # type: ignore[arg-type]
-
-
-def test_spaces_that_depend_on_what_precedes() -> None:
-    """SentencePiece-like tokenizers drop the space of a text's first word; a continuation must keep it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"▁once": 0, "▁upon": 1, "▁a": 2, "<unk>": 3}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Metaspace()
-    inner.decoder = decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
-    assert list(runtime.decode_stream(tokenizer, iter([1, 2]), [0])) == [" upon", " a"]
-    assert list(runtime.decode_stream(tokenizer, iter([0, 1, 2] * 9))) == ["once", *[" upon", " a", " once"] * 9][:27]
 
 
 @pytest.fixture(scope="module")
@@ -307,16 +311,7 @@ def test_text_in_text_out(folder: Path) -> None:
     assert "".join(given_tokenizer) == expected.rstrip("\ufffd")
 
 
-def test_chat_prompts(folder: Path) -> None:
-    tokenizer = runtime._folder_tokenizer(str(folder))
-    ids = runtime.prompt_ids(tokenizer, "hi", chat=True)
-    assert tokenizer is not None
-    assert tokenizer.decode(ids) == "<s>user: hi</s><s>assistant:"
-    with pytest.raises(UserError, match="no chat template"):
-        runtime.prompt_ids(tiny.tokenizer(), "hi", chat=True)
-
-
-# ------------------------------------------------------------------------------------------------ door
+# ------------------------------------------------------------------------------------------------ command
 
 
 def door(*argv: object) -> int:
@@ -340,10 +335,9 @@ def test_door(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == sampled != out
 
 
-def test_the_function_keeps_its_name() -> None:
-    """The command of that name is run, not imported."""
-    with pytest.raises(ImportError, match=r"python -m uniql_jax\.generate"):
-        importlib.import_module("uniql_jax.generate")
+def test_importing_the_command_leaves_the_function() -> None:
+    import uniql_jax.commands.generate
+
     assert list(uniql_jax.generate(the_model(), np.asarray([4]), max_new_tokens=NEW))
 
 
@@ -401,7 +395,7 @@ def test_door_without_tokenizer_or_prompt(
 
 
 def test_door_as_a_program(folder: Path) -> None:
-    """Nothing but the text on stdout, nothing at all on stderr."""
+    """Nothing but the text on stdout, nothing but the plan on stderr."""
     done = subprocess.run(
         [
             sys.executable,
@@ -423,7 +417,9 @@ def test_door_as_a_program(folder: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n")
-    assert done.stderr == ""
+    [plan] = done.stderr.splitlines()
+    for part in (str(folder), "rate 0,", "of weights", "cache", "3 tokens", "CPU"):
+        assert part in plan
 
 
 @pytest.mark.parametrize("new", [1, 2, 4, 5, 9])

@@ -1,4 +1,4 @@
-"""Zero-shot tasks: likelihoods of continuations against their definition, and lm-eval judging a task of our own."""
+"""Zero-shot tasks: likelihoods of continuations against their definition, and lm-eval scoring a task of our own."""
 
 from __future__ import annotations
 
@@ -189,6 +189,123 @@ def test_what_cannot_be_asked_is_said(folder: Path, task: Any, tmp_path: Path, c
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ")
         assert says in error
+
+
+@pytest.fixture
+def harness(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """harness(tokenizer, window) -> lm-eval's model; what it scores is noted, not computed."""
+    pytest.importorskip("lm_eval")
+
+    def make(tokenizer: Any = None, window: int = 64) -> Any:
+        said: list[str] = []
+        ours = tasks.harness_model(tiny.model(rng), tokenizer or tiny.tokenizer(), window, 64, say=said.append)
+        scored: list[Any] = []
+        monkeypatch.setattr(
+            type(ours), "_scores", lambda self, pairs: scored.extend(pairs) or [(0.0, True)] * len(pairs)
+        )
+        return ours, scored, said
+
+    return make
+
+
+def asked(*pairs: tuple[str, str]) -> list[Any]:
+    return [types.SimpleNamespace(args=pair) for pair in pairs]
+
+
+@pytest.mark.parametrize("pair", [("the people", ""), ("", "")])
+def test_a_continuation_without_tokens_has_no_likelihood(harness: Any, pair: tuple[str, str]) -> None:
+    ours, scored, _ = harness()
+    with pytest.raises(UserError, match="tokens"):
+        ours.loglikelihood(asked(("the", " people"), pair))
+    assert scored == []
+    with pytest.raises(UserError, match="at least one token"):
+        likelihood.continuations(tiny.model(np.random.default_rng(0)), [([1], [])], 8)
+
+
+def test_a_context_without_tokens_is_the_first_token_of_a_text(harness: Any) -> None:
+    ours, scored, _ = harness()
+    ours.loglikelihood(asked(("", "people"), ("  ", "people")))
+    tokenizer = tiny.tokenizer()
+    assert scored == [([0], tokenizer(text)["input_ids"]) for text in ("people", "  people")]
+
+
+def test_one_bos_as_in_lm_evals_own_backend(harness: Any) -> None:
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers import processors
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    ours, _, _ = harness(tokenizer)
+    theirs = types.SimpleNamespace(tokenizer=tokenizer, add_bos_token=None, prefix_token_id=0)
+    for text in ("the people", "<s>the people", "<s>", "", "the <s>"):
+        for special in (None, True, False):
+            assert ours.tok_encode(text, special) == HFLM.tok_encode(theirs, text, special), (text, special)
+
+
+def test_what_is_not_seen_is_said(harness: Any) -> None:
+    ours, _, said = harness(window=8)
+    ours.loglikelihood(asked(("the", " people"), ("the people " * 9, "home"), ("peace " * 5, "home")))
+    [line] = said
+    assert "2 of 3 texts are longer than 8 tokens" in line
+    ours, _, said = harness(window=64)
+    ours.loglikelihood(asked(("the", " people")))
+    assert said == []
+
+
+def test_tasks_see_as_much_as_the_model_takes(folder: Path, task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user lowers it, or memory does; a window for perplexity is none for tasks."""
+    from uniql_jax.evaluation import evaluate
+
+    windows: list[int] = []
+    monkeypatch.setattr(tasks, "measure", lambda *args, window, **rest: windows.append(window) or [])
+    monkeypatch.setattr(evaluate, "WINDOW", 32)
+    path = str(task("ours", [{"question": "the", "choices": ["a", "b"], "answer": 0}]))
+    evaluate.evaluate(str(folder), [0], [], zero_shot=[path])
+    evaluate.evaluate(str(folder), [0], [], zero_shot=[path], window=48)
+    monkeypatch.setattr(evaluate, "memory_limit", lambda: 4 * 4 * 4 * 100**2)
+    evaluate.evaluate(str(folder), [0], [], zero_shot=[path])
+    assert windows == [256, 48, 100]
+
+
+def test_the_very_file_is_measured(task: Any, tmp_path: Path) -> None:
+    """Whatever other files of its folder call themselves; also quoted, as .yml, and a group."""
+    docs = [{"question": "the", "choices": ["a", "b"], "answer": 0}]
+    text = task("v1", docs).read_text().replace("task: v1", 'task: "same name"')
+    (tmp_path / "v1.yaml").write_text(text)
+    second = tmp_path / "v2.yml"
+    second.write_text(text.replace(str(tmp_path / "v1.jsonl"), str(tmp_path / "v2.jsonl")))
+    (tmp_path / "v2.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs * 3))
+    for path, count in ((tmp_path / "v1.yaml", 1), (second, 3)):
+        names, manager = tasks.named([str(path)])
+        assert names == ["same name"]
+        assert len(manager.load(names)["tasks"]["same name"].test_docs()) == count
+    with pytest.raises(UserError, match="both name the task same name"):
+        tasks.named([str(tmp_path / "v1.yaml"), str(second)])
+    assert tasks.named([str(second)] * 2)[0] == ["same name"]
+
+
+@pytest.mark.parametrize("aggregate", [True, False])
+def test_groups_of_tasks(task: Any, tmp_path: Path, rng: np.random.Generator, aggregate: bool) -> None:
+    docs = [
+        {"question": "the", "choices": ["a", "b"], "answer": 0},
+        {"question": "of", "choices": ["b", "c"], "answer": 1},
+    ]
+    task("one", docs)
+    task("two", docs[:1])
+    group = tmp_path / "group.yaml"
+    mean = "aggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n" if aggregate else ""
+    group.write_text(f"group: ours\ntask:\n  - one\n  - two\n{mean}")
+    names, manager = tasks.named([str(group)])
+    rows = tasks.measure(tiny.model(rng), tiny.tokenizer(), names, manager, window=64)
+    found = {row["source"]: row["value"] for row in rows if row["metric"] == "acc"}
+    if aggregate:
+        alone = tasks.measure(tiny.model(rng), tiny.tokenizer(), *tasks.named([str(tmp_path / "one.yaml")]), window=64)
+        assert set(found) == {"ours"}
+        assert alone
+    else:
+        assert set(found) == {"one", "two"}
 
 
 def test_a_damaged_model_answers_nothing(rng: np.random.Generator) -> None:

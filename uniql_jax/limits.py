@@ -1,4 +1,3 @@
-"""Bounds that commands state without importing anything heavy."""
+"""Limits that commands need before anything heavy is imported."""
 
 MAX_PRUNE_RATE = 0.35
-"""The highest prune rate that a checkpoint serves."""

@@ -15,7 +15,7 @@ VERBS = {
     "generate": "continue a prompt at a prune rate, or within a memory budget",
     "chat": "talk to a checkpoint in the terminal",
     "evaluate": "perplexity and task accuracy at each prune rate",
-    "benchmark": "bytes and times at each prune rate, beside a dense model",
+    "benchmark": "bytes and times at each prune rate, next to a dense model",
     "export": "one prune rate as a checkpoint for transformers",
     "inspect": "what a checkpoint holds: sizes, rates, plan, provenance",
     "finetune": "recover a sorted 16-bit checkpoint by fine-tuning at all rates",
@@ -29,7 +29,11 @@ def run(verb: str, argv: list[str] | None = None) -> NoReturn:
     _leave_working_folder()
     from uniql_jax.commands import cli
 
-    cli.run(importlib.import_module(f"uniql_jax.commands.{verb.replace('-', '_')}").main, argv)
+    def main(argv: list[str]) -> int | None:
+        # within `cli.run`, so that Ctrl-C while a command's modules load is one line as well
+        return importlib.import_module(f"uniql_jax.commands.{verb.replace('-', '_')}").main(argv)
+
+    cli.run(main, argv)
 
 
 def entry_point(name: str, verb: str) -> None:

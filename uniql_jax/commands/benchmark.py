@@ -1,43 +1,18 @@
-"""Door: bytes and times of a model at each prune rate, beside a dense one: a checkpoint, or random weights of a config.
-
-python -m uniql_jax.benchmark (--ckpt DIR | --config NAME) --prune-rates ... [--size --ttft --tpot --ttlt] [--json FILE]
-"""
+"""`benchmark`: bytes and times of a model at each prune rate, next to a dense one of the same shape."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
-import gc
 import json
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-from tqdm import tqdm
 
 from uniql_jax import console
-from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.commands import cli
-from uniql_jax.compression.estimate import parameter_count
-from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
-from uniql_jax.evaluation import benchmark_report
-from uniql_jax.evaluation.benchmark_report import Variant
-from uniql_jax.evaluation.random_model import published, random_model, read_config, tree_bytes, weight_shapes
-from uniql_jax.evaluation.timing import Bench, copy_bandwidth, device_bytes, environment, memory_limit, peak_bytes
-from uniql_jax.model.causal_lm import CausalLM, cache_bytes
-from uniql_jax.plan import Plan, make_plan
-from uniql_jax.runtime.generation import bucket, room
-from uniql_jax.runtime.loading import default_dtype, load
+from uniql_jax.evaluation.published import PARTS, published
 
-PARTS = ("size", "ttft", "tpot", "ttlt")
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 EXAMPLES = f"""\
 examples:
-  your checkpoint: bytes, times, and what they are worth beside a dense model
+  your checkpoint: bytes, times, and what they are worth next to a dense model
     python -m uniql_jax.benchmark --ckpt elastic
 
   a published model without its weights, nothing to download (timing does not care what the numbers are)
@@ -59,189 +34,11 @@ states), at the speed of a plain copy measured in the same run, over the loop's 
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """The model to measure: where it comes from, what it is, and how to have it on the device at a prune rate."""
-
-    name: str
-    config: ModelConfig
-    plan: Plan
-    bits: int
-    load: Callable[[float], CausalLM]
-    random: bool
-
-
-def checkpoint_subject(folder: str, rates: Sequence[float]) -> Subject:
-    """An elastic checkpoint. Raises UserError when it is none, or when it has not the rates."""
-    found = open_checkpoint(folder)
-    for rate in rates:
-        found.weight_bytes(rate)  # an unsorted one refuses rates above 0
-    plan = found.plan or make_plan(found.config, None)
-    return Subject(folder, found.config, plan, found.bits, functools.partial(load, folder), False)
-
-
-def config_subject(name: str, bits: int, seed: int) -> Subject:
-    """Random weights of a config; layers are cut alike. Raises UserError when there is no such config."""
-    config = read_config(name)
-    plan = make_plan(config, None)
-    return Subject(name, config, plan, bits, lambda rate: random_model(config, bits, rate, plan=plan, seed=seed), True)
-
-
-def variants(subject: Subject, rates: Sequence[float], dense: bool, batch: int, slots: int, seed: int) -> list[Variant]:
-    """What will be measured, the dense baseline first; `slots` is the cache's length in tokens."""
-    config, plan, dtype = subject.config, subject.plan, default_dtype()
-    word = jnp.dtype(dtype).itemsize * 8
-
-    def variant(name: str, rate: float | None, bits: int, make: Callable[[], CausalLM]) -> Variant:
-        weights = tree_bytes(weight_shapes(config, bits, rate or 0.0, plan, dtype))
-        cache = cache_bytes(config, plan.keep(rate or 0.0), batch, slots, dtype)
-        return Variant(name, rate, bits, plan.kept_fraction(rate or 0.0), weights, cache, make)
-
-    found = []
-    if dense:
-        make = functools.partial(random_model, config, 16, plan=plan, seed=seed)
-        found.append(variant(f"dense {jnp.dtype(dtype).name}", None, word, make))
-    for rate in sorted(rates):
-        bits = subject.bits if subject.bits < 16 else word  # floats are computed with as the device likes it
-        found.append(variant(f"rate {rate:g}", rate, bits, functools.partial(subject.load, rate)))
-    return found
-
-
-def refuse_too_large(found: Sequence[Variant], limit: int | None) -> None:
-    """Raise UserError when weights and cache of a row alone exceed the device's memory."""
-    for variant in found:
-        need = variant.weight_bytes + variant.cache_bytes
-        if limit is not None and need > limit:
-            mend = "add --no-dense" if variant.rate is None else "prune more"
-            raise UserError(
-                f"{variant.name} needs {console.format_bytes(need)} for weights and cache, the device has "
-                f"{console.format_bytes(limit)}: {mend}, or lower --batch-size, --prompt-len or --gen-len"
-            )
-
-
-def _measure(bench: Bench, part: str) -> dict[str, Any]:
-    if part == "ttft":
-        return {"ttft": bench.ttft()}
-    if part == "tpot":
-        return {"tpot_step": bench.tpot_step(), "tpot_loop": bench.tpot_loop(), "step_bytes": bench.step_bytes}
-    return {"ttlt": bench.ttlt()}
-
-
-def _measured(
-    found: Sequence[Variant], parts: Sequence[str], begin: Callable[[CausalLM], Bench], progress: Progress, say: Any
-) -> dict[str, Any]:
-    """Measurements by the variant's name, and under "copy" the memory's speed where a floor is wanted."""
-    # From the smallest up, each freed before the next: the device's own peak, which only grows, is then each row's own.
-    # The copy comes last, since its arrays may outweigh a small model.
-    jobs: list[tuple[Variant | None, str]] = [
-        (variant, part)
-        for variant in sorted(found, key=lambda v: v.weight_bytes + v.cache_bytes)
-        for part in ("weights", *parts)
-    ]
-    jobs += [(None, "copy")] if "tpot" in parts else []
-    results: dict[str, Any] = {}
-    bench, at = None, "the copy"
-    try:
-        for variant, part in progress(jobs, "benchmark", len(jobs)):
-            if variant is None:
-                bench = None
-                gc.collect()
-                at, results["copy"] = "the copy of memory", copy_bandwidth()
-                continue
-            at, row = variant.name, results.setdefault(variant.name, {})
-            if part == "weights":
-                bench = None
-                gc.collect()
-                bench = begin(variant.make())
-                row |= {"weight_bytes": device_bytes(bench.model.params), "cache_bytes": bench.cache_bytes}
-                continue
-            assert bench is not None
-            row |= _measure(bench, part)
-            if part == parts[-1]:
-                row |= {
-                    "programs": {name: (p.compile_seconds, p.memory_bytes) for name, p in bench.compiled.items()},
-                    "device_peak_bytes": peak_bytes(),
-                }
-                say(benchmark_report.line(variant.name, row))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            f"the device ran out of memory at {at}: lower --batch-size, --prompt-len or --gen-len"
-        ) from None
-    return results
-
-
-def benchmark(
-    subject: Subject,
-    rates: Sequence[float],
-    parts: Sequence[str] = PARTS,
-    *,
-    batch_size: int = 1,
-    prompt_len: int = 1024,
-    gen_len: int = 128,
-    repeats: int = 5,
-    dense: bool = True,
-    seed: int = 0,
-    progress: Progress = lambda jobs, desc, total: jobs,
-    say: Callable[[str], object] = lambda line: None,
-) -> dict[str, Any]:
-    """Sizes and times at every rate: {"model", "settings", "copy_bandwidth", "rows"}, plain data for JSON.
-
-    parts: of PARTS; with "size" alone nothing is allocated or run. Bytes and seconds; a timing is {"median", "low",
-    "high", "repeats"}. Rows come in the order of `variants`; see `benchmark_report.rows`. Raises UserError when the
-    lengths exceed the model's, or a row the device's memory.
-    """
-    config, timed = subject.config, [part for part in PARTS if part in parts and part != "size"]
-    if gen_len < 2 and "tpot" in timed:
-        raise UserError("--tpot needs a --gen-len of at least 2: the first token belongs to --ttft")
-    if prompt_len + gen_len > config.max_position:
-        raise UserError(
-            f"{prompt_len} prompt tokens and {gen_len} new ones exceed the model's {config.max_position}; "
-            "lower --prompt-len or --gen-len"
-        )
-    found = variants(subject, rates, dense, batch_size, bucket(prompt_len) + room(gen_len), seed)
-    limit = memory_limit()
-    if timed:
-        refuse_too_large(found, limit)
-    settings = {
-        "batch_size": batch_size,
-        "prompt_len": prompt_len,
-        "padded_prompt_len": bucket(prompt_len),
-        "gen_len": gen_len,
-        "repeats": repeats,
-        "seed": seed,
-        "activations": jnp.dtype(default_dtype()).name,
-    }
-    about = {
-        "name": Path(subject.name).resolve().name,  # where it lay is nobody's business
-        "model_type": config.model_type,
-        "layers": len(config.pattern),
-        "parameters": parameter_count(config),
-        "bits": subject.bits,
-        "weights": "random" if subject.random else "checkpoint",
-    }
-    say(benchmark_report.describe(about, settings, found, limit, timed))
-
-    def begin(model: CausalLM) -> Bench:
-        return Bench(model, batch_size, prompt_len, gen_len, repeats, seed)
-
-    measured = _measured(found, timed, begin, progress, say) if timed else {}
-    copy = measured.get("copy")
-    return {
-        "model": about,
-        "settings": settings,
-        "memory_limit_bytes": limit,
-        "copy_bandwidth": dataclasses.asdict(copy) if copy else None,
-        "rows": benchmark_report.rows(found, measured, 2 * about["parameters"], batch_size),
-    }
-
-
 def parser() -> cli.Parser:
     """The arguments of the command."""
     parser = cli.Parser(
         prog=cli.program("benchmark"),
-        description="Bytes and times of a model at each prune rate, beside a dense one of the same shape.",
+        description="Bytes and times of a model at each prune rate, next to a dense one of the same shape.",
         epilog=EXAMPLES,
         formatter_class=cli.ExamplesHelp,
     )
@@ -251,7 +48,7 @@ def parser() -> cli.Parser:
     model.add_argument("--config", metavar="NAME", help="random weights of a published model, or of a config.json")
     add("--bits", type=int, choices=(4, 8, 16), help="of a weight, with --config (default: 4)")
     add("--prune-rates", type=cli.prune_rates, default="0,0.15,0.25,0.35", metavar="R,R,...", help="rates to measure")
-    dense = "a dense baseline beside (bfloat16 on GPUs, float32 on CPUs, of random weights)"
+    dense = "a dense baseline as well (bfloat16 on GPUs, float32 on CPUs, of random weights)"
     add("--dense", action=argparse.BooleanOptionalAction, default=True, help=dense)
     add("--seed", type=cli.natural_int, default=0, metavar="N", help="of prompts and random weights")
     what = parser.add_argument_group("what to measure (everything when none is named)")
@@ -279,6 +76,12 @@ def main(argv: list[str]) -> None:
         raise UserError("--bits goes with --config: a checkpoint has bits of its own")
     console.check_output_file(args.json, args.overwrite)
     cli.use_compilation_cache(args.compilation_cache)
+    from tqdm import tqdm
+
+    from uniql_jax.evaluation import benchmark_report
+    from uniql_jax.evaluation.benchmark import benchmark, checkpoint_subject, config_subject
+    from uniql_jax.evaluation.timing import environment
+
     if args.ckpt is not None:
         subject = checkpoint_subject(args.ckpt, args.prune_rates)
     else:
@@ -294,7 +97,7 @@ def main(argv: list[str]) -> None:
         dense=args.dense,
         seed=args.seed,
         progress=console.progress,
-        say=tqdm.write,  # prints beside a progress bar, not into it
+        say=tqdm.write,  # prints above a progress bar, not into it
     )
     print(benchmark_report.report(found))
     if args.json:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib.metadata
 import io
 import math
@@ -25,7 +27,9 @@ T = TypeVar("T")
 UNITS = {
     "": 1,
     "B": 1,
+    **{letter: 1000 ** (i + 1) for i, letter in enumerate("KMGT")},
     **{f"{letter}B": 1000 ** (i + 1) for i, letter in enumerate("KMGT")},
+    **{f"{letter}I": 1024 ** (i + 1) for i, letter in enumerate("KMGT")},
     **{f"{letter}IB": 1024 ** (i + 1) for i, letter in enumerate("KMGT")},
 }
 
@@ -69,38 +73,81 @@ def program(verb: str) -> str:
 
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Call a command's `main(argv)` and exit: 0, or its own code; 2 on a UserError, 130 on Ctrl-C, 143 on SIGTERM.
+    """Call a command's `main(argv)` and exit: with 0, or its own code, or one line on stderr and one of these codes.
 
-    One line on stderr in each of these cases; SIGTERM unwinds the stack as Ctrl-C does, so that nothing is left behind.
+    2: a UserError, or a disk that cannot be written; 1: out of memory; 129, 130, 143: SIGHUP, Ctrl-C, SIGTERM, each of
+    which unwinds the stack, so that nothing is left behind. A reader of stdout who leaves is no error.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? for what it lacks
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+        for name in SIGNALS:
+            if (number := getattr(signal, name, None)) and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _terminate)
     try:
-        code = main(list(sys.argv[1:] if argv is None else argv)) or 0
-        sys.stdout.flush()
+        code = _run(main, list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         code = _complain(f"error: {error}", 2)
     except KeyboardInterrupt:
         code = _complain("interrupted", 130)
-    except _Terminated:
-        code = _complain("terminated", 143)
+    except _Terminated as error:
+        code = _complain(SIGNALS[error.args[0].name], 128 + error.args[0])
     except BrokenPipeError:
-        # The reader (head, less) has left; Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         code = 0
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        _drop_stdout()  # which may be what is full
+        code = _complain(f"error: {error.filename or 'the output'}: {error.strerror}", 2)
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        code = _complain(
+            "error: out of memory; prune more, or lower the batch size, the number of tokens or their window", 1
+        )
     sys.exit(code)
 
 
+SIGNALS = {"SIGTERM": "terminated", "SIGHUP": "hung up"}
+"""Signals that end a command in good order, and what it says."""
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG)
+
+
+def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    try:
+        code = main(argv) or 0
+    except SystemExit as stop:  # --help and --version
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    return code
+
+
 class _Terminated(BaseException):
-    """SIGTERM, raised where the program stands."""
+    """A signal, raised where the program stands."""
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
-    raise _Terminated
+    signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
+    raise _Terminated(signal.Signals(number))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether the host, or a device that JAX uses, has run out of memory."""
+    # By name: jax may not be imported yet, and need not be for this.
+    return isinstance(error, MemoryError) or (
+        type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
+    )
+
+
+def _drop_stdout() -> None:
+    """Send what is left for stdout nowhere; Python would complain once more when it flushes at exit."""
+    if sys.stdout is None:
+        return
+    with contextlib.suppress(OSError, ValueError):  # a stdout that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(line: str, code: int) -> int:
@@ -128,33 +175,43 @@ def prune_rates(text: str) -> list[float]:
 
 
 def memory_size(text: str) -> int:
-    """Argument type: bytes, as 3GiB, 900MB, 1.5 GB or a plain number."""
-    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in UNITS or not float(match[1]) > 0:
-        raise argparse.ArgumentTypeError(f"a memory size looks like 3GiB or 900MB, not {text!r}")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    """Argument type: bytes, as 3GiB, 900MB, 1.5 GB, 500M, 0.5g or a plain number."""
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", text, re.ASCII)
+    count = float(match[1]) * UNITS.get(match[2].upper(), 0) if match else 0
+    if not 1 <= count < 2**63:
+        raise argparse.ArgumentTypeError(f"a memory size looks like 3GiB, 900MB or 0.5G, not {text!r}")
+    return int(count)
+
+
+def _bounded_int(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            wanted = f"an integer of at least {low}" if value < low else f"an integer from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"expected {wanted}, not {text!r}")
+        return value
+
+    return parse
 
 
 def positive_int(text: str) -> int:
-    """Argument type: an integer of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, not {text!r}")
-    return value
+    """Argument type: an integer from 1 to 2**31 - 1."""
+    return _bounded_int(1, 2**31 - 1)(text)
 
 
 def natural_int(text: str) -> int:
-    """Argument type: an integer of at least 0, such as a seed."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, not {text!r}")
-    return value
+    """Argument type: an integer from 0 to 2**32 - 1, such as a seed (JAX keeps 32 bits of one)."""
+    return _bounded_int(0, 2**32 - 1)(text)
+
+
+def named(text: str) -> str:
+    """Argument type: a name that is not blank; an empty path would mean the working folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a name, not an empty one")
+    return text
 
 
 def bounded_float(low: float | int, high: float | int = math.inf) -> Callable[[str], float]:
@@ -174,7 +231,7 @@ def bounded_float(low: float | int, high: float | int = math.inf) -> Callable[[s
 
 
 def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
-    """The option of doors that compile for long; hand its value to `use_compilation_cache` before anything runs."""
+    """The option of commands that compile for long; hand its value to `use_compilation_cache` before anything runs."""
     parser.add_argument(
         "--compilation-cache", metavar="DIR", help="keep compiled programs here, so that the next run starts sooner"
     )

@@ -7,33 +7,45 @@ import json
 from uniql_jax import console
 from uniql_jax.commands import cli
 from uniql_jax.errors import UserError
+from uniql_jax.evaluation import plot
 
 
 def parser() -> cli.Parser:
     """The arguments of the command."""
     parser = cli.Parser(
         prog=cli.program("evaluate"),
-        description="Perplexity and zero-shot accuracy of an elastic checkpoint at each prune rate, beside its size.",
+        description="Perplexity and zero-shot accuracy of an elastic checkpoint at each prune rate, next to its size.",
     )
-    parser.add_argument("--ckpt", required=True, metavar="DIR", help="elastic checkpoint made by uniql_jax.compress")
+    parser.add_argument(
+        "--ckpt", required=True, type=cli.named, metavar="DIR", help="elastic checkpoint made by uniql_jax.compress"
+    )
     parser.add_argument(
         "--prune-rates", type=cli.prune_rates, default="0,0.15,0.25,0.35", metavar="R,R,...", help="rates to measure"
     )
     parser.add_argument(
         "--text",
         nargs="+",
+        type=cli.named,
         metavar="TEXT",
         help="held-out text, each measured by itself: a file, a folder, .jsonl, a datasets name, sotu:from-1981, "
         "docs:NAME, or a .npy of int32 token ids [samples, length]",
     )
     parser.add_argument(
-        "--tasks", nargs="+", metavar="NAME",
-        help="zero-shot tasks of lm-eval, such as arc_easy hellaswag piqa, or .yaml files that describe some",
+        "--tasks", nargs="+", type=cli.named, metavar="NAME",
+        help="zero-shot tasks or groups of lm-eval, such as arc_easy hellaswag piqa, or .yaml files that describe some",
     )  # fmt: skip
     parser.add_argument("--limit", type=cli.positive_int, metavar="N", help="the first N questions of each task alone")
-    parser.add_argument("--baseline", metavar="CKPT", help="the original model, measured beside: folder, .gguf, demo")
-    parser.add_argument("--window", type=cli.positive_int, default=1024, metavar="N", help="tokens a window")
-    parser.add_argument("--max-tokens", type=cli.positive_int, metavar="N", help="at most so many tokens of each text")
+    parser.add_argument(
+        "--baseline", type=cli.named, metavar="CKPT", help="the original model, measured as well: folder, .gguf, demo"
+    )
+    parser.add_argument(
+        "--window", type=cli.positive_int, metavar="N",
+        help="tokens a window (default: 1024 for text; as many as the model takes for tasks)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-tokens", type=cli.positive_int, metavar="N",
+        help="at most so many tokens of each text; fewer than a window shorten it",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=cli.positive_int, default=4, metavar="N", help="windows at a time")
     parser.add_argument("--json", metavar="FILE", help="write the rows here")
     parser.add_argument("--plot", metavar="FILE", help="write a PNG of quality and size over the rate here")
@@ -44,23 +56,26 @@ def parser() -> cli.Parser:
 def main(argv: list[str]) -> None:
     """Run the command; raises UserError."""
     args = parser().parse_args(argv)
-    from uniql_jax.evaluation import plot, tasks
-    from uniql_jax.evaluation.evaluate import evaluate, report
-
     if not args.text and not args.tasks:
         raise UserError("name held-out text with --text, or zero-shot tasks with --tasks (see --help)")
-    if args.tasks:
-        tasks.require()
-    elif args.limit:
+    if args.limit and not args.tasks:
         raise UserError("--limit counts the questions of --tasks; text is cut by --max-tokens")
     if args.plot and not args.text:
         raise UserError("--plot draws perplexity, which wants --text")
-    if args.window < 2:
-        raise UserError("--window must be at least 2: a window's first token is not predicted")
+    for option, value in (("--window", args.window), ("--max-tokens", args.max_tokens)):
+        if value is not None and value < 2:
+            raise UserError(f"{option} must be at least 2: the first token is not predicted")
     for path in (args.json, args.plot):
         console.check_output_file(path, args.overwrite)
     if args.plot:
         plot.require_matplotlib()
+    from tqdm import tqdm
+
+    from uniql_jax.evaluation import tasks
+    from uniql_jax.evaluation.evaluate import evaluate, report
+
+    if args.tasks:
+        tasks.require()
     rows = evaluate(
         args.ckpt,
         args.prune_rates,
@@ -72,7 +87,8 @@ def main(argv: list[str]) -> None:
         zero_shot=args.tasks or [],
         limit=args.limit,
         progress=console.progress,
-        say=print,
+        say=tqdm.write,  # prints above a progress bar, not into it
+        plan=print,
     )
     print(report(rows))
     if args.json:

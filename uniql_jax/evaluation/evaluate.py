@@ -1,9 +1,9 @@
-"""Perplexity and zero-shot tasks of an elastic checkpoint at each prune rate, beside its size."""
+"""Perplexity and zero-shot tasks of an elastic checkpoint at each prune rate, next to its size."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,13 +12,18 @@ import numpy as np
 from jaxtyping import Int
 
 from uniql_jax import console, data
+from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation import plot, tasks
 from uniql_jax.evaluation.likelihood import BROKEN, rows_at_once, token_nll
+from uniql_jax.evaluation.timing import device_name, memory_limit
 from uniql_jax.model.causal_lm import CausalLM
 
 PERPLEXITY = "perplexity"
+WINDOW = 1024
+"""Tokens of a window for perplexity, unless another number is asked for."""
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+Say = Callable[[str], object]
 
 
 def perplexity(
@@ -59,40 +64,62 @@ def evaluate(
     prune_rates: Sequence[float | int],
     texts: Sequence[str],
     *,
-    window: int = 1024,
+    window: int | None = None,
     max_tokens: int | None = None,
     batch_size: int = 4,
     baseline: str | None = None,
     zero_shot: Sequence[str] = (),
     limit: int | None = None,
     progress: Progress | None = None,
-    say: Callable[[str], object] = lambda line: None,
+    say: Say = lambda line: None,
+    plan: Say = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Perplexity on every text at every rate: rows {"prune_rate", "source", "metric", "value", "weight_bytes",
-    "kept_fraction"}; `baseline`, the original CKPT, gives rows with prune_rate None, measured on the same windows.
+    """Perplexity on every text, and accuracy in every task, at every prune rate.
 
-    zero_shot: tasks that lm-eval knows, or .yaml files of tasks; their rows have metrics such as "acc" and "acc_norm",
-    and "stderr" as well. limit: so many questions of each at most.
-    weight_bytes: all tensors as stored (the original's at its own dtype). kept_fraction: of the prunable parameters.
+    Args:
+        ckpt: elastic checkpoint.
+        prune_rates: from 0 to 0.35 each.
+        texts: held-out text, each measured by itself: files, folders, .npy of int32 token ids, or other specs of
+            `uniql_jax.data`.
+        window: tokens that are seen at a time. Default: 1024 for perplexity, and for tasks as many as the model takes.
+        max_tokens: the most tokens of each text; a lower one than the window shortens the window.
+        batch_size: windows at a time.
+        baseline: the original, measured on the same windows and tasks.
+        zero_shot: tasks, groups or tags of lm-eval, or .yaml files of tasks or groups.
+        limit: so many questions of each task at most.
+        progress: wraps what is iterated over, (iterable, description, total), to show how far it is.
+        say: hears a line for each text, and of whatever is cut short.
+        plan: hears, before any weights are loaded, what will be measured.
+
+    Returns:
+        Rows {"prune_rate" (None: the original), "source", "metric", "value", "weight_bytes", "kept_fraction"}. Those of
+        tasks have metrics such as "acc" and "acc_norm", and "stderr" as well. weight_bytes: all tensors as stored (the
+        original's at its own dtype). kept_fraction: of the prunable parameters.
+
+    Raises:
+        UserError: what is asked for is not there or cannot be served, or the model's output is not finite.
     """
     from uniql_jax.checkpoint import open_checkpoint
     from uniql_jax.runtime.loading import load, load_source
 
+    _check(ckpt, texts, zero_shot, window, max_tokens, batch_size, limit)
     checkpoint = open_checkpoint(ckpt)
-    config, plan = checkpoint.config, checkpoint.plan
+    config, order = checkpoint.config, checkpoint.plan
     # asked first: a rate that cannot be served is refused before long work
     sizes = {float(rate): checkpoint.weight_bytes(float(rate)) for rate in prune_rates}
-    window = min(window, config.max_position)
     names, manager = tasks.named(zero_shot) if zero_shot else ([], None)
     tokenizer = data.load_tokenizer(ckpt)
     if names and tokenizer is None:
         raise UserError(f"{ckpt} has no tokenizer, which tasks need")
     vocabulary = config.vocab_size
+    length, lowered = _window(window, max_tokens, config)
     sources = {
-        text: data.evaluation_windows([text], tokenizer, window, max_tokens, vocab_size=vocabulary) for text in texts
+        text: data.evaluation_windows([text], tokenizer, length, max_tokens, vocab_size=vocabulary) for text in texts
     }
+    plan(_plan(ckpt, checkpoint, sizes, [*texts, *names], baseline))
     for found in sources.values():
-        say(found.description)
+        say(found.description + lowered)
+    reach = min(config.max_position, window or task_window(config))
 
     def measure(model: CausalLM, rate: float | None, weight_bytes: int, kept: float, name: str) -> list[dict[str, Any]]:
         if model.config.vocab_size != vocabulary:
@@ -107,8 +134,8 @@ def evaluate(
         ]
         if names:
             found += tasks.measure(
-                model, tokenizer, names, manager, window=window, batch_tokens=batch_size * window, limit=limit,
-                progress=progress, desc=f"{name}, tasks",
+                model, tokenizer, names, manager, window=reach, batch_tokens=batch_size * min(reach, WINDOW),
+                limit=limit, progress=progress, desc=f"{name}, tasks", say=say,
             )  # fmt: skip
         return [{"prune_rate": rate, **one, "weight_bytes": weight_bytes, "kept_fraction": kept} for one in found]
 
@@ -119,8 +146,59 @@ def evaluate(
         rows += measure(model, None, stored, 1.0, "original")
     for rate, stored in sizes.items():
         model = load(ckpt, rate)
-        rows += measure(model, rate, stored, plan.kept_fraction(rate) if plan else 1.0, f"rate {rate:g}")
+        rows += measure(model, rate, stored, order.kept_fraction(rate) if order else 1.0, f"rate {rate:g}")
     return rows
+
+
+def _check(
+    ckpt: str,
+    texts: Sequence[str],
+    zero_shot: Sequence[str],
+    window: int | None,
+    max_tokens: int | None,
+    batch_size: int,
+    limit: int | None,
+) -> None:
+    if not all(str(name).strip() for name in (ckpt, *texts, *zero_shot)):
+        raise UserError("an empty name of a checkpoint, text or task")  # Path("") would be the working folder
+    if window is not None and window < 2:
+        raise UserError("the window must be at least 2 tokens: its first one is not predicted")
+    if max_tokens is not None and max_tokens < 2:
+        raise UserError("max_tokens must be at least 2: a text's first token is not predicted")
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise UserError("batch_size and limit must be at least 1")
+
+
+def _window(window: int | None, max_tokens: int | None, config: ModelConfig) -> tuple[int, str]:
+    """Tokens of a window for perplexity, and a remark where that is less than was asked for."""
+    asked = WINDOW if window is None else window
+    length = min(asked, config.max_position, max_tokens or asked)
+    if length == asked:
+        return length, ""
+    why = f"the model's limit of {length}" if length == config.max_position else f"--max-tokens {length}"
+    return length, f" (windows of {asked} are cut to {why})" if window or length != config.max_position else ""
+
+
+def task_window(config: ModelConfig) -> int:
+    """Tokens of a question that a model without a window of its own sees: its limit, if memory allows.
+
+    Attention scores of one text, where no kernel saves them, may take a quarter of the device's memory.
+    """
+    memory = memory_limit()
+    if memory is None:
+        return config.max_position
+    return min(config.max_position, max(WINDOW, math.isqrt(memory // (4 * 4 * max(1, config.heads or 1)))))
+
+
+def _plan(ckpt: str, checkpoint: Any, sizes: Mapping[float, int], measured: Sequence[str], baseline: str | None) -> str:
+    weights = ", ".join(f"{rate:g} ({console.format_bytes(size)})" for rate, size in sizes.items())
+    return (
+        f"model     {ckpt}: {checkpoint.config.model_type}, {len(checkpoint.config.pattern)} layers, "
+        f"{checkpoint.bits} bits\n"
+        f"rates     {weights} of weights{', and the original ' + baseline if baseline else ''}\n"
+        f"measured  {', '.join(measured)}\n"
+        f"device    {device_name()}\n"
+    )
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:

@@ -14,12 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM, hidden_states, logits
+from uniql_jax.runtime.sampling import NOT_FINITE
 
 LOGITS = 2**25
 """Logits held at a time: 128 MB in float32, about three times that while they are reduced."""
 LEAST = 32
 """Tokens of the shortest shape that is compiled for continuations; longer ones double."""
-BROKEN = "the model's output is not finite; the checkpoint may be damaged"
+BROKEN = NOT_FINITE
 Pair = tuple[Sequence[int], Sequence[int]]
 
 
@@ -60,11 +61,13 @@ def continuations(
     progress: Callable[[Sequence[Any]], Iterable[Any]] = list,
 ) -> list[tuple[float, bool]]:
     """(log p of the continuation after its context, nats; whether every token of it is the likeliest) of every pair of
-    token ids. The context has one token at least; of more tokens than `window` the last ones are seen.
+    token ids. Both have one token at least; of more tokens than `window` the last ones are seen.
 
     Rows are padded behind, where nothing looks, to few lengths, about `batch_tokens` a batch: few programs. Raises
-    UserError when the model's output is not finite.
+    UserError for a pair without context or continuation, and when the model's output is not finite.
     """
+    if not all(len(context) and len(continuation) for context, continuation in pairs):
+        raise UserError("a text to be rated needs at least one token of context and one of continuation")
     whole = [([*context, *continuation])[-window:] for context, continuation in pairs]
     counts = [min(len(continuation), len(row) - 1) for (_, continuation), row in zip(pairs, whole, strict=True)]
     shapes: dict[int, list[int]] = {}
@@ -75,7 +78,7 @@ def continuations(
         shapes.setdefault(min(length, max(window, 2)), []).append(i)
     batches = []
     for length, members in sorted(shapes.items(), reverse=True):  # the one that needs most memory first
-        size = max(1, batch_tokens // length)
+        size = min(max(1, batch_tokens // length), len(members))
         batches += [(length, size, members[i : i + size]) for i in range(0, len(members), size)]
     found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
     for length, size, members in progress(batches):

@@ -24,19 +24,14 @@ from uniql_jax.checkpoint import leaf_group
 from uniql_jax.compression.stored import groups
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
+from uniql_jax.evaluation.published import CONFIGS, published
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.plan import Plan, check_rate, make_plan
 from uniql_jax.runtime.loading import default_dtype, place_layer, place_top
 from uniql_jax.weights.quantized import QuantizedArray, from_codes
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 SPREAD = {4: 4.6, 8: 73.9}
 """Standard deviation of uniform integers of so many bits; scales divide by it, so that activations stay near one."""
-
-
-def published() -> list[str]:
-    """Names of the models whose configs come with the package."""
-    return sorted(path.stem for path in CONFIGS.glob("*.json"))
 
 
 def read_config(name: str) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""Zero-shot tasks, asked and judged by lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), the `eval` extra:
+"""Zero-shot tasks, asked and scored by lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), the `eval` extra:
 an elastic model at one rate is one of its models.
 """
 
@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,10 @@ from jinja2 import TemplateError
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation.likelihood import continuations
 from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.runtime.text import encode
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+Say = Callable[[str], object]
 SPREAD = "_stderr"
 UNUSABLE = (OSError, ValueError, LookupError, TemplateError)
 """What lm-eval and datasets raise for data that is not there or not as described."""
@@ -31,9 +32,19 @@ def require() -> None:
 
 
 def harness_model(
-    model: CausalLM, tokenizer: Any, window: int, batch_tokens: int, progress: Progress | None = None, desc: str = ""
+    model: CausalLM,
+    tokenizer: Any,
+    window: int,
+    batch_tokens: int,
+    progress: Progress | None = None,
+    desc: str = "",
+    say: Say = lambda line: None,
 ) -> Any:
-    """The model as lm-eval's LM, which answers for likelihoods; text is encoded as its tokenizer does by default."""
+    """The model as lm-eval's LM, which answers for likelihoods.
+
+    Text is encoded as lm-eval's own backend for transformers does: special tokens as the tokenizer adds them by
+    default, but no second BOS. `say` hears of texts that are longer than `window`.
+    """
     from lm_eval.api.model import TemplateLM  # slow to import
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -50,14 +61,31 @@ def harness_model(
             return self.eot_token_id if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-            return tokenizer(string, **given)["input_ids"]
+            return encode(tokenizer, string, add_special_tokens)
 
         def _scores(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
             return continuations(model, pairs, window, batch_tokens, shown)
 
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            for context, continuation in (request.args for request in requests):
+                if context == "" and not self.tok_encode(continuation, add_special_tokens=False):
+                    raise UserError(f"nothing to rate: a continuation {continuation!r} has no tokens")
+            return super().loglikelihood(requests, disable_tqdm=True)
+
         def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-            return self._scores([(context, continuation) for _, context, continuation in requests])
+            pairs = []
+            for (context, continuation), before, after in requests:
+                if not after:  # the tokens of the whole merge across the border
+                    raise UserError(f"nothing to rate after {context[-40:]!r}: {continuation!r} adds no tokens")
+                # a context of spaces alone, which go with the continuation, is none
+                pairs.append((before or [self.prefix_token_id], after))
+            long = [len(before) + len(after) for before, after in pairs if len(before) + len(after) > window]
+            if long:
+                say(
+                    f"{desc}: {len(long)} of {len(pairs)} texts are longer than {window} tokens (up to {max(long)}); "
+                    "of these, only the end was seen"
+                )
+            return self._scores(pairs)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             found = []
@@ -78,42 +106,78 @@ def _shown(progress: Progress | None, desc: str, batches: Sequence[Any]) -> Iter
 
 
 def named(tasks: Sequence[str]) -> tuple[list[str], Any]:
-    """(names, lm-eval's TaskManager) of names that it knows, or paths of .yaml files that describe tasks; their data is
-    fetched here. Raises UserError for other names, where data cannot be had, and for tasks that have text written.
+    """(names, lm-eval's TaskManager) of names that it knows (tasks, groups, tags), or paths of .yaml or .yml files that
+    describe a task or a group; their data is fetched here.
+
+    Raises UserError for other names, where data cannot be had, for two files of the same name, and for tasks that have
+    text written.
     """
     require()
     from lm_eval.tasks import TaskManager
 
-    names, folders = [], []
+    entries, names, folders = {}, [], []
     for task in tasks:
-        path = Path(task).expanduser()
-        if path.suffix in (".yaml", ".yml"):
-            if not path.is_file():
-                raise UserError(f"no task file {task}")
-            found = re.search(r"^task:\s*(\S+)", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-            if found is None:
-                raise UserError(f"{task} names no task")
-            names.append(found.group(1))
-            folders.append(str(path.parent.absolute()))
-        else:
+        if Path(task).suffix.lower() not in (".yaml", ".yml"):
             names.append(task)
-    # Its own thousands of tasks take seconds to list.
-    manager = TaskManager(include_path=list(dict.fromkeys(folders)) or None, include_defaults=len(folders) < len(names))
-    unknown = [name for name in names if name not in manager.all_tasks]
+            continue
+        entry = _file_entry(task)
+        known = entries.setdefault(entry.name, entry)
+        if known.yaml_path != entry.yaml_path:
+            raise UserError(f"{known.yaml_path} and {entry.yaml_path} both name the task {entry.name}; rename one")
+        names.append(entry.name)
+        folders.append(str(entry.yaml_path.parent))
+    names, folders = list(dict.fromkeys(names)), list(dict.fromkeys(folders))
+    # Its own thousands of tasks take seconds to list: only where one of them, or a member of a group, is asked for.
+    manager = TaskManager(include_path=folders or None, include_defaults=False)
+    members = [name for entry in entries.values() for name in _members(entry)]
+    if any(name not in manager.all_tasks for name in (*members, *(name for name in names if name not in entries))):
+        manager = TaskManager(include_path=folders or None, include_defaults=True)
+    unknown = [name for name in names if name not in entries and name not in manager.all_tasks]
     if unknown:
         raise UserError(f"lm-eval knows no task {', '.join(unknown)}; lm-eval ls tasks lists those it knows")
+    manager.task_index.update(entries)  # the very files, whatever else their folders hold
     for name in names:
         try:
             found = manager.load(name)["tasks"]
-        except UNUSABLE as error:
+        except Exception as error:  # lm-eval, datasets and a task's own code raise whatever they like
             raise _refusal(name, error) from None
         if any(task.get_config("output_type") == "generate_until" for task in found.values()):
             raise UserError(f"{name}: {WRITING}")
     return names, manager
 
 
+def _file_entry(task: str) -> Any:
+    """What lm-eval's index keeps of a file: its name is that of its group or task."""
+    from lm_eval.tasks._index import Entry, TaskIndex
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    path = Path(task).expanduser().resolve()
+    if not path.is_file():
+        raise UserError(f"no task file {task}")
+    try:
+        described = load_yaml(path, resolve_func=False)
+        kind = TaskIndex._kind_of(described)
+        name = described.get("group") or described.get("task")
+    except Exception as error:  # YAML's errors are of many kinds, none of them an OSError or ValueError
+        raise UserError(f"{task} names no task: {_first_line(error)}") from None
+    if not isinstance(name, str):
+        raise UserError(f"{task} names no task: task or group must be a word")
+    return Entry(name=name, kind=kind, yaml_path=path, cfg=described)
+
+
+def _members(entry: Any) -> list[str]:
+    """Names of tasks and groups that a group's file refers to."""
+    listed = entry.cfg.get("task") if entry.cfg.get("group") else None
+    found = [one.get("task") if isinstance(one, dict) else one for one in listed or () if one]
+    return [name for name in found if isinstance(name, str)]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _refusal(name: str, error: Exception) -> UserError:
-    return UserError(f"task {name}: {type(error).__name__}: {str(error).strip()}".splitlines()[0])
+    return UserError(f"task {name}: {type(error).__name__}: {_first_line(error)}")
 
 
 def measure(
@@ -127,6 +191,7 @@ def measure(
     limit: int | None = None,
     progress: Progress | None = None,
     desc: str = "tasks",
+    say: Say = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Rows {"source": task, "metric", "value", "stderr"}, no examples in the prompt; `limit`: the first questions.
 
@@ -134,7 +199,7 @@ def measure(
     """
     from lm_eval.evaluator import simple_evaluate  # slow to import
 
-    wrapped = harness_model(model, tokenizer, window, batch_tokens, progress, desc)
+    wrapped = harness_model(model, tokenizer, window, batch_tokens, progress, desc, say)
     try:
         found: Any = simple_evaluate(
             wrapped, tasks=list(names), num_fewshot=0, limit=limit, task_manager=manager, log_samples=False,
@@ -142,16 +207,21 @@ def measure(
         )  # fmt: skip
     except UNUSABLE as error:
         raise _refusal(", ".join(names), error) from None
-    rows = []
     results = found["results"]
-    # A tag has no result of its own, but its tasks do.
-    for name in names if all(name in results for name in names) else results:
-        values = results[name]
-        for key, value in values.items():
-            metric, _, kind = key.partition(",")
-            if kind and not metric.endswith(SPREAD) and isinstance(value, (int, float)):
-                spread = values.get(f"{metric}{SPREAD},{kind}")
-                metric = metric if kind == "none" else f"{metric} ({kind})"
-                error = float(spread) if isinstance(spread, (int, float)) else None
-                rows.append({"source": name, "metric": metric, "value": float(value), "stderr": error})
+    rows = {name: _rows(name, values) for name, values in results.items()}
+    # A tag, or a group that aggregates nothing, has no result of its own, but its tasks do.
+    chosen = names if all(rows.get(name) for name in names) else rows
+    return [row for name in chosen for row in rows[name]]
+
+
+def _rows(name: str, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What lm-eval found of a task or group: keys are METRIC,FILTER and METRIC_stderr,FILTER."""
+    rows = []
+    for key, value in values.items():
+        metric, _, kind = key.partition(",")
+        if kind and not metric.endswith(SPREAD) and isinstance(value, (int, float)):
+            spread = values.get(f"{metric}{SPREAD},{kind}")
+            metric = metric if kind == "none" else f"{metric} ({kind})"
+            error = float(spread) if isinstance(spread, (int, float)) else None
+            rows.append({"source": name, "metric": metric, "value": float(value), "stderr": error})
     return rows

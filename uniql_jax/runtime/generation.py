@@ -1,4 +1,4 @@
-"""Generation: sampling, a streaming loop for one prompt, and a compiled loop for batches.
+"""Generation: a streaming loop for one prompt, and a compiled loop for batches.
 
 Shapes are static: prompts are padded on the left to a power of two and the cache has room for every new token, so
 each bucket compiles once; the cache is donated from step to step.
@@ -7,89 +7,47 @@ each bucket compiles once; the cache is donated from step to step.
 from __future__ import annotations
 
 import functools
-import json
+import numbers
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
-from uniql_jax import data
 from uniql_jax.errors import UserError
 from uniql_jax.model.cache import Cache
 from uniql_jax.model.causal_lm import CausalLM, decode, init_cache, prefill
+from uniql_jax.runtime.prompts import check_prompt, stop_ids, token_array
+from uniql_jax.runtime.sampling import (
+    NOT_FINITE,
+    Settings,
+    check_sampling,
+    check_seed,
+    filtered_logits,
+    pick,
+    sample,
+    settings_of,
+)
+from uniql_jax.runtime.text import decode_stream, folder_tokenizer, prompt_ids
+
+__all__ = [
+    "bucket",
+    "chunk",
+    "decode_stream",
+    "filtered_logits",
+    "generate",
+    "generate_tokens",
+    "prompt_ids",
+    "room",
+    "sample",
+    "stop_ids",
+]
 
 SHORTEST_BUCKET = 16
-CONTEXT = 8  # prompt tokens decoded before the first new one, for tokenizers whose spaces depend on what precedes
-
-# ---------------------------------------------------------------------------------------------- sampling
-
-
-def filtered_logits(
-    logits: Float[Array, "b vocab"],
-    temperature: Float[Array, ""] | float | int,
-    top_p: Float[Array, ""] | float | int = 1.0,
-    top_k: Int[Array, ""] | int = 0,
-) -> tuple[Float[Array, "b vocab"], Int[Array, "b vocab"]]:
-    """Logits over temperature in falling order, -inf where filtered out, and the token each belongs to.
-
-    top_k > 0 keeps the k likeliest; then top_p < 1 keeps the smallest set whose share of what is left reaches top_p.
-    """
-    order = jnp.argsort(-logits, axis=-1)
-    ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
-    rank = jnp.arange(logits.shape[-1])
-    ranked = jnp.where((top_k <= 0) | (rank < top_k), ranked, -jnp.inf)
-    chances = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(chances, axis=-1) - chances
-    # the likeliest always stays; at 1 nothing may go, although a rounded sum can reach 1 early
-    ranked = jnp.where((before < top_p) | (rank == 0) | (top_p >= 1), ranked, -jnp.inf)
-    return ranked, order
-
-
-def sample(
-    logits: Float[Array, "b vocab"],
-    key: PRNGKeyArray,
-    temperature: Float[Array, ""] | float | int,
-    top_p: Float[Array, ""] | float | int = 1.0,
-    top_k: Int[Array, ""] | int = 0,
-) -> Int[Array, " b"]:
-    """One token per row: the likeliest at temperature 0, else drawn from `filtered_logits`. Settings may be traced."""
-
-    def draw() -> Int[Array, " b"]:
-        ranked, order = filtered_logits(logits, jnp.maximum(temperature, 1e-6), top_p, top_k)
-        pick = jax.random.categorical(key, ranked, axis=-1)
-        return jnp.take_along_axis(order, pick[:, None], axis=-1)[:, 0].astype(jnp.int32)
-
-    return jax.lax.cond(jnp.asarray(temperature) > 0, draw, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
-
-
-def _check_sampling(temperature: float | int, top_p: float | int, top_k: int, max_new_tokens: int) -> None:
-    if not temperature >= 0 or not np.isfinite(temperature):
-        raise UserError(f"temperature must be 0 or more, not {temperature}")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p must be above 0 and at most 1, not {top_p}")
-    if top_k < 0:
-        raise UserError(f"top_k must be 0 (off) or more, not {top_k}")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-
 
 # ---------------------------------------------------------------------------------------------- compiled steps
-
-# Temperature, top_p, top_k: traced, so that changing them compiles nothing. None takes the likeliest token: known when
-# code is traced, or every step would make a device ask the host which branch to run.
-Settings = tuple[Any, Any, Any] | None
-
-
-def _pick(
-    logits: Float[Array, "b vocab"], key: PRNGKeyArray, step: Int[Array, ""] | int, settings: Settings
-) -> Int[Array, " b"]:
-    if settings is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return sample(logits, jax.random.fold_in(key, step), *settings)
 
 
 @functools.partial(jax.jit, static_argnames="slots")
@@ -102,7 +60,7 @@ def _first(
     slots: int,
 ) -> tuple[Int[Array, " b"], Cache]:
     logits, cache = prefill(model, tokens, mask, init_cache(model, tokens.shape[0], slots))
-    return _pick(logits, key, 0, settings), cache
+    return pick(logits, key, 0, settings), cache
 
 
 def chunk() -> int:
@@ -136,7 +94,7 @@ def _next(
     def body(i: Int[Array, ""], state: tuple) -> tuple:
         rows, token, cache = state
         logits, cache = decode(model, token, cache)
-        token = _pick(logits, key, step + i, settings)
+        token = pick(logits, key, step + i, settings)
         return rows.at[:, i].set(token), token, cache
 
     rows = jnp.zeros((token.shape[0], count), jnp.int32)
@@ -202,20 +160,6 @@ def _padded(
 # ---------------------------------------------------------------------------------------------- public
 
 
-def stop_ids(model: CausalLM) -> tuple[int, ...]:
-    """Ids that end a text: the config's, and those of generation_config.json in the model's folder."""
-    ids = set(model.config.eos_ids)
-    folder = getattr(model, "folder", None)
-    path = Path(folder) / "generation_config.json" if folder else None
-    if path and path.exists():
-        try:
-            more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError):
-            raise UserError(f"{path} is not a JSON object") from None
-        ids.update(more if isinstance(more, list) else [] if more is None else [more])
-    return tuple(sorted(int(i) for i in ids))
-
-
 def generate_tokens(
     model: CausalLM,
     tokens: Int[Array, "b t"] | Int[np.ndarray, "b t"],
@@ -228,27 +172,47 @@ def generate_tokens(
     seed: int = 0,
     eos_ids: Sequence[int] | None = None,
 ) -> Int[np.ndarray, "b new"]:
-    """Continue a batch of prompts, padded on the left where `attention_mask` is 0, in one compiled loop.
+    """Continue a batch of prompts in one compiled loop.
 
-    Returns int32 [batch, max_new_tokens]; a row that meets one of `eos_ids` (default: the model's; () never stops)
-    is filled up with it. Greedy at temperature 0. Raises UserError on settings or prompts that cannot be used.
+    Args:
+        model: the model, as `load` returns it.
+        tokens: integer ids [batch, length], shorter prompts padded on the left.
+        attention_mask: [batch, length], 0 on padding and 1 on tokens; None: there is no padding.
+        max_new_tokens: tokens to make for each prompt, at least 1.
+        temperature: 0 takes the likeliest token, else logits are divided by it and a token is drawn.
+        top_p: draw from the fewest tokens whose share reaches this much; 1 is off.
+        top_k: draw from so many of the likeliest tokens; 0 is off, more than the vocabulary is all of it.
+        seed: from 0 to 2**32 - 1; the same seed draws the same tokens.
+        eos_ids: ids that end a row (default: the model's; () never stops).
+
+    Returns:
+        int32 [batch, max_new_tokens]; a row that meets one of `eos_ids` is filled up with it.
+
+    Raises:
+        UserError: settings or prompts that cannot be used, or a model whose logits are not finite.
     """
-    _check_sampling(temperature, top_p, top_k, max_new_tokens)
-    tokens = np.asarray(tokens)
+    check_sampling(temperature, top_p, top_k, max_new_tokens)
+    tokens = token_array(tokens)
     mask = np.ones(tokens.shape, np.int32) if attention_mask is None else np.asarray(attention_mask).astype(np.int32)
-    _check_prompt(model, tokens, mask, max_new_tokens)
-    stops = tuple(stop_ids(model) if eos_ids is None else eos_ids)
+    check_prompt(model.config, tokens, mask, max_new_tokens)
+    stops = stop_ids(model) if eos_ids is None else tuple(eos_ids)
+    if not all(isinstance(i, numbers.Integral) for i in stops):
+        raise UserError(f"eos_ids must be integers, not {list(stops)}")
+    stops = tuple(int(i) if 0 <= i < model.config.vocab_size else -1 for i in stops)  # -1: never met
     stops = np.asarray(stops + (-1,) * (-len(stops) % 4), np.int32)  # in fours, so that their number rarely compiles
     length = bucket(tokens.shape[1]) + room(max_new_tokens)
-    key, settings = jax.random.key(seed), _settings(temperature, top_p, top_k)
+    key = jax.random.key(check_seed(seed))
+    settings = _settings(temperature, top_p, top_k, model.config.vocab_size)
     token, cache = _first(model, *_padded(tokens.astype(np.int32), mask), key, settings, length)
-    rows, _ = _rest(model, token, cache, key, settings, stops, max_new_tokens)
-    return np.asarray(rows)
+    rows = np.asarray(_rest(model, token, cache, key, settings, stops, max_new_tokens)[0])
+    if (rows < 0).any():
+        raise UserError(NOT_FINITE)
+    return rows
 
 
 def generate(
     model: CausalLM,
-    prompt: str | Int[Array, " t"] | Int[np.ndarray, " t"],
+    prompt: str | Sequence[int] | Int[Array, " t"] | Int[np.ndarray, " t"],
     *,
     max_new_tokens: int = 64,
     temperature: float | int = 0.0,
@@ -260,27 +224,40 @@ def generate(
 ) -> Iterator[str] | Iterator[Int[np.ndarray, "1"]]:
     """Stream the continuation of one prompt as it is made, until a stop id or `max_new_tokens`.
 
-    A text prompt yields pieces of text, whole characters only; `chat` wraps it in the chat template as the user's
-    turn. The tokenizer is the one in the model's folder unless one is given. A prompt of token ids [length] yields
-    text where a tokenizer is given, else int32 arrays of one token. Greedy at temperature 0.
-    Raises UserError, at once, on a prompt or settings that cannot be used.
+    Args:
+        model: the model, as `load` returns it.
+        prompt: text, or integer token ids [length].
+        max_new_tokens: the most tokens to make, at least 1.
+        temperature: 0 takes the likeliest token, else logits are divided by it and a token is drawn.
+        top_p: draw from the fewest tokens whose share reaches this much; 1 is off.
+        top_k: draw from so many of the likeliest tokens; 0 is off, more than the vocabulary is all of it.
+        seed: from 0 to 2**32 - 1; the same seed draws the same tokens.
+        tokenizer: of transformers (default: for text, the one in the model's folder).
+        chat: wrap a text prompt in the chat template as the user's turn.
+
+    Returns:
+        An iterator of pieces of text, whole characters only, where the prompt is text or a tokenizer is given; else of
+        int32 arrays [1], a token each. The stop id is not part of it.
+
+    Raises:
+        UserError: at once, on a prompt or settings that cannot be used; on the way, where logits are not finite.
     """
-    _check_sampling(temperature, top_p, top_k, max_new_tokens)
+    check_sampling(temperature, top_p, top_k, max_new_tokens)
     if isinstance(prompt, str):
-        tokenizer = tokenizer or _folder_tokenizer(getattr(model, "folder", None))
+        tokenizer = tokenizer or folder_tokenizer(getattr(model, "folder", None))
         if tokenizer is None:
             raise UserError("this checkpoint has no tokenizer; give token ids instead of text")
         ids = prompt_ids(tokenizer, prompt, chat)
     elif chat:
         raise UserError("a chat prompt must be text")
     else:
-        ids = np.asarray(prompt)
-    _check_prompt(model, ids[None], np.ones((1, ids.size), np.int32), max_new_tokens)
+        ids = token_array(prompt)
+    check_prompt(model.config, ids[None], np.ones((1, ids.size), np.int32), max_new_tokens)
     stops = set(stop_ids(model))
     if chat and tokenizer is not None and tokenizer.eos_token_id is not None:
         stops.add(int(tokenizer.eos_token_id))
-    settings = _settings(temperature, top_p, top_k)
-    new = _stream(model, ids.astype(np.int32), max_new_tokens, settings, jax.random.key(seed), stops)
+    settings = _settings(temperature, top_p, top_k, model.config.vocab_size)
+    new = _stream(model, ids.astype(np.int32), max_new_tokens, settings, jax.random.key(check_seed(seed)), stops)
     if tokenizer is None:
         return (np.asarray([token], np.int32) for token in new)
     return decode_stream(tokenizer, new, ids.tolist())
@@ -298,71 +275,13 @@ def _stream(
         if step < count:
             shown, token, cache = _next(model, token, cache, key, np.int32(step), settings, many)
         for value in np.asarray(rows)[0, :left].tolist():
+            if value < 0:
+                raise UserError(NOT_FINITE)
             if value in stops:
                 return
             yield value
         left -= rows.shape[1]
 
 
-def prompt_ids(tokenizer: Any, prompt: str, chat: bool = False) -> Int[np.ndarray, " t"]:
-    """Token ids of a prompt, int32 [length]; `chat` applies the chat template with the prompt as the user's turn."""
-    if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise UserError("this checkpoint has no chat template; leave chat off")
-        turn = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    # a chat template writes its own special tokens
-    ids = tokenizer(prompt, add_special_tokens=not chat, return_attention_mask=False, verbose=False)["input_ids"]
-    return np.asarray(ids, np.int32)
-
-
-def decode_stream(tokenizer: Any, tokens: Iterator[int], context: Sequence[int] = ()) -> Iterator[str]:
-    """Text of tokens as they arrive; a character whose bytes span tokens waits until it is whole.
-
-    `context` holds the ids before the first one. Bytes that never make a character are dropped at the end.
-    """
-
-    def text(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    ids = list(context)[-CONTEXT:]
-    start, known = 0, text(ids)
-    for token in tokens:
-        ids.append(token)
-        whole = text(ids[start:])
-        if len(whole) > len(known) and not whole.endswith("\ufffd"):
-            yield whole[len(known) :]
-            # keep this piece as the context of the next, forget what is before it
-            start = max(start, len(ids) - CONTEXT)
-            known = text(ids[start:])
-    rest = text(ids[start:])[len(known) :].rstrip("\ufffd")
-    if rest:
-        yield rest
-
-
-@functools.lru_cache(maxsize=4)
-def _folder_tokenizer(folder: str | None) -> Any | None:
-    return data.load_tokenizer(folder) if folder else None
-
-
-def _settings(temperature: float | int, top_p: float | int, top_k: int) -> Settings:
-    if temperature == 0:
-        return None
-    return np.float32(temperature), np.float32(top_p), np.int32(top_k)
-
-
-def _check_prompt(model: CausalLM, tokens: np.ndarray, mask: np.ndarray, max_new_tokens: int) -> None:
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        raise UserError(f"a prompt must be integer token ids, not {tokens.dtype} of shape {tokens.shape}")
-    if tokens.size == 0:
-        raise UserError("the prompt is empty")
-    if mask.shape != tokens.shape or not mask[:, -1].all():
-        raise UserError("attention_mask must have the prompts' shape, with padding on the left")
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= model.config.vocab_size:
-        raise UserError(f"token id {low if low < 0 else high} is outside the vocabulary of {model.config.vocab_size}")
-    longest = int(mask.sum(1).max())
-    if longest + max_new_tokens > model.config.max_position:
-        raise UserError(
-            f"{longest} prompt tokens and {max_new_tokens} new ones exceed the model's {model.config.max_position}"
-        )
+def _settings(temperature: float | int, top_p: float | int, top_k: int, vocab_size: int = 2**31 - 1) -> Settings:
+    return settings_of(temperature, top_p, top_k, vocab_size)

@@ -15,6 +15,7 @@ from uniql_jax.convert.source import open_source
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.pallas_kernels.dequant_matmul import preferred_order
 from uniql_jax.plan import check_rate
+from uniql_jax.runtime.text import Folder
 from uniql_jax.weights.quantized import QuantizedArray
 
 
@@ -51,24 +52,46 @@ def place_top(top: dict[str, Any], dtype: Any) -> dict[str, Any]:
 
 
 def load(folder: str | Path, prune_rate: float = 0.0, dtype: Any = None) -> CausalLM:
-    """An elastic checkpoint at a prune rate from 0 to 0.35; only the kept bytes are read.
+    """An elastic checkpoint at a prune rate; only the kept bytes are read.
 
-    dtype: of activations and dense weights (default bfloat16 on GPUs, float32 on CPUs). Raises UserError for a bad
-    rate, a folder that is no elastic checkpoint, or damaged files.
+    Args:
+        folder: elastic checkpoint, as `compress` writes it.
+        prune_rate: fraction of the prunable parameters to leave out, from 0 to 0.35.
+        dtype: of activations and dense weights (default: bfloat16 on GPUs, float32 on CPUs).
+
+    Returns:
+        The model on the default device. Its `folder` is absolute.
+
+    Raises:
+        UserError: a rate outside the range, a folder that is no elastic checkpoint, or damaged files.
     """
     rate = check_rate(prune_rate)
     checkpoint = open_checkpoint(folder)
     dtype = default_dtype() if dtype is None else dtype
+    found = Folder(folder)
     keep = checkpoint.keep(rate)
     layers = [place_layer(checkpoint.layer(i, kept), dtype) for i, kept in enumerate(keep)]
     params = place_top(checkpoint.top(), dtype) | {"layers": layers}
-    return CausalLM(checkpoint.config, params, checkpoint.plan, rate, str(folder), dtype)
+    return CausalLM(checkpoint.config, params, checkpoint.plan, rate, found, dtype)
 
 
 def load_source(ckpt: str, dtype: Any = None) -> CausalLM:
-    """The original model of a Hugging Face folder, hub id, .gguf file or the word demo, unsorted and unquantized."""
+    """The original model, unsorted and unquantized.
+
+    Args:
+        ckpt: Hugging Face folder, hub id, .gguf file, Megatron-LM file or the word `demo`.
+        dtype: of activations and dense weights (default: bfloat16 on GPUs, float32 on CPUs).
+
+    Returns:
+        The model on the default device; its plan is None, so that it cannot be pruned. Its `folder` is `ckpt`,
+        absolute where that is a folder.
+
+    Raises:
+        UserError: a checkpoint that is missing, damaged, or of a family that is not supported.
+    """
     source = open_source(ckpt)
     dtype = default_dtype() if dtype is None else dtype
+    folder = Folder(ckpt) if Path(ckpt).is_dir() else str(ckpt)
     layers = [place_layer(source.layer(i), dtype) for i in range(len(source.config.pattern))]
     params = place_top(source.top(), dtype) | {"layers": layers}
-    return CausalLM(source.config, params, None, 0.0, str(ckpt), dtype)
+    return CausalLM(source.config, params, None, 0.0, folder, dtype)

@@ -1,0 +1,169 @@
+"""Text in and out: prompts as token ids, and the text of tokens as they arrive."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from uniql_jax import data
+from uniql_jax.errors import UserError
+
+REPLACEMENT = "\ufffd"
+SHORTEST_WINDOW = 16
+"""Tokens that are decoded again for each new one before the window is moved on."""
+NEVER_VALID = "<0xFF>"
+"""A byte token that no UTF-8 text holds: appended, it shows what a byte-fallback decoder may still take back."""
+
+
+# ---------------------------------------------------------------------------------------------- tokenizers
+
+
+class Folder(str):
+    """A model's folder as an absolute path that remembers which tokenizer files it held when the model was loaded.
+
+    Another checkpoint in the same place must not lend its tokenizer to a model that is already in memory.
+    """
+
+    identity: tuple
+
+    def __new__(cls, folder: str | Path) -> Folder:
+        """Take down the files of a folder that need not exist."""
+        self = super().__new__(cls, Path(folder).expanduser().absolute())
+        self.identity = _identity(self)
+        return self
+
+
+def _identity(folder: str) -> tuple:
+    """Name, inode, size and time of the files that a tokenizer is loaded from."""
+    found = []
+    for name in (*data.TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        try:
+            stat = (Path(folder) / name).stat()
+        except OSError:
+            continue
+        found.append((name, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return tuple(found)
+
+
+def folder_tokenizer(folder: str | None) -> Any | None:
+    """The tokenizer of a model's folder, loaded once for as long as its files stay the same; None when it has none.
+
+    Raises UserError when the files cannot be used, or were replaced since the model was loaded (see `Folder`).
+    """
+    if folder is None:
+        return None
+    identity = _identity(folder)
+    if isinstance(folder, Folder) and folder.identity != identity:
+        raise UserError(f"the tokenizer files in {folder} have changed since the model was loaded; load it again")
+    return _load(str(Path(folder).absolute()), identity)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(folder: str, identity: tuple) -> Any | None:
+    return data.load_tokenizer(folder)
+
+
+# ---------------------------------------------------------------------------------------------- prompts
+
+
+def encode(tokenizer: Any, text: str, add_special_tokens: bool | None = None) -> list[int]:
+    """Token ids of a text; special tokens as the tokenizer adds them by default, but no second BOS to a text that
+    begins with one.
+
+    Raises UserError for text that is not Unicode.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise UserError(f"the text holds U+{code:04X} at character {error.start}, half of a surrogate pair") from None
+    bos = getattr(tokenizer, "bos_token", None)
+    if add_special_tokens is None:
+        add_special_tokens = not (bos and text.startswith(bos))
+    return list(
+        tokenizer(text, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)["input_ids"]
+    )
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """Messages ({"role", "content"}) in the chat template, ready for the assistant's answer.
+
+    Raises UserError when there is no template, or when it refuses these messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("this checkpoint has no chat template; use `generate` without --chat")
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the checkpoint's: it may raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the chat template of this checkpoint fails: {reason}") from None
+
+
+def prompt_ids(tokenizer: Any, prompt: str, chat: bool = False) -> Int[np.ndarray, " t"]:
+    """Token ids of a prompt, int32 [length]; `chat` applies the chat template with the prompt as the user's turn."""
+    if not chat:
+        return np.asarray(encode(tokenizer, prompt), np.int32)
+    # a chat template writes its own special tokens
+    return np.asarray(encode(tokenizer, chat_text(tokenizer, [{"role": "user", "content": prompt}]), False), np.int32)
+
+
+# ---------------------------------------------------------------------------------------------- streams
+
+
+def decode_stream(tokenizer: Any, tokens: Iterator[int], context: Sequence[int] = ()) -> Iterator[str]:
+    """Text of tokens as they arrive; joined, it is the tokenizer's text of context and tokens less that of the context.
+
+    `context` holds the ids before the first one. A piece waits until no later token can change it: until a character
+    whose bytes span tokens is whole, and, with byte fallback, until a run of byte tokens ends, all of which the decoder
+    would take back for one byte too many. Characters that are never finished are dropped at the end.
+    """
+    probe = _byte_token(tokenizer)
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    # ids: a window of what there is, which begins where text can be cut (at first: at the beginning).
+    # shown: the window's text that is out already, or belongs to the context. cut: the last place where it can be cut.
+    ids, cut = list(context), None
+    shown = text(ids)
+    for token in tokens:
+        ids.append(token)
+        whole = text(ids)
+        fixed = whole if probe is None else whole[: _common(whole, text([*ids, probe]))]
+        fixed = fixed.rstrip(REPLACEMENT)
+        # a context that ends inside a character has less text alone than within the whole
+        known = _common(fixed, shown)
+        if len(fixed) > known:
+            yield fixed[known:]
+            shown = fixed
+        if fixed == whole and shown == whole:
+            window = ids[cut:] if cut is not None and len(ids) >= SHORTEST_WINDOW else []
+            # The window may begin anew where its own text is the end of the whole; it must hold some text, since some
+            # tokenizers drop the space of a first word.
+            if window and (found := text(window)) and whole.endswith(found):
+                ids, shown = window, found
+            cut = len(ids)
+    whole = text(ids)
+    rest = whole[_common(whole, shown) :].rstrip(REPLACEMENT)
+    if rest:
+        yield rest
+
+
+def _common(a: str, b: str) -> int:
+    """Length of the longest common beginning."""
+    if a.startswith(b) or b.startswith(a):
+        return min(len(a), len(b))
+    return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+
+
+def _byte_token(tokenizer: Any) -> int | None:
+    """The id of a byte that is never valid, where the tokenizer falls back to bytes."""
+    found = tokenizer.convert_tokens_to_ids(NEVER_VALID)
+    if found is None or tokenizer.convert_ids_to_tokens(found) != NEVER_VALID:
+        return None
+    return int(found)
