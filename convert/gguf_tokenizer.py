@@ -18,9 +18,12 @@ from uniql_jax.errors import UserError
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # token types of a GGUF vocabulary
 # llama.cpp takes these for control tokens whatever their type says
 _END_MARKS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> "
-    "<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos>".split()
-)
+    (
+        "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+        "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+        "<end_of_utterance>", "<eos>",
+    )
+)  # fmt: skip
 _NO_VOCABULARY = ("none", "no_vocab")
 _SPM_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # where a sentencepiece vocabulary does not say
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
@@ -75,7 +78,7 @@ _PRE: dict[str, _Split] = {
 
 
 class GgufTokenizer:
-    """The vocabulary of a GGUF file; `None in` place of a tokenizer where the file has none.
+    """The vocabulary of a GGUF file; `build` makes a tokenizer of it.
 
     Raises UserError, when it is made, for a tokenizer that llama.cpp has and we do not, and for a vocabulary that is
     incomplete or contradicts itself.
@@ -138,7 +141,7 @@ class GgufTokenizer:
     def _byte_level(self) -> tuple[Any, bool]:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-        pre = self._file.text("tokenizer.ggml.pre", "default")
+        pre = self._file.text("tokenizer.ggml.pre", "") or "default"
         split = _PRE.get(pre)
         if split is None:
             raise UserError(
@@ -187,16 +190,12 @@ class GgufTokenizer:
         for i, token in enumerate(self.tokens):
             if len(token) == 1 or i in special or self._types[i] == _BYTE:
                 continue
-            splits = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-            # llama.cpp may also join characters that are no tokens
-            pairs = [
-                pair
-                for pair in splits
-                if all(part in self.vocabulary or len(part) == 1 and part not in characters for part in pair)
-            ]
-            for pair in pairs:
-                if pair[0] not in self.vocabulary or pair[1] not in self.vocabulary:
-                    raise UserError(f"{self.path}: token {token!r} has a character that is no token of its own")
+            if not characters.issuperset(token) and any(
+                self._joins(token[:cut]) and self._joins(token[cut:]) for cut in range(1, len(token))
+            ):  # llama.cpp joins characters that are no tokens
+                raise UserError(f"{self.path}: token {token!r} has a character that is no token of its own")
+            pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+            pairs = [pair for pair in pairs if pair[0] in self.vocabulary and pair[1] in self.vocabulary]
             merges += [(-float(scores[i]), len(left), left, right) for left, right in pairs]
         merges.sort(key=lambda merge: merge[:2])
         for (score, _, *one), (other, _, *two) in itertools.pairwise(merges):
@@ -206,6 +205,9 @@ class GgufTokenizer:
                     "of their merges depends on the text; this is not supported"
                 )
         return [(left, right) for *_, left, right in merges]
+
+    def _joins(self, piece: str) -> bool:
+        return piece in self.vocabulary or len(piece) == 1
 
     def _special(self) -> dict[int, bool]:
         """Ids of tokens that are found in text before it is split -> whether they are control tokens."""
@@ -217,9 +219,7 @@ class GgufTokenizer:
         from tokenizers import AddedToken
 
         special = sorted(self._special().items())
-        tokenizer.add_tokens(
-            [AddedToken(self.tokens[i], special=control, normalized=False) for i, control in special]
-        )
+        tokenizer.add_tokens([AddedToken(self.tokens[i], special=control, normalized=False) for i, control in special])
 
     def _surround(self, tokenizer: Any, ids: dict[str, int], bos: bool) -> None:
         """Put BOS and EOS around every text if the file asks for that, or its kind of tokenizer does."""
@@ -230,7 +230,7 @@ class GgufTokenizer:
             if self._file.flag(f"tokenizer.ggml.add_{role}_token", default):
                 if role not in ids:
                     raise UserError(
-                        f"{self.path} puts a {role.upper()} token on every text but has no tokenizer.ggml.{role}_token_id"
+                        f"{self.path} puts {role.upper()} on every text, but has no tokenizer.ggml.{role}_token_id"
                     )
                 around[role] = (self.tokens[ids[role]], ids[role])
         if around:

@@ -14,10 +14,11 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from uniql_jax import console, data, elastic
+from uniql_jax import console, elastic
 from uniql_jax.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, reachable_bias, stored
 from uniql_jax.errors import UserError
 from uniql_jax.files import check_output, check_space, staged_output
+from uniql_jax.tokenizer import load_tokenizer
 from uniql_jax.train import examples, lora, recover
 from uniql_jax.train.examples import Examples
 from uniql_jax.train.loop import RecoverySettings, data_mesh, memory_bytes, resolved
@@ -56,7 +57,7 @@ def refuse_early(out: str, resume: bool, overwrite: bool) -> None:
 
 def load_examples(checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[Examples, Examples]:
     """(to train on, to judge by), with the checkpoint's own tokenizer; UserError for bad text."""
-    config, tokenizer = checkpoint.config, data.load_tokenizer(checkpoint.folder)
+    config, tokenizer = checkpoint.config, load_tokenizer(checkpoint.folder)
     end = config.eos_ids[0] if config.eos_ids else getattr(tokenizer, "eos_token_id", None)
     read: dict[str, Any] = {"vocab_size": config.vocab_size, "end": end, "seed": args.seed}
     learnt = examples.load(args.data, tokenizer, args.length, args.examples, **read)

@@ -22,7 +22,6 @@ from uniql_jax.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 FILE_SUFFIXES = (*TEXT_SUFFIXES, ".text", ".json", ".jsonl", ".npy")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PIECE = 100_000  # characters; tokenizers without pre-tokenization slow down on longer texts
 LONG_DOCSTRING = 400  # characters; shorter ones are not prose
 PACKAGE_SOURCE = 6_000_000  # bytes of source read per package: seconds, and still more docstrings than windows need
@@ -184,23 +183,6 @@ def _docstrings(name: str) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------- tokens
-
-
-def load_tokenizer(folder: str | Path) -> Any | None:
-    """The tokenizer of a checkpoint folder, from its own files only; None when it has none.
-
-    Raises UserError when the files are there but cannot be used.
-    """
-    folder = Path(folder)
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer  # slow to import
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the tokenizer in {folder} cannot be loaded: {reason}") from None
 
 
 def token_windows(

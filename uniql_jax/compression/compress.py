@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.convert.source import Source, open_source
 from uniql_jax.errors import UserError
 from uniql_jax.files import check_output, check_space
+from uniql_jax.tokenizer import source_tokenizer
 from uniql_jax.train import examples
 from uniql_jax.train.loop import RecoverySettings, resolved
 
@@ -49,9 +49,7 @@ def load_recovery(
     """What `--recover` trains on and is judged by, read with the source's tokenizer, and its `recovery_settings`;
     UserError for bad text.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        source.write_side_files(Path(folder))
-        tokenizer = data.load_tokenizer(folder)
+    tokenizer = source_tokenizer(source)
     config = source.config
     options, tuning = recovery_settings(config, options, tune)
     end = config.eos_ids[0] if config.eos_ids else getattr(tokenizer, "eos_token_id", None)
@@ -96,9 +94,7 @@ def is_done(
 def calibration_windows(source: Source, specs: Sequence[str], count: int, length: int, seed: int) -> data.Windows:
     """Calibration windows with the source's own tokenizer; no specs: mixed text that is always at hand."""
     limit = source.config.max_position
-    with tempfile.TemporaryDirectory() as folder:
-        source.write_side_files(folder)
-        tokenizer = data.load_tokenizer(folder)
+    tokenizer = source_tokenizer(source)
     if not specs and tokenizer is None:
         raise UserError(f"{source.name} has no tokenizer: give --calib FILE.npy, int32 token ids [samples, length]")
     named = ""

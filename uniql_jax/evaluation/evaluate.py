@@ -16,6 +16,7 @@ from uniql_jax.errors import UserError
 from uniql_jax.evaluation import plot, tasks
 from uniql_jax.evaluation.likelihood import BROKEN, rows_at_once, token_nll
 from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.tokenizer import load_tokenizer
 
 PERPLEXITY = "perplexity"
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -84,7 +85,7 @@ def evaluate(
     sizes = {float(rate): checkpoint.weight_bytes(float(rate)) for rate in prune_rates}
     window = min(window, config.max_position)
     names, manager = tasks.named(zero_shot) if zero_shot else ([], None)
-    tokenizer = data.load_tokenizer(ckpt)
+    tokenizer = load_tokenizer(ckpt)
     if names and tokenizer is None:
         raise UserError(f"{ckpt} has no tokenizer, which tasks need")
     vocabulary = config.vocab_size

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from uniql_jax import data
 from uniql_jax.errors import UserError
 from uniql_jax.model.cache import Cache
 from uniql_jax.model.causal_lm import CausalLM, decode, init_cache, prefill
+from uniql_jax.tokenizer import load_tokenizer
 
 SHORTEST_BUCKET = 16
 CONTEXT = 8  # prompt tokens decoded before the first new one, for tokenizers whose spaces depend on what precedes
@@ -342,7 +342,7 @@ def decode_stream(tokenizer: Any, tokens: Iterator[int], context: Sequence[int] 
 
 @functools.lru_cache(maxsize=4)
 def _folder_tokenizer(folder: str | None) -> Any | None:
-    return data.load_tokenizer(folder) if folder else None
+    return load_tokenizer(folder) if folder else None
 
 
 def _settings(temperature: float | int, top_p: float | int, top_k: int) -> Settings:
