@@ -33,6 +33,7 @@ from uniql_jax.evaluation.timing import environment
 from uniql_jax.model.causal_lm import CausalLM, hidden_states, logits
 from uniql_jax.plan import Plan
 from uniql_jax.runtime.loading import load, load_source
+from uniql_jax.tokenizer import load_tokenizer
 from uniql_jax.weights.quantized import dense
 
 RATES = (0.0, 0.15, 0.25, 0.35)
@@ -185,7 +186,7 @@ def main() -> None:
 
     source = Cached(open_source(args.ckpt))
     vocab = source.config.vocab_size
-    tokenizer = data.load_tokenizer(args.tokenizer) if args.tokenizer else None
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     calibration = data.token_windows(args.calib, tokenizer, args.length, args.windows, 0, vocab_size=vocab)
     texts = {}
     for item in args.text:

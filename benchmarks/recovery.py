@@ -44,6 +44,7 @@ from uniql_jax.evaluation.timing import environment
 from uniql_jax.model.causal_lm import embed
 from uniql_jax.model.layers.context import full_context
 from uniql_jax.plan import Plan
+from uniql_jax.tokenizer import load_tokenizer
 from uniql_jax.train import lora, rates, recover, stack
 from uniql_jax.train.examples import Examples, from_windows, split
 from uniql_jax.train.loop import RecoverySettings, Trainer
@@ -309,11 +310,11 @@ def prepare(args: argparse.Namespace, work: Path) -> tuple[Bench, dict[str, Any]
     """The bench, and what the record says of model and texts; sorts and plans where that was not done before."""
     ckpt = Path(args.ckpt)
     source = None if is_elastic(ckpt) else args.ckpt
-    tokenizer = data.load_tokenizer(args.tokenizer) if args.tokenizer else None
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     opened = open_source(source) if source else None
     if opened is not None and tokenizer is None:
         opened.write_side_files(work)
-        tokenizer = data.load_tokenizer(work)
+        tokenizer = load_tokenizer(work)
     vocab = (opened or open_checkpoint(ckpt)).config.vocab_size
     calibration = data.token_windows(args.calib, tokenizer, args.length, args.windows, 0, vocab_size=vocab)
     start = time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -12,6 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from uniql_jax import config as configs
+from uniql_jax.convert.gguf_file import GgufFile
+from uniql_jax.convert.gguf_tokenizer import GgufTokenizer
 from uniql_jax.errors import UserError
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -20,194 +21,129 @@ _STORED_AS = {"F32": "float32", "F16": "float16"}  # anything else serves at 16 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
-_CONTROL, _USER_DEFINED = 3, 4  # token types of a GGUF vocabulary
-
-
-def _splitters() -> dict[str, list[Any]]:
-    """How byte-level vocabularies split text, by the name that a GGUF gives it."""
-    from tokenizers import Regex, pre_tokenizers
-
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    llama3 = [
-        pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-    smollm = [pre_tokenizers.Digits(individual_digits=True), whole]
-    return {"gpt-2": [whole], "smollm": smollm} | dict.fromkeys(_LLAMA3_NAMES, llama3)
-
-
 class GgufReader:
-    """The tensors of one GGUF file, each dequantized when it is asked for.
+    """The tensors of one GGUF model (one file or all parts of a split one), each dequantized when it is asked for.
 
-    Raises UserError for a file that is no GGUF, is truncated, or is of another family than llama.
+    Raises UserError for a file that is no GGUF, is truncated, lacks parts, or is of another family than llama.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        if importlib.util.find_spec("gguf") is None:
-            raise UserError("a .gguf file needs the package gguf: pip install 'uniql-jax[gguf]'")
-        import gguf
-
-        self.path = Path(path)
+        self._file = GgufFile(path)
+        self.path, self._tensors = self._file.path, self._file.tensors
         self.bytes_read = 0
-        try:
-            self._file = gguf.GGUFReader(self.path)
-        except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
-            line = " ".join(str(error).split())
-            raise UserError(f"{path} is truncated or no GGUF file ({line})") from None
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-        self._tensors: dict[str, Any] = {}
-        for tensor in self._file.tensors:
-            if tensor.name in self._tensors:
-                raise UserError(f"tensor {tensor.name!r} is stored twice in {path}")
-            self._tensors[tensor.name] = tensor
 
     def names(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Name -> (float32, shape, slowest dimension first) of every tensor that is a weight."""
         float32 = np.dtype(np.float32)
-        return {
-            name: (float32, tuple(int(n) for n in reversed(tensor.shape)))
-            for name, tensor in self._tensors.items()
-            if name != ROPE_FACTORS
-        }
+        return {name: (float32, tensor.shape) for name, tensor in self._tensors.items() if name != ROPE_FACTORS}
 
     def read(self, name: str) -> Float[np.ndarray, "..."]:
         """One tensor in float32."""
-        import gguf
-
         tensor = self._tensors[name]
-        try:
-            value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError:
-            kind = tensor.tensor_type.name
-            raise UserError(f"tensor {name!r} of {self.path} is stored as {kind}, which we cannot read") from None
-        self.bytes_read += int(tensor.n_bytes)
-        return np.asarray(value, np.float32).reshape(self.names()[name][1])
+        self.bytes_read += tensor.nbytes
+        return tensor.read(name)
 
     def hf_config(self) -> dict[str, Any]:
         """The config.json that this model would have on the hub (UserError when it is not of the llama family)."""
-        architecture = self._value("general.architecture")
+        file = self._file
+        architecture = file.text("general.architecture")
         if architecture != "llama":
             raise UserError(f"{self.path} is a GGUF of the family {architecture!r}; we read the llama family only")
-        if self._value("llama.expert_count"):
+        if file.count("llama.expert_count", 0):
             raise UserError(f"{self.path} is a mixture of experts, which is not supported")
         embed = self._tensors.get("token_embd.weight")
-        if embed is None:
-            raise UserError(f"{self.path} lacks the tensor 'token_embd.weight'")
-        hidden, heads = self._size("llama.embedding_length"), self._size("llama.attention.head_count")
-        head_dim = int(self._value("llama.attention.key_length") or hidden // heads)
-        if int(self._value("llama.rope.dimension_count") or head_dim) != head_dim:
-            raise UserError(f"{self.path} rotates only a part of each head, which is not supported")
-        if int(self._value("llama.attention.value_length") or head_dim) != head_dim:
-            raise UserError(f"{self.path} has values of another size than keys, which is not supported")
-        theta = float(self._value("llama.rope.freq_base") or 10000.0)
+        if embed is None or len(embed.shape) != 2:
+            raise UserError(f"{self.path} lacks the tensor 'token_embd.weight' of two dimensions")
+        tokenizer = GgufTokenizer(file)
+        if len(tokenizer.tokens) > embed.shape[0]:
+            raise UserError(f"{self.path} has {len(tokenizer.tokens)} tokens, but {embed.shape[0]} rows of embedding")
+        layers = file.size("llama.block_count")
+        last = f"blk.{layers - 1}.attn_norm.weight"
+        if last not in self._tensors:  # before anything is made for each of what may be billions of layers
+            raise UserError(f"{self.path} says that it has {layers} layers, but {last!r} is missing")
+        heads, head_dim = file.size("llama.attention.head_count"), self._head_dim()
+        theta = file.number("llama.rope.freq_base", 10000.0)
+        ids = tokenizer.special_ids()
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "attention_bias": "blk.0.attn_q.bias" in self._tensors,
             "mlp_bias": "blk.0.ffn_gate.bias" in self._tensors,
-            "bos_token_id": self._value("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": self._value("tokenizer.ggml.eos_token_id"),
+            "bos_token_id": ids.get("bos"),
+            "eos_token_id": ids.get("eos"),
             "head_dim": head_dim,
             "hidden_act": "silu",
-            "hidden_size": hidden,
-            "intermediate_size": self._size("llama.feed_forward_length"),
-            "max_position_embeddings": self._size("llama.context_length"),
+            "hidden_size": file.size("llama.embedding_length"),
+            "intermediate_size": file.size("llama.feed_forward_length"),
+            "max_position_embeddings": file.size("llama.context_length"),
             "num_attention_heads": heads,
-            "num_hidden_layers": self._size("llama.block_count"),
-            "num_key_value_heads": int(self._value("llama.attention.head_count_kv") or heads),
+            "num_hidden_layers": layers,
+            "num_key_value_heads": file.size("llama.attention.head_count_kv", heads),
             # stored as float32: the shortest decimal that reads back as the same number is the published one
-            "rms_norm_eps": float(str(np.float32(self._value("llama.attention.layer_norm_rms_epsilon") or 1e-6))),
+            "rms_norm_eps": float(str(np.float32(file.number("llama.attention.layer_norm_rms_epsilon")))),
             "rope_theta": theta,
             "rope_scaling": self._rope_scaling(theta, head_dim),
             "tie_word_embeddings": "output.weight" not in self._tensors,
-            "torch_dtype": _STORED_AS.get(embed.tensor_type.name, "bfloat16"),
-            "vocab_size": int(embed.shape[1]),
+            "torch_dtype": _STORED_AS.get(embed.kind.name, "bfloat16"),
+            "vocab_size": embed.shape[0],
         }
 
+    def _head_dim(self) -> int:
+        """The size of a head; UserError for heads that transformers' llama cannot have."""
+        file = self._file
+        hidden, heads = file.size("llama.embedding_length"), file.size("llama.attention.head_count")
+        if "llama.attention.key_length" not in file and hidden % heads:
+            raise UserError(f"{self.path}: a stream of {hidden} cannot be split into {heads} equal heads")
+        head_dim = file.size("llama.attention.key_length", hidden // heads)
+        if file.count("llama.rope.dimension_count", head_dim) != head_dim:
+            raise UserError(f"{self.path} rotates only a part of each head, which is not supported")
+        if file.count("llama.attention.value_length", head_dim) != head_dim:
+            raise UserError(f"{self.path} has values of another size than keys, which is not supported")
+        scale = file.number("llama.attention.scale", head_dim**-0.5)
+        if abs(scale * head_dim**0.5 - 1) > 1e-6:
+            raise UserError(f"{self.path} scales attention by {scale} (llama.attention.scale), which is not supported")
+        return head_dim
+
     def _rope_scaling(self, theta: float, head_dim: int) -> dict[str, Any] | None:
-        kind = self._value("llama.rope.scaling.type")
-        if kind not in (None, "none", "linear"):
+        """The `rope_scaling` of a config: like llama.cpp, linear where a factor has no type."""
+        file = self._file
+        kind = file.text("llama.rope.scaling.type", "linear")
+        if kind not in ("none", "linear"):
             raise UserError(f"{self.path} scales RoPE by the rule {kind!r}; we have linear and llama3")
-        factor = float(self._value("llama.rope.scaling.factor") or 1.0)
-        linear = kind == "linear" and factor != 1.0
+        # the second key is the one of old files
+        factor = file.number("llama.rope.scaling.factor", file.number("llama.rope.scale_linear", 1.0))
+        if file.number("llama.rope.scaling.attn_factor", 1.0) != 1:
+            raise UserError(f"{self.path} scales attention with RoPE (rope.scaling.attn_factor): not supported")
+        linear = {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1.0 else None
         if ROPE_FACTORS not in self._tensors:
-            return {"rope_type": "linear", "factor": factor} if linear else None
-        factors = np.asarray(self._tensors[ROPE_FACTORS].data, np.float32).reshape(-1)
-        if np.all(factors == 1):
-            return {"rope_type": "linear", "factor": factor} if linear else None
-        guess = {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3}
-        plain = configs.Rope(theta=theta, dim=head_dim).inv_freq()
-        original = _LLAMA3["original_max_position_embeddings"]
-        llama3 = configs.Rope(theta, head_dim, "llama3", float(factors.max()), 1.0, 4.0, int(original)).inv_freq()
-        if linear or factors.shape != plain.shape or not np.allclose(plain / factors, llama3, rtol=1e-4, atol=0):
-            raise UserError(f"{self.path} has RoPE factors (rope_freqs.weight) that are not those of Llama 3")
-        return guess
+            return linear
+        factors = self._tensors[ROPE_FACTORS].read(ROPE_FACTORS).reshape(-1)
+        if factors.size and np.all(factors == 1):
+            return linear
+        if linear is None and factors.size == head_dim // 2 and np.isfinite(factors).all() and factors.min() > 0:
+            largest = float(factors.max())
+            plain = configs.Rope(theta=theta, dim=head_dim).inv_freq()
+            original = int(_LLAMA3["original_max_position_embeddings"])
+            llama3 = configs.Rope(theta, head_dim, "llama3", largest, 1.0, 4.0, original).inv_freq()
+            if np.allclose(plain / factors, llama3, rtol=1e-4, atol=0):
+                return {"rope_type": "llama3", "factor": largest, **_LLAMA3}
+        raise UserError(f"{self.path} has RoPE factors (rope_freqs.weight) that are not those of Llama 3")
 
     def check_side_files(self) -> None:
-        """Raise UserError now, not after hours of work, if `write_side_files` will lack a library."""
-        if self._pieces() and not self._byte_level() and importlib.util.find_spec("torch") is None:
-            raise UserError(f"transformers needs torch to read the tokenizer of {self.path}: pip install torch")
+        """Raise UserError now, not after hours of work, if the tokenizer cannot be made."""
+        GgufTokenizer(self._file).build()
 
     def write_side_files(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer with its chat template (if there is a vocabulary) and generation_config.json."""
-        if self._pieces():
-            self._tokenizer().save_pretrained(str(folder))
-        ids = {f"{name}_token_id": self._special(name) for name in ("bos", "eos", "padding")}
-        ids["pad_token_id"] = ids.pop("padding_token_id")
-        text = json.dumps({name: value for name, value in ids.items() if value is not None}, indent=2)
+        made = GgufTokenizer(self._file)
+        tokenizer, ids = made.build(), made.special_ids()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+        ends = list(dict.fromkeys(ids[role] for role in ("eos", "eot", "eom") if role in ids))
+        known = {
+            "bos_token_id": ids.get("bos"),
+            "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+            "pad_token_id": ids.get("padding"),
+        }
+        text = json.dumps({name: value for name, value in known.items() if value is not None}, indent=2)
         (Path(folder) / "generation_config.json").write_text(text + "\n")
-
-    def _pieces(self) -> bool:
-        return "tokenizer.ggml.tokens" in self._file.fields
-
-    def _byte_level(self) -> bool:
-        return self._value("tokenizer.ggml.model") == "gpt2" and self._value("tokenizer.ggml.pre") in _splitters()
-
-    def _special(self, name: str) -> int | None:
-        return self._value(f"tokenizer.ggml.{name}_token_id")
-
-    def _tokenizer(self) -> Any:
-        """A fast tokenizer; byte-level vocabularies are put together here, since transformers would need torch."""
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        if not self._byte_level():
-            return AutoTokenizer.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
-        tokens, rule = self._value("tokenizer.ggml.tokens"), self._value("tokenizer.ggml.pre")
-        merges = [tuple(merge.split(" ", 1)) for merge in self._value("tokenizer.ggml.merges")]
-        vocabulary = {token: i for i, token in enumerate(tokens)}
-        # Llama 3 takes a whole word that is in the vocabulary even if no merges lead to it
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=rule in _LLAMA3_NAMES))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_splitters()[rule])
-        tokenizer.decoder = decoders.ByteLevel()
-        types = self._value("tokenizer.ggml.token_type") or []
-        for kind in (_CONTROL, _USER_DEFINED):
-            added = [t for t, k in zip(tokens, types, strict=False) if k == kind]
-            tokenizer.add_tokens([AddedToken(t, special=kind == _CONTROL, normalized=False) for t in added])
-        names = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
-        special = {theirs: tokens[i] for ours, theirs in names.items() if (i := self._special(ours)) is not None}
-        if self._value("tokenizer.ggml.add_bos_token") and "bos_token" in special:
-            bos = special["bos_token"]
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
-            )
-        template = self._value("tokenizer.chat_template")
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, chat_template=template, **special
-        )
-
-    def _value(self, key: str) -> Any:
-        field = self._file.fields.get(key)
-        return None if field is None else field.contents()
-
-    def _size(self, key: str) -> int:
-        value = self._value(key)
-        if not isinstance(value, int):
-            raise UserError(f"{self.path} does not say a single {key}")
-        return value

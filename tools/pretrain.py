@@ -31,6 +31,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.documents import read_documents
 from uniql_jax.errors import UserError
 from uniql_jax.files import check_output, copy_side_files, staged_output
+from uniql_jax.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "examples" / "tiny" / "configs"
 DEFAULTS = PretrainSettings()
@@ -86,11 +87,11 @@ def choose_tokenizer(folder: str | None, specs: Sequence[str], vocab: int) -> An
         if all_npy(specs):
             raise UserError("token ids tell nothing about their tokenizer: name its folder with --tokenizer")
         return train_tokenizer(read_documents([s for s in specs if not all_npy([s])]), vocab)
-    if not Path(folder).is_dir() or not any((Path(folder) / name).exists() for name in data.TOKENIZER_FILES):
+    if not Path(folder).is_dir() or not any((Path(folder) / name).exists() for name in TOKENIZER_FILES):
         raise UserError(f"--tokenizer {folder} holds no tokenizer files")
     if all_npy(specs):
         return None  # its files are copied; the library that reads them is not needed
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     if tokenizer is not None and len(tokenizer) > vocab:
         raise UserError(f"the tokenizer in {folder} has {len(tokenizer)} entries, the model's vocabulary {vocab}")
     return tokenizer

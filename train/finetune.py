@@ -12,11 +12,12 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from uniql_jax import console, data, elastic
+from uniql_jax import console, elastic
 from uniql_jax.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, reachable_bias, stored
 from uniql_jax.errors import UserError
 from uniql_jax.files import check_output, check_space, staged_output
 from uniql_jax.locking import hold_lock
+from uniql_jax.tokenizer import load_tokenizer
 from uniql_jax.train import examples, lora, recover
 from uniql_jax.train.examples import Examples
 from uniql_jax.train.loop import data_mesh, memory_bytes
@@ -71,7 +72,7 @@ def load_examples(
     Raises:
         UserError: a text cannot be used.
     """
-    config, tokenizer = checkpoint.config, data.load_tokenizer(checkpoint.folder)
+    config, tokenizer = checkpoint.config, load_tokenizer(checkpoint.folder)
     if not 2 <= length <= config.max_position:
         raise UserError(f"--length must be from 2 to {config.max_position} tokens, the model's limit")
     end = config.eos_ids[0] if config.eos_ids else getattr(tokenizer, "eos_token_id", None)

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from uniql_jax import data
 from uniql_jax.checkpoint import is_elastic
 from uniql_jax.errors import UserError
 from uniql_jax.manifest import Manifest, hash_array, settings_entries
 from uniql_jax.model.causal_lm import CausalLM, decode, init_cache, prefill
 from uniql_jax.runtime import loading
+from uniql_jax.tokenizer import load_tokenizer
 from uniql_jax.version import __version__
 
 BATCH = 64
@@ -95,7 +95,7 @@ def open_model(ckpt: str) -> CausalLM:
 def tokenizer_of(ckpt: str, model: CausalLM) -> Any | None:
     """The tokenizer of a checkpoint, or None: windows then begin with any id."""
     folder = Path(model.folder or ckpt).expanduser()
-    return data.load_tokenizer(folder) if folder.is_dir() else None
+    return load_tokenizer(folder) if folder.is_dir() else None
 
 
 def npy_bytes(rows: Int[np.ndarray, "windows length"]) -> bytes:

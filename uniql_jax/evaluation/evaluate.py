@@ -18,6 +18,7 @@ from uniql_jax.evaluation import plot, tasks
 from uniql_jax.evaluation.likelihood import BROKEN, rows_at_once, token_nll
 from uniql_jax.evaluation.timing import device_name, memory_limit
 from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.tokenizer import load_tokenizer
 
 PERPLEXITY = "perplexity"
 WINDOW = 1024
@@ -108,7 +109,7 @@ def evaluate(
     # asked first: a rate that cannot be served is refused before long work
     sizes = {float(rate): checkpoint.weight_bytes(float(rate)) for rate in prune_rates}
     names, manager = tasks.named(zero_shot) if zero_shot else ([], None)
-    tokenizer = data.load_tokenizer(ckpt)
+    tokenizer = load_tokenizer(ckpt)
     if names and tokenizer is None:
         raise UserError(f"{ckpt} has no tokenizer, which tasks need")
     vocabulary = config.vocab_size

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from uniql_jax import data
 from uniql_jax.errors import UserError
+from uniql_jax.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 REPLACEMENT = "\ufffd"
 SHORTEST_WINDOW = 16
@@ -41,7 +41,7 @@ class Folder(str):
 def _identity(folder: str) -> tuple:
     """Name, inode, size and time of the files that a tokenizer is loaded from."""
     found = []
-    for name in (*data.TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+    for name in (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         try:
             stat = (Path(folder) / name).stat()
         except OSError:
@@ -65,7 +65,7 @@ def folder_tokenizer(folder: str | None) -> Any | None:
 
 @functools.lru_cache(maxsize=4)
 def _load(folder: str, identity: tuple) -> Any | None:
-    return data.load_tokenizer(folder)
+    return load_tokenizer(folder)
 
 
 # ---------------------------------------------------------------------------------------------- prompts
