@@ -12,13 +12,12 @@ from uniql_jax.compression.estimate import (
     disk_bytes,
     estimated_bytes,
     memory_parts,
-    parameter_count,
-    prunable_count,
     speed,
     work,
 )
-from uniql_jax.compression.settings import CompressionSettings, groups
-from uniql_jax.plan import MAX_PRUNE_RATE, axis_group_and_unit
+from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.counting import parameter_count, prunable_count
+from uniql_jax.plan import MAX_PRUNE_RATE, axis_group_and_unit, groups
 from uniql_jax.train.loop import memory_bytes, resolved
 from uniql_jax.train.lora import described
 from uniql_jax.weights.quantized import TARGET_GROUP

@@ -22,11 +22,11 @@ from uniql_jax.compression.contract import Progress, Recovery, Report, Source
 from uniql_jax.compression.estimate import disk_bytes, stream_bytes
 from uniql_jax.compression.finishing import Finisher, keep_per_window, pack_leaf, refit_rates
 from uniql_jax.compression.math.rotation import orthogonal, rotate_block, rotate_top
-from uniql_jax.compression.settings import CompressionSettings, groups
+from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.sorting import final_gram, layer_forward, layer_statistics, loss_gradient, sort_layer
 from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import embed
-from uniql_jax.plan import make_plan
+from uniql_jax.plan import groups, make_plan
 from uniql_jax.train import recover as recovery
 from uniql_jax.train.lora import merge_layer, packed_layer, packed_top
 from uniql_jax.version import __version__

@@ -1,14 +1,8 @@
-"""The settings of one compression run, and the quantization groups that follow from them."""
+"""The settings of one compression run."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-
-from uniql_jax import elastic
-from uniql_jax.config import ModelConfig
-from uniql_jax.plan import axis_group_and_unit
-from uniql_jax.weights.quantized import group_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +47,3 @@ class CompressionSettings:
 
 
 REFIT_RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
-
-
-def groups(config: ModelConfig) -> Mapping[str, int]:
-    """Quantization group per contracted dimension: along the hidden size and along each elastic axis."""
-    axes = {axis for kinds in config.pattern for axis in elastic.layer_axes(config, kinds)}
-    found = {axis: axis_group_and_unit(config, axis)[0] for axis in sorted(axes)}
-    return {"embed": group_size(config.hidden_size)} | {axis: group for axis, group in found.items() if group}

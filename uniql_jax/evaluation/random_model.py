@@ -21,11 +21,10 @@ from jaxtyping import Array, Int, Shaped
 from uniql_jax import config as model_config
 from uniql_jax import elastic
 from uniql_jax.checkpoint import leaf_group
-from uniql_jax.compression.settings import groups
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
-from uniql_jax.plan import Plan, check_rate, make_plan
+from uniql_jax.plan import Plan, check_rate, groups, make_plan
 from uniql_jax.runtime.loading import default_dtype, place_layer, place_top
 from uniql_jax.weights.quantized import QuantizedArray, from_codes
 
