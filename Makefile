@@ -75,7 +75,7 @@ imports: $(VENV)/.dev
 	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 notebook: $(VENV)/.notebook
 	$(BIN)/python -m pytest -o addopts= -p no:cacheprovider --nbmake --nbmake-timeout 900 examples/quickstart.ipynb

@@ -163,13 +163,11 @@ def test_a_whole_run_anywhere(installed: Path, elsewhere: Path, tmp_path: Path, 
     np.save(windows, rng.integers(2, tiny.VOCAB, (4, 16)).astype(np.int32))
     run(*module, "uniql_jax.compress", "--ckpt", hub, "--out", elastic, "--calib", windows, "--calib-length", "16")
     sampling = ("--ckpt", elastic, "--prune-rate", "0.25", "--prompt", "The people", "--max-new-tokens", "4")
-    assert run(*uniql, "generate", *sampling, "--seed", "1") == run(
-        *module, "uniql_jax.generate", *sampling, "--seed", "1"
-    )
+    assert run(*uniql, "generate", *sampling) == run(*module, "uniql_jax.generate", *sampling)
     run(*uniql, "export", elastic, tmp_path / "dense", "--prune-rate", "0.25")
     assert json.loads((tmp_path / "dense" / "config.json").read_text())["model_type"] == "llama"
-    down = load_file(tmp_path / "dense" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
-    assert (down == 0).all(axis=0).any()  # what was cut is zero
+    matrices = [w for w in load_file(tmp_path / "dense" / "model.safetensors").values() if w.ndim == 2]
+    assert any((w == 0).all(axis).any() for w in matrices for axis in (0, 1))  # what was cut is zero
 
 
 @pytest.mark.slow
