@@ -47,16 +47,18 @@ test-gpu: $(VENV)/.gpu
 test-packaging: $(VENV)/.test
 	$(BIN)/python -m pytest tests/test_packaging.py -m "not gpu" -n $(JOBS) --dist loadfile $(ARGS)
 
+# 5: all of it was skipped, because llama.cpp did not install here.
 test-llamacpp: $(VENV)/.llamacpp
-	$(BIN)/python -m pytest tests/convert/test_gguf_llamacpp.py $(ARGS)
+	$(BIN)/python -m pytest tests/convert/test_gguf_llamacpp.py $(ARGS) || [ $$? = 5 ]
 
 # Without torch, so without the parity tests: what JAX itself may break.
 test-next:
-	@for python in $(NEXT); do \
+	@set -e; for python in $(NEXT); do \
 	  if $$python -c "" 2>/dev/null; then next=$$python; break; fi; \
 	done; \
 	if [ -z "$$next" ]; then echo "skipped: none of $(NEXT) starts here (make test-next NEXT=path/to/python)"; exit 0; fi; \
-	$(MAKE) --no-print-directory VENV=$(VENV)-next PYTHON=$$next $(VENV)-next/.next && \
+	$(MAKE) --no-print-directory VENV=$(VENV)-next PYTHON=$$next $(VENV)-next/.next || \
+	  { echo "skipped: the newest JAX does not install with $$next"; exit 0; }; \
 	$(VENV)-next/bin/python -c "import jax, sys; print('JAX', jax.__version__, 'Python', sys.version)" && \
 	$(VENV)-next/bin/python -m pytest -n $(JOBS) --dist loadfile $(NEXT_TESTS) $(ARGS)
 
@@ -108,7 +110,7 @@ $(VENV)/.gpu: $(VENV)/.test pyproject.toml
 	@touch $@
 
 $(VENV)/.llamacpp: $(VENV)/.test pyproject.toml
-	$(PIP) -e ".[test,llamacpp]"
+	$(PIP) -e ".[test,llamacpp]" || echo "no llama.cpp for this machine"
 	@touch $@
 
 $(VENV)/.notebook: $(VENV)/.demo pyproject.toml
