@@ -1,6 +1,6 @@
 """Door: a small language model from nothing but text, written as a Hugging Face folder.
 
-python -m train.pretrain --config CONFIG.json|NAME --data TEXT ... --out DIR [--steps N] [--eval TEXT ...]
+python -m tools.pretrain --config CONFIG.json|NAME --data TEXT ... --out DIR [--steps N] [--eval TEXT ...]
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ PACKAGES = ("jax", "flax", "optax", "numpy")
 EXAMPLES = """\
 examples:
   a small qwen2 from presidential addresses, judged on later ones:
-    python -m train.pretrain --config qwen2 --data sotu:before-1980 --eval sotu:from-1981 --out tiny-qwen2
+    python -m tools.pretrain --config qwen2 --data sotu:before-1980 --eval sotu:from-1981 --out tiny-qwen2
 
   the same in two steps, for a training machine without the text: tokenizer and tokens here ...
-    python -m train.pretrain --config qwen2 --data sotu:before-1980 --eval sotu:from-1981 --out prepared --prepare-only
+    python -m tools.pretrain --config qwen2 --data sotu:before-1980 --eval sotu:from-1981 --out prepared --prepare-only
   ... and there the training
-    python -m train.pretrain --config qwen2 --tokenizer prepared --data prepared/train.npy --eval prepared/eval.npy \\
+    python -m tools.pretrain --config qwen2 --tokenizer prepared --data prepared/train.npy --eval prepared/eval.npy \\
       --out tiny-qwen2 --compute bfloat16
 
 --data and --eval take text files, folders of text, .jsonl, a datasets name, docs:PACKAGE, sotu:before-1980 (package
@@ -145,7 +145,7 @@ def prepare(
         if held is not None:
             np.save(staging / "eval.npy", held.tokens)
     tokens = f"{out}/train.npy --eval {out}/eval.npy" if held is not None else f"{out}/train.npy"
-    command = f"python -m train.pretrain --config CONFIG --tokenizer {out} --data {tokens} --out DIR"
+    command = f"python -m tools.pretrain --config CONFIG --tokenizer {out} --data {tokens} --out DIR"
     print(f"\n{out} is ready. Next:\n  {command}")
 
 
@@ -160,7 +160,7 @@ def recipe(
     """All that it takes to make this model again, and what came of it."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
-        "command": "python -m train.pretrain " + shlex.join(argv),
+        "command": "python -m tools.pretrain " + shlex.join(argv),
         "options": dataclasses.asdict(options),
         "data": train.description,
         "versions": {"uniql-jax": uniql_jax.__version__, "python": sys.version.split()[0]} | versions,
@@ -175,7 +175,7 @@ def recipe(
 def parser() -> cli.Parser:
     """The door's arguments."""
     parser = cli.Parser(
-        prog="python -m train.pretrain",
+        prog="python -m tools.pretrain",
         description="Train a small language model from scratch: tokenizer, training, and a Hugging Face folder that\n"
         "stock transformers and python -m uniql_jax.compress read.",
         epilog=EXAMPLES,
