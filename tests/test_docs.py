@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -56,3 +57,9 @@ def test_quoted_messages_are_ours() -> None:
     for message in quoted:
         for piece in re.split(r"\.\.\.|0\.35|FILE|\bMB\b", message):
             assert piece.strip() in code, message
+
+
+def test_notebooks_hold_no_outputs() -> None:
+    for path in (ROOT / "examples").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells), path
