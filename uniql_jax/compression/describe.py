@@ -12,15 +12,13 @@ from uniql_jax.compression.estimate import (
     disk_bytes,
     estimated_bytes,
     memory_parts,
-    parameter_count,
-    prunable_count,
     speed,
     work,
 )
 from uniql_jax.compression.settings import CompressionSettings, Resources
-from uniql_jax.compression.stored import groups
 from uniql_jax.compression.workspace import work_folder
-from uniql_jax.plan import MAX_PRUNE_RATE, axis_group_and_unit
+from uniql_jax.counting import parameter_count, prunable_count
+from uniql_jax.plan import MAX_PRUNE_RATE, axis_group_and_unit, groups
 from uniql_jax.train.loop import memory_bytes, resolved
 from uniql_jax.train.lora import described
 from uniql_jax.weights.quantized import TARGET_GROUP

@@ -11,33 +11,13 @@ import jax.numpy as jnp
 
 from uniql_jax import elastic
 from uniql_jax.compression.settings import CompressionSettings, Resources
-from uniql_jax.compression.stored import groups
 from uniql_jax.config import ModelConfig
+from uniql_jax.counting import block_parameters, parameter_count
+from uniql_jax.plan import groups
 
 
 def _blocks(config: ModelConfig) -> Iterator[str]:
     return (kind for kinds in config.pattern for kind in kinds)
-
-
-def _count(config: ModelConfig, kind: str) -> int:
-    leaves = elastic.leaves(config, kind)
-    return sum(math.prod(elastic.shape(config, leaf)) for name, leaf in leaves.items() if name != "inv_freq")
-
-
-def parameter_count(config: ModelConfig) -> int:
-    """Parameters of the whole model, embedding and head (once when tied) included."""
-    tables = config.vocab_size * (1 if config.tie_embeddings else 2)
-    return sum(_count(config, kind) for kind in _blocks(config)) + config.hidden_size * (tables + 1)
-
-
-def prunable_count(config: ModelConfig) -> int:
-    """Parameters along the elastic axes: what a prune rate is a fraction of."""
-    full = elastic.sizes(config)
-    return sum(
-        full[axis] * elastic.axis_cost(config, kinds, axis)
-        for kinds in config.pattern
-        for axis in elastic.layer_axes(config, kinds)
-    )
 
 
 def estimated_bytes(config: ModelConfig, options: CompressionSettings, rate: float = 0.0) -> int:
@@ -71,7 +51,7 @@ def memory_parts(config: ModelConfig, windows: int, length: int) -> dict[str, in
     Float32 copies of a layer, its Gram matrices and those of that size that sorting or GPTQ add, the calibration
     windows between layers, the embedding and head.
     """
-    layer = max(sum(_count(config, kind) for kind in kinds) for kinds in config.pattern)
+    layer = max(sum(block_parameters(config, kind) for kind in kinds) for kinds in config.pattern)
     widest = max(config.hidden_size, *(output_width(config, kind) for kind in _blocks(config)))
     streams = 4 * 4 * windows * length * config.hidden_size  # of one layer, forward and back; the others are on disk
     return {
@@ -102,7 +82,7 @@ def work(config: ModelConfig, options: CompressionSettings, tokens: int) -> floa
     """Floating point operations of a run, roughly: passes of the calibration tokens, Gram matrices, GPTQ."""
     hidden, total = config.hidden_size, 0.0
     for kind in _blocks(config):
-        params, width = _count(config, kind), output_width(config, kind)
+        params, width = block_parameters(config, kind), output_width(config, kind)
         once = 2 * params * tokens
         total += 4 * once + 2 * tokens * (hidden**2 + 2 * width**2)  # once forward, once forward and back
         if options.packed:

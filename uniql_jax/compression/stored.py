@@ -13,18 +13,10 @@ from uniql_jax.checkpoint import packed, stored
 from uniql_jax.compression.artifacts import LayerStore, layer_name, unflatten
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.config import ModelConfig
-from uniql_jax.plan import axis_group_and_unit
-from uniql_jax.weights.quantized import group_size
+from uniql_jax.plan import groups
 
 TOP = "top"
 """Name of the entry that holds embedding, final norm and head."""
-
-
-def groups(config: ModelConfig) -> dict[str, int]:
-    """Quantization group per contracted dimension: along the hidden size and along each elastic axis."""
-    axes = {axis for kinds in config.pattern for axis in elastic.layer_axes(config, kinds)}
-    found = {axis: axis_group_and_unit(config, axis)[0] for axis in sorted(axes)}
-    return {"embed": group_size(config.hidden_size)} | {axis: group for axis, group in found.items() if group}
 
 
 def matrix_dtype(settings: CompressionSettings) -> Any:

@@ -21,12 +21,11 @@ from jaxtyping import Array, Int, Shaped
 from uniql_jax import config as model_config
 from uniql_jax import elastic
 from uniql_jax.checkpoint import leaf_group
-from uniql_jax.compression.stored import groups
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation.published import CONFIGS, published
 from uniql_jax.model.causal_lm import CausalLM
-from uniql_jax.plan import Plan, check_rate, make_plan
+from uniql_jax.plan import Plan, check_rate, groups, make_plan
 from uniql_jax.runtime.loading import default_dtype, place_layer, place_top
 from uniql_jax.weights.quantized import QuantizedArray, from_codes
 

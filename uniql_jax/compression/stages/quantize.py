@@ -32,10 +32,10 @@ from uniql_jax.compression.refit import refit as refitted
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.stages.calibrate import Calibration, Top
 from uniql_jax.compression.stages.rotate import Rotation, rotated_layer, rotated_top
-from uniql_jax.compression.stored import TOP, StoredLayers, groups, matrix_dtype
+from uniql_jax.compression.stored import TOP, StoredLayers, matrix_dtype
 from uniql_jax.config import ModelConfig
 from uniql_jax.model.causal_lm import embed
-from uniql_jax.plan import Plan
+from uniql_jax.plan import Plan, groups
 from uniql_jax.weights.quantized import dense
 
 Block = Mapping[str, Any]

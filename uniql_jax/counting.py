@@ -1,0 +1,31 @@
+"""How many parameters a model of a config has: all of them, those of a block, and those that a prune rate counts."""
+
+from __future__ import annotations
+
+import math
+
+from uniql_jax import elastic
+from uniql_jax.config import ModelConfig
+
+
+def block_parameters(config: ModelConfig, kind: str) -> int:
+    """Parameters of one block of a kind (`elastic.BLOCKS`); RoPE frequencies are constants, not parameters."""
+    leaves = elastic.leaves(config, kind)
+    return sum(math.prod(elastic.shape(config, leaf)) for name, leaf in leaves.items() if name != "inv_freq")
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of the whole model, embedding and head (once when tied) included."""
+    tables = config.vocab_size * (1 if config.tie_embeddings else 2)
+    blocks = sum(block_parameters(config, kind) for kinds in config.pattern for kind in kinds)
+    return blocks + config.hidden_size * (tables + 1)
+
+
+def prunable_count(config: ModelConfig) -> int:
+    """Parameters along the elastic axes: what a prune rate is a fraction of."""
+    full = elastic.sizes(config)
+    return sum(
+        full[axis] * elastic.axis_cost(config, kinds, axis)
+        for kinds in config.pattern
+        for axis in elastic.layer_axes(config, kinds)
+    )
