@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import errno
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,13 @@ from uniql_jax import console, data, elastic
 from uniql_jax.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, reachable_bias, stored
 from uniql_jax.errors import UserError
 from uniql_jax.files import check_output, check_space, staged_output
+from uniql_jax.locking import hold_lock
 from uniql_jax.train import examples, lora, recover
 from uniql_jax.train.examples import Examples
-from uniql_jax.train.loop import RecoverySettings, data_mesh, memory_bytes, resolved
+from uniql_jax.train.loop import data_mesh, memory_bytes
+from uniql_jax.train.settings import RecoverySettings, resolved
+from uniql_jax.train.work import check_work_folder, disk_errors
 from uniql_jax.version import __version__
-
-DEFAULTS = RecoverySettings()
-LENGTH = 256
 
 
 def open_trainable(folder: str) -> Checkpoint:
@@ -49,37 +47,58 @@ def work_folder(out: str) -> Path:
 def refuse_early(out: str, resume: bool, overwrite: bool) -> None:
     """Raise UserError for what stands in the way at `out`, before anything long begins."""
     check_output(out, overwrite)
-    folder = work_folder(out)
-    if folder.exists() and not resume:
-        raise UserError(f"{folder} holds an unfinished run; add --resume to go on with it, or remove it to start anew")
+    check_work_folder(work_folder(out), resume)
 
 
-def load_examples(checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[Examples, Examples]:
-    """(to train on, to judge by), with the checkpoint's own tokenizer; UserError for bad text."""
+def load_examples(
+    checkpoint: Checkpoint,
+    specs: Sequence[str],
+    validation: Sequence[str] | None,
+    length: int,
+    count: int | None,
+    options: RecoverySettings,
+) -> tuple[Examples, Examples]:
+    """(training set, validation set), read with the checkpoint's own tokenizer.
+
+    Args:
+        checkpoint: the one to be trained.
+        specs: text and rows to train on.
+        validation: text and rows to validate with; None: a part of the training examples is held out.
+        length: tokens of an example.
+        count: at most so many examples of each spec; None for all.
+        options: seed, and the size of the validation set.
+
+    Raises:
+        UserError: a text cannot be used.
+    """
     config, tokenizer = checkpoint.config, data.load_tokenizer(checkpoint.folder)
+    if not 2 <= length <= config.max_position:
+        raise UserError(f"--length must be from 2 to {config.max_position} tokens, the model's limit")
     end = config.eos_ids[0] if config.eos_ids else getattr(tokenizer, "eos_token_id", None)
-    read: dict[str, Any] = {"vocab_size": config.vocab_size, "end": end, "seed": args.seed}
-    learnt = examples.load(args.data, tokenizer, args.length, args.examples, **read)
-    if args.judge:
-        return learnt, examples.load(args.judge, tokenizer, args.length, DEFAULTS.held_most, **read)
-    return examples.split(learnt, DEFAULTS.held_share, DEFAULTS.held_most, args.seed)
+    read: dict[str, Any] = {"vocab_size": config.vocab_size, "end": end, "seed": options.seed}
+    training = examples.load(specs, tokenizer, length, count, **read)
+    if validation:
+        return training, examples.load(validation, tokenizer, length, options.held_most, **read)
+    return examples.split(training, options.held_share, options.held_most, options.seed)
 
 
-def describe(checkpoint: Checkpoint, out: str, options: RecoverySettings, learnt: Examples, judged: Examples) -> str:
+def describe(
+    checkpoint: Checkpoint, out: str, options: RecoverySettings, training: Examples, validation: Examples
+) -> str:
     """The plan: what will be trained on what, and what it takes."""
     config = checkpoint.config
     trained, frozen = lora.planned(config, options.rank)
     mesh = data_mesh(options.batch // options.accumulate)
-    length = learnt.tokens.shape[1]
-    share = learnt.learn.sum() / learnt.learn.size
+    length = training.tokens.shape[1]
+    share = training.learn.sum() / training.learn.size
     rows = [
         ("checkpoint", f"{checkpoint.folder}: {config.model_type}, {len(config.pattern)} layers, sorted"),
-        ("training", f"{learnt.description}; {len(learnt)} used, {share:.0%} of their tokens count"),
-        ("judged by", f"{len(judged)} held-out examples at rates {', '.join(f'{rate:g}' for rate in options.judged)}"),
+        ("training", f"{training.description}; {len(training)} used, {share:.0%} of their tokens count"),
+        ("validation", f"{len(validation)} examples at rates {', '.join(f'{r:g}' for r in options.validation_rates)}"),
         ("trained", f"{lora.described(options.rank)}, {trained / 1e6:.3g} M numbers for {frozen / 1e6:.4g} M weights"),
         (
             "steps",
-            f"{options.planned_steps(len(learnt))} of {options.batch} x {length} tokens in {options.accumulate} "
+            f"{options.planned_steps(len(training))} of {options.batch} x {length} tokens in {options.accumulate} "
             f"part(s), {options.compute}, learning rate {options.lr:.2g}, "
             f"on {mesh.size} x {jax.devices()[0].device_kind}",
         ),
@@ -120,34 +139,40 @@ def write(checkpoint: Checkpoint, out: str, result: recover.Result, options: Rec
 def finetune(
     checkpoint: Checkpoint,
     out: str,
-    learnt: Examples,
-    judged: Examples,
+    training: Examples,
+    validation: Examples,
     options: RecoverySettings,
     *,
     overwrite: bool = False,
     progress: recover.Progress = lambda steps: steps,
     say: Callable[[str], object] = lambda text: None,
 ) -> recover.Result:
-    """Train, merge and write `out`; work that is done stays in OUT.partial until then. Raises UserError."""
+    """Train, merge and write `out`; finished work stays in OUT.partial, locked, until then.
+
+    Raises:
+        UserError: as `recover.train` does, and when another process works on the same output.
+    """
     assert checkpoint.plan is not None
     options = resolved(options, checkpoint.config)
-    say(describe(checkpoint, out, options, learnt, judged))
+    say(describe(checkpoint, out, options, training, validation))
     folder = work_folder(out)
     layers = [checkpoint.layer(i) for i in range(len(checkpoint.config.pattern))]
-    try:
+    with hold_lock(folder):
         result = recover.train(
-            checkpoint.config, layers, checkpoint.top(), checkpoint.plan, learnt, judged, options, folder, progress
+            checkpoint.config,
+            layers,
+            checkpoint.top(),
+            checkpoint.plan,
+            training,
+            validation,
+            options,
+            folder,
+            progress,
         )
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(f"no space left on the disk; free some and add --resume: {folder} is kept") from None
-    write(checkpoint, out, result, options, overwrite)
-    shutil.rmtree(folder, ignore_errors=True)
+        try:
+            with disk_errors(Path(out)):
+                write(checkpoint, out, result, options, overwrite)
+        except UserError as error:
+            raise UserError(f"{error} (the trained state is kept in {folder}; --resume writes it)") from None
+        shutil.rmtree(folder, ignore_errors=True)
     return result
-
-
-if __name__ == "__main__":
-    from uniql_jax.commands import run
-
-    run("finetune")

@@ -1,6 +1,6 @@
-"""Text that a model writes itself, for sorting and recovery where no text is at hand, or beside what is.
+"""Text that a model writes itself, for sorting and recovery where no text is at hand, or in addition to what is.
 
-What a model writes is spread over all kinds of text that it has learnt, so that recovery on it, with the model's own
+What a model writes is spread over all kinds of text that it was trained on, so that recovery on it, with the model's own
 logits as the teacher (--distill), wins back kinds that the text at hand does not hold.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from uniql_jax import data
 from uniql_jax.checkpoint import is_elastic
 from uniql_jax.errors import UserError
+from uniql_jax.manifest import Manifest, hash_array, settings_entries
 from uniql_jax.model.causal_lm import CausalLM, decode, init_cache, prefill
 from uniql_jax.runtime import loading
+from uniql_jax.version import __version__
 
-WINDOWS, LENGTH, BATCH = 2048, 256, 64
+BATCH = 64
 EVERY = 30
 """Batches after which what is done is kept on disk, at least."""
 
@@ -92,30 +93,38 @@ def open_model(ckpt: str) -> CausalLM:
 
 
 def tokenizer_of(ckpt: str, model: CausalLM) -> Any | None:
-    """The tokenizer beside a checkpoint, or None: windows then begin with any id."""
+    """The tokenizer of a checkpoint, or None: windows then begin with any id."""
     folder = Path(model.folder or ckpt).expanduser()
     return data.load_tokenizer(folder) if folder.is_dir() else None
 
 
 def npy_bytes(rows: Int[np.ndarray, "windows length"]) -> bytes:
+    """Token ids as the content of a .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, rows)
     return buffer.getvalue()
 
 
-def kept(folder: Path, told: dict[str, Any]) -> Int[np.ndarray, "have length"] | None:
-    """What an unfinished run of these settings has written. Raises UserError where it is of others."""
+def manifest(model: CausalLM, starts: Int[np.ndarray, " ids"], settings: dict[str, Any]) -> Manifest:
+    """Every input that the text depends on: each tensor of the model, the ids to begin with, and the settings."""
+    entries = {"version": __version__, "first ids": hash_array(starts)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        entries["model" + jax.tree_util.keystr(path)] = hash_array(leaf)
+    return Manifest(entries | settings_entries(settings, ""))
+
+
+def kept(folder: Path, made_from: Manifest) -> Int[np.ndarray, "have length"] | None:
+    """The rows in the work folder of an unfinished run, or None where there are none; a new folder gets the manifest.
+
+    Raises:
+        UserError: the folder is of a run with other inputs, or damaged.
+    """
+    before = Manifest.load(folder / "run.json")
+    if before is None:
+        made_from.save(folder / "run.json")
+        return None
+    before.require(made_from, folder)
     try:
-        same = json.loads((folder / "run.json").read_text(encoding="utf-8")) == told
-        rows = np.load(folder / "rows.npy") if (folder / "rows.npy").exists() else None
-    except (OSError, ValueError):
-        raise UserError(f"{folder} cannot be read; remove it to start anew") from None
-    if not same:
-        raise UserError(f"{folder} holds a run of other settings; remove it, or give the same ones again")
-    return rows
-
-
-if __name__ == "__main__":
-    from uniql_jax.commands import run
-
-    run("own-text")
+        return np.load(folder / "rows.npy") if (folder / "rows.npy").exists() else None
+    except (OSError, ValueError, EOFError):
+        raise UserError(f"{folder / 'rows.npy'} cannot be read; remove {folder} to start anew") from None

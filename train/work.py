@@ -52,8 +52,8 @@ def check_work_folder(folder: Path, resume: bool) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a disk that cannot be written into a UserError of one line that says where the finished work is."""
+def disk_errors(place: Path) -> Iterator[None]:
+    """Turn a disk that cannot be written into a UserError of one line."""
     try:
         yield
     except UserError:
@@ -64,7 +64,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if reason is None and found is None:
             raise
         raise UserError(
-            f"cannot write {folder}: {reason or (found and found[0].lower())}; finished work is kept there: mend the "
+            f"cannot write {place}: {reason or (found and found[0].lower())}; what is done so far is kept: mend the "
             "disk and add --resume"
         ) from None
 

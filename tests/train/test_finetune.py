@@ -1,4 +1,4 @@
-"""The door of recovery: a sorted checkpoint in, one of the same form out, and one clear line for what it cannot do."""
+"""The command of recovery: a sorted checkpoint in, one of the same form out, and one line for what it cannot do."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_run_killed_and_resumed_gives_a_checkpoint_of_the_same_form(
     whole, out = tmp_path / "whole", tmp_path / "broken"
     assert _run(*common, "--out", whole) == 0
     shown = capsys.readouterr().out
-    for row in ("checkpoint", "training", "judged by", "trained", "steps", "memory", "output", "prune rate"):
+    for row in ("checkpoint", "training", "validation", "trained", "steps", "memory", "output", "prune rate"):
         assert f"\n{row}" in f"\n{shown}"
     assert not list(tmp_path.glob("*.partial*"))
     before, after = open_checkpoint(ckpt), open_checkpoint(whole)
@@ -76,7 +76,7 @@ def test_a_run_killed_and_resumed_gives_a_checkpoint_of_the_same_form(
     assert _run(*common, "--out", out) == 2
     assert "--resume" in capsys.readouterr().err
     assert _run(*common, "--out", out, "--seed", "5", "--resume") == 2
-    assert "other settings" in capsys.readouterr().err
+    assert "seed (0 -> 5)" in capsys.readouterr().err
     assert _run(*common, "--out", out, "--resume") == 0
     assert (whole / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     assert _run(*common, "--out", out) == 2

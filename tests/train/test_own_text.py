@@ -101,7 +101,7 @@ def test_killed_and_resumed_writes_the_same(
     assert _run("--ckpt", ckpt, "--out", out, *QUICK) == 2
     assert "--resume" in capsys.readouterr().err
     assert _run("--ckpt", ckpt, "--out", out, *QUICK, "--seed", 5, "--resume") == 2
-    assert "other settings" in capsys.readouterr().err
+    assert "seed (0 -> 5)" in capsys.readouterr().err
     assert _run("--ckpt", ckpt, "--out", out, *QUICK, "--resume") == 0
     assert len(calls) == 4, "only what was missing was written again"
     np.testing.assert_array_equal(np.load(out), whole)
