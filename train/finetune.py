@@ -156,19 +156,10 @@ def finetune(
     options = resolved(options, checkpoint.config)
     say(describe(checkpoint, out, options, training, validation))
     folder = work_folder(out)
-    layers = [checkpoint.layer(i) for i in range(len(checkpoint.config.pattern))]
+    config, plan, top = checkpoint.config, checkpoint.plan, checkpoint.top()
+    layers = [checkpoint.layer(i) for i in range(len(config.pattern))]
     with hold_lock(folder):
-        result = recover.train(
-            checkpoint.config,
-            layers,
-            checkpoint.top(),
-            checkpoint.plan,
-            training,
-            validation,
-            options,
-            folder,
-            progress,
-        )
+        result = recover.train(config, layers, top, plan, training, validation, options, folder, progress)
         try:
             with disk_errors(Path(out)):
                 write(checkpoint, out, result, options, overwrite)
