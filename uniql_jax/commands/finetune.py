@@ -101,10 +101,8 @@ def parser() -> cli.Parser:
 
 def options_of(args: argparse.Namespace) -> RecoverySettings:
     """The settings that the arguments ask for; what is left out follows from device and rank."""
-    from uniql_jax.train.loop import on_device  # here: `--help` and argument errors need no JAX
-
     chosen = {f.name: getattr(args, f.name) for f in dataclasses.fields(RecoverySettings) if hasattr(args, f.name)}
-    chosen |= {name: value for name, value in on_device().items() if chosen[name] is None}
+    chosen |= {name: value for name, value in settings.on_device().items() if chosen[name] is None}
     if chosen["alpha"] is None:
         chosen["alpha"] = settings.alpha_of(args.rank)
     return dataclasses.replace(DEFAULTS, **chosen)
@@ -115,7 +113,7 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if args.batch % args.accumulate:
         raise UserError(f"--batch {args.batch} does not divide into --accumulate {args.accumulate} parts")
-    from uniql_jax import console
+    from uniql_jax import console  # here: `--help` and argument errors need no JAX
     from uniql_jax.train import finetune
 
     options = options_of(args)
