@@ -18,7 +18,8 @@ from uniql_jax.train.examples import from_windows
 from uniql_jax.train.settings import RecoverySettings
 from uniql_jax.train.work import FREE_SETTINGS, check_work_folder, disk_errors, manifest
 
-CHANGED = {float: 0.25, int: 3, str: "other", type(None): 0.5, tuple: (0.1,)}
+CHANGED = {float: 0.25, int: 3, str: "other", tuple: (0.1,)}
+UNSET = {"lr": 0.5, "steps": 3}
 
 
 def test_every_input_of_a_run_is_in_its_manifest(rng: np.random.Generator) -> None:
@@ -44,7 +45,7 @@ def test_every_input_of_a_run_is_in_its_manifest(rng: np.random.Generator) -> No
         assert differs(**{use: dataclasses.replace(part, learn=mask)}) == [f"{use} learn"]
     for field in dataclasses.fields(RecoverySettings):
         value = getattr(base["options"], field.name)
-        other = dataclasses.replace(base["options"], **{field.name: CHANGED[type(value)]})
+        other = dataclasses.replace(base["options"], **{field.name: UNSET.get(field.name) or CHANGED[type(value)]})
         named = differs(options=other)
         if field.name in FREE_SETTINGS:
             assert named == []
