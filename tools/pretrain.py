@@ -80,7 +80,7 @@ def all_npy(specs: Sequence[str]) -> bool:
 
 
 def choose_tokenizer(folder: str | None, specs: Sequence[str], vocab: int) -> Any | None:
-    """The tokenizer of `folder`, or a new one learnt from the specs; None when only token ids are read.
+    """The tokenizer of `folder`, or a new one trained on the specs; None when only token ids are read.
 
     Raises UserError when the folder has none, or one that knows more tokens than the model.
     """
@@ -192,7 +192,7 @@ def parser() -> cli.Parser:
     add("--data", required=True, nargs="+", metavar="TEXT", help="what to train on")
     add("--out", required=True, metavar="DIR", help="folder to create")
     add("--eval", nargs="+", metavar="TEXT", help="held-out text; without it nothing is scored")
-    add("--tokenizer", metavar="DIR", help="folder of a tokenizer (default: one is learnt from --data)")
+    add("--tokenizer", metavar="DIR", help="folder of a tokenizer (default: one is trained on --data)")
     add("--vocab", type=cli.positive_int, metavar="N", help="vocabulary size (default: the config's)")
     add("--prepare-only", action="store_true", help="stop after tokenizer and token ids: DIR/train.npy, DIR/eval.npy")
     add("--overwrite", action="store_true", help="replace DIR, if it is a model, once all is done")

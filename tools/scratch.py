@@ -37,7 +37,7 @@ class PretrainSettings:
     """Settings of a run from scratch: AdamW, a linear warm-up over `warmup` of all steps, then decay to `floor` * lr.
 
     Parameters are float32; `compute` is the dtype of activations ("float32" or "bfloat16"). The last `validate` of
-    the windows is not trained on: the parameters that do best there are kept, since small texts are soon learnt by
+    the windows is not trained on: the parameters that do best there are kept, since small texts are soon known by
     heart.
     """
 

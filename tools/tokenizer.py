@@ -12,7 +12,7 @@ END = "<|endoftext|>"
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int) -> Any:
-    """A transformers tokenizer of exactly `vocab_size` entries, learnt from the documents.
+    """A transformers tokenizer of exactly `vocab_size` entries, trained on the documents.
 
     Texts begin with END; digits stand alone. Raises UserError when the text has too little in it for so many entries.
     """

@@ -130,7 +130,8 @@ def encode_chat(chat: rows.Chat, tokenizer: Any, where: str) -> tuple[list[int],
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{where}: rows of messages need a tokenizer that knows offsets (tokenizer.json)")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    counts = [any(low <= a < high for low, high in spans) and b > a for a, b in encoded["offset_mapping"]]
+    # a token that reaches over the edge of an answer counts, as in the masks of transformers
+    counts = [any(a < high and b > low for low, high in spans) for a, b in encoded["offset_mapping"]]
     return list(encoded["input_ids"]), counts
 
 

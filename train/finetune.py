@@ -15,8 +15,8 @@ import numpy as np
 from uniql_jax import console, elastic
 from uniql_jax.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, reachable_bias, stored
 from uniql_jax.errors import UserError
-from uniql_jax.files import check_output, check_space, staged_output
 from uniql_jax.locking import hold_lock
+from uniql_jax.outputs import check_output, check_space, staged_output
 from uniql_jax.tokenizer import load_tokenizer
 from uniql_jax.train import examples, lora, recover
 from uniql_jax.train.examples import Examples
@@ -157,19 +157,10 @@ def finetune(
     options = resolved(options, checkpoint.config)
     say(describe(checkpoint, out, options, training, validation))
     folder = work_folder(out)
-    layers = [checkpoint.layer(i) for i in range(len(checkpoint.config.pattern))]
+    config, plan, top = checkpoint.config, checkpoint.plan, checkpoint.top()
+    layers = [checkpoint.layer(i) for i in range(len(config.pattern))]
     with hold_lock(folder):
-        result = recover.train(
-            checkpoint.config,
-            layers,
-            checkpoint.top(),
-            checkpoint.plan,
-            training,
-            validation,
-            options,
-            folder,
-            progress,
-        )
+        result = recover.train(config, layers, top, plan, training, validation, options, folder, progress)
         try:
             with disk_errors(Path(out)):
                 write(checkpoint, out, result, options, overwrite)

@@ -27,19 +27,11 @@ from uniql_jax.train.lazy import optimizer
 from uniql_jax.train.lora import Factors
 from uniql_jax.train.losses import head_losses
 from uniql_jax.train.settings import TEACHERS, RecoverySettings, resolved
+from uniql_jax.train.settings import on_device as on_device
 from uniql_jax.weights.fake_quantized import FakeQuantizedArray
 
 Batch = Mapping[str, Array]
 """tokens int32, valid and learn bool, each [microbatches, rows, length]."""
-
-
-def on_device() -> dict[str, str]:
-    """The settings that depend on the device: GPUs have 16-bit products, and are sooner done with the cheap parts of a
-    layer computed again than with all of them written to memory and read.
-    """
-    if jax.default_backend() == "cpu":
-        return {"compute": "float32", "remat": "none"}
-    return {"compute": "bfloat16", "remat": "products"}
 
 
 def memory_bytes(config: ModelConfig, options: RecoverySettings) -> int:

@@ -1,7 +1,7 @@
 """Text that a model writes itself, for sorting and recovery where no text is at hand, or in addition to what is.
 
-What a model writes is spread over all kinds of text that it was trained on: recovery on it, with the model's own
-logits as the teacher (--distill), wins back kinds that the text at hand does not hold.
+What a model writes is spread over all kinds of text that it was trained on, so that recovery on it, with the model's
+own logits as the teacher (--distill), wins back kinds that the text at hand does not hold.
 """
 
 from __future__ import annotations

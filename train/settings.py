@@ -72,6 +72,17 @@ class RecoverySettings:
         return (f"{self.adapt} at rate 0, then " if self.adapt else "") + f"{self.total_steps(examples)}"
 
 
+def on_device() -> dict[str, str]:
+    """The settings that depend on the device: GPUs have 16-bit products, and are sooner done with the cheap parts of a
+    layer computed again than with all of them written to memory and read.
+    """
+    import jax  # here: everything else in this module does without
+
+    if jax.default_backend() == "cpu":
+        return {"compute": "float32", "remat": "none"}
+    return {"compute": "bfloat16", "remat": "products"}
+
+
 def usual_lr(config: ModelConfig, rank: int = RecoverySettings.rank) -> float:
     """The paper's 1e-4 at a width of 4096, and for other widths in inverse proportion, as Adam's steps transfer between
     them (Yang et al., arXiv 2203.03466); 2e-3 at most. SmolLM2, 576 wide, won more at 1e-3 than at 3e-4 wherever much

@@ -19,7 +19,8 @@ OWNER = ".lock.pid"
 def hold_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold the lock of a work folder, which is made if it is missing, while the block runs.
 
-    The operating system frees the lock when the process ends, however it ends.
+    The operating system frees the lock when the process ends, however it ends. A folder that holds nothing else
+    afterwards is removed.
 
     Args:
         folder: the work folder of a run.
@@ -43,7 +44,17 @@ def hold_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
             (place / OWNER).write_text(str(os.getpid()))
         yield
     finally:
+        _tidy(place)
         lock.release()
+
+
+def _tidy(folder: Path) -> None:
+    """Remove a work folder that nothing but the lock was put into."""
+    with contextlib.suppress(OSError):
+        if {path.name for path in folder.iterdir()} <= {LOCK, OWNER}:
+            for name in (OWNER, LOCK):
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _owner(folder: Path) -> str:

@@ -38,7 +38,7 @@ def test_a_run_killed_and_resumed_gives_a_checkpoint_of_the_same_form(
     ckpt, text = tiny.checkpoint(tmp_path / "ckpt", rng), _text(tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"instruction": f"Say {i}", "output": f"{i} it is"}) for i in range(20)))
-    common = ("--ckpt", ckpt, "--data", rows, "--judge", text, *QUICK, "--length", "200")
+    common = ("--ckpt", ckpt, "--data", rows, "--validation", text, *QUICK, "--length", "200")
     whole, out = tmp_path / "whole", tmp_path / "broken"
     assert _run(*common, "--out", whole) == 0
     shown = capsys.readouterr().out

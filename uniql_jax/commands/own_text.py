@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import argparse
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from uniql_jax import console
 from uniql_jax.commands import cli
 from uniql_jax.errors import UserError
-from uniql_jax.model.causal_lm import cache_bytes
-from uniql_jax.train.own_text import (
-    BATCH,
-    LENGTH,
-    WINDOWS,
-    beginnings,
-    kept,
-    npy_bytes,
-    open_model,
-    own_text,
-    tokenizer_of,
-)
+
+if TYPE_CHECKING:
+    from uniql_jax.model.causal_lm import CausalLM
+
+WINDOWS, LENGTH, BATCH = 2048, 256, 64
 
 EXAMPLES = """\
 examples:
@@ -27,7 +21,7 @@ examples:
     python -m uniql_jax.own_text --ckpt path/to/model --out own.npy
     python -m uniql_jax.compress --ckpt path/to/model --out small --calib own.npy --recover own.npy --recover-distill 1
 
-  beside text of the kind that the model will meet:
+  in addition to text of the kind that the model will meet:
     python -m uniql_jax.compress --ckpt path/to/model --out small --calib notes/ own.npy --recover notes/ own.npy
 
 FILE is int32 token ids [windows, length]. Every window begins with a token drawn from the whole vocabulary, all others
@@ -64,18 +58,35 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{args.out} must end in .npy, by which calibration and training know token ids")
     if args.length < 2:
         raise UserError("--length must be at least 2 tokens")
+    from uniql_jax import console  # here, and below: `--help` and argument errors need no JAX
+    from uniql_jax.locking import hold_lock
+    from uniql_jax.train.own_text import open_model
+    from uniql_jax.train.work import check_work_folder
+
     console.check_output_file(out, args.overwrite)
     folder = out.with_name(f"{out.name}.partial")
-    if folder.exists() and not args.resume:
-        raise UserError(f"{folder} holds an unfinished run; add --resume to go on with it, or remove it to start anew")
-    told = {name: getattr(args, name) for name in ("windows", "length", "batch", "temperature", "seed")}
-    told["ckpt"] = Path(args.ckpt).name
-    done = kept(folder, told) if folder.exists() else None
+    check_work_folder(folder, args.resume)
     model = open_model(args.ckpt)
     limit = model.config.max_position
     if args.length > limit:
         raise UserError(f"--length must be at most {limit} tokens, the model's limit")
+    with hold_lock(folder):
+        sample = _write(args, model, out, folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    command = f"python -m uniql_jax.compress --ckpt {args.ckpt} --out elastic --recover {args.out} --recover-distill 1"
+    print(f"\n{sample}Next:\n  {command}")
+
+
+def _write(args: argparse.Namespace, model: CausalLM, out: Path, folder: Path) -> str:
+    """Write the windows, keeping what is done in `folder`; returns the beginning of one."""
+    from uniql_jax import console
+    from uniql_jax.model.causal_lm import cache_bytes
+    from uniql_jax.train.own_text import beginnings, kept, manifest, npy_bytes, own_text, tokenizer_of
+
     tokenizer = tokenizer_of(args.ckpt, model)
+    starts = beginnings(model.config.vocab_size, tokenizer, model.config.eos_ids)
+    settings = {name: getattr(args, name) for name in ("windows", "length", "batch", "temperature", "seed")}
+    done = kept(folder, manifest(model, starts, settings))
     batch = min(args.batch, args.windows)
     cache = console.format_bytes(cache_bytes(model.config, model.keep, batch, args.length, model.dtype))
     print(
@@ -84,13 +95,11 @@ def main(argv: list[str]) -> None:
         f"{batch} at a time (cache {cache}), temperature {args.temperature:g}\n"
         f"output  {out}; until it is whole, {folder.name}\n"
     )
-    folder.mkdir(exist_ok=True)
-    console.write_whole(folder / "run.json", json.dumps(told))
     rows = own_text(
         model,
         args.windows,
         args.length,
-        starts=beginnings(model.config.vocab_size, tokenizer, model.config.eos_ids),
+        starts=starts,
         batch=batch,
         temperature=args.temperature,
         seed=args.seed,
@@ -99,9 +108,4 @@ def main(argv: list[str]) -> None:
         keep=lambda rows: console.write_whole(folder / "rows.npy", npy_bytes(rows)),
     )
     console.write_whole(out, npy_bytes(rows))
-    for name in ("rows.npy", "run.json"):
-        (folder / name).unlink(missing_ok=True)
-    folder.rmdir()
-    text = "" if tokenizer is None else f"  {tokenizer.decode(rows[0][:40])!r} ...\n\n"
-    command = f"python -m uniql_jax.compress --ckpt {args.ckpt} --out elastic --recover {args.out} --recover-distill 1"
-    print(f"\n{text}Next:\n  {command}")
+    return "" if tokenizer is None else f"  {tokenizer.decode(rows[0][:40])!r} ...\n\n"
