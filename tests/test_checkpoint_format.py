@@ -24,6 +24,7 @@ from uniql_jax.errors import UserError
 from uniql_jax.plan import make_plan
 
 GOLDEN = Path(__file__).parent / "golden"
+LARGE = Path(uniql_jax.__file__).parent / "configs" / "llama-3.1-8b.json"
 Section = dict[str, Any]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,6 +31,6 @@ def test_golden_checkpoint(family: str) -> None:
         assert checkpoint.weight_bytes(rate) == golden["weight_bytes"][i]
         model = uniql_jax.load(ROOT / family, rate)
         expected = golden["logits"][i]
-        difference = np.abs(np.asarray(model(golden["tokens"])) - expected).max()
+        difference = np.abs(np.asarray(model(jnp.asarray(golden["tokens"]))) - expected).max()
         assert difference < 2e-5 * expected.std()
     assert not np.allclose(golden["logits"][0], golden["logits"][1], atol=1e-2)  # the rates differ
