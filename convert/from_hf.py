@@ -17,7 +17,7 @@ def convert(ckpt: str, out: str, overwrite: bool = False) -> None:
 
     Matrices keep the model's own number format (bfloat16 where the config names none), vectors become float32.
     """
-    check_output(out, overwrite)
+    check_output(out, overwrite, ckpt)
     source = open_source(ckpt)
     config = source.config
     dtype = config.dtype if config.dtype in DTYPES else "bfloat16"

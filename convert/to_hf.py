@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -20,19 +21,32 @@ from uniql_jax.casting import cast
 from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
+from uniql_jax.errors import UserError
 from uniql_jax.files import ShardWriter, copy_side_files
 from uniql_jax.outputs import check_output, check_space, staged_output
+from uniql_jax.plan import check_rate
 from uniql_jax.value_bias import free_rank, value_bias
-from uniql_jax.weights import quantized as int4
+from uniql_jax.weights.protocol import dense
 
 Tensors = dict[str, Float[np.ndarray, "..."]]
 Block = Mapping[str, Any]
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+UNTRUE = ("auto_map", "quantization_config", "compression_config", "_name_or_path", "_commit_hash")
+"""Keys of the original's config.json that do not hold for what is written: code and files that are not there."""
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "mamba2": "Mamba2ForCausalLM",
+    "bamba": "BambaForCausalLM",
+    "nemotron_h": "NemotronHForCausalLM",
+}
+"""The classes that stock runtimes serve a family with."""
 RESIDUAL = 1e-5
 """A value bias stands for an output bias when it misses no more than this part of it (float32 rounding)."""
 
@@ -81,10 +95,10 @@ def layer_to_hf(
 
 def _full(config: ModelConfig, kind: str, block: Block) -> Tensors:
     """Every leaf dense, float32, at full size: RoPE pairs at their original places, the rest in front."""
-    dense = {name: np.asarray(int4.dense(value)) for name, value in block.items()}
-    places = original_pairs(config, dense["inv_freq"]) if "inv_freq" in dense else None
+    values = {name: np.asarray(dense(value)) for name, value in block.items()}
+    places = original_pairs(config, values["inv_freq"]) if "inv_freq" in values else None
     full = {}
-    for name, value in dense.items():
+    for name, value in values.items():
         leaf = elastic.BLOCKS[kind][name]
         out = np.zeros(elastic.shape(config, leaf), np.float32)
         if leaf.axis == "qk" and places is not None:
@@ -125,7 +139,7 @@ def top_to_hf(config: ModelConfig, top: Mapping[str, Any], table: tuple[tables.R
     A `head_in` matrix (rotated models apply it to the normed stream x) is multiplied into the head:
     (x @ head_in) @ head.T = x @ (head @ head_in.T).T.
     """
-    leaves = {name: np.asarray(int4.dense(value)) for name, value in top.items()}
+    leaves = {name: np.asarray(dense(value)) for name, value in top.items()}
     head_in = leaves.pop("head_in", None)
     if head_in is not None:
         leaves["head"] = leaves.get("head", leaves["embed"]) @ head_in.T
@@ -142,14 +156,16 @@ def hf_form(
     Where a family's form has no place for o_bias, the model is written as a llama with attention_bias, which computes
     the same and has one.
     """
-    hf = dict(hf_config) | {"tie_word_embeddings": tied}
+    hf = {key: value for key, value in hf_config.items() if key not in UNTRUE} | {"tie_word_embeddings": tied}
+    if "architectures" in hf:
+        hf["architectures"] = [ARCHITECTURES[config.model_type]]
     for key in {"dtype", "torch_dtype"} & set(hf) or {"torch_dtype"}:
         hf[key] = dtype
     if o_bias_fits:
         return hf, tables.TABLES[config.model_type]
     for key in ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"):
         hf.pop(key, None)
-    hf |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": False}
+    hf |= {"model_type": "llama", "architectures": [ARCHITECTURES["llama"]], "attention_bias": True, "mlp_bias": False}
     return hf, tables.TABLES["llama"]
 
 
@@ -164,60 +180,69 @@ def o_bias_fits(checkpoint: Checkpoint, keep: Sequence[Mapping[str, int]]) -> bo
         if "o_bias" in held or keep[i]["vo"] < config.head_dim:
             continue
         block = checkpoint.layer(i, keep[i])["attention"]
-        v, o, o_bias = (np.asarray(int4.dense(block[name])) for name in ("v", "o", "o_bias"))
+        v, o, o_bias = (np.asarray(dense(block[name])) for name in ("v", "o", "o_bias"))
         if free_rank(v, o) is None and _missed(value_bias(o, o_bias, config.kv_heads)[1], o_bias) > RESIDUAL:
             return False
     return True
 
 
 def export(
-    folder: str,
-    out: str,
+    ckpt: str | Path,
+    out: str | Path,
     prune_rate: float = 0.0,
+    *,
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
+    say: Callable[[str], object] = lambda text: None,
+    progress: Progress = lambda items, _: items,
 ) -> None:
-    """Write the checkpoint in `folder`, cut at `prune_rate`, as a Hugging Face folder `out`; UserError on bad input.
+    """Write an elastic checkpoint, cut at a prune rate, as a dense Hugging Face folder.
 
-    `dtype` is float32, bfloat16, float16 or None for the original model's.
+    Args:
+        ckpt: elastic checkpoint.
+        out: folder to create; it appears once it is whole.
+        prune_rate: 0 to 0.35.
+        dtype: float32, bfloat16, float16, or None for the original model's.
+        max_shard_bytes: largest size of one safetensors file, unless one tensor alone is larger.
+        overwrite: whether an `out` that is a model folder may be replaced.
+        say: receives lines of text on what is done.
+        progress: wraps what is iterated over, given a word for it.
+
+    Raises:
+        UserError: a bad checkpoint, rate, dtype or output, a full disk, or a weight that does not fit `dtype`.
     """
-    check_output(out, overwrite)
-    checkpoint = open_checkpoint(folder)
+    check_output(out, overwrite, ckpt)
+    checkpoint = open_checkpoint(ckpt)
     config = checkpoint.config
-    keep = checkpoint.keep(prune_rate)
+    rate = check_rate(prune_rate)
+    keep = checkpoint.keep(rate)
     dtype = dtype or (config.dtype if config.dtype in DTYPES else "bfloat16")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     shapes = tables.expected(config, tables.TABLES[config.model_type])
     size = sum(math.prod(shape) for shape in shapes.values()) * DTYPES[dtype].itemsize
-    full = elastic.sizes(config)
-    pairs = [
-        (kept[axis] * cost, full[axis] * cost)
-        for kept, kinds in zip(keep, config.pattern, strict=True)
-        for axis in kept
-        for cost in [elastic.axis_cost(config, kinds, axis)]
-    ]
-    kept_part = sum(a for a, _ in pairs) / sum(b for _, b in pairs)
-    print(
-        f"{folder} at prune rate {prune_rate:g} ({kept_part:.1%} of the prunable parameters kept) "
-        f"-> {out}: {len(config.pattern)} layers, {dtype}, about {console.format_bytes(size)}",
-        flush=True,
+    kept_part = checkpoint.plan.kept_fraction(rate) if checkpoint.plan is not None else 1.0
+    say(
+        f"{ckpt} at prune rate {rate:g} ({kept_part:.1%} of the prunable parameters kept) "
+        f"-> {out}: {len(config.pattern)} layers, {dtype}, about {console.format_bytes(size)}"
     )
-    with staged_output(out, overwrite) as staging:
+    with staged_output(out, overwrite, ckpt) as staging:
         check_space(staging, size)
         writer = ShardWriter(staging, max_shard_bytes)
         fits = o_bias_fits(checkpoint, keep)
         top = checkpoint.top()
         hf, table = hf_form(config, checkpoint.hf_config, not {"head", "head_in"} & set(top), fits, dtype)
         if not fits:
-            print(f"{config.model_type} has no output bias in attention: written as a llama model, which has")
+            say(f"{config.model_type} has no output bias in attention: written as a llama model, which has")
         for name, value in top_to_hf(config, top, table).items():
             writer.add(name, cast(name, value, DTYPES[dtype]))
         del top
-        for i in console.progress(range(len(config.pattern)), "export", len(config.pattern)):
+        for i in progress(range(len(config.pattern)), "export"):
             for name, value in layer_to_hf(config, i, checkpoint.layer(i, keep[i]), table).items():
                 writer.add(name, cast(name, value, DTYPES[dtype]))
         writer.finish()
-        (staging / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        (staging / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
         copy_side_files(checkpoint.folder, staging)
 
 

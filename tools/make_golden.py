@@ -22,6 +22,7 @@ from uniql_jax.compression.pipeline import compress
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.convert.source import open_source
 from uniql_jax.convert.to_hf import export
+from uniql_jax.outputs import staged_output
 
 SEED = 20261128
 RATES = (0.0, 0.25)
@@ -43,19 +44,21 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
 
 
 def make(family: str, out: Path) -> None:
-    """Write one golden checkpoint: the folder itself, and golden.npz with tokens, rates, logits and weight bytes."""
+    """Write one golden checkpoint into an empty folder, and golden.npz with tokens, rates, logits and weight bytes."""
     config, bits = FAMILIES[family]
     rng = np.random.default_rng(SEED)
     calibration = rng.integers(3, config["vocab_size"], (12, 48)).astype(np.int32)
     tokens = rng.integers(3, config["vocab_size"], (1, 12)).astype(np.int32)
     with tempfile.TemporaryDirectory() as work:
         source = reference.save(reference.build(config, SEED), Path(work) / family, config)
-        compress(open_source(source), out, calibration, CompressionSettings(bits=bits))
+        made = Path(work) / "elastic"
+        compress(open_source(source), made, calibration, CompressionSettings(bits=bits))
         logits = []
         for rate in RATES:
             dense = Path(work) / f"{rate:g}"
-            export(str(out), str(dense), rate, dtype="float32")
+            export(made, dense, rate, dtype="float32")
             logits.append(reference.logits(reference.load(dense), tokens))
+        shutil.copytree(made, out, dirs_exist_ok=True)
     checkpoint = open_checkpoint(out)
     np.savez(
         out / "golden.npz",
@@ -72,9 +75,6 @@ if __name__ == "__main__":
         if (root / name).exists():
             print(f"{root / name} exists and stays")
             continue
-        try:
-            make(name, root / name)
-        except BaseException:
-            shutil.rmtree(root / name, ignore_errors=True)
-            raise
+        with staged_output(root / name) as staging:
+            make(name, staging)
         print(f"{root / name}: {sum(f.stat().st_size for f in (root / name).iterdir())} bytes", flush=True)

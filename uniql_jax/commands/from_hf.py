@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
-
 from uniql_jax.commands import cli
 
 
-def main(argv: list[str]) -> None:
-    """Run the command; raises UserError."""
+def parser() -> cli.Parser:
+    """The arguments of the command."""
     parser = cli.Parser(prog="python -m convert.from_hf", description=__doc__)
     parser.add_argument("checkpoint", metavar="CKPT", help="model folder, .gguf file, hub id, or the word demo")
     parser.add_argument("out", metavar="DIR", help="folder to create")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is a model folder")
-    args: argparse.Namespace = parser.parse_args(argv)
-    from uniql_jax.convert.from_hf import convert
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Run the command; raises UserError."""
+    args = parser().parse_args(argv)
+    from uniql_jax.convert.from_hf import convert  # here: `--help` and argument errors need none of this
 
     convert(args.checkpoint, args.out, args.overwrite)
