@@ -179,7 +179,7 @@ def test_windows_that_are_cut_are_said(
     monkeypatch.setattr(evaluate, "perplexity", measure)
     evaluate.evaluate(str(folder), [0], [str(text)], say=said.append, **settings)
     assert f"of {length} tokens" in said[0]
-    assert said[0].endswith(f"({says})") if says else "cut" not in said[0]
+    assert said[0].endswith(f"{says})") if says else "are cut to" not in said[0]
     [shape] = shapes
     assert shape[1] == length
     assert np.prod(shape) <= settings.get("max_tokens", 10**9)
