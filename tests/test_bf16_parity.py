@@ -1,6 +1,6 @@
 """Whole models in bfloat16: our rounding errors against those of the real `transformers` in bfloat16.
 
-Both are measured from float32 transformers on the same bfloat16 weights, over fresh random models and tokens.
+Both are measured from float32 transformers on the same bfloat16 weights, on fresh random models and tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MOST = 1.5
 """Largest error over that of transformers: the same number of roundings in another order stays well below."""
 STREAMS = (1.0, 10.0)
 """Factors on the embedding. Trained streams outgrow what single blocks add: 10 shows a rounding after each block."""
-MODELS, LENGTH, PROMPT = 2, 48, 40
+LENGTH, PROMPT = 48, 42
 
 _forward = jax.jit(lambda model, tokens: model(tokens))
 _prefill, _decode = jax.jit(prefill), jax.jit(decode)
@@ -54,18 +54,14 @@ def _decoded(model: CausalLM, tokens: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_errors_are_no_larger_than_those_of_transformers(name: str, rng: np.random.Generator, tmp_path: Path) -> None:
     for stream in STREAMS:
-        ours, decoded, theirs, theirs_late = [], [], [], []
-        for i in range(MODELS):
-            model, half, full = _models(name, stream, int(rng.integers(2**31)), tmp_path / f"{stream}-{i}")
-            tokens = rng.integers(3, 256, (3, LENGTH)).astype(np.int32)
-            truth, rounded = reference.logits(full, tokens), reference.logits(half, tokens)
-            ours.append(reference.relative_error(np.asarray(_forward(model, tokens)), truth))
-            theirs.append(reference.relative_error(rounded, truth))
-            decoded.append(reference.relative_error(_decoded(model, tokens), truth[:, PROMPT:]))
-            theirs_late.append(reference.relative_error(rounded[:, PROMPT:], truth[:, PROMPT:]))
-        assert 1e-3 < np.mean(theirs) < 0.1, "no bfloat16 model of ordinary size"
-        assert np.mean(ours) < MOST * np.mean(theirs), (stream, ours, theirs)
-        assert np.mean(decoded) < MOST * np.mean(theirs_late), (stream, decoded, theirs_late)
+        model, half, full = _models(name, stream, int(rng.integers(2**31)), tmp_path / str(stream))
+        tokens = rng.integers(3, 256, (4, LENGTH)).astype(np.int32)
+        truth, rounded = reference.logits(full, tokens), reference.logits(half, tokens)
+        late = slice(PROMPT, None)
+        for places, ours in ((slice(None), np.asarray(_forward(model, tokens))), (late, _decoded(model, tokens))):
+            theirs = reference.relative_error(rounded[:, places], truth[:, places])
+            assert 1e-3 < theirs < 0.1, "no bfloat16 model of ordinary size"
+            assert reference.relative_error(ours, truth[:, places]) < MOST * theirs, (stream, places)
 
 
 @pytest.mark.parametrize("wide", [False, True])

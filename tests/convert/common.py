@@ -23,6 +23,7 @@ HF: dict[str, dict[str, Any]] = {
 BASE = dict(
     hidden_size=24, intermediate_size=20, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=37,
     num_hidden_layers=2, rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=64, torch_dtype="float32",
+    bos_token_id=None, eos_token_id=None,
 )  # fmt: skip
 
 

@@ -242,7 +242,8 @@ def _nemotron_h(keys: Keys) -> ModelConfig:
         conv_bias=keys.flag("use_conv_bias"),
         bias=keys.flag("use_bias"),
     )
-    shared: dict[str, Any] = _shared(keys) | {"tie_embeddings": False}  # as in transformers, whose class ties nothing
+    shared: dict[str, Any] = _shared(keys)
+    shared["tie_embeddings"] = False  # as in transformers, whose class ties nothing
     return ModelConfig(
         **shared,
         pattern=tuple((_NEMOTRON_BLOCKS[block],) for block in blocks),

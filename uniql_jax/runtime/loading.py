@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uniql_jax import elastic
+from uniql_jax.casting import cast
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.convert.source import open_source
 from uniql_jax.model.causal_lm import CausalLM
@@ -24,7 +25,7 @@ def default_dtype() -> Any:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
-def place(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = True) -> Any:
+def place(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = True, name: str = "(unnamed)") -> Any:
     """Move a leaf to the device: dense matrices in the computing dtype, vectors in float32, packed ones as they are or,
     where a GPU's kernels read that faster and `tiles` allows it, as tiles.
     """
@@ -34,13 +35,16 @@ def place(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = True)
             value = value.in_order(order)
         return jax.tree.map(jnp.asarray, value)
     is_matrix = leaf is None or leaf.contract is not None
-    return jnp.asarray(np.asarray(value).astype(dtype if is_matrix else np.float32))
+    return jnp.asarray(cast(name, value, dtype if is_matrix else np.float32))
 
 
 def place_layer(layer: dict[str, dict[str, Any]], dtype: Any) -> dict[str, dict[str, Any]]:
     """`place` for all leaves of a layer."""
     return {
-        kind: {name: place(elastic.BLOCKS[kind][name], value, dtype) for name, value in block.items()}
+        kind: {
+            name: place(elastic.BLOCKS[kind][name], value, dtype, name=f"{kind}.{name}")
+            for name, value in block.items()
+        }
         for kind, block in layer.items()
     }
 
@@ -48,7 +52,9 @@ def place_layer(layer: dict[str, dict[str, Any]], dtype: Any) -> dict[str, dict[
 def place_top(top: dict[str, Any], dtype: Any) -> dict[str, Any]:
     """`place` for the leaves outside the layers; head_in stays in float32, it is small and square."""
     # Rows of the embedding are looked up one by one, which tiles do not serve.
-    return {name: place(elastic.TOP[name], value, dtype, tiles=name != "embed") for name, value in top.items()}
+    return {
+        name: place(elastic.TOP[name], value, dtype, tiles=name != "embed", name=name) for name, value in top.items()
+    }
 
 
 def load(folder: str | Path, prune_rate: float = 0.0, dtype: Any = None) -> CausalLM:
