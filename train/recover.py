@@ -133,7 +133,7 @@ class _Run:
             self.start, arrays, self.notes = found
             self.factors, self.state, self.best = arrays["factors"], arrays["state"], arrays["best"]
         with disk_errors(saved.folder):
-            self.log = Log(saved.folder / LOG, self.start)
+            self.log = Log(saved.folder / LOG, -1 if found is None else self.start)
             if found is None:
                 self.log.write({"step": 0, "validation": self._by_rate(self.notes["after"])})
 
