@@ -25,8 +25,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.stages import compress, measure
 from uniql_jax import console, data
-from uniql_jax.compression.pipeline import compress
 from uniql_jax.compression.settings import CHANNEL_SCORES, STATE_SCORES, CompressionSettings
 from uniql_jax.convert.source import open_source
 from uniql_jax.evaluation.timing import environment
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--calib", nargs="+", default=data.default_calibration()[0])
     parser.add_argument("--windows", type=int, default=128, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="tokens per calibration window")
-    parser.add_argument("--text", nargs="+", required=True, help="NAME=SPEC, judged on")
+    parser.add_argument("--text", nargs="+", required=True, help="NAME=SPEC, to measure")
     parser.add_argument("--eval-tokens", type=int, default=65536)
     parser.add_argument("--eval-window", type=int, default=1024)
     parser.add_argument("--table", nargs="+", choices=sorted(TABLES), default=["scores", "refits", "bits"])
@@ -199,16 +199,17 @@ def main() -> None:
     base = {name: perplexity(original, None, windows, 0.0, 4) for name, windows in texts.items()}
     print("original", {k: round(v, 3) for k, v in base.items()}, flush=True)
     rows = []
-    memo: dict[Any, Any] = {}
+    work = tempfile.TemporaryDirectory()
+    measured = measure(source, calibration.tokens, Path(work.name), 16384 if jax.default_backend() != "cpu" else 4096)
     for table in args.table:
         for name, options in TABLES[table]().items():
             if not any(part in name for part in args.only) or ("ridge" in name and "ridge" not in "".join(args.only)):
                 continue
             start = time.time()
             with tempfile.TemporaryDirectory() as folder:
-                report = compress(source, f"{folder}/out", calibration.tokens, options, memo=memo)
+                made, size = compress(measured, options, Path(folder))
                 taken = time.time() - start
-                loaded = load(f"{folder}/out", dtype=jnp.float32)
+                loaded = load(made, dtype=jnp.float32)
             params = jax.tree.map(
                 lambda leaf: dense(leaf) if hasattr(leaf, "dequantize") else leaf,
                 loaded.params,
@@ -222,7 +223,7 @@ def main() -> None:
                     rows.append(
                         dict(
                             table=table, variant=name, text=text, prune_rate=rate, perplexity=value,
-                            ratio=value / base[text], bytes=report.bytes, seconds=round(taken, 1),
+                            ratio=value / base[text], bytes=size, seconds=round(taken, 1),
                         )
                     )  # fmt: skip
                 ratios = "  ".join(f"{value / base[text]:7.4f}" for value in values)

@@ -6,7 +6,7 @@
 
 `--ckpt` is a model, sorted and planned here first, or a sorted checkpoint of 16 or 32 bits. Rows run in the order of
 their importance; the record is written after each of them, and no row begins that would not end within `--minutes`.
-Every row is judged as perplexity over the original's: the weights rounded to bfloat16 ("16"), or finished as
+Every row is measured as perplexity over the original's: the weights rounded to bfloat16 ("16"), or finished as
 `python -m uniql_jax.compress` does at 4 bits ("4").
 """
 
@@ -31,12 +31,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import stages
 from benchmarks.quality import RATES
 from uniql_jax import console, data, elastic
 from uniql_jax.checkpoint import is_elastic, open_checkpoint
-from uniql_jax.compression.artifacts import flatten
-from uniql_jax.compression.contract import Recovery
-from uniql_jax.compression.pipeline import _Run, compress
+from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
+from uniql_jax.compression.contract import RecoveryData
+from uniql_jax.compression.pipeline import compress
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert.source import open_source
@@ -59,8 +60,8 @@ RUN = 13
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A way to recover: settings of the training that differ from the run's own (None: no training), the share of the
-    nested refit (None: no refit), the bits at which it is judged, and for 4 bits the settings of a training that goes
-    on after quantizing (None: none).
+    nested refit (None: no refit), the bits at which it is measured, and for 4 bits the settings of a training that
+    goes on after quantizing (None: none).
     """
 
     name: str
@@ -72,7 +73,7 @@ class Row:
 
 def table() -> list[Row]:
     """The comparison, the most important first."""
-    # What is trained at one rate is judged by it: over all of them its start would be its best.
+    # What is trained at one rate is validated at it: over all of them its start would be its best.
     single = [
         Row(f"one rate {rate:g}", {"rates": f"{rate:g}", "validation_rates": (rate,)}) for rate in (0.15, 0.25, 0.35)
     ]
@@ -93,7 +94,7 @@ def table() -> list[Row]:
 
 @dataclasses.dataclass(frozen=True)
 class Sorted:
-    """A sorted, unpruned model in memory, float32: what `_Run` takes as its source."""
+    """A sorted, unpruned model in memory, float32: a source of the pass's second half."""
 
     name: str
     config: ModelConfig
@@ -150,17 +151,17 @@ class Bench:
         self,
         model: Sorted,
         calibration: np.ndarray,
-        learnt: Examples,
-        judged: Examples,
+        train_split: Examples,
+        validation: Examples,
         texts: dict[str, np.ndarray],
         options: RecoverySettings,
         work: Path,
     ):
-        self.model, self.calibration, self.learnt, self.judged = model, calibration, learnt, judged
+        self.model, self.calibration, self.train_split, self.validation = model, calibration, train_split, validation
         self.texts, self.options, self.work = texts, options, work
         self.trainers: dict[RecoverySettings, Trainer] = {}
         self.trained: dict[RecoverySettings, tuple[Layers, dict[str, Any]]] = {}
-        self.memo: dict[Any, Any] = {}
+        self.forward: stages.Measured | None = None
         self.original: dict[str, float] = {}
 
     def options_of(self, settings: dict[str, Any]) -> RecoverySettings:
@@ -174,11 +175,11 @@ class Bench:
             return self.model.layers, {}
         options = self.options_of(row.train)
         if options not in self.trained:
-            # Which rates are drawn and judged is no part of the program: such rows share it.
+            # Which rates are drawn and validated is no part of the program: such rows share it.
             program = dataclasses.replace(options, rates="uniform", validation_rates=self.options.validation_rates)
             model, start = self.model, time.perf_counter()
             if program not in self.trainers:
-                steps = options.total_steps(len(self.learnt))
+                steps = options.total_steps(len(self.train_split))
                 first = next(iter(self.trainers.values()), None)
                 self.trainers[program] = (
                     first.variant(program, steps)
@@ -186,7 +187,7 @@ class Bench:
                     else Trainer(model.config, model.layers, model.embeddings, program, steps)
                 )
             result = recover.train(
-                model.config, model.layers, model.embeddings, model.plan, self.learnt, self.judged, options,
+                model.config, model.layers, model.embeddings, model.plan, self.train_split, self.validation, options,
                 self.work / f"row-{len(self.trained)}", lambda steps: console.progress(steps, row.name),
                 self.trainers[program],
             )  # fmt: skip
@@ -198,42 +199,51 @@ class Bench:
     def finished(
         self, layers: Layers, bits: int, refit: float | None, tune: dict[str, Any] | None = None, name: str = ""
     ) -> tuple[Any, dict[str, Any]]:
-        """Layers as the pass would store them at these bits, for `judge`, and what tuning says of itself."""
+        """Layers as the pass would store them at these bits, for `perplexities`, and what tuning says of itself."""
         told: dict[str, Any] = {}
         if bits >= 16 and refit is None:
             stored = [_rounded(layer) for layer in layers]
             top = _rounded({"top": self.model.embeddings})["top"]
         else:
-            on_gpu = jax.default_backend() != "cpu"
-            options = CompressionSettings(bits=bits, refit=refit, batch_tokens=16384 if on_gpu else 4096)
-            source = dataclasses.replace(self.model, layers=layers)
-            with tempfile.TemporaryDirectory() as folder, jax.default_matmul_precision("highest"):
+            settings = CompressionSettings(bits=bits, refit=refit)
+            with tempfile.TemporaryDirectory() as work, jax.default_matmul_precision("highest"):
                 # The pass from its second half on: what its first half leaves behind is put in its place.
-                run = _Run(source, Path(folder), self.calibration, options, _quiet, self.memo)
-                run.plan = self.model.plan
+                folder, measured, plan = Path(work), self.measured(), self.model.plan
+                teacher, recovered = LayerStore(folder / "sorted"), LayerStore(folder / "recovered")
                 for i, (layer, original) in enumerate(zip(layers, self.model.layers, strict=True)):
-                    run.sorted.save(f"layer_{i:05d}", flatten(original))  # the teacher of tuning
-                    run.recovered.save(f"layer_{i:05d}", flatten(layer))
-                run._forward()
-                run.finish(positions=tune is not None)
-                if tune is not None:
-                    start, settings = time.perf_counter(), self.options_of(tune)
-                    run.progress = lambda items, _: console.progress(items, f"{name}, tuned")
+                    teacher.save(layer_name(i), flatten(original))
+                    recovered.save(layer_name(i), flatten(layer))
+                unrounded = LayerStore(folder / "unrounded") if tune is not None else None
+                found, _ = stages.finish(measured, plan, recovered, settings, folder, unrounded)
+                if tune is not None and unrounded is not None:
+                    start, training = time.perf_counter(), self.options_of(tune)
+                    data = RecoveryData(self.train_split, self.validation, training, training)
                     with jax.default_matmul_precision("default"):
-                        result = run.tune(Recovery(self.learnt, self.judged, settings, settings))
-                    told = _told(settings, result, start)
-                stored = [run._stored_layer(i) for i in range(len(layers))]
-                top = run._stored_top()
+                        found, result = stages.tuned(
+                            measured, plan, teacher, found, unrounded, data, settings, folder,
+                            lambda items, _: console.progress(items, f"{name}, tuned"),
+                        )  # fmt: skip
+                    told = _told(training, result, start)
+                stored = [found.layer(i) for i in range(len(layers))]
+                top = found.top()
         return stacked(self.model.config, stored, top), told
 
-    def judge(self, params: Any, judged: Sequence[float] = RATES) -> list[dict[str, Any]]:
+    def measured(self) -> stages.Measured:
+        """What quantizing wants of the calibration windows; gathered once."""
+        if self.forward is None:
+            batch_tokens = 16384 if jax.default_backend() != "cpu" else 4096
+            folder = self.work / "forward"
+            self.forward = stages.measure(self.model, self.calibration, folder, batch_tokens, backward=False)
+        return self.forward
+
+    def perplexities(self, params: Any, at: Sequence[float] = RATES) -> list[dict[str, Any]]:
         """Perplexity of every text at every rate, and over the original's."""
         found = []
         with jax.default_matmul_precision("highest"):
             for text, windows in self.texts.items():
                 size = next(n for n in (8, 4, 2, 1) if len(windows) % n == 0)
                 parts = [jnp.asarray(windows[i : i + size]) for i in range(0, len(windows), size)]
-                for rate in judged:
+                for rate in at:
                     keep = rates.keep_arrays(self.model.plan, rate)
                     losses = [window_loss(self.model.config, params, part, keep) for part in parts]
                     value = math.exp(float(np.mean(jax.device_get(losses))))
@@ -251,11 +261,11 @@ def _runs(tokens: np.ndarray) -> np.ndarray:
     return found.ravel()
 
 
-def seen(text: np.ndarray, learnt: Sequence[np.ndarray]) -> float:
-    """The share of a text's runs of RUN tokens that stand in what is learnt as well."""
+def seen(text: np.ndarray, train_split: Sequence[np.ndarray]) -> float:
+    """The share of a text's runs of RUN tokens that stand in what is train_split as well."""
     runs = np.unique(_runs(text))
     known = np.zeros(len(runs), bool)
-    for part in learnt:
+    for part in train_split:
         known |= np.isin(runs, _runs(part))
     return float(known.mean())
 
@@ -333,9 +343,9 @@ def prepare(args: argparse.Namespace, work: Path) -> tuple[Bench, dict[str, Any]
         evaluations=args.evaluations, patience=args.evaluations, remat=args.remat, accumulate=args.accumulate,
         held_most=args.held,
     )  # fmt: skip
-    learnt, judged = split(known, options.held_share, options.held_most, options.seed)
+    train_split, validation = split(known, options.held_share, options.held_most, options.seed)
     windows = {name: found.tokens for name, found in texts.items()}
-    bench = Bench(open_sorted(ckpt), calibration.tokens, learnt, judged, windows, options, work)
+    bench = Bench(open_sorted(ckpt), calibration.tokens, train_split, validation, windows, options, work)
     told = {
         "calibration": calibration.description,
         "training": known.description,
@@ -362,7 +372,7 @@ def parser() -> argparse.ArgumentParser:
     add("--length", type=int, default=512, help="tokens per calibration window")
     add("--train", nargs="+", default=data.default_calibration()[0], help="texts to train on, all of each")
     add("--train-length", type=int, default=256, help="tokens per example")
-    add("--text", nargs="+", required=True, help="NAME=SPEC, judged on")
+    add("--text", nargs="+", required=True, help="NAME=SPEC, to measure")
     add("--eval-tokens", type=int, default=16384)
     add("--eval-window", type=int, default=1024)
     add("--steps", type=int, default=600, help="of every training")
@@ -372,7 +382,7 @@ def parser() -> argparse.ArgumentParser:
     add("--remat", choices=stack.REMAT, default="none")
     add("--dropout", type=float, default=0.0)
     add("--evaluations", type=int, default=6, help="validations of a training")
-    add("--held", type=int, default=128, help="examples that a validation sees, at every judged rate")
+    add("--held", type=int, default=128, help="examples that a validation sees, at every validation rate")
     add("--compute", default="float32" if jax.default_backend() == "cpu" else "bfloat16")
     add("--only", nargs="+", help="rows of these names alone")
     add("--row", nargs="+", action="append", default=[], help="one more row: NAME KEY=VALUE ...")
@@ -396,7 +406,7 @@ def main() -> None:
         record: dict[str, Any] = {"environment": environment(), **told, "training_rows": {}, "rows": []}
         # Sorting is exact, so the sorted model at rate 0 is the original (in float32, before anything is rounded).
         whole = stacked(bench.model.config, bench.model.layers, bench.model.embeddings)
-        bench.original = {one["text"]: one["perplexity"] for one in bench.judge(whole, (0.0,))}
+        bench.original = {one["text"]: one["perplexity"] for one in bench.perplexities(whole, (0.0,))}
         del whole
         record["original"] = bench.original
         print("original", {k: round(v, 3) for k, v in bench.original.items()}, flush=True)
@@ -422,7 +432,7 @@ def main() -> None:
                     record["training_rows"][f"{row.name}, tuned"] = tuning
                     print(f"{row.name}, tuned: {tuning['steps']} steps in {tuning['seconds']} s", flush=True)
                 finishing = time.perf_counter() - middle
-                found = bench.judge(params)
+                found = bench.perplexities(params)
                 del params
                 for one in found:
                     record["rows"].append(dict(row=row.name, bits=bits, **one, finish_seconds=round(finishing, 1)))

@@ -17,8 +17,8 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 @runtime_checkable
-class Source(Protocol):
-    """What a run reads from: `convert.source.Source`."""
+class DenseModel(Protocol):
+    """Dense layers and what a checkpoint of them needs."""
 
     @property
     def config(self) -> ModelConfig:
@@ -43,12 +43,17 @@ class Source(Protocol):
         """Embedding, final norm and head where untied."""
         ...
 
-    def fingerprints(self, progress: Callable[[Iterable[str], str, int], Iterable[str]], /) -> dict[str, str]:
-        """A hash of every layer's tensors and of those outside the layers; UserError for NaN or infinity in one."""
-        ...
-
     def write_side_files(self, folder: Path, /) -> None:
         """Tokenizer and the like."""
+        ...
+
+
+@runtime_checkable
+class Source(DenseModel, Protocol):
+    """What a run reads from: `convert.source.Source`."""
+
+    def fingerprints(self, progress: Callable[[Iterable[str], str, int], Iterable[str]], /) -> dict[str, str]:
+        """A hash of every layer's tensors and of those outside the layers; UserError for NaN or infinity in one."""
         ...
 
 

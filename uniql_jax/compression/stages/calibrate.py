@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows, layer_name
-from uniql_jax.compression.contract import Progress, Source
+from uniql_jax.compression.contract import DenseModel, Progress
 from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.sorters.base import Statistics
 from uniql_jax.compression.sorting import final_gram, layer_forward, layer_statistics, loss_gradient
@@ -29,13 +29,13 @@ class Calibration(NamedTuple):
     final_gram: Float[Array, "h h"]
 
 
-def read_layer(source: Source, index: int) -> Layer:
+def read_layer(source: DenseModel, index: int) -> Layer:
     """One layer of the source on the device."""
     return jax.tree.map(jnp.asarray, source.layer(index))
 
 
 def forward_sweep(
-    source: Source, top: Top, windows: Windows, store: LayerStore, streams: StreamStore, progress: Progress
+    source: DenseModel, top: Top, windows: Windows, store: LayerStore, streams: StreamStore, progress: Progress
 ) -> Calibration:
     """Run the calibration windows through the model, keeping the stream before every layer.
 
@@ -71,7 +71,7 @@ def forward_sweep(
 
 
 def backward_sweep(
-    source: Source, top: Top, windows: Windows, streams: StreamStore, start: int, thorough: bool = False
+    source: DenseModel, top: Top, windows: Windows, streams: StreamStore, start: int, thorough: bool = False
 ) -> Iterator[tuple[int, Layer, dict[str, Statistics]]]:
     """(index, layer, mean statistics) of the layers `start`, `start` - 1, ... 0, each read once.
 
@@ -106,7 +106,7 @@ def backward_sweep(
             streams.drop(FORWARD, range(i, count + 1))
 
 
-def _stream(source: Source, streams: StreamStore, index: int) -> list[Float[Array, "b t h"]]:
+def _stream(source: DenseModel, streams: StreamStore, index: int) -> list[Float[Array, "b t h"]]:
     """The stream before layer `index`, computed again from the nearest one on disk where it was not kept."""
     if not streams.has(FORWARD, index):
         start = streams.nearest(FORWARD, index)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows, flatten, layer_name
-from uniql_jax.compression.contract import Progress, Source
+from uniql_jax.compression.contract import DenseModel, Progress
 from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.sorting import sort_layer
@@ -14,7 +14,7 @@ from uniql_jax.compression.stages.calibrate import Top, backward_sweep
 
 
 def sort(
-    source: Source,
+    source: DenseModel,
     top: Top,
     windows: Windows,
     settings: CompressionSettings,

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from uniql_jax.checkpoint import CheckpointWriter
-from uniql_jax.compression.contract import Source
+from uniql_jax.compression.contract import DenseModel
 from uniql_jax.compression.stored import StoredLayers
 
 
-def write(folder: Path, source: Source, layers: StoredLayers, section: Mapping[str, Any]) -> int:
+def write(folder: Path, source: DenseModel, layers: StoredLayers, section: Mapping[str, Any]) -> int:
     """Write the checkpoint of the finished layers into `folder`, anew; returns the bytes of its tensors.
 
     section: of config.json, in addition to bits and groups: plan, settings, provenance, manifest.
