@@ -22,7 +22,6 @@ from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.convert import to_hf
 from uniql_jax.convert.source import open_source
 
-
 Damage = Callable[[np.ndarray, int, int], None]
 """Changes o_proj [hidden, heads, head size] in place, given how many query heads share a key/value head."""
 

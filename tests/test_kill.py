@@ -332,3 +332,15 @@ def test_a_terminated_export_leaves_nothing(
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_work_folder_that_is_not_ours_is_left_alone(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = work_folder(tmp_path / "out")
+    own.mkdir()
+    (own / "thesis.txt").write_text("mine")
+    for more in ((), ("--resume",), ("--overwrite",)):
+        assert _run(command.main, *inputs.argv(tmp_path / "out", *more)) == 2
+        assert "holds something else" in capsys.readouterr().err
+    assert _files(tmp_path) == {"out.partial/thesis.txt": b"mine"}

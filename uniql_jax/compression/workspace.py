@@ -67,6 +67,7 @@ def workspace(out: str | Path, resume: bool, overwrite: bool, source: str | Path
     """
     check_output(out, overwrite, source)
     target, folder = output_path(out), work_folder(out)
+    _check_ours(folder)
     made = _missing_parents(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,10 +76,6 @@ def workspace(out: str | Path, resume: bool, overwrite: bool, source: str | Path
     try:
         with hold_lock(folder):
             work = Workspace(folder, target)
-            if not work.started and any(
-                path.name not in OURS and MANIFEST not in path.name for path in folder.iterdir()
-            ):
-                raise UserError(f"{folder} is needed for the work and holds something else; move it away")
             try:
                 if work.started and not resume:
                     raise UserError(
@@ -98,6 +95,13 @@ def workspace(out: str | Path, resume: bool, overwrite: bool, source: str | Path
             for parent in made:
                 with contextlib.suppress(OSError):
                     parent.rmdir()
+
+
+def _check_ours(folder: Path) -> None:
+    """Refuse a folder that holds something and is not a run's: a run's manifest is the first to come, the last to go."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not (folder / MANIFEST).is_file() and any(name not in OURS and MANIFEST not in name for name in names):
+        raise UserError(f"{folder} is needed for the work and holds something else; move it away")
 
 
 def remove_leftover(out: str | Path, manifest: Manifest) -> None:
