@@ -98,7 +98,7 @@ def workspace(out: str | Path, resume: bool, overwrite: bool, source: str | Path
 
 
 def _check_ours(folder: Path) -> None:
-    """Refuse a folder that holds something and is not a run's: a run's manifest is the first to come, the last to go."""
+    """Refuse a folder that holds something and no manifest: a run writes that first and removes it last."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not (folder / MANIFEST).is_file() and any(name not in OURS and MANIFEST not in name for name in names):
         raise UserError(f"{folder} is needed for the work and holds something else; move it away")
