@@ -86,8 +86,8 @@ class Case:
         checkpoint = open_checkpoint(out)
         for i, keep in enumerate(checkpoint.keep(0.0)):
             assert first_nonfinite(checkpoint.layer(i, keep)) is None
-        wanted = uniql_jax.load_source(str(source), dtype=jnp.float32)(self.tokens)
-        got = uniql_jax.load(out, 0.0, dtype=jnp.float32)(self.tokens)
+        wanted = uniql_jax.load_source(str(source), dtype=jnp.float32)(jnp.asarray(self.tokens))
+        got = uniql_jax.load(out, 0.0, dtype=jnp.float32)(jnp.asarray(self.tokens))
         return reference.relative_error(np.asarray(got), np.asarray(wanted))
 
 
