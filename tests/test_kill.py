@@ -294,7 +294,7 @@ def test_changed_inputs_are_refused_and_named(
 def test_other_resources_are_not_refused(left: tuple[Inputs, Path]) -> None:
     own, out = left
     settings = CompressionSettings(rounding="nearest")
-    device = on_device() | {"accumulate": 2, "remat": "full"}
+    device = on_device() | {"accumulate": 2, "remat": "all"}
     training = RecoverySettings(steps=4, batch=4, rank=2, alpha=alpha_of(2), **device)
 
     def again() -> object:
