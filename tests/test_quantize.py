@@ -28,7 +28,7 @@ def output_error(weight: np.ndarray, gram: np.ndarray, bits: int, group: int, **
     return float(np.trace(difference @ gram @ difference.T))
 
 
-@pytest.mark.parametrize(("width", "group"), [(96, 32), (144, 144), (100, 32)])
+@pytest.mark.parametrize(("width", "group"), [(144, 144), (100, 32)])
 def test_gptq_beats_rounding_and_searched_scales_beat_max_abs(width: int, group: int, rng: np.random.Generator) -> None:
     weight = rng.standard_normal((20, width)).astype(np.float32) * np.exp(rng.standard_normal((20, 1)))
     weight = weight.astype(np.float32)

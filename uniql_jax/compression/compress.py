@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from uniql_jax.compression.describe import describe
 from uniql_jax.compression.estimate import disk_bytes
 from uniql_jax.compression.inputs import manifest_of
 from uniql_jax.compression.settings import LENGTH, RECOVER_LENGTH, WINDOWS, CompressionSettings, Resources
-from uniql_jax.compression.workspace import work_folder, workspace
+from uniql_jax.compression.workspace import remove_leftover, workspace
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert.source import Source, open_source
 from uniql_jax.errors import UserError
@@ -121,7 +120,7 @@ def _check_finished(out: str | Path, manifest: Manifest) -> None:
     except ValueError:
         raise UserError(f"{out} exists and does not say what it was made from; add --overwrite to replace it") from None
     made_from.require(manifest, out, "was made", "add --overwrite to replace it")
-    shutil.rmtree(work_folder(out), ignore_errors=True)  # a run killed between its last two steps leaves it
+    remove_leftover(out, manifest)
 
 
 def recovery_settings(

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows
 from uniql_jax.errors import UserError
-from uniql_jax.locking import hold_lock
+from uniql_jax.locking import LOCK, OWNER, hold_lock
 from uniql_jax.manifest import Manifest
 from uniql_jax.outputs import check_output, output_path, replace_output
 
 MANIFEST = "manifest.json"
+OURS = (LOCK, OWNER)
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 
 
@@ -53,7 +54,7 @@ class Workspace:
     def publish(self, staging: Path, overwrite: bool) -> None:
         """Put the finished checkpoint in its place and remove the work folder."""
         replace_output(staging, self.target, overwrite)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove(self.folder)
 
 
 @contextlib.contextmanager
@@ -66,6 +67,7 @@ def workspace(out: str | Path, resume: bool, overwrite: bool, source: str | Path
     """
     check_output(out, overwrite, source)
     target, folder = output_path(out), work_folder(out)
+    _check_ours(folder)
     made = _missing_parents(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +95,35 @@ def workspace(out: str | Path, resume: bool, overwrite: bool, source: str | Path
             for parent in made:
                 with contextlib.suppress(OSError):
                     parent.rmdir()
+
+
+def _check_ours(folder: Path) -> None:
+    """Refuse a folder that holds something and no manifest: a run writes that first and removes it last."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not (folder / MANIFEST).is_file() and any(name not in OURS and MANIFEST not in name for name in names):
+        raise UserError(f"{folder} is needed for the work and holds something else; move it away")
+
+
+def remove_leftover(out: str | Path, manifest: Manifest) -> None:
+    """Remove what a run killed between its last two steps left; work on a checkpoint from other inputs stays.
+
+    Raises:
+        UserError: another process is at work there.
+    """
+    folder = work_folder(out)
+    if folder.is_dir():
+        with hold_lock(folder):
+            kept = Manifest.load(folder / MANIFEST)
+            if kept is not None and not kept.differences(manifest):
+                _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a work folder, its manifest last: what a kill leaves of it is still known for what it is."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _missing_parents(folder: Path) -> list[Path]:

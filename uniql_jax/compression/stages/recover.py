@@ -43,6 +43,8 @@ def recover(
         )  # fmt: skip
         factors = jax.device_get(result.factors)
         for i, layer in enumerate(layers):
+            if store.has(layer_name(i)):
+                continue
             merged = merge_layer(i, layer, factors, data.settings.alpha)
             check_finite(merged, f"layer {i}, recovered:")
             store.save(layer_name(i), flatten(merged))

@@ -60,10 +60,13 @@ def tune(
         )  # fmt: skip
         factors = jax.device_get(result.factors)
         for i, layer in enumerate(layers):
+            if store.has(layer_name(i)):
+                continue
             tuned = packed_layer(config, i, layer, factors, settings.alpha)
             check_finite(tuned, f"layer {i}, tuned:")
             store.save(layer_name(i), flatten(tuned))
-        store.save(TOP, packed_top(tops, factors, settings.alpha))
+        if not store.has(TOP):
+            store.save(TOP, packed_top(tops, factors, settings.alpha))
         gains = Gains(result.before, result.after, result.steps, result.best_step)
         store.save(SUMMARY, {}, gains.to_json())
     return Gains.from_json(store.record(SUMMARY))
