@@ -100,11 +100,11 @@ def test_it_chooses_the_faster_of_both() -> None:
     assert max(slower) < 1.1
 
 
-@pytest.mark.parametrize("order", ["rows", "groups"])
+@pytest.mark.parametrize("layout", ["rows", "groups"])
 @pytest.mark.parametrize("count", [5, 8, 16, 17, 40, 64, 65, 128, 1000])
 @pytest.mark.parametrize(("features", "groups"), [(64, 1), (576, 9), (4096, 32), (6144, 32), (4096, 91)])
-def test_whatever_it_chooses_can_run(order: str, count: int, features: int, groups: int) -> None:
-    weight = Weight(order, features, groups, 128)
+def test_whatever_it_chooses_can_run(layout: str, count: int, features: int, groups: int) -> None:
+    weight = Weight(layout, features, groups, 128)
     found = cuts.choice(weight, count)
     assert found is not None
     kernel, cut = found

@@ -14,7 +14,7 @@ from uniql_jax.casting import cast
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.convert.source import open_source
 from uniql_jax.model.causal_lm import CausalLM
-from uniql_jax.pallas_kernels.dequant_matmul import preferred_order
+from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout
 from uniql_jax.plan import check_rate
 from uniql_jax.runtime.text import Folder
 from uniql_jax.weights.quantized import QuantizedArray
@@ -31,8 +31,8 @@ def place(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = True,
     """
     if isinstance(value, QuantizedArray):
         if tiles:
-            order = preferred_order(bits=value.bits, group=value.group, contract=value.contract, dtype=dtype)
-            value = value.in_order(order)
+            layout = preferred_layout(bits=value.bits, group=value.group, contract=value.contract, dtype=dtype)
+            value = value.in_layout(layout)
         return jax.tree.map(jnp.asarray, value)
     is_matrix = leaf is None or leaf.contract is not None
     return jnp.asarray(cast(name, value, dtype if is_matrix else np.float32))

@@ -134,7 +134,7 @@ def _load(x_ref: Any, data_ref: Any, rings: Rings, plan: Plan, weight: Weight, s
             def _wait_for_words() -> None:
                 plgpu.barrier_wait(rings.words_free.at[slot])
 
-            source = data_ref.at[tiles, group] if weight.order == "rows" else data_ref.at[group, tiles]
+            source = data_ref.at[tiles, group] if weight.layout == "rows" else data_ref.at[group, tiles]
             plgpu.copy_gmem_to_smem(source, rings.words.at[slot], rings.words_full.at[slot])
             for half in (0, 1):
                 number = 2 * at + half
@@ -389,7 +389,7 @@ def product(
         grid_names=("program",),
         num_threads=settings.consumers + 1,
         thread_name="warpgroup",
-        kernel_name=f"dequant_wgmma_{weight.order}",
+        kernel_name=f"dequant_wgmma_{weight.layout}",
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
