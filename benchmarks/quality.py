@@ -159,6 +159,10 @@ class Cached:
         """One layer."""
         return self._layers[index]
 
+    def device_layer(self, index: int) -> Any:
+        """One layer on the device."""
+        return jax.tree.map(jnp.asarray, self.layer(index))
+
     def top(self) -> Any:
         """Embedding, norm, head."""
         return self._top

@@ -107,6 +107,10 @@ class Sorted:
         """One layer."""
         return self.layers[index]
 
+    def device_layer(self, index: int) -> Any:
+        """One layer on the device."""
+        return jax.tree.map(jnp.asarray, self.layer(index))
+
     def top(self) -> Any:
         """Embedding, norm, head."""
         return self.embeddings

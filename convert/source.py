@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import os
@@ -13,8 +14,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from uniql_jax import config as configs
 from uniql_jax import elastic
@@ -61,6 +64,18 @@ class Source:
                 leaves.update(self._read(row, index))
             layer[kind] = _complete(self.config, kind, leaves)
         return layer
+
+    def device_layer(self, index: int) -> dict[str, dict[str, Array]]:
+        """`layer` on the device: tensors travel as they are stored, and are widened and laid out there."""
+        kinds = self.config.pattern[index]
+        raw = {
+            kind: {
+                row.name: jnp.asarray(self.reader.read(row.name.format(layer=index)))
+                for row in tables.rows_of(self.config, self.table, kind)
+            }
+            for kind in kinds
+        }
+        return _device_layer(self.config, self.table, raw)
 
     def top(self) -> Leaves:
         """The leaves embed [vocab, embed], norm [embed] and head [vocab, embed]; no head in a tied model."""
@@ -218,6 +233,28 @@ def _some(names: list[str], count: int = 3) -> str:
 def _spare_heads(config: ModelConfig, table: tuple[tables.Row, ...]) -> list[tables.Row]:
     """The rows of a head that a tied checkpoint may hold as well."""
     return [row for row in table if config.tie_embeddings and row.kind == "top" and row.parts[0].leaf == "head"]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "table"))
+def _device_layer(
+    config: ModelConfig, table: tuple[tables.Row, ...], raw: dict[str, dict[str, Array]]
+) -> dict[str, dict[str, Array]]:
+    layer = {}
+    for kind, tensors in raw.items():
+        leaves: dict[str, Array] = {}
+        for row in tables.rows_of(config, table, kind):
+            found = tables.laid_out(config, row, tensors[row.name])
+            leaves.update({name: value.astype(jnp.float32) for name, value in found.items()})
+        wanted = elastic.leaves(config, kind)
+        if "v_bias" in leaves:
+            v_bias = jnp.repeat(leaves["v_bias"], config.query_groups, axis=1)  # [vo, head]
+            folded = jnp.einsum("vn,vnh->h", v_bias, leaves["o"], precision="highest")
+            leaves["o_bias"] = folded + leaves.get("o_bias", 0.0)
+        if "inv_freq" in wanted and config.rope is not None:
+            shape = elastic.shape(config, wanted["inv_freq"])
+            leaves["inv_freq"] = jnp.broadcast_to(config.rope.inv_freq()[:, None], shape)
+        layer[kind] = {name: leaves[name] for name in wanted}
+    return layer
 
 
 def _complete(config: ModelConfig, kind: str, leaves: Leaves) -> Leaves:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -269,6 +270,11 @@ def expected(config: ModelConfig, table: tuple[Row, ...]) -> dict[str, tuple[int
 
 def to_leaves(config: ModelConfig, row: Row, value: Float[np.ndarray, "..."]) -> dict[str, Float[np.ndarray, "..."]]:
     """The leaves that a foreign tensor holds, in our layout (contiguous)."""
+    return {name: np.ascontiguousarray(leaf) for name, leaf in laid_out(config, row, value).items()}
+
+
+def laid_out(config: ModelConfig, row: Row, value: Any) -> dict[str, Any]:
+    """The leaves that a foreign tensor holds as views in our layout: numpy or, inside a jit, JAX arrays."""
     sizes = elastic.sizes(config)
     leaves, start = {}, 0
     outer = row.within.split()
@@ -278,7 +284,7 @@ def to_leaves(config: ModelConfig, row: Row, value: Float[np.ndarray, "..."]) ->
         theirs = [*outer, *" ".join(part.dims).split()]
         split = value[:, start:stop].reshape([sizes[dim] for dim in theirs])
         ours = leaf_of(row.kind, part.leaf).dims
-        leaves[part.leaf] = np.ascontiguousarray(split.transpose([theirs.index(dim) for dim in ours]))
+        leaves[part.leaf] = split.transpose([theirs.index(dim) for dim in ours])
         start = stop
     return leaves
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -64,13 +64,13 @@ class LayerStore:
 
     def save(self, name: str, tensors: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> None:
         """Write one entry; float32 arrays that bfloat16 holds exactly are kept as bfloat16."""
-        flat: dict[str, np.ndarray] = {}
+        flat: dict[str, Any] = {}
         for key, value in tensors.items():
             if isinstance(value, QuantizedArray):
-                flat[f"{key}.data"], flat[f"{key}.scale"] = np.asarray(value.data), np.asarray(value.scale)
+                flat[f"{key}.data"], flat[f"{key}.scale"] = value.data, value.scale
             else:
-                flat[key] = _narrow(np.asarray(value))
-        contiguous = {key: np.ascontiguousarray(value) for key, value in flat.items()}
+                flat[key] = value
+        contiguous = {key: np.ascontiguousarray(value) for key, value in narrowed(flat).items()}
         metadata = {"record": json.dumps(dict(record or {}))}
         _write(self._path(name), lambda path: save_tensors(contiguous, path, metadata))
 
@@ -89,11 +89,19 @@ class LayerStore:
             return json.loads(handle.metadata()["record"])
 
 
-def _narrow(value: np.ndarray) -> np.ndarray:
-    if value.dtype != np.float32:
-        return value
-    short = value.astype(ml_dtypes.bfloat16)
-    return short if np.array_equal(short.astype(np.float32), value) else value
+def narrowed(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors on the host; float32 ones that bfloat16 holds exactly are narrowed on the device first."""
+    wide = {key: jnp.asarray(value) for key, value in tensors.items() if value.dtype == np.float32}
+    short = {key: _short(value) for key, value in wide.items()}
+    exact = jax.device_get({key: same for key, (_, same) in short.items()})
+    chosen = {key: short[key][0] if exact.get(key) else value for key, value in tensors.items()}
+    return {key: np.asarray(value) for key, value in jax.device_get(chosen).items()}
+
+
+@jax.jit
+def _short(value: Float[Array, "..."]) -> tuple[Array, Bool[Array, ""]]:
+    short = value.astype(jnp.bfloat16)
+    return short, jnp.array_equal(short.astype(jnp.float32), value)
 
 
 class Windows:

@@ -39,6 +39,10 @@ class DenseModel(Protocol):
         """Leaves of a layer, dense float32, in the layout of `elastic.BLOCKS`."""
         ...
 
+    def device_layer(self, index: int) -> dict[str, dict[str, Any]]:
+        """`layer` as arrays on the device."""
+        ...
+
     def top(self) -> dict[str, Any]:
         """Embedding, final norm and head where untied."""
         ...

@@ -17,7 +17,7 @@ from uniql_jax.compression.artifacts import LayerStore, Windows
 from uniql_jax.compression.contract import Gains, Progress, RecoveryData, Report, Source
 from uniql_jax.compression.estimate import disk_bytes, stream_bytes
 from uniql_jax.compression.inputs import manifest_of
-from uniql_jax.compression.settings import CompressionSettings, Resources
+from uniql_jax.compression.settings import PRECISIONS, CompressionSettings, Resources
 from uniql_jax.compression.stages.calibrate import Calibration, Top, forward_sweep
 from uniql_jax.compression.stages.plan import plan as make
 from uniql_jax.compression.stages.quantize import quantize
@@ -97,7 +97,7 @@ def run(
     config, layers = source.config, work.layers("sorted")
     top = {name: jnp.asarray(value, jnp.float32) for name, value in source.top().items()}
     # Statistics and what is solved from them want float32 products; training wants fast ones.
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision(matmul_precision(settings)):
         calibration, plan = _sorted(work, source, top, tokens, settings, resources, layers, progress)
     gained, tuned, dense = None, None, layers
     if recovery is not None:
@@ -105,7 +105,7 @@ def run(
         gained = recover(config, plan, top, layers, recovery, work.folder / "recover", dense, progress)
     tuning = recovery is not None and recovery.tuning is not None
     finished, unrounded = work.layers("quantized"), work.layers("unrounded") if tuning else None
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision(matmul_precision(settings)):
         windows = Windows(tokens, resources.batch_tokens)
         streams = work.streams(windows, stream_interval(source, tokens, resources))
         q = rotation(config, settings)
@@ -146,6 +146,11 @@ def _sorted(
     calibration = forward_sweep(source, top, windows, work.layers("calibration"), streams, progress)
     sort(source, top, windows, settings, layers, streams, progress)
     return calibration, make(source.config, calibration, layers, settings)
+
+
+def matmul_precision(settings: CompressionSettings) -> str:
+    """What `jax.default_matmul_precision` takes for the settings on this device."""
+    return "highest" if jax.default_backend() == "cpu" else PRECISIONS[settings.precision]
 
 
 def stream_interval(source: Source, tokens: Int[np.ndarray, "n t"], resources: Resources) -> int:

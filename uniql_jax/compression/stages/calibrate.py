@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import concurrent.futures
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +30,15 @@ class Calibration(NamedTuple):
     final_gram: Float[Array, "h h"]
 
 
-def read_layer(source: DenseModel, index: int) -> Layer:
-    """One layer of the source on the device."""
-    return jax.tree.map(jnp.asarray, source.layer(index))
+def read_ahead(source: DenseModel, indices: Sequence[int]) -> Iterator[tuple[int, Layer]]:
+    """(index, layer) on the device; the next layer is read while this one is worked on."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(source.device_layer, indices[0]) if indices else None
+        for index, after in zip(indices, [*indices[1:], None], strict=True):
+            assert coming is not None
+            layer = coming.result()
+            coming = pool.submit(source.device_layer, after) if after is not None else None
+            yield index, layer
 
 
 def forward_sweep(
@@ -53,16 +60,18 @@ def forward_sweep(
             streams.save(FORWARD, 0, xs)
         else:
             xs = streams.load(FORWARD, start)
-        for i in progress(range(count), "calibrate"):
-            if i < start:
+        layers = read_ahead(source, range(start, count))
+        for index in progress(range(count), "calibrate"):
+            if index < start:
                 continue
-            layer, cosine = read_layer(source, i), 0.0
+            i, layer = next(layers)
+            cosine = jnp.zeros(())
             for b, x in enumerate(xs):
                 xs[b], part = layer_forward(config, config.pattern[i], layer, x)
-                cosine += float(part)
+                cosine += part
             check_finite(xs, f"layer {i}: the residual stream after it")
             streams.save(FORWARD, i + 1, xs)
-            store.save(layer_name(i), {}, {"influence": 1.0 - cosine / windows.tokens})
+            store.save(layer_name(i), {}, {"influence": 1.0 - float(cosine) / windows.tokens})
         gram = sum(final_gram(x, config.norm_eps) for x in xs) / windows.tokens
         influence = [store.record(layer_name(i))["influence"] for i in range(count)]
         store.save(SUMMARY, {"gram": gram}, {"influence": influence})
@@ -88,8 +97,8 @@ def backward_sweep(
         pairs = zip(_stream(source, streams, count), windows.batches, strict=True)
         gradients = [loss_gradient(top, x, tokens, config.norm_eps) for x, tokens in pairs]
         streams.save(GRADIENT, count, gradients)
-    for i in range(after - 1, -1, -1):
-        layer, stats, before = read_layer(source, i), None, []
+    for i, layer in read_ahead(source, range(after - 1, -1, -1)):
+        stats, before = None, []
         for x, gradient in zip(_stream(source, streams, i), gradients, strict=True):
             gradient, found = layer_statistics(config, config.pattern[i], layer, x, gradient, thorough)
             before.append(gradient)
@@ -112,8 +121,7 @@ def _stream(source: DenseModel, streams: StreamStore, index: int) -> list[Float[
         start = streams.nearest(FORWARD, index)
         assert start is not None, "the stream before layer 0 is always kept"
         xs = streams.load(FORWARD, start)
-        for j in range(start, index):
-            layer = read_layer(source, j)
+        for j, layer in read_ahead(source, range(start, index)):
             xs = [layer_forward(source.config, source.config.pattern[j], layer, x)[0] for x in xs]
             streams.hold(FORWARD, j + 1, xs)
     return streams.load(FORWARD, index)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 
 from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows, flatten, layer_name
@@ -42,4 +41,4 @@ def sort(
         done, losses = sort_layer(config, config.pattern[i], layer, means, settings, settings.seed + i)
         check_finite((done, losses), f"layer {i}, sorted:")
         record = {axis: np.asarray(loss).tolist() for axis, loss in losses.items()}
-        store.save(layer_name(i), flatten(jax.device_get(done)), record)
+        store.save(layer_name(i), flatten(done), record)

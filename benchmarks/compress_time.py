@@ -1,0 +1,155 @@
+"""How long the whole pass takes at a published size, stage by stage: random weights, written to disk, compressed.
+
+    python benchmarks/compress_time.py --config llama-3.1-8b --windows 128 --length 512 --json record.json
+    python benchmarks/compress_time.py --config llama-3.1-8b --layers 4 --precision float32 bf16x3 tf32
+
+The source is a Hugging Face folder of bfloat16 tensors in the published shapes, made once per call; calibration tokens
+are random. Peaks are those of the device's allocator and of the process. Every row ends with its table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from uniql_jax import console
+from uniql_jax.compression.compress import compress
+from uniql_jax.compression.settings import PRECISIONS, CompressionSettings, Resources
+from uniql_jax.config import from_hf
+from uniql_jax.convert import tables
+from uniql_jax.evaluation.published import CONFIGS
+from uniql_jax.evaluation.timing import environment
+from uniql_jax.files import ShardWriter
+
+
+def write_source(name: str, layers: int | None, folder: Path) -> int:
+    """A checkpoint of random weights in a published shape; returns the bytes of its tensors."""
+    hf = json.loads((CONFIGS / f"{name}.json").read_text())
+    if layers is not None:
+        hf["num_hidden_layers"] = layers
+        if "hybrid_override_pattern" in hf:
+            hf["hybrid_override_pattern"] = hf["hybrid_override_pattern"][:layers]
+        if "attn_layer_indices" in hf:
+            hf["attn_layer_indices"] = [i for i in hf["attn_layer_indices"] if i < layers]
+    config = from_hf(hf)
+    folder.mkdir(parents=True)
+    writer = ShardWriter(folder)
+    draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    for number, (tensor, shape) in enumerate(tables.expected(config, tables.TABLES[config.model_type]).items()):
+        value = np.asarray(draw(jax.random.key(number), shape, jnp.float32))
+        if len(shape) == 1:
+            value = 1 + 0.02 * value  # norms, steps and decays near one
+        else:
+            value = value * (shape[-1] ** -0.5 if shape[-1] > 8 else 0.3)
+        writer.add(tensor, value.astype(ml_dtypes.bfloat16))
+    writer.finish()
+    (folder / "config.json").write_text(json.dumps(hf))
+    return writer.total_bytes
+
+
+class Timeline:
+    """A progress callback that notes when every item of every stage begins and ends."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.stages: dict[str, list[float]] = {}
+        self.begun: dict[str, float] = {}
+
+    def __call__(self, items: Iterable[Any], stage: str) -> Iterator[Any]:
+        self.begun[stage] = time.perf_counter() - self.start
+        ends = self.stages.setdefault(stage, [])
+        for number, item in enumerate(items):
+            yield item
+            ends.append(round(time.perf_counter() - self.start, 2))
+            if number % 8 == 0:
+                print(f"  {ends[-1]:7.1f} s  {stage} {number}", flush=True)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Seconds per stage: until its first item ended, of the median item, in all."""
+        found = []
+        for stage, ends in self.stages.items():
+            steps = np.diff([self.begun[stage], *ends])
+            rest = steps[1:] if len(steps) > 1 else steps
+            found.append(
+                {
+                    "stage": stage, "begun": round(self.begun[stage], 1), "first": round(float(steps[0]), 2),
+                    "median": round(float(np.median(rest)), 2), "items": len(steps),
+                    "total": round(ends[-1] - self.begun[stage], 1),
+                }
+            )  # fmt: skip
+        return found
+
+
+def measure(source: Path, calib: Path, args: argparse.Namespace, precision: str, work: Path) -> dict[str, Any]:
+    """One run of the pass; its timeline and peaks."""
+    timeline = Timeline()
+    shutil.rmtree(work / "out", ignore_errors=True)
+    report = compress(
+        str(source), work / "out", calib=[str(calib)], calib_windows=args.windows, calib_length=args.length,
+        settings=dataclasses.replace(CompressionSettings(), bits=args.bits, precision=precision),
+        resources=Resources(batch_tokens=args.batch_tokens, stream_bytes=int(args.stream_gib * 2**30)),
+        progress=timeline, say=lambda text: print(text, flush=True),
+    )  # fmt: skip
+    seconds = time.perf_counter() - timeline.start
+    stats = jax.devices()[0].memory_stats() or {}
+    assert report is not None
+    return {
+        "precision": precision, "seconds": round(seconds, 1), "stages": timeline.rows(), "bytes": report.bytes,
+        "device_peak": stats.get("peak_bytes_in_use"),
+        "host_peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Write the source, run every row, print as we go, record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, help="the first N layers alone")
+    parser.add_argument("--windows", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--batch-tokens", type=int, default=16384)
+    parser.add_argument("--stream-gib", type=float, default=16.0)
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["bf16x3"])
+    parser.add_argument("--work", type=Path, help="folder for source and checkpoint (default: a temporary one)")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.work) as temporary:
+        work, rows = Path(temporary), []
+        start = time.perf_counter()
+        size = write_source(args.config, args.layers, work / "source")
+        print(f"source: {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
+        vocabulary = json.loads((work / "source" / "config.json").read_text())["vocab_size"]
+        tokens = np.random.default_rng(0).integers(3, vocabulary, (args.windows, args.length)).astype(np.int32)
+        np.save(work / "calib.npy", tokens)
+        for precision in args.precision:
+            rows.append(measure(work / "source", work / "calib.npy", args, precision, work))
+            if args.json:
+                record = {"environment": environment(sys.argv), "settings": vars(args) | {"json": str(args.json)}}
+                record["settings"]["work"] = None
+                console.write_whole(args.json, json.dumps(record | {"rows": rows}, indent=1, default=str) + "\n")
+    for row in rows:
+        device, host = (row["device_peak"] or 0) / 2**30, row["host_peak"] / 2**30
+        print(f"\n{args.config} {row['precision']}: {row['seconds']} s, {row['bytes'] / 1e9:.2f} GB of weights")
+        print(f"peaks: device {device:.1f} GiB, host {host:.1f} GiB")
+        print(console.table([list(stage.values()) for stage in row["stages"]], list(row["stages"][0])))
+
+
+if __name__ == "__main__":
+    main()
