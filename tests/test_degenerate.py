@@ -12,6 +12,7 @@ from uniql_jax.compression.finite import first_nonfinite
 from uniql_jax.compression.math import mlp, rope_pairs, ssm
 from uniql_jax.compression.math.gptq import inverse_factor, quantize
 from uniql_jax.compression.math.order import descending, greedy
+from uniql_jax.compression.settings import CHANNEL_SCORES, MLP_SCORES, PAIR_SCORES, STATE_SCORES
 from uniql_jax.compression.sorting import cosine
 from uniql_jax.value_bias import free_rank, value_bias
 
@@ -45,19 +46,19 @@ def test_every_order_is_a_permutation(kind: str, rng: np.random.Generator) -> No
     other = rng.permutation(list(INPUTS))[0]
     gram, fisher, metric = _gram(kind, rng, WIDTH), _gram(other, rng, WIDTH), _gram(other, rng, HIDDEN)
     for down in (np.zeros((WIDTH, HIDDEN)), 1e20 * rng.standard_normal((WIDTH, HIDDEN))):
-        for method in mlp.METHODS:
+        for method in MLP_SCORES:
             order = mlp.order_channels(gram, jnp.asarray(down, jnp.float32), method, 1, metric, fisher)
             assert _is_permutation(np.asarray(order)), (method, other)
         out = jnp.asarray(down, jnp.float32).reshape(4, 4, HIDDEN)
-        for method in ssm.CHANNEL_METHODS:
+        for method in CHANNEL_SCORES:
             order = ssm.order_head_channels(gram, out, method, 1, metric, fisher, gram)
             assert _is_permutation(np.asarray(order)), (method, other)
     gram_q, gram_k = _gram(kind, rng, 8, 2, 3), _gram(other, rng, 8, 2)
-    for method in rope_pairs.METHODS:
+    for method in PAIR_SCORES:
         order = rope_pairs.order_pairs(gram_q, gram_k, method, 1, _gram(kind, rng, 4, 2))
         assert _is_permutation(np.asarray(order)), (method, other)
     squares = np.square(INPUTS[kind](rng, 8)[:1].astype(np.float32)).reshape(4, 2)
-    for method in ssm.STATE_METHODS:
+    for method in STATE_SCORES:
         states = ssm.order_states(
             jnp.asarray(np.repeat(squares[..., None], 3, axis=2)),
             jnp.asarray(squares),

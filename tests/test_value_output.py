@@ -11,7 +11,8 @@ import pytest
 
 from uniql_jax.compression.finite import first_nonfinite
 from uniql_jax.compression.math.gptq import quantize
-from uniql_jax.compression.math.value_output import METHODS, decompose, rank_loss, sort_value_output
+from uniql_jax.compression.math.value_output import decompose, rank_loss, sort_value_output
+from uniql_jax.compression.settings import VALUE_OUTPUTS
 
 SHAPES = [(8, 4, 4, 40), (16, 2, 6, 24), (12, 1, 1, 12)]
 """Head size, key/value heads, query heads, hidden size; in the last a head is as wide as the stream."""
@@ -232,7 +233,7 @@ def test_what_gram_does_not_see_is_kept_behind_what_it_sees(rng: np.random.Gener
     assert (np.diff(carried) <= 1e-5 * carried[0]).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", VALUE_OUTPUTS)
 def test_every_method_is_finite_without_content(method: str, rng: np.random.Generator) -> None:
     for v, o in (_weights((8, 2, 4, 24), rng), (np.zeros((8, 2, 24), np.float32), np.zeros((8, 4, 24), np.float32))):
         for gram in (np.zeros((2, 8, 8), np.float32), np.full((2, 8, 8), 1e18, np.float32)):

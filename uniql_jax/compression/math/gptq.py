@@ -133,7 +133,8 @@ def quantize(
 
     Returns:
         Integers (int8), bfloat16 scales and, with `return_unrounded`, what was rounded to them, float32: the weight
-        with all errors that were carried to it. Integers cannot be NaN: where an input or a result is not finite, the scales are.
+        with all errors that were carried to it. Integers cannot be NaN: where an input or a result is not finite, the
+        scales are.
     """
     low, high = limits(bits)
     rows, width = weight.shape
