@@ -30,8 +30,8 @@ def task(k: int, n: int, count: int, kernel: str, group: int = GROUP, contract: 
 
 PEERS = ("bf16", "torch int4")
 """Kernels that are compared with."""
-BESIDE = task(4096, 4096, 1, "mma", order="groups", along_k=16, batch=1, tiles=1, gate=True)
-"""What a probe chains both ways, to tell what an addition costs beside it."""
+NEIGHBOUR = task(4096, 4096, 1, "mma", order="groups", along_k=16, batch=1, tiles=1, gate=True)
+"""What a probe chains both ways, to measure what an addition costs next to it."""
 
 
 def name(row: dict) -> str:

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernel_rows import BESIDE, DISTINCT, copies_of, floor_us, is_rope, name
+from benchmarks.kernel_rows import DISTINCT, NEIGHBOUR, copies_of, floor_us, is_rope, name
 
 
 @dataclasses.dataclass
@@ -135,7 +135,7 @@ def chain(row: dict, length: int) -> Any:
         return adds
 
     if row["kernel"] == "launch: mma":
-        return products(BESIDE, length, row["settings"]["by"] == "operand")
+        return products(NEIGHBOUR, length, row["settings"]["by"] == "operand")
     if is_rope(row):
         return rope_chain(row, length)
     return products(row, length, waits_by_operand(row))
@@ -349,7 +349,7 @@ def arguments(row: dict) -> tuple[Any, ...]:
     if is_rope(row):
         return rope_arguments(row["k"], row["n"], row["group"], row["count"])
     if row["kernel"] == "launch: mma":
-        row = BESIDE
+        row = NEIGHBOUR
     held = pool(row["k"], row["n"], row["group"], copies_of(row))
     x = jax.random.normal(jax.random.key(7), (row["count"], row["k"]), jnp.bfloat16)
     weights = held.dense if row["kernel"] == "bf16" else held.data

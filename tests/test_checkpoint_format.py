@@ -19,9 +19,8 @@ import uniql_jax
 from uniql_jax import config as model_config
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.checkpoint_format import SCHEMA, check_groups, check_plan, check_section, check_tensors, expected_tensors
-from uniql_jax.compression.settings import groups
 from uniql_jax.errors import UserError
-from uniql_jax.plan import make_plan
+from uniql_jax.plan import groups, make_plan
 
 GOLDEN = Path(__file__).parent / "golden"
 LARGE = Path(uniql_jax.__file__).parent / "configs" / "llama-3.1-8b.json"

@@ -37,7 +37,7 @@ ROUNDING = 4e-3
 
 
 def held(case: Case, layout: str) -> tuple[jnp.ndarray, Weight]:
-    """The data of a case in one of the four orders, and what the kernels are told of it."""
+    """The data of a case in one of the four layouts, and its static description."""
     groups, features = -(-case.width // case.group), case.dense.shape[0]
     data = case.data if layout == case.contract else tiling.tile(case.data, case.contract)
     return data, Weight(layout, features, groups, case.group)

@@ -86,7 +86,7 @@ def choose_tokenizer(folder: str | None, specs: Sequence[str], vocab: int) -> An
     """
     if folder is None:
         if all_npy(specs):
-            raise UserError("token ids tell nothing about their tokenizer: name its folder with --tokenizer")
+            raise UserError("token ids do not identify their tokenizer: name its folder with --tokenizer")
         return train_tokenizer(read_documents([s for s in specs if not all_npy([s])]), vocab)
     if not Path(folder).is_dir() or not any((Path(folder) / name).exists() for name in TOKENIZER_FILES):
         raise UserError(f"--tokenizer {folder} holds no tokenizer files")

@@ -1,4 +1,4 @@
-"""The door to the dequantizing matrix product: checks its input and picks an implementation."""
+"""Entry point of the dequantizing matrix product: checks its input and picks an implementation."""
 
 from __future__ import annotations
 

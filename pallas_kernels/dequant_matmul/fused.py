@@ -3,7 +3,7 @@
 A residual stream travels as three arrays: itself, itself times the weight of the norm that reads it next, and partial
 sums of its squares. A norm then costs no launch: `read` multiplies by the prepared stream and by 1 / rms at the end;
 `write` adds to the stream and prepares it for the next norm. `read` takes several weights in one launch, one after
-another (q, k, v) or row beside row (gate and up, whose activation and product it then takes as well).
+another (q, k, v) or row next to row (gate and up, whose activation and product it then takes as well).
 """
 
 from __future__ import annotations

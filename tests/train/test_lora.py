@@ -1,4 +1,4 @@
-"""LoRA beside elastic weights: what is trained under masks is what a slice of the merged model computes."""
+"""LoRA on top of elastic weights: what is trained under masks is what a slice of the merged model computes."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Settings:
     along_k: int = 4
     """Warpgroups of a program that take its groups in turn."""
     along_n: int = 1
-    """Warpgroups of a program beside each other, each with its own rows."""
+    """Warpgroups of a program next to each other, each with its own rows."""
     tall: int = 1
     """Blocks of 64 weight rows that each multiplying warpgroup holds."""
     slots: int = 8

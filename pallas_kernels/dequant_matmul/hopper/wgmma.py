@@ -57,7 +57,7 @@ class Settings:
     joined: bool = False
     """The programs that share a contraction are a cluster and add up themselves (handover.py)."""
     along_k: int = 1
-    """Multiplying warpgroups of a joined program that take its groups in turn; the others are beside each other."""
+    """Multiplying warpgroups of a joined program that take its groups in turn; the others are next to each other."""
 
 
 class Plan(NamedTuple):
@@ -324,8 +324,8 @@ def plan_of(count: int, weight: Weight, settings: Settings) -> Plan:
 
 def handover_of(settings: Settings, buffers: int) -> Handover:
     """How joined programs add up."""
-    beside = settings.consumers // settings.along_k
-    return Handover(settings.split, settings.along_k, beside, settings.tall, settings.tile_m // 8, buffers)
+    abreast = settings.consumers // settings.along_k
+    return Handover(settings.split, settings.along_k, abreast, settings.tall, settings.tile_m // 8, buffers)
 
 
 # Compiled once for all weights of equal sizes, as a kernel's trace and lowering take their time.
