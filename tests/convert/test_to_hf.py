@@ -1,4 +1,4 @@
-"""Export: pruned and sorted leaves scattered into dense HF tensors compute the same; the commands write whole folders."""
+"""Export: pruned and sorted leaves scattered into dense HF tensors compute the same; commands write whole folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From text to a Hugging Face folder: it learns, it is what stock transformers runs, and the command refuses bad input."""
+"""From text to a Hugging Face folder: it learns, stock transformers runs it, and the command refuses bad input."""
 
 from __future__ import annotations
 

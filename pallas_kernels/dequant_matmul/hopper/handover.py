@@ -89,7 +89,7 @@ class Handover:
         )
 
     def open(self, box: Box) -> None:
-        """Make the barriers ready and signal it to the cluster: each warpgroup once, those that multiply first of all."""
+        """Make the barriers ready and signal the cluster: each warpgroup once, those that multiply first of all."""
         _opened(self)(box.full)
 
     def around(self, box: Box, load: Callable[[], Any]) -> None:
