@@ -17,9 +17,15 @@ def pair_loss(
 ) -> Float[Array, "g pairs pairs"]:
     """Expected squared change of the scores when pairs are dropped, as a symmetric matrix per key/value head.
 
-    gram_q, gram_k: mean outer products of rotated queries and of rotated, mean-free keys, features (2p, 2p + 1)
-    being pair p (or p itself, at width 1). A constant added to a row of scores cancels in the softmax, hence the
-    mean-free keys.
+    A constant added to a row of scores cancels in the softmax, hence the mean-free keys.
+
+    Args:
+        gram_q: mean outer products of rotated queries, per key/value head and query head of it.
+        gram_k: mean outer products of rotated, mean-free keys.
+        width: features of a pair: 2, features (2p, 2p + 1) being pair p, or 1 without RoPE.
+
+    Returns:
+        The loss of dropping two pairs together, whose diagonal is that of one pair.
     """
     product = jnp.einsum("gmij,gij->gij", gram_q, gram_k)
     groups, pairs = product.shape[0], product.shape[1] // width

@@ -20,9 +20,20 @@ def order_states(
 ) -> Int[Array, "ds g"]:
     """State indices per group, most important first.
 
-    step_b: mean square of (step * B) for each of the group's m heads; square_c: mean square of C. energy sums the
-    product of their roots over the heads (the paper's score, with the true step); fisher and fisher_diagonal use the
-    Gram of the loss gradient with respect to a gate on every state. Raises ValueError on an unknown method.
+    energy sums the product of the roots of `step_b` and `square_c` over the heads (UniQL's score, with the true step).
+
+    Args:
+        step_b: mean square of (step * B) for each of the group's m heads.
+        square_c: mean square of C.
+        method: one of `settings.STATE_SCORES`.
+        seed: of the random order.
+        gate_fisher: Gram of the loss gradient with respect to a gate on every state, for fisher and fisher_diagonal.
+
+    Returns:
+        A permutation of the states for every group, int32.
+
+    Raises:
+        ValueError: an unknown method, or one whose matrix is missing.
     """
     if method == "random":
         keys = jax.random.split(jax.random.key(seed), square_c.shape[1])
