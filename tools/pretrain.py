@@ -21,7 +21,7 @@ import numpy as np
 
 import uniql_jax
 from tools import bigram, scratch
-from tools.initialize import parameter_count
+from tools.initialize import checkpoint_parameters
 from tools.scratch import PretrainSettings
 from tools.tokenizer import train_tokenizer
 from uniql_jax import config as model_config
@@ -102,7 +102,7 @@ def describe(
     name: str, config: ModelConfig, options: PretrainSettings, train: data.Windows, held: data.Windows | None
 ) -> str:
     """The plan: what will be trained on what."""
-    count = parameter_count(config)
+    count = checkpoint_parameters(config)
     seen = options.steps * options.batch * options.length
     rows = [
         ("model", f"{name}: {config.model_type}, {len(config.pattern)} layers, {count / 1e6:.3g} M parameters"),

@@ -146,7 +146,7 @@ class Trainer:
     def fresh(self) -> Factors:
         """Factors that change nothing."""
         tables = [name for name, value in self.frozen["top"].items() if isinstance(value, FakeQuantizedArray)]
-        single = lora.initialize(self.config, self.options.rank, self.options.seed, tables)
+        single = lora.init_factors(self.config, self.options.rank, self.options.seed, tables)
         return self.everywhere(stack.stack_factors(self.config, single))
 
     # ------------------------------------------------------------------------------------------ traced

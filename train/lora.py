@@ -43,7 +43,7 @@ def targets(config: ModelConfig) -> Iterator[tuple[str, Leaf]]:
                     yield f"{i}.{kind}.{name}", leaf
 
 
-def initialize(config: ModelConfig, rank: int, seed: int, tables: Sequence[str] = ()) -> Factors:
+def init_factors(config: ModelConfig, rank: int, seed: int, tables: Sequence[str] = ()) -> Factors:
     """Factors whose product is zero: `right` is uniform in +-1/sqrt(inputs), `left` is zero; at rank 0 changes of zero.
 
     It is always the factor with the elastic axis that starts at zero, whether it reads or writes: what few steps see,

@@ -16,7 +16,7 @@ import uniql_jax
 from tests import reference, tiny
 from tests.train import cases
 from tools import pretrain, scratch
-from tools.initialize import initialize, parameter_count
+from tools.initialize import checkpoint_parameters, initialize
 from tools.tokenizer import END, train_tokenizer
 from uniql_jax import config as model_config
 from uniql_jax.commands import cli
@@ -67,7 +67,7 @@ def test_every_family_is_written_as_its_own_checkpoint(family: str, rng: np.rand
     config = model_config.from_hf(hf)
     params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), initialize(config, 0))
     size = scratch.write_hf(tmp_path, config, hf, params)
-    assert size == 2 * parameter_count(config)
+    assert size == 2 * checkpoint_parameters(config)
     tokens = jnp.asarray(cases.tokens(rng))
     call = jax.jit(lambda model, tokens: model(tokens))
     read = call(uniql_jax.load_source(str(tmp_path), dtype=jnp.float32), tokens)

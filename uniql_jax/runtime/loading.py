@@ -26,8 +26,20 @@ def default_dtype() -> Any:
 
 
 def place(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = True, name: str = "(unnamed)") -> Any:
-    """Move a leaf to the device: dense matrices in the computing dtype, vectors in float32, packed ones as they are or,
-    where a GPU's kernels read that faster and `tiles` allows it, as tiles.
+    """Move a leaf to the device.
+
+    Args:
+        leaf: the row of `elastic` that describes it; None stands for a dense matrix.
+        value: an array of numpy, or a packed weight of them.
+        dtype: of dense matrices; vectors become float32.
+        tiles: whether a packed weight may take the layout that a GPU's kernels read fastest.
+        name: names the leaf in messages.
+
+    Returns:
+        The array or packed weight on the default device.
+
+    Raises:
+        UserError: a value does not fit `dtype`.
     """
     if isinstance(value, QuantizedArray):
         if tiles:

@@ -33,6 +33,14 @@ def group_size(width: int, target: int = TARGET_GROUP, multiple: int = 8) -> int
 
     Only multiples of `multiple` from target/2 to 2*target serve; a width without one gets `target` and a last group
     that is padded, and a width below target/2 is one padded group.
+
+    Args:
+        width: contracted weights.
+        target: the size wanted.
+        multiple: what a group must be a multiple of.
+
+    Returns:
+        Weights of a group.
     """
     if width <= target // 2:
         return -(-width // 8) * 8
@@ -188,7 +196,16 @@ def _tiled(weight: QuantizedArray, layout: str) -> QuantizedArray:
 
 
 def pack(values: Int[Array, "..."], bits: int, axis: int) -> Int[Array, "..."]:
-    """Integers in [-8, 7] (4 bits) or [-127, 127] (8 bits) -> storage along `axis`, whose length is a multiple of 8."""
+    """Integers as they are stored.
+
+    Args:
+        values: integers in [-8, 7] (4 bits) or [-127, 127] (8 bits).
+        bits: 4 or 8.
+        axis: the axis to pack, whose length is a multiple of 8 at 4 bits.
+
+    Returns:
+        int32 words of eight weights along `axis` at 4 bits, int8 at 8 bits.
+    """
     if bits == 8:
         return values.astype(jnp.int8)
     moved = jnp.moveaxis(values, axis, -1)
@@ -199,7 +216,16 @@ def pack(values: Int[Array, "..."], bits: int, axis: int) -> Int[Array, "..."]:
 
 
 def unpack(data: Int[Array, "..."], bits: int, axis: int) -> Int[Array, "..."]:
-    """Inverse of `pack`: signed integers (int32) along `axis`."""
+    """Inverse of `pack`.
+
+    Args:
+        data: int32 words at 4 bits, int8 at 8 bits.
+        bits: 4 or 8.
+        axis: the packed axis.
+
+    Returns:
+        Signed integers, int32.
+    """
     if bits == 8:
         return data.astype(jnp.int32)
     moved = jnp.moveaxis(data, axis, -1)
@@ -216,7 +242,19 @@ def from_codes(
     contract: str,
     shape: tuple[int, ...],
 ) -> QuantizedArray:
-    """Assemble a QuantizedArray of logical `shape` from integers and scales as [output rows, contracted width]."""
+    """Assemble a packed weight.
+
+    Args:
+        codes: signed integers.
+        scale: a scale for every group of a row; stored as bfloat16.
+        bits: 4 or 8.
+        group: contracted weights that share a scale.
+        contract: "last" or "first": which dimensions of `shape` the columns of `codes` are.
+        shape: the logical shape.
+
+    Returns:
+        The weight in plain layout.
+    """
     width = codes.shape[1]
     codes = jnp.pad(codes, ((0, 0), (0, scale.shape[1] * group - width)))
     scale = scale.astype(jnp.bfloat16)

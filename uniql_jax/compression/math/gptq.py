@@ -102,7 +102,17 @@ def search_scale(
 def round_to(
     weight: Float[Array, "group rows"], scale: Float[Array, " rows"], low: int, high: int
 ) -> Float[Array, "group rows"]:
-    """Nearest integers of weight / scale inside the grid, as floats; 0 where the scale is 0."""
+    """Nearest integers of weight / scale inside the grid; 0 where the scale is 0.
+
+    Args:
+        weight: entries that share a scale, for every row.
+        scale: of every row.
+        low: smallest integer of the grid.
+        high: largest integer of the grid.
+
+    Returns:
+        The integers, as floats of the weight's dtype.
+    """
     inverse = jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
     return jnp.clip(jnp.round(weight * inverse), low, high)
 

@@ -45,8 +45,22 @@ def order_pairs(
 
     energy: sum over query heads of tr(C_Q C_K) of the pair's 2 x 2 blocks; greedy: the same with couplings between
     pairs; fisher and fisher_diagonal: the Gram of the loss gradient with respect to a gate on every pair, with and
-    without couplings; published: product of the norms of the pair's columns of C_Q^1/2 and C_K^1/2; random: a baseline.
-    width: features of a pair, 1 for dimensions that do not rotate.
+    without couplings; published: product of the norms of the pair's columns of C_Q^1/2 and C_K^1/2, UniQL's score;
+    random: a baseline.
+
+    Args:
+        gram_q: as for `pair_loss`.
+        gram_k: as for `pair_loss`.
+        method: one of `settings.PAIR_SCORES`.
+        seed: of the random order.
+        gate_fisher: Gram of the loss gradient with respect to a gate on every pair.
+        width: features of a pair, 1 for dimensions that do not rotate.
+
+    Returns:
+        A permutation of the pairs for every key/value head, int32.
+
+    Raises:
+        ValueError: an unknown method, or one whose matrix is missing.
     """
     groups, pairs = gram_k.shape[0], gram_k.shape[1] // width
     if method == "random":
