@@ -138,7 +138,7 @@ def test_signals_unwind(number: signal.Signals, code: int, line: bytes, tmp_path
     """What a command has staged is gone, and a line says why."""
     program = (
         "import sys, time\nfrom uniql_jax.commands import cli\n"
-        "from uniql_jax.files import staged_output\n"
+        "from uniql_jax.outputs import staged_output\n"
         "def main(argv):\n"
         "    with staged_output(argv[0]) as folder:\n"
         "        (folder / 'half').write_text('half')\n"
@@ -160,7 +160,7 @@ def test_signals_unwind(number: signal.Signals, code: int, line: bytes, tmp_path
 HEAVY = ("jax", "numpy", "flax", "transformers", "torch", "datasets", "matplotlib")
 
 
-@pytest.mark.parametrize("verb", ["generate", "chat", "evaluate", "benchmark"])
+@pytest.mark.parametrize("verb", commands.VERBS)
 def test_help_imports_nothing_heavy(verb: str) -> None:
     program = (
         "import sys\nfrom uniql_jax import commands\n"

@@ -152,4 +152,4 @@ def test_matrices_packed_together_are_those_packed_alone(rng: np.random.Generato
     for name, value in values.items():
         alone = pack_leaf(LAST, value, x.T @ x, CompressionSettings(), 32, return_unrounded=True)
         np.testing.assert_array_equal(together[name].weight.data, alone.weight.data)
-        np.testing.assert_array_equal(together[name].position, alone.position)
+        np.testing.assert_array_equal(together[name].unrounded, alone.unrounded)

@@ -149,7 +149,7 @@ def merge_layer(i: int, layer: Layer, factors: Factors, alpha: float) -> dict[st
         if name not in factors:
             return value
         moved: Any = with_factors(value, leaf, factors[name], alpha)
-        return _finite(name, np.asarray(moved.merged()))
+        return _finite(name, np.asarray(moved.dense()))
 
     return _mapped(i, layer, merged)
 

@@ -84,11 +84,11 @@ def test_merged_is_base_plus_update(rng: np.random.Generator) -> None:
     base, left, right = (rng.normal(size=s).astype(np.float32) for s in ((6, 2, 10), (6, 2, 3), (3, 10)))
     weight = LoraArray(jnp.asarray(base), jnp.asarray(left), jnp.asarray(right), scale=2.0)
     expected = base + 2.0 * np.einsum("abr,rh->abh", left.astype(np.float64), right)
-    np.testing.assert_allclose(weight.merged(), expected, atol=1e-5)
-    assert np.abs(np.asarray(weight.merged()) - base).max() > 0.5
+    np.testing.assert_allclose(weight.dense(), expected, atol=1e-5)
+    assert np.abs(np.asarray(weight.dense()) - base).max() > 0.5
     half = weight.take_prefix(3)
     assert half.shape == (3, 2, 10)
-    np.testing.assert_allclose(half.merged(), expected[:3], atol=1e-5)
+    np.testing.assert_allclose(half.dense(), expected[:3], atol=1e-5)
     x, y = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 10), (4, 6, 2)))
     np.testing.assert_allclose(apply_rows(x, weight), np.einsum("abh,th->tab", expected, x), atol=1e-4)
     np.testing.assert_allclose(apply_columns(y, weight), np.einsum("abh,tab->th", expected, y), atol=1e-4)
@@ -103,8 +103,8 @@ def test_at_rank_0_every_weight_is_trained(rng: np.random.Generator) -> None:
     base, change = (jnp.asarray(rng.normal(size=(6, 2, 10)), jnp.float32) for _ in range(2))
     weight = DeltaArray(base, change, scale=0.5)
     expected = np.asarray(base) + 0.5 * np.asarray(change)
-    np.testing.assert_allclose(weight.merged(), expected, rtol=1e-6)
-    np.testing.assert_allclose(weight.take_prefix(3).merged(), expected[:3], rtol=1e-6)
+    np.testing.assert_allclose(weight.dense(), expected, rtol=1e-6)
+    np.testing.assert_allclose(weight.take_prefix(3).dense(), expected[:3], rtol=1e-6)
     x, y = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 10), (4, 6, 2)))
     np.testing.assert_allclose(apply_rows(x, weight), np.einsum("abh,th->tab", expected, x), atol=1e-4)
     np.testing.assert_allclose(apply_columns(y, weight), np.einsum("abh,tab->th", expected, y), atol=1e-4)
@@ -117,7 +117,7 @@ def test_at_rank_0_every_weight_is_trained(rng: np.random.Generator) -> None:
 def test_merging_bfloat16_weights_is_done_in_float32(rng: np.random.Generator) -> None:
     base = jnp.asarray(rng.normal(size=(8, 16)), jnp.bfloat16)
     left, right = (jnp.asarray(rng.normal(size=s) * 1e-3, jnp.float32) for s in ((8, 2), (2, 16)))
-    merged = LoraArray(base, left, right).merged()
+    merged = LoraArray(base, left, right).dense()
     assert merged.dtype == jnp.float32
     update = np.asarray(left, np.float64) @ np.asarray(right, np.float64)
     np.testing.assert_allclose(merged, np.asarray(base, np.float64) + update, rtol=1e-6, atol=1e-9)
