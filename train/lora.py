@@ -177,6 +177,6 @@ def _finite(name: str, value: Any) -> Any:
 def packed_layer(
     config: ModelConfig, i: int, layer: Layer, factors: Factors, alpha: float
 ) -> dict[str, dict[str, Any]]:
-    """Layer i of RoundedArrays as what is stored of them once their factors have moved them."""
+    """Layer i of FakeQuantizedArrays as what is stored of them once their factors have moved them."""
     done = _mapped(i, layer, functools.partial(_stored_form, factors=factors, alpha=alpha))
     return {kind: reachable_bias(config, kind, block) for kind, block in done.items()}
