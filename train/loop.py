@@ -54,8 +54,8 @@ class Trainer:
 
     `layers` and `top` are dense leaves; matrices are held in `options.compute`, vectors in float32, a copy on every
     device of the mesh, layers of one kind stacked; batches are split over the mesh along their rows. Matrices may be
-    RoundedArrays instead, which train as they will be stored. `teacher`: layers and top to distill from, where that is
-    not the unpruned model itself.
+    FakeQuantizedArrays instead, which train as they will be stored. `teacher`: layers and top to distill from, where
+    that is not the unpruned model itself.
     """
 
     def __init__(
