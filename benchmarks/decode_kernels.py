@@ -41,17 +41,17 @@ Variant = tuple[str, str, Any]
 """Link, which launch is cut otherwise, and its settings."""
 
 
-def weight(features: int, width: int, order: str, seed: int) -> tuple[Weight, list[tuple[jax.Array, jax.Array]]]:
+def weight(features: int, width: int, layout: str, seed: int) -> tuple[Weight, list[tuple[jax.Array, jax.Array]]]:
     """A weight's static half and random operands for every layer."""
     groups, tiles = width // 128, features // 16
-    shape = (tiles, groups, 2, 32, 4) if order == "rows" else (groups, tiles, 2, 32, 4)
-    scales = (features, groups) if order == "rows" else (groups, features)
+    shape = (tiles, groups, 2, 32, 4) if layout == "rows" else (groups, tiles, 2, 32, 4)
+    scales = (features, groups) if layout == "rows" else (groups, features)
     held = []
     for layer in range(LAYERS):
         keys = jax.random.split(jax.random.key(1000 * seed + layer, impl="unsafe_rbg"))
         data = jax.lax.bitcast_convert_type(jax.random.bits(keys[0], shape, jnp.uint32), jnp.int32)
         held.append((data, jax.random.uniform(keys[1], scales, jnp.bfloat16, 0.001, 0.004)))
-    return Weight(order, features, groups, 128), held
+    return Weight(layout, features, groups, 128), held
 
 
 def start(count: int) -> Stream:

@@ -30,8 +30,8 @@ def task(k: int, n: int, count: int, kernel: str, group: int = GROUP, contract: 
 
 PEERS = ("bf16", "torch int4")
 """Kernels that are compared with."""
-BESIDE = task(4096, 4096, 1, "mma", order="groups", along_k=16, batch=1, tiles=1, gate=True)
-"""What a probe chains both ways, to tell what an addition costs beside it."""
+NEIGHBOUR = task(4096, 4096, 1, "mma", order="groups", along_k=16, batch=1, tiles=1, gate=True)
+"""What a probe chains both ways, to measure what an addition costs next to it."""
 
 
 def name(row: dict) -> str:
@@ -188,7 +188,7 @@ def odd_sizes() -> list[dict]:
     """Rows that only say whether a kernel is right."""
     rows = []
     for k, n, group, contract, count in ODD:
-        orders = [{}, dict(order=tiling_order(contract))] if group == 128 else [{}]
+        orders = [{}, dict(order=tiling_layout(contract))] if group == 128 else [{}]
         for order in orders:
             make = functools.partial(task, k, n, group=group, contract=contract, **order)
             cut: dict[str, Any] = dict(along_k=2, tiles=2, split=2, ordered=bool(order))
@@ -208,8 +208,8 @@ def odd_sizes() -> list[dict]:
     return list({name(row): row for row in rows}.values())
 
 
-def tiling_order(contract: str) -> str:
-    """tiling.ORDERS, which the parent process does not import."""
+def tiling_layout(contract: str) -> str:
+    """tiling.LAYOUTS, which the parent process does not import."""
     return {"last": "rows", "first": "groups"}[contract]
 
 

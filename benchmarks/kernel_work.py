@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernel_rows import BESIDE, DISTINCT, copies_of, floor_us, is_rope, name
+from benchmarks.kernel_rows import DISTINCT, NEIGHBOUR, copies_of, floor_us, is_rope, name
 
 
 @dataclasses.dataclass
@@ -58,33 +58,33 @@ def multiply(row: dict, x: Any, data: Any, scale: Any, after: Any) -> Any:
         dims = (((1,), (1 if contract == "last" else 0,)), ((), ()))
         return jax.lax.dot_general(x, weight, dims, preferred_element_type=jnp.float32).astype(jnp.bfloat16)
     shapes = {"last": (n, k // 8), "first": (k // 8, n)}
-    order = settings.pop("order", contract)
+    layout = settings.pop("order", contract)
     shapes |= {"rows": (-(-n // 16), k // group, 2, 32, 4), "groups": (k // group, -(-n // 16), 2, 32, 4)}
-    if order == contract and n % 16:
+    if layout == contract and n % 16:
         data = data[: n * k // 8]
-    data = data.reshape(shapes[order])
-    scale = scale.reshape((n, k // group) if order in ("last", "rows") else (k // group, n))
-    held = "plain" if order == contract else order
+    data = data.reshape(shapes[layout])
+    scale = scale.reshape((n, k // group) if layout in ("last", "rows") else (k // group, n))
+    held = "plain" if layout == contract else layout
     if row["kernel"] == "mma":
-        weight = Weight(order, n, k // group, group)
+        weight = Weight(layout, n, k // group, group)
         parts = mma.product(x, data, scale, weight=weight, settings=mma.Settings(**settings), after=after)
     elif row["kernel"] == "dot":
-        weight = Weight(order, n, k // group, group)
+        weight = Weight(layout, n, k // group, group)
         parts = dot.product(x, data, scale, weight=weight, settings=dot.Settings(**settings))
     elif row["kernel"] == "wgmma":
-        weight = Weight(order, n, k // group, group)
+        weight = Weight(layout, n, k // group, group)
         parts = wgmma.product(x, data, scale, weight=weight, settings=wgmma.Settings(**settings), after=after)
     elif row["kernel"] == "cluster":
-        weight = Weight(order, n, k // group, group)
+        weight = Weight(layout, n, k // group, group)
         parts = cluster.product(x, data, scale, weight=weight, settings=cluster.Settings(**settings), after=after)
     elif row["kernel"] == "auto":
-        run = functools.partial(dequant_matmul, bits=4, group=group, contract=contract, width=k, order=held)
+        run = functools.partial(dequant_matmul, bits=4, group=group, contract=contract, width=k, layout=held)
         return run(x, data, scale, implementation="pallas")
     elif row["kernel"] == "dequantize":
-        weight, cut = Weight(order, n, k // group, group), dequantize.Settings(**settings)
+        weight, cut = Weight(layout, n, k // group, group), dequantize.Settings(**settings)
         return dequantize.product(x, data, scale, weight, cut)
     else:
-        held_as = plain.Weight(bits=4, group=group, contract=contract, width=k, order=held)
+        held_as = plain.Weight(bits=4, group=group, contract=contract, width=k, layout=held)
         return pallas.dense(x, data, scale, held_as)
     if parts.shape[0] > 1:
         parts = parts.sum(0, keepdims=True)
@@ -135,7 +135,7 @@ def chain(row: dict, length: int) -> Any:
         return adds
 
     if row["kernel"] == "launch: mma":
-        return products(BESIDE, length, row["settings"]["by"] == "operand")
+        return products(NEIGHBOUR, length, row["settings"]["by"] == "operand")
     if is_rope(row):
         return rope_chain(row, length)
     return products(row, length, waits_by_operand(row))
@@ -287,10 +287,10 @@ def check(row: dict, y: Any, x: Any, data: Any, scale: Any) -> float:
     from uniql_jax.pallas_kernels.packing import SHIFTS
 
     k, n, group, contract = row["k"], row["n"], row["group"], row["contract"]
-    order = row["settings"].get("order", contract)
-    if order in ("rows", "groups"):
+    layout = row["settings"].get("order", contract)
+    if layout in ("rows", "groups"):
         of_rows = -(-n // 16)
-        tiles = data.reshape((of_rows, k // group, 2, 32, 4) if order == "rows" else (k // group, of_rows, 2, 32, 4))
+        tiles = data.reshape((of_rows, k // group, 2, 32, 4) if layout == "rows" else (k // group, of_rows, 2, 32, 4))
         data = tiling.untile(tiles, contract, n)
     else:
         data = data[: n * k // 8].reshape((n, k // 8) if contract == "last" else (k // 8, n))
@@ -349,7 +349,7 @@ def arguments(row: dict) -> tuple[Any, ...]:
     if is_rope(row):
         return rope_arguments(row["k"], row["n"], row["group"], row["count"])
     if row["kernel"] == "launch: mma":
-        row = BESIDE
+        row = NEIGHBOUR
     held = pool(row["k"], row["n"], row["group"], copies_of(row))
     x = jax.random.normal(jax.random.key(7), (row["count"], row["k"]), jnp.bfloat16)
     weights = held.dense if row["kernel"] == "bf16" else held.data

@@ -8,8 +8,8 @@ is installed), and RoPE against gathered tables and a copy, in one run; writes a
 
 A time is the median of several runs of one jit that holds a chain of calls over distinct weights (more than the caches
 hold), divided by their number; no profiler, so CUDA graphs are on. Kernels wait for the call before through an operand
-they do not read; what needs XLA beside the kernel, and bf16 itself, waits through an addition to x, whose own chain,
-over as large an x where that takes longer than a launch, is timed and taken off. Beside a longer kernel an addition
+they do not read; what needs XLA next to the kernel, and bf16 itself, waits through an addition to x, whose own chain,
+over as large an x where that takes longer than a launch, is timed and taken off. Next to a longer kernel an addition
 costs less than in that chain: one kernel is timed both ways, and for all but bf16 only that difference taken off, so
 that what is in doubt speaks for bf16. Errors are relative, against float64 of the dequantized weights, on a sample of
 outputs.
@@ -119,7 +119,7 @@ def supervise(tasks: list[dict], quick: bool, deadline: float, report: Any) -> t
             done.append(row)
             report(row)
             left = [other for other in left if name(other) != name(row)]
-        # Several were in flight: one thread tells them apart.
+        # Several were in flight: one thread distinguishes them.
         threads = 1 if len(suspects) > 1 else 4
     return done, environment
 
@@ -181,7 +181,7 @@ def torch_rows(seconds: float, report: Any) -> list[dict]:
 
 
 def summarize(rows: list[dict], bandwidth: float) -> list[str]:
-    """Best variant of each shape and M beside bf16, fractions of the floor, and what failed."""
+    """Best variant of each shape and M next to bf16, fractions of the floor, and what failed."""
     probe = [row for row in rows if not row["k"] and "us" in row]
     adds = {tuple(row["settings"].values()): row["us"] for row in probe if row["kernel"] == "launch: xla add"}
     ways = {row["settings"]["by"]: row["us"] for row in probe if row["kernel"] == "launch: mma"}

@@ -197,14 +197,14 @@ class Bench:
             )  # fmt: skip
             factors = jax.device_get(result.factors)
             layers = [lora.merge_layer(i, layer, factors, options.alpha) for i, layer in enumerate(model.layers)]
-            self.trained[options] = layers, _told(options, result, start)
+            self.trained[options] = layers, _provenance(options, result, start)
         return self.trained[options]
 
     def finished(
         self, layers: Layers, bits: int, refit: float | None, tune: dict[str, Any] | None = None, name: str = ""
     ) -> tuple[Any, dict[str, Any]]:
         """Layers as the pass would store them at these bits, for `perplexities`, and what tuning says of itself."""
-        told: dict[str, Any] = {}
+        provenance: dict[str, Any] = {}
         if bits >= 16 and refit is None:
             stored = [_rounded(layer) for layer in layers]
             top = _rounded({"top": self.model.embeddings})["top"]
@@ -227,10 +227,10 @@ class Bench:
                             measured, plan, teacher, found, unrounded, data, settings, folder,
                             lambda items, _: console.progress(items, f"{name}, tuned"),
                         )  # fmt: skip
-                    told = _told(training, result, start)
+                    provenance = _provenance(training, result, start)
                 stored = [found.layer(i) for i in range(len(layers))]
                 top = found.top()
-        return stacked(self.model.config, stored, top), told
+        return stacked(self.model.config, stored, top), provenance
 
     def measured(self) -> stages.Measured:
         """What quantizing wants of the calibration windows; gathered once."""
@@ -274,7 +274,7 @@ def seen(text: np.ndarray, train_split: Sequence[np.ndarray]) -> float:
     return float(known.mean())
 
 
-def _told(options: RecoverySettings, result: recover.Result, start: float) -> dict[str, Any]:
+def _provenance(options: RecoverySettings, result: recover.Result, start: float) -> dict[str, Any]:
     return {
         "options": dataclasses.asdict(options),
         "trained_numbers": lora.count(result.factors),
@@ -350,7 +350,7 @@ def prepare(args: argparse.Namespace, work: Path) -> tuple[Bench, dict[str, Any]
     train_split, validation = split(known, options.held_share, options.held_most, options.seed)
     windows = {name: found.tokens for name, found in texts.items()}
     bench = Bench(open_sorted(ckpt), calibration.tokens, train_split, validation, windows, options, work)
-    told = {
+    provenance = {
         "calibration": calibration.description,
         "training": known.description,
         "texts": {name: found.description for name, found in texts.items()},
@@ -361,8 +361,8 @@ def prepare(args: argparse.Namespace, work: Path) -> tuple[Bench, dict[str, Any]
     specs = [*args.calib, *args.train, *(item.split("=", 1)[1] for item in args.text)]
     places = sorted({f"{Path(spec).parent}/" for spec in specs if Path(spec).exists()}, key=len, reverse=True)
     short = lambda text: functools.reduce(lambda so_far, place: so_far.replace(place, ""), places, text)  # noqa: E731
-    told = jax.tree.map(lambda value: short(value) if isinstance(value, str) else value, told)
-    return bench, told
+    provenance = jax.tree.map(lambda value: short(value) if isinstance(value, str) else value, provenance)
+    return bench, provenance
 
 
 def parser() -> argparse.ArgumentParser:
@@ -404,10 +404,10 @@ def main() -> None:
         jax.config.update("jax_compilation_cache_dir", args.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     with tempfile.TemporaryDirectory() as work:
-        bench, told = prepare(args, Path(work))
-        for name, text in told.items():
+        bench, provenance = prepare(args, Path(work))
+        for name, text in provenance.items():
             print(f"{name}: {text}", flush=True)
-        record: dict[str, Any] = {"environment": environment(), **told, "training_rows": {}, "rows": []}
+        record: dict[str, Any] = {"environment": environment(), **provenance, "training_rows": {}, "rows": []}
         # Sorting is exact, so the sorted model at rate 0 is the original (in float32, before anything is rounded).
         whole = stacked(bench.model.config, bench.model.layers, bench.model.embeddings)
         bench.original = {one["text"]: one["perplexity"] for one in bench.perplexities(whole, (0.0,))}

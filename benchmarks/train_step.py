@@ -45,7 +45,7 @@ def needed_flops(config: ModelConfig, options: RecoverySettings, rows: int, leng
 
     A multiply-add is two. Frozen weights: one product forward and one back, to the input; factors: one more each, to
     themselves. Causal attention: half of the scores, two products forward and four back. State-space scans are left
-    out: they are small beside their projections.
+    out: they are small next to their projections.
     """
     tokens = rows * length
     shapes = [elastic.shape(config, leaf) for _, leaf in lora.targets(config)]

@@ -410,7 +410,7 @@ class MegatronReader:
     # The tokenizer
 
     def _find_tokenizer(self) -> Path | None:
-        """The one *.model file beside the checkpoint, or in the folders above that Megatron puts around it."""
+        """The one *.model file next to the checkpoint, or in the folders above that Megatron puts around it."""
         folder = self.path.absolute().parent
         places = [folder, *(folder.parents[:2] if _RANK.fullmatch(folder.name) else ())]
         for place in places:

@@ -10,7 +10,7 @@ _BPE, _UNKNOWN, _CONTROL = 2, 2, 3  # sentencepiece's number of a kind of model,
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What transformers must be told of a sentencepiece model: ids and texts of its special pieces by role.
+    """What transformers needs to know of a sentencepiece model: ids and texts of its special pieces by role.
 
     Roles are bos, eos, pad and unk, as far as the model has them. `bpe` is False for a unigram model, and
     `dummy_prefix` says that a space is put before each text.

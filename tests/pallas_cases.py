@@ -74,7 +74,7 @@ def nvidia() -> AbstractContextManager:
 def lowered_for_nvidia(product: Callable[..., jax.Array], weight: Weight, count: int, settings: Any) -> Any:
     """A kernel's product with `count` rows of x, lowered for an NVIDIA GPU; its weight comes in tiles."""
     row_tiles = -(-weight.features // 16)
-    rows = weight.order == "rows"
+    rows = weight.layout == "rows"
     shape = (row_tiles, weight.groups) if rows else (weight.groups, row_tiles)
     scales = (weight.features, weight.groups) if rows else (weight.groups, weight.features)
     call = jax.jit(lambda x, d, s: product(x, d, s, weight=weight, settings=settings))

@@ -67,7 +67,7 @@ def save(model: Any, folder: Path, published: dict[str, Any] | None = None, max_
 
 
 def copy_with_config(source: Path, folder: Path, published: dict[str, Any]) -> Path:
-    """The same weights beside another config.json."""
+    """The same weights next to another config.json."""
     shutil.copytree(source, folder)
     (folder / "config.json").write_text(json.dumps(published, indent=2))
     return folder

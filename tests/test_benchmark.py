@@ -1,4 +1,4 @@
-"""The door of measurements: its plan, rows and tables, what it refuses, and that one model is held at a time."""
+"""The benchmark command: its plan, rows and tables, what it refuses, and that one model is held at a time."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark.Bench, "__init__", fail)
 
 
-def door(*argv: object) -> int:
+def command(*argv: object) -> int:
     with pytest.raises(SystemExit) as stop:
         cli.run(benchmark_command.main, [str(a) for a in argv])
     assert isinstance(stop.value.code, int)
@@ -65,7 +65,7 @@ def test_everything_of_a_config(
     config: Path, tmp_path: Path, small_copy: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "found.json"
-    assert door("--config", config, "--prune-rates", "0.2", *WORK, "--json", out) == 0
+    assert command("--config", config, "--prune-rates", "0.2", *WORK, "--json", out) == 0
     printed, bar = capsys.readouterr()
     assert "benchmark" in bar
     found = json.loads(out.read_text())
@@ -105,7 +105,7 @@ def test_a_checkpoint(folder: Path, tmp_path: Path, small_copy: None, capsys: py
     """Its own weights at the rates asked for, and only what was asked for."""
     out = tmp_path / "found.json"
     argv = ["--ckpt", folder, "--prune-rates", "0.25", "--no-dense", *WORK, "--batch-size", 2, "--json", out]
-    assert door(*argv, "--tpot") == 0
+    assert command(*argv, "--tpot") == 0
     (row,) = json.loads(out.read_text())["rows"]
     assert row["weight_bytes"] == open_checkpoint(folder).weight_bytes(0.25)
     assert row["tokens_per_second"] == 2 / row["tpot_loop"]["median"]
@@ -121,7 +121,7 @@ def test_sizes_alone_run_nothing(runs_nothing: None, tmp_path: Path, capsys: pyt
     """Of 8 billion parameters, where nothing else would fit; with an output that is there already."""
     out = tmp_path / "found.json"
     argv = ["--config", "llama-3.1-8b", "--size", "--json", out, "--prune-rates", "0,0.35"]
-    assert door(*argv) == 0
+    assert command(*argv) == 0
     dense, full, small = json.loads(out.read_text())["rows"]
     assert full["times_smaller"] == pytest.approx(3.88, abs=0.01)
     assert small["kept_fraction"] == pytest.approx(0.65, abs=0.001)
@@ -130,9 +130,9 @@ def test_sizes_alone_run_nothing(runs_nothing: None, tmp_path: Path, capsys: pyt
     assert "programs" not in full
     assert json.loads(out.read_text())["copy_bandwidth"] is None
     assert "3.88" in capsys.readouterr().out
-    assert door(*argv) == 2
+    assert command(*argv) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert door(*argv, "--overwrite", "--bits", 8, "--no-dense") == 0
+    assert command(*argv, "--overwrite", "--bits", 8, "--no-dense") == 0
     full, small = json.loads(out.read_text())["rows"]
     assert full["times_smaller"] == pytest.approx(1.97, abs=0.01)
 
@@ -216,15 +216,15 @@ def test_what_cannot_fit_is_refused_first(
     dense, full = benchmark.variants(subject, [0.0], True, 1, 16 + 3, 0)
     argv = ["--config", config, *WORK, "--prune-rates", "0"]
     monkeypatch.setattr(benchmark, "memory_limit", lambda: dense.weight_bytes)
-    assert door(*argv) == 2
+    assert command(*argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
     assert "--no-dense" in err
     monkeypatch.setattr(benchmark, "memory_limit", lambda: full.weight_bytes)
-    assert door(*argv, "--no-dense") == 2
+    assert command(*argv, "--no-dense") == 2
     assert "rate 0 needs" in capsys.readouterr().err
-    assert door(*argv, "--size") == 0
+    assert command(*argv, "--size") == 0
     benchmark.refuse_too_large([dense, full], None)
 
 
@@ -238,7 +238,7 @@ def test_a_device_that_runs_out_of_memory(
 
     monkeypatch.setattr(benchmark.Bench, "ttft", full)
     argv = ["--config", config, *WORK, "--prune-rates", "0.1", "--no-dense", "--ttft"]
-    assert door(*argv) == 2
+    assert command(*argv) == 2
     assert "out of memory at rate 0.1" in capsys.readouterr().err
     words[0] = "INTERNAL: something of ours"
     with pytest.raises(jax.errors.JaxRuntimeError, match="ours"):
@@ -264,7 +264,7 @@ def test_a_device_that_runs_out_of_memory(
         (["--config", "CONFIG", "--seed", "-1"], "at least 0"),
     ],
 )
-def test_door_refuses(
+def test_command_refuses(
     folder: Path,
     config: Path,
     runs_nothing: None,
@@ -273,7 +273,7 @@ def test_door_refuses(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     argv = [{"FOLDER": folder, "CONFIG": config}.get(word, word) for word in more]
-    assert door(*argv) == 2
+    assert command(*argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -297,12 +297,12 @@ def test_one_token_answers_have_a_first_token(
     config: Path, small_copy: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--config", config, "--prompt-len", 8, "--gen-len", 1, "--repeats", 1, "--prune-rates", "0", "--no-dense"]
-    assert door(*argv, "--ttft") == 0
+    assert command(*argv, "--ttft") == 0
     assert "TPOT" not in capsys.readouterr().out.split("needs at least")[1]
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    assert door("--help") == 0
+    assert command("--help") == 0
     text = capsys.readouterr().out
     for word in ("examples:", "--config llama-3.1-8b", "nemotron-h-8b", "TPOT is", "--no-dense", "(default: 1024)"):
         assert word in text
@@ -323,7 +323,7 @@ print("programs", first, len(list(cache.iterdir())))
 
 
 def test_compiled_programs_are_kept(folder: Path, tmp_path: Path) -> None:
-    """By both doors that compile for long; in a process of its own, since JAX's cache is the process's."""
+    """By both commands that compile for long; in a process of its own, since JAX's cache is the process's."""
     done = subprocess.run(
         [sys.executable, "-c", COMPILE_TWICE, str(tmp_path / "new" / "cache"), str(folder)],
         capture_output=True,

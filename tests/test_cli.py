@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from uniql_jax import console
+from uniql_jax import commands, console
 from uniql_jax.commands import cli
 from uniql_jax.errors import UserError
 from uniql_jax.plan import MAX_PRUNE_RATE
@@ -356,3 +356,13 @@ def test_output_files_are_checked_before_the_work(tmp_path: Path) -> None:
         console.check_output_file(tmp_path / "none" / "new.json")
     with pytest.raises(UserError, match="is a folder"):
         console.check_output_file(tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize("module", ["train.finetune", "train.own_text", "convert.from_hf", "convert.to_hf"])
+def test_module_of_a_checkout_is_the_command(module: str) -> None:
+    folder = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=folder, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")

@@ -20,7 +20,7 @@ from uniql_jax.commands import cli
 
 Folder = Callable[[str], Path]
 Refuse = Callable[..., str]
-ReadDoor = Callable[[Path, Path], tuple[object, ...]]
+ReadCommand = Callable[[Path, Path], tuple[object, ...]]
 
 
 @pytest.fixture
@@ -39,11 +39,11 @@ def calib(tmp_path: Path, rng: np.random.Generator) -> Path:
 
 @pytest.fixture
 def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
-    """refuse(door, *argv) runs a door, checks how it refuses and that the disk is as before; returns the one line."""
+    """refuse(command, *argv) runs it, checks how it refuses and that the disk is as before; returns the one line."""
 
-    def check(door: str, *argv: object) -> str:
+    def check(command: str, *argv: object) -> str:
         before = _listing(tmp_path)
-        main = importlib.import_module(command_module(door)).main
+        main = importlib.import_module(command_module(command)).main
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             cli.run(main, [str(a) for a in argv])
@@ -75,8 +75,8 @@ def _listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture(params=["uniql_jax.compress", "convert.from_hf"])
-def read_door(request: pytest.FixtureRequest, calib: Path) -> ReadDoor:
-    """(source, out) -> a command that reads a whole source checkpoint: each of the two doors that do."""
+def read_command(request: pytest.FixtureRequest, calib: Path) -> ReadCommand:
+    """(source, out) -> a command that reads a whole source checkpoint: each of the two commands that do."""
     if request.param == "uniql_jax.compress":
         return lambda source, out: _compress(source, out, calib)
     return lambda source, out: ("convert.from_hf", source, out)
@@ -91,76 +91,78 @@ def _edit_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_missing_checkpoint(refuse: Refuse, tmp_path: Path, read_door: ReadDoor) -> None:
+def test_missing_checkpoint(refuse: Refuse, tmp_path: Path, read_command: ReadCommand) -> None:
     missing = tmp_path / "nothing" / "here"
-    assert str(missing) in refuse(*read_door(missing, tmp_path / "out"))
+    assert str(missing) in refuse(*read_command(missing, tmp_path / "out"))
 
 
-def test_folder_without_config(refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor) -> None:
+def test_folder_without_config(refuse: Refuse, source: Path, tmp_path: Path, read_command: ReadCommand) -> None:
     (source / "config.json").unlink()
-    assert "config.json" in refuse(*read_door(source, tmp_path / "out"))
+    assert "config.json" in refuse(*read_command(source, tmp_path / "out"))
 
 
-def test_config_that_is_no_json(refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor) -> None:
+def test_config_that_is_no_json(refuse: Refuse, source: Path, tmp_path: Path, read_command: ReadCommand) -> None:
     (source / "config.json").write_text('{"model_type": ')
-    assert "config.json" in refuse(*read_door(source, tmp_path / "out"))
+    assert "config.json" in refuse(*read_command(source, tmp_path / "out"))
 
 
-def test_unsupported_family(refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor) -> None:
+def test_unsupported_family(refuse: Refuse, source: Path, tmp_path: Path, read_command: ReadCommand) -> None:
     _edit_config(source, model_type="gpt_neox")
-    line = refuse(*read_door(source, tmp_path / "out"))
+    line = refuse(*read_command(source, tmp_path / "out"))
     assert "gpt_neox" in line
     assert "llama" in line
 
 
 @pytest.mark.parametrize("kept", [0, 4, 1000, -8], ids=["empty", "no header", "header cut", "data cut"])
-def test_truncated_safetensors(refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor, kept: int) -> None:
+def test_truncated_safetensors(
+    refuse: Refuse, source: Path, tmp_path: Path, read_command: ReadCommand, kept: int
+) -> None:
     path = source / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    assert "model.safetensors" in refuse(*read_door(source, tmp_path / "out"))
+    assert "model.safetensors" in refuse(*read_command(source, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
 def test_weight_that_is_not_finite(
-    refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor, name: str, bad: float
+    refuse: Refuse, source: Path, tmp_path: Path, read_command: ReadCommand, name: str, bad: float
 ) -> None:
     path = source / "model.safetensors"
     tensors = load_file(path)
     tensors[name][3, 5] = bad
     save_file(tensors, path, metadata={"format": "pt"})
-    assert name in refuse(*read_door(source, tmp_path / "out"))
+    assert name in refuse(*read_command(source, tmp_path / "out"))
 
 
-def test_missing_tensor(refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor) -> None:
+def test_missing_tensor(refuse: Refuse, source: Path, tmp_path: Path, read_command: ReadCommand) -> None:
     path = source / "model.safetensors"
     tensors = load_file(path)
     name = "model.layers.2.self_attn.k_proj.weight"
     del tensors[name]
     save_file(tensors, path, metadata={"format": "pt"})
-    assert name in refuse(*read_door(source, tmp_path / "out"))
+    assert name in refuse(*read_command(source, tmp_path / "out"))
 
 
-def test_tensor_of_another_shape(refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor) -> None:
+def test_tensor_of_another_shape(refuse: Refuse, source: Path, tmp_path: Path, read_command: ReadCommand) -> None:
     path = source / "model.safetensors"
     tensors = load_file(path)
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = tensors[name][:-1].copy()
     save_file(tensors, path, metadata={"format": "pt"})
-    assert name in refuse(*read_door(source, tmp_path / "out"))
+    assert name in refuse(*read_command(source, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("rate", ["-0.1", "0.9", "abc", "nan", ""])
 @pytest.mark.parametrize(
-    ("door", "flag", "rest"),
+    ("command", "flag", "rest"),
     [
         ("uniql_jax.generate", "--prune-rate", ("--prompt", "Once")),
         ("uniql_jax.evaluate", "--prune-rates", ("--text", "sotu:from-1981")),
         ("uniql_jax.benchmark", "--prune-rates", ("--size",)),
     ],
 )
-def test_prune_rate(refuse: Refuse, source: Path, door: str, flag: str, rest: tuple[str, ...], rate: str) -> None:
-    line = refuse(door, "--ckpt", source, f"{flag}={rate}", *rest)
+def test_prune_rate(refuse: Refuse, source: Path, command: str, flag: str, rest: tuple[str, ...], rate: str) -> None:
+    line = refuse(command, "--ckpt", source, f"{flag}={rate}", *rest)
     assert "prune rate" in line
     assert repr(rate) in line
 
@@ -175,11 +177,11 @@ def test_one_bad_rate_among_good_ones(refuse: Refuse, source: Path) -> None:
     assert "0.5" in line
 
 
-def test_existing_output(refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor) -> None:
+def test_existing_output(refuse: Refuse, source: Path, tmp_path: Path, read_command: ReadCommand) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("{}")
-    assert "--overwrite" in refuse(*read_door(source, out))
+    assert "--overwrite" in refuse(*read_command(source, out))
 
 
 def test_overwrite_spares_what_is_no_model(refuse: Refuse, source: Path, tmp_path: Path, calib: Path) -> None:
@@ -191,11 +193,11 @@ def test_overwrite_spares_what_is_no_model(refuse: Refuse, source: Path, tmp_pat
 
 
 def test_no_space(
-    refuse: Refuse, source: Path, tmp_path: Path, read_door: ReadDoor, monkeypatch: pytest.MonkeyPatch
+    refuse: Refuse, source: Path, tmp_path: Path, read_command: ReadCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
-    assert "space" in refuse(*read_door(source, tmp_path / "out"))
+    assert "space" in refuse(*read_command(source, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("bits", ["3", "0", "four"])
@@ -250,8 +252,8 @@ def test_measurements_that_are_there_already(refuse: Refuse, tmp_path: Path) -> 
 def test_a_compilation_cache_that_is_a_file(refuse: Refuse, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "file"
     out.write_text("mine")
-    for door, more in (("uniql_jax.generate", ("--prompt", "Once")), ("uniql_jax.benchmark", ("--size",))):
-        assert str(out) in refuse(door, "--ckpt", source, *more, "--compilation-cache", out)
+    for command, more in (("uniql_jax.generate", ("--prompt", "Once")), ("uniql_jax.benchmark", ("--size",))):
+        assert str(out) in refuse(command, "--ckpt", source, *more, "--compilation-cache", out)
 
 
 def test_unknown_option(refuse: Refuse, source: Path, tmp_path: Path, calib: Path) -> None:

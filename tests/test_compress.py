@@ -1,4 +1,4 @@
-"""The compress door: its plan tells the truth, its flags reach the pass, and a finished run is not run again."""
+"""The compress command: its plan is right, its options reach the pass, and a finished run is not run again."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def test_recovery_does_what_the_plan_says(
     assert "every weight" in shown
     assert "weighing 90%" in shown
     assert "2 steps more after quantizing" in shown
-    told = open_checkpoint(out).meta["provenance"]
-    first, second = (told[name]["options"] for name in ("recovery", "tuning"))
+    provenance = open_checkpoint(out).meta["provenance"]
+    first, second = (provenance[name]["options"] for name in ("recovery", "tuning"))
     assert (first["adapt"], first["teacher"], first["batch"], first["rates"]) == (2, "original", 4, "uniform")
     assert (second["adapt"], second["teacher"], second["steps"], second["rank"]) == (0, "rate 0", 2, 0)
     assert _run(*argv, "--resume") == 0
@@ -143,7 +143,7 @@ def test_bad_arguments(
 def test_text_becomes_windows_that_the_model_can_read(
     hf_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the tokenizer beside the weights; the length stops at the model's own limit, and the plan says so."""
+    """With the tokenizer next to the weights; the length stops at the model's own limit, and the plan says so."""
     config = published.shrink(published.LLAMA_2_7B, max_position_embeddings=16, vocab_size=tiny.VOCAB)
     source = open_source(hf_folder("llama-2-7b"))
     text = tmp_path / "text.txt"

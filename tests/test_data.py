@@ -280,7 +280,7 @@ def test_shares_are_equal_where_there_is_room(count: int, room: list[int]) -> No
 
 
 def test_windows_come_equally_from_sources_and_from_all_of_each(tmp_path: Path) -> None:
-    """Two sources of very different size, told apart by their ids, whose order tells the place."""
+    """Two sources of very different size, distinguished by their ids, whose order gives the place."""
     large = npy(tmp_path / "large.npy", np.arange(5000, dtype=np.int32).reshape(50, 100))
     small = npy(tmp_path / "small.npy", np.arange(5000, 5400, dtype=np.int32).reshape(4, 100))
     found = data.token_windows([large, small], None, 10, 20, seed=3, vocab_size=5400)

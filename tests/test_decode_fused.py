@@ -61,11 +61,11 @@ def model_of(family: str, rate: float, tiles: bool) -> CausalLM:
     hf = dict(BASE[family]) | SIZES[family] | dict(num_hidden_layers=layers, vocab_size=200)
     model = random_model(model_config.from_hf(hf), 4, rate, dtype=jnp.bfloat16)
     if tiles:
-        order = {"last": "rows", "first": "groups"}
+        layouts = {"last": "rows", "first": "groups"}
 
         def tiled(leaf: Any) -> Any:
             if isinstance(leaf, QuantizedArray) and leaf.group == 128:
-                return leaf.in_order(order[leaf.contract])
+                return leaf.in_layout(layouts[leaf.contract])
             return leaf
 
         for layer in model.params["layers"]:
@@ -128,7 +128,7 @@ def test_fused_decode_is_decode(
 
 
 def test_other_weights_go_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dense leaves in one block of two; the other is fused, from weights in plain order."""
+    """Dense leaves in one block of two; the other is fused, from weights in plain layout."""
     model = model_of("llama", 0.0, False)
     for layer in model.params["layers"]:
         layer["mlp"] = {

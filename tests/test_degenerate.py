@@ -91,7 +91,7 @@ def test_gptq_is_finite_and_close(kind: str, bits: int, rng: np.random.Generator
     hessian = _gram(kind, rng, 32)
     weight = rng.standard_normal((6, 32)).astype(np.float32)
     weight[1], weight[2, 16:], weight[:, 5] = 0, 0, 0
-    codes, scale, rounded = quantize(jnp.asarray(weight), hessian, bits=bits, group=16, keep=True)
+    codes, scale, rounded = quantize(jnp.asarray(weight), hessian, bits=bits, group=16, return_unrounded=True)
     assert first_nonfinite((scale, rounded)) is None
     assert not np.asarray(codes)[1].any()
     got = np.asarray(codes) * np.repeat(np.asarray(scale, np.float32), 16, axis=1)

@@ -79,17 +79,17 @@ def test_perplexity_refuses(rng: np.random.Generator) -> None:
         evaluate.perplexity(model, np.zeros((1, 4), np.int32))
 
 
-def door(*argv: object) -> int:
+def command(*argv: object) -> int:
     with pytest.raises(SystemExit) as stop:
         cli.run(evaluate_command.main, [str(a) for a in argv])
     assert isinstance(stop.value.code, int)
     return stop.value.code
 
 
-def test_door(folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "rows.json", tmp_path / "curve.png"
     argv = ["--ckpt", folder, "--prune-rates", "0,0.25", "--text", text, "--window", 32, "--batch-size", 3]
-    assert door(*argv, "--json", out, "--plot", picture) == 0
+    assert command(*argv, "--json", out, "--plot", picture) == 0
     printed = capsys.readouterr().out
     rows = json.loads(out.read_text())
     assert [row["prune_rate"] for row in rows] == [0.0, 0.25]
@@ -112,9 +112,9 @@ def test_door(folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "/ rate 0" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
     # both outputs are there now
-    assert door(*argv, "--json", out) == 2
+    assert command(*argv, "--json", out) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert door(*argv, "--json", out, "--overwrite", "--max-tokens", 64) == 0
+    assert command(*argv, "--json", out, "--overwrite", "--max-tokens", 64) == 0
 
 
 def test_several_texts_and_the_original(
@@ -221,8 +221,10 @@ def test_a_plan_comes_first(folder: Path, text: Path) -> None:
         (["--ckpt", "nowhere"], "nowhere"),
     ],
 )
-def test_door_refuses(folder: Path, text: Path, more: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert door("--ckpt", folder, "--text", text, *more) == 2
+def test_command_refuses(
+    folder: Path, text: Path, more: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--ckpt", folder, "--text", text, *more) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -230,8 +232,8 @@ def test_door_refuses(folder: Path, text: Path, more: list[str], says: str, caps
     assert says in err
 
 
-def test_door_without_a_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert door("--ckpt", folder) == 2
+def test_command_without_a_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--ckpt", folder) == 2
     assert "--text" in capsys.readouterr().err
 
 
@@ -240,7 +242,7 @@ def test_a_missing_plotting_library_is_said_first(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    assert door("--ckpt", folder, "--text", text, "--plot", tmp_path / "curve.png") == 2
+    assert command("--ckpt", folder, "--text", text, "--plot", tmp_path / "curve.png") == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert "uniql-jax[plot]" in err

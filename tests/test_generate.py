@@ -314,7 +314,7 @@ def test_text_in_text_out(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------ command
 
 
-def door(*argv: object) -> int:
+def command(*argv: object) -> int:
     from uniql_jax.commands.generate import main
 
     with pytest.raises(SystemExit) as stop:
@@ -323,13 +323,13 @@ def door(*argv: object) -> int:
     return stop.value.code
 
 
-def test_door(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ("--ckpt", folder, "--prune-rate", 0.25, "--prompt", "Once there", "--max-new-tokens", NEW)
-    assert door(*argv) == 0
+    assert command(*argv) == 0
     out = capsys.readouterr().out
     model = uniql_jax.load(str(folder), 0.25)
     assert out == "".join(uniql_jax.generate(model, "Once there", max_new_tokens=NEW)) + "\n"
-    assert door(*argv, "--temperature", 1, "--top-p", 0.9, "--top-k", 9, "--seed", 3) == 0
+    assert command(*argv, "--temperature", 1, "--top-p", 0.9, "--top-k", 9, "--seed", 3) == 0
     settings = {"temperature": 1.0, "top_p": 0.9, "top_k": 9, "seed": 3}
     sampled = "".join(uniql_jax.generate(model, "Once there", max_new_tokens=NEW, **settings)) + "\n"
     assert capsys.readouterr().out == sampled != out
@@ -348,13 +348,13 @@ def test_memory_budget(folder: Path, capsys: pytest.CaptureFixture[str], monkeyp
     rates = []
     monkeypatch.setattr(runtime, "generate", lambda model, prompt, **settings: rates.append(model.rate) or iter(()))
     argv = ("--ckpt", folder, "--prompt", "Once")
-    assert door(*argv, "--memory-budget", size(0.0)) == 0
+    assert command(*argv, "--memory-budget", size(0.0)) == 0
     assert "prune rate 0:" in capsys.readouterr().err
-    assert door(*argv, "--memory-budget", size(0.2)) == 0
+    assert command(*argv, "--memory-budget", size(0.2)) == 0
     rate = float(capsys.readouterr().err.split("prune rate ")[1].split(":")[0])
     assert size(rate) <= size(0.2) < size(rate - 0.001)
     assert rates == [0.0, rate]
-    assert door(*argv, "--memory-budget", size(0.35) - 1) == 2
+    assert command(*argv, "--memory-budget", size(0.35) - 1) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -374,27 +374,27 @@ def test_memory_budget(folder: Path, capsys: pytest.CaptureFixture[str], monkeyp
         ("--max-new-tokens", "5000"),
     ],
 )
-def test_door_refuses(folder: Path, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert door("--ckpt", folder, "--prompt", "Once", *more) == 2
+def test_command_refuses(folder: Path, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--ckpt", folder, "--prompt", "Once", *more) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
     assert err.count("\n") == 1
 
 
-def test_door_without_tokenizer_or_prompt(
+def test_command_without_tokenizer_or_prompt(
     tmp_path: Path, folder: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bare = tiny.checkpoint(tmp_path / "bare", rng, with_tokenizer=False)
-    assert door("--ckpt", bare, "--prompt", "Once") == 2
+    assert command("--ckpt", bare, "--prompt", "Once") == 2
     assert "no tokenizer" in capsys.readouterr().err
-    assert door("--ckpt", folder, "--prompt", "") == 2
+    assert command("--ckpt", folder, "--prompt", "") == 2
     assert "prompt is empty" in capsys.readouterr().err
-    assert door("--ckpt", tmp_path / "nowhere", "--prompt", "Once") == 2
+    assert command("--ckpt", tmp_path / "nowhere", "--prompt", "Once") == 2
     assert "nowhere" in capsys.readouterr().err
 
 
-def test_door_as_a_program(folder: Path) -> None:
+def test_command_as_a_program(folder: Path) -> None:
     """Nothing but the text on stdout, nothing but the plan on stderr."""
     done = subprocess.run(
         [

@@ -132,13 +132,13 @@ def test_tiles_hold_the_same_weight(
 ) -> None:
     """Placing before or after pruning is the same to the last bit, and pruned tiles are the first bytes of all."""
     packed, _ = quantized(rng, shape, 4, 128, contract)
-    order = tiling.ORDERS[contract]
-    tiled = packed.in_order(order)
+    layout = tiling.LAYOUTS[contract]
+    tiled = packed.in_layout(layout)
     assert tiled.shape == packed.shape
     assert tiled.nbytes == tiled.data.nbytes + tiled.scale.nbytes
     np.testing.assert_array_equal(tiled.dequantize(jnp.bfloat16), packed.dequantize(jnp.bfloat16))
-    np.testing.assert_array_equal(tiled.in_order("plain").data, packed.data)
-    on_host = jax.tree.map(np.asarray, packed).in_order(order)
+    np.testing.assert_array_equal(tiled.in_layout("plain").data, packed.data)
+    on_host = jax.tree.map(np.asarray, packed).in_layout(layout)
     assert isinstance(on_host.data, np.ndarray)
     np.testing.assert_array_equal(on_host.data, tiled.data)
     everything = np.asarray(tiled.data).tobytes()
@@ -148,21 +148,21 @@ def test_tiles_hold_the_same_weight(
         np.testing.assert_array_equal(part.dequantize(), want.dequantize())
         assert everything.startswith(np.asarray(part.data).tobytes())
         again = part.take_prefix(counts[0])
-        np.testing.assert_array_equal(again.in_order("plain").data, packed.take_prefix(counts[0]).data)
+        np.testing.assert_array_equal(again.in_layout("plain").data, packed.take_prefix(counts[0]).data)
         np.testing.assert_array_equal(again.dequantize(), packed.take_prefix(counts[0]).dequantize())
 
 
 def test_tiles_refuse_what_they_cannot_hold(rng: np.random.Generator) -> None:
-    tiled = quantized(rng, (96, 4, 20), 4, 128, "first")[0].in_order("groups")
+    tiled = quantized(rng, (96, 4, 20), 4, 128, "first")[0].in_layout("groups")
     with pytest.raises(ValueError, match="splits a quantization group"):
         tiled.take_prefix(33)
-    for packed, order in (
+    for packed, layout in (
         (quantized(rng, (16, 144), 4, 144, "last")[0], "rows"),
         (quantized(rng, (16, 128), 8, 128, "last")[0], "rows"),
         (quantized(rng, (16, 128), 4, 128, "last")[0], "groups"),
     ):
         with pytest.raises(NotImplementedError, match="tiles"):
-            packed.in_order(order)
+            packed.in_layout(layout)
 
 
 @pytest.mark.parametrize(("shape", "contract"), [((7, 3, 256), "last"), ((64, 4, 20), "first")])
@@ -170,24 +170,24 @@ def test_a_product_with_tiles_is_the_product(shape: tuple[int, ...], contract: s
     packed, _ = quantized(rng, shape, 4, 128, contract)
     apply = linear.apply_rows if contract == "last" else linear.apply_columns
     x = jnp.asarray(rng.standard_normal((2, shape[-1]) if contract == "last" else (2, *shape[:-1])), jnp.float32)
-    np.testing.assert_array_equal(apply(x, packed.in_order(tiling.ORDERS[contract])), apply(x, packed))
+    np.testing.assert_array_equal(apply(x, packed.in_layout(tiling.LAYOUTS[contract])), apply(x, packed))
 
 
 def test_placing_tiles_on_gpus_only(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     leaf, packed = elastic.BLOCKS["mlp"]["gate"], quantized(rng, (16, 128), 4, 128, "last")[0]
-    assert loading.place(leaf, packed, jnp.bfloat16).order == "plain"
+    assert loading.place(leaf, packed, jnp.bfloat16).layout == "plain"
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(compat, "ampere", lambda: True)
     monkeypatch.setitem(dispatch.MEASURED, ("dequant_matmul", "gpu"), "pallas")
-    assert loading.place(leaf, packed, jnp.bfloat16).order == "rows"
-    assert loading.place(leaf, packed, jnp.float32).order == "plain"
-    assert loading.place(leaf, packed.take_prefix(16), jnp.bfloat16, tiles=False).order == "plain"
-    assert loading.place(leaf, quantized(rng, (16, 144), 4, 144, "last")[0], jnp.bfloat16).order == "plain"
+    assert loading.place(leaf, packed, jnp.bfloat16).layout == "rows"
+    assert loading.place(leaf, packed, jnp.float32).layout == "plain"
+    assert loading.place(leaf, packed.take_prefix(16), jnp.bfloat16, tiles=False).layout == "plain"
+    assert loading.place(leaf, quantized(rng, (16, 144), 4, 144, "last")[0], jnp.bfloat16).layout == "plain"
     placed = loading.place_top({"embed": packed, "head": packed}, jnp.bfloat16)
-    assert (placed["embed"].order, placed["head"].order) == ("plain", "rows")
+    assert (placed["embed"].layout, placed["head"].layout) == ("plain", "rows")
     monkeypatch.setenv(dispatch.VARIABLE, "reference")
-    assert loading.place(leaf, packed, jnp.bfloat16).order == "plain"
+    assert loading.place(leaf, packed, jnp.bfloat16).layout == "plain"
     monkeypatch.delenv(dispatch.VARIABLE)
     monkeypatch.setattr(compat, "ampere", lambda: False)
-    assert loading.place(leaf, packed, jnp.bfloat16).order == "plain"
+    assert loading.place(leaf, packed, jnp.bfloat16).layout == "plain"

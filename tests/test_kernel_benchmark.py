@@ -37,7 +37,7 @@ def test_a_row_that_fails_costs_itself_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_is_in_doubt_speaks_for_the_baseline() -> None:
-    """An addition that takes 1.6 us after others took 1.0 beside a kernel: so much less is taken off our own rows."""
+    """An addition that takes 1.6 us after others took 1.0 next to a kernel: so much less is taken off our own rows."""
 
     def row(kernel: str, us: float, adds: bool = False, k: int = 4096, **settings: Any) -> dict[str, Any]:
         named = dict(kernel=kernel, k=k, n=k, count=1 if k else 0, group=128, contract="first", settings=settings)

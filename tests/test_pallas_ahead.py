@@ -22,7 +22,7 @@ def arrays(*sizes: int) -> list[Any]:
     return [jnp.zeros(size, jnp.int32) for size in sizes]
 
 
-def told(plan: list[Ahead], launches: list[list[Any]]) -> list[list[tuple[int, int, int, int]]]:
+def copies(plan: list[Ahead], launches: list[list[Any]]) -> list[list[tuple[int, int, int, int]]]:
     """For each launch: (launch pulled for, array there, start, size)."""
     place = {id(array): (i, j) for i, each in enumerate(launches) for j, array in enumerate(each)}
     return [
@@ -33,24 +33,24 @@ def told(plan: list[Ahead], launches: list[list[Any]]) -> list[list[tuple[int, i
 def test_a_launch_pulls_what_the_next_reads_first() -> None:
     launches = [arrays(1024), arrays(2048), arrays(4096)]
     plan = ahead.plan(launches, [Budget(4096), Budget(1024, early=True)])
-    assert told(plan, launches) == [[(1, 0, 0, 4096)], [(2, 0, 0, 1024)]]
+    assert copies(plan, launches) == [[(1, 0, 0, 4096)], [(2, 0, 0, 1024)]]
     assert [each.pull.early for each in plan] == [False, True]
 
 
 def test_what_was_pulled_is_not_pulled_again() -> None:
     launches = [arrays(64), [], arrays(4096), arrays(64)]
     plan = ahead.plan(launches, [Budget(4096), Budget(4096), Budget(0)])
-    assert told(plan, launches) == [[(2, 0, 0, 4096)], [(2, 0, 4096, 4096)], []]
+    assert copies(plan, launches) == [[(2, 0, 0, 4096)], [(2, 0, 4096, 4096)], []]
 
 
 def test_arrays_of_one_launch_are_pulled_alike_far() -> None:
     launches = [[], arrays(3072, 1024)]
-    assert told(ahead.plan(launches, [Budget(8192)]), launches) == [[(1, 0, 0, 6144), (1, 1, 0, 2048)]]
+    assert copies(ahead.plan(launches, [Budget(8192)]), launches) == [[(1, 0, 0, 6144), (1, 1, 0, 2048)]]
 
 
 def test_a_budget_passes_over_the_end_of_a_launch() -> None:
     launches = [[], arrays(256), arrays(512), arrays(64)]
-    assert told(ahead.plan(launches, [Budget(2048)]), launches) == [[(1, 0, 0, 1024), (2, 0, 0, 1024)]]
+    assert copies(ahead.plan(launches, [Budget(2048)]), launches) == [[(1, 0, 0, 1024), (2, 0, 0, 1024)]]
 
 
 def test_nothing_is_pulled_at_the_end() -> None:

@@ -101,7 +101,7 @@ def test_what_is_refused(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 LOWERED = [
-    # order, features, groups, rows of x, settings
+    # layout, features, groups, rows of x, settings
     ("groups", 4096, 112, 8, Settings(programs=132)),
     ("rows", 1001, 5, 13, Settings(cluster=4, tall=2, along_k=2, along_n=2, slots=4, programs=8)),
     ("rows", 500, 3, 64, Settings(along_k=2, slots=6, folded=True, programs=4)),
@@ -109,18 +109,18 @@ LOWERED = [
 ]
 
 
-@pytest.mark.parametrize(("order", "features", "groups", "count", "settings"), LOWERED, ids=str)
+@pytest.mark.parametrize(("layout", "features", "groups", "count", "settings"), LOWERED, ids=str)
 def test_it_lowers_for_hopper(
-    on_hopper: None, order: str, features: int, groups: int, count: int, settings: Settings
+    on_hopper: None, layout: str, features: int, groups: int, count: int, settings: Settings
 ) -> None:
-    lowered = lowered_for_nvidia(cluster.product, Weight(order, features, groups, 128), count, settings)
+    lowered = lowered_for_nvidia(cluster.product, Weight(layout, features, groups, 128), count, settings)
     assert lowered.out_info.shape == (1, count, features)
     assert lowered.out_info.dtype == jnp.bfloat16
     assert lowered.as_text().count("mosaic_gpu_v2") == 1
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("order", ["rows", "groups"])
+@pytest.mark.parametrize("layout", ["rows", "groups"])
 @pytest.mark.parametrize(
     ("features", "groups", "settings"),
     [
@@ -137,11 +137,11 @@ def test_it_lowers_for_hopper(
     ],
     ids=str,
 )
-def test_on_the_device(rng: np.random.Generator, order: str, features: int, groups: int, settings: Settings) -> None:
+def test_on_the_device(rng: np.random.Generator, layout: str, features: int, groups: int, settings: Settings) -> None:
     if compat.capability() != 9.0:
         pytest.skip("not a Hopper GPU")
-    case = random_case(rng, features, groups * 128, 128, contract=tiling.CONTRACTS[order])
-    data, weight = tiling.tile(case.data, case.contract), Weight(order, features, groups, 128)
+    case = random_case(rng, features, groups * 128, 128, contract=tiling.CONTRACTS[layout])
+    data, weight = tiling.tile(case.data, case.contract), Weight(layout, features, groups, 128)
     call = jax.jit(lambda x, d, s: cluster.product(x, d, s, weight=weight, settings=settings))
     for count in (5, 16, 24):
         x = jnp.asarray(rng.normal(size=(count, case.width)), jnp.bfloat16)

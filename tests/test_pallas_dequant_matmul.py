@@ -81,7 +81,7 @@ def test_agrees_with_float64_at_any_shape(implementation: str, data: st.DataObje
     x = inputs(rng, (count, width), dtype)
     got = product(x, case, implementation)
     want = wanted(x, case)
-    # A single output may cancel to nothing, so errors are judged against what was summed.
+    # A single output may cancel to nothing, so errors are measured against what was summed.
     summed = np.linalg.norm(np.abs(np.asarray(x).astype(np.float64)) @ np.abs(case.dense.T))
     error = np.linalg.norm(np.asarray(got).astype(np.float64) - want)
     assert error <= BOUND[dtype] * np.linalg.norm(want) + 1e-6 * summed

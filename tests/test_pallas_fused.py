@@ -16,17 +16,17 @@ from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 EPS = 1e-5
 
 
-def draw(rng: np.random.Generator, order: str, features: int, groups: int) -> tuple[Weight, tuple, np.ndarray]:
-    """A random weight in an order: static half, (data, scale), and dense float32 [features, K]."""
+def draw(rng: np.random.Generator, layout: str, features: int, groups: int) -> tuple[Weight, tuple, np.ndarray]:
+    """A random weight in a layout: static half, (data, scale), and dense float32 [features, K]."""
     data = rng.integers(-(2**31), 2**31 - 1, (features, 16 * groups), dtype=np.int32)
     scale = jnp.asarray(rng.uniform(0.01, 0.03, (features, groups)), jnp.bfloat16)
     dense = packing.dequantize_last(jnp.asarray(data), scale, bits=4, group=128, width=128 * groups)
-    held, contract = data, "last" if order in ("rows", "last") else "first"
+    held, contract = data, "last" if layout in ("rows", "last") else "first"
     if contract == "first":
         held, scale = data.T, scale.T
-    if order in tiling.CONTRACTS:
+    if layout in tiling.CONTRACTS:
         held = tiling.tile(np.ascontiguousarray(held), contract)
-    return Weight(order, features, groups, 128), (jnp.asarray(held), scale), np.asarray(dense)
+    return Weight(layout, features, groups, 128), (jnp.asarray(held), scale), np.asarray(dense)
 
 
 def normal(rng: np.random.Generator, *shape: int) -> jax.Array:
@@ -60,9 +60,9 @@ def test_blocks_invert(count: int, rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("count", [1, 5, 12])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("order", ["rows", "last"])
-def test_read_takes_several_weights(count: int, biased: bool, order: str, rng: np.random.Generator) -> None:
-    drawn = [draw(rng, order, features, 3) for features in (40, 16, 23)]
+@pytest.mark.parametrize("layout", ["rows", "last"])
+def test_read_takes_several_weights(count: int, biased: bool, layout: str, rng: np.random.Generator) -> None:
+    drawn = [draw(rng, layout, features, 3) for features in (40, 16, 23)]
     x, norm = normal(rng, count, 384), rng.uniform(0.5, 1.5, 384).astype(np.float32)
     biases = [jnp.asarray(rng.standard_normal(w.features), jnp.float32) for w, _, _ in drawn]
     jobs = [Job((weight,), biased) for weight, _, _ in drawn]
@@ -90,11 +90,11 @@ def test_gate_and_up(count: int, activation: str, settings: Settings | None, rng
 
 
 @pytest.mark.parametrize("count", [1, 4, 9])
-@pytest.mark.parametrize("order", ["groups", "first"])
+@pytest.mark.parametrize("layout", ["groups", "first"])
 @pytest.mark.parametrize("biased", [False, True])
-def test_write_adds_and_prepares(count: int, order: str, biased: bool, rng: np.random.Generator) -> None:
+def test_write_adds_and_prepares(count: int, layout: str, biased: bool, rng: np.random.Generator) -> None:
     width = 200
-    weight, held, dense = draw(rng, order, width, 3)
+    weight, held, dense = draw(rng, layout, width, 3)
     hidden, x = normal(rng, count, 384), normal(rng, count, width)
     norm = jnp.asarray(rng.uniform(0.5, 1.5, width), jnp.float32)
     bias = jnp.asarray(rng.standard_normal(width), jnp.float32)
@@ -102,7 +102,7 @@ def test_write_adds_and_prepares(count: int, order: str, biased: bool, rng: np.r
         with pytest.raises(NotImplementedError, match="blocks of 32"):
             fused.write(hidden, weight, held, Stream(x), norm)
         width = 256
-        weight, held, dense = draw(rng, order, width, 3)
+        weight, held, dense = draw(rng, layout, width, 3)
         x, norm, bias = normal(rng, count, width), jnp.ones(width) * 0.7, jnp.zeros(width) + 0.3
     operands = (*held, bias) if biased else held
     run = jax.jit(lambda hidden, x: fused.write(hidden, weight, operands, Stream(x), norm))

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("on_hopper")
 
 
 @dataclasses.dataclass
-class Judged:
+class Comparison:
     """What the record says of a rule."""
 
     off: list[float]
@@ -53,8 +53,8 @@ def recorded(kernel: str) -> dict[tuple[int, int, int], dict[Any, float]]:
     return times
 
 
-def judged(kernel: str, us: Callable[..., float], pick: Callable[..., Any]) -> Judged:
-    found = Judged([], [])
+def compare(kernel: str, us: Callable[..., float], pick: Callable[..., Any]) -> Comparison:
+    found = Comparison([], [])
     for (k, n, count), of_shape in recorded(kernel).items():
         weight = Weight("rows", n, k // 128, 128)
         for cut, least in of_shape.items():
@@ -68,7 +68,7 @@ def judged(kernel: str, us: Callable[..., float], pick: Callable[..., Any]) -> J
 
 
 def test_wgmma() -> None:
-    found = judged("wgmma", cuts.wgmma_us, cuts.wgmma_cut)
+    found = compare("wgmma", cuts.wgmma_us, cuts.wgmma_cut)
     assert len(found.off) >= 66
     assert len(found.slower) >= 21
     assert np.mean(np.abs(found.off)) < 0.05
@@ -78,7 +78,7 @@ def test_wgmma() -> None:
 
 
 def test_cluster() -> None:
-    found = judged("cluster", cuts.cluster_us, cuts.cluster_cut)
+    found = compare("cluster", cuts.cluster_us, cuts.cluster_cut)
     assert len(found.off) >= 36
     assert len(found.slower) >= 13
     assert np.mean(np.abs(found.off)) < 0.1
@@ -100,11 +100,11 @@ def test_it_chooses_the_faster_of_both() -> None:
     assert max(slower) < 1.1
 
 
-@pytest.mark.parametrize("order", ["rows", "groups"])
+@pytest.mark.parametrize("layout", ["rows", "groups"])
 @pytest.mark.parametrize("count", [5, 8, 16, 17, 40, 64, 65, 128, 1000])
 @pytest.mark.parametrize(("features", "groups"), [(64, 1), (576, 9), (4096, 32), (6144, 32), (4096, 91)])
-def test_whatever_it_chooses_can_run(order: str, count: int, features: int, groups: int) -> None:
-    weight = Weight(order, features, groups, 128)
+def test_whatever_it_chooses_can_run(layout: str, count: int, features: int, groups: int) -> None:
+    weight = Weight(layout, features, groups, 128)
     found = cuts.choice(weight, count)
     assert found is not None
     kernel, cut = found

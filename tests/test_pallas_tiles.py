@@ -36,15 +36,15 @@ ROUNDING = 4e-3
 """Relative error: bf16's output alone rounds by up to 2e-3, and where weights are scaled in bf16 they do, too."""
 
 
-def held(case: Case, order: str) -> tuple[jnp.ndarray, Weight]:
-    """The data of a case in one of the four orders, and what the kernels are told of it."""
+def held(case: Case, layout: str) -> tuple[jnp.ndarray, Weight]:
+    """The data of a case in one of the four layouts, and its static description."""
     groups, features = -(-case.width // case.group), case.dense.shape[0]
-    data = case.data if order == case.contract else tiling.tile(case.data, case.contract)
-    return data, Weight(order, features, groups, case.group)
+    data = case.data if layout == case.contract else tiling.tile(case.data, case.contract)
+    return data, Weight(layout, features, groups, case.group)
 
 
-def contract_of(order: str) -> str:
-    return tiling.CONTRACTS.get(order, order)
+def contract_of(layout: str) -> str:
+    return tiling.CONTRACTS.get(layout, layout)
 
 
 def random_x(rng: np.random.Generator, count: int, width: int) -> jnp.ndarray:
@@ -92,13 +92,13 @@ def test_tiles_and_prefixes_commute(data: st.DataObject) -> None:
 def test_tiles_that_do_not_fit_are_refused(rng: np.random.Generator) -> None:
     case = random_case(rng, 20, 256, 128)
     tiles = tiling.tile(case.data, "last")
-    options = case.options | dict(order="rows")
+    options = case.options | dict(layout="rows")
     x = random_x(rng, 2, 256)
     np.testing.assert_array_equal(
         dequant_matmul(x, tiles, case.scale, **options), dequant_matmul(x, case.data, case.scale, **case.options)
     )
     for change, message in (
-        (dict(order="groups"), "tiles 'groups' do not hold"),
+        (dict(layout="groups"), "tiles 'groups' do not hold"),
         (dict(group=64), "groups of 64"),
         (dict(scale=case.scale[:16]), "do not hold 16 rows"),
     ):
@@ -113,7 +113,7 @@ def test_tiles_that_do_not_fit_are_refused(rng: np.random.Generator) -> None:
 # --- the kernels, interpreted ---------------------------------------------------------------------------------------
 
 MMA = [
-    # order, features, groups, group, rows of x, settings
+    # layout, features, groups, group, rows of x, settings
     ("rows", 27, 2, 128, 8, mma.Settings(along_k=1, along_n=2, zero="mma", gate=True, stream=True)),
     ("rows", 50, 3, 128, 11, mma.Settings(along_k=2, tiles=2, ordered=True)),
     ("groups", 18, 3, 128, 5, mma.Settings(along_k=1, split=2, ordered=True)),
@@ -121,12 +121,12 @@ MMA = [
 ]
 
 
-@pytest.mark.parametrize(("order", "features", "groups", "group", "count", "settings"), MMA, ids=str)
+@pytest.mark.parametrize(("layout", "features", "groups", "group", "count", "settings"), MMA, ids=str)
 def test_mma(
-    rng: np.random.Generator, order: str, features: int, groups: int, group: int, count: int, settings
+    rng: np.random.Generator, layout: str, features: int, groups: int, group: int, count: int, settings
 ) -> None:
-    case = random_case(rng, features, groups * group, group, contract=contract_of(order))
-    data, weight = held(case, order)
+    case = random_case(rng, features, groups * group, group, contract=contract_of(layout))
+    data, weight = held(case, layout)
     x = random_x(rng, count, case.width)
     parts = jax.jit(lambda x, d, s: mma.product(x, d, s, weight=weight, settings=settings))(x, data, case.scale)
     assert parts.shape == (settings.split, count, features)
@@ -183,23 +183,23 @@ DOT = [
 ]
 
 
-@pytest.mark.parametrize(("order", "features", "groups", "group", "count", "settings"), DOT, ids=str)
+@pytest.mark.parametrize(("layout", "features", "groups", "group", "count", "settings"), DOT, ids=str)
 def test_dot(
-    rng: np.random.Generator, order: str, features: int, groups: int, group: int, count: int, settings
+    rng: np.random.Generator, layout: str, features: int, groups: int, group: int, count: int, settings
 ) -> None:
-    case = random_case(rng, features, groups * group, group, contract=contract_of(order))
-    data, weight = held(case, order)
+    case = random_case(rng, features, groups * group, group, contract=contract_of(layout))
+    data, weight = held(case, layout)
     x = random_x(rng, count, case.width)
     parts = jax.jit(lambda x, d, s: dot.product(x, d, s, weight=weight, settings=settings))(x, data, case.scale)
     assert parts.shape == (settings.split, count, features)
     assert agrees(parts, x, case)
 
 
-@pytest.mark.parametrize("order", ["rows", "groups"])
-def test_dequantizing_is_exact(rng: np.random.Generator, order: str) -> None:
+@pytest.mark.parametrize("layout", ["rows", "groups"])
+def test_dequantizing_is_exact(rng: np.random.Generator, layout: str) -> None:
     """Integer times scale, rounded to bf16 once."""
-    case = random_case(rng, 37, 3 * 128, 128, contract=contract_of(order))
-    data, weight = held(case, order)
+    case = random_case(rng, 37, 3 * 128, 128, contract=contract_of(layout))
+    data, weight = held(case, layout)
     got = jax.jit(lambda d, s: dequantize.dense(d, s, weight, dequantize.Settings(2)))(data, case.scale)
     np.testing.assert_array_equal(got, jnp.asarray(case.dense, jnp.float32).astype(jnp.bfloat16))
     with pytest.raises(NotImplementedError):
@@ -212,7 +212,7 @@ def test_the_product_takes_tiles(rng: np.random.Generator, monkeypatch: pytest.M
     monkeypatch.setattr(cuts, "choice", lambda *_: None)
     case = random_case(rng, 30, 300, 128, contract="first")
     tiles, _ = held(case, "groups")
-    x, options = random_x(rng, 18, 300), case.options | dict(order="groups")
+    x, options = random_x(rng, 18, 300), case.options | dict(layout="groups")
 
     def product(x: jnp.ndarray, implementation: str) -> jnp.ndarray:
         return dequant_matmul(x, tiles, case.scale, implementation=implementation, **options)
@@ -250,15 +250,15 @@ def test_every_shipped_table_says_where_it_is_from_and_can_run(on_hopper: None) 
             assert row["us"] > 0
 
 
-@pytest.mark.parametrize("order", ["last", "first", "rows", "groups"])
+@pytest.mark.parametrize("layout", ["last", "first", "rows", "groups"])
 @pytest.mark.parametrize("gpu", [H100, "an unknown GPU"])
 @pytest.mark.parametrize("capability", [8.0, 9.0])
-def test_every_size_has_a_kernel(order: str, gpu: str, capability: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_size_has_a_kernel(layout: str, gpu: str, capability: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pruned sizes too; few rows never meet a dense weight, and many always do where there is no wgmma."""
     monkeypatch.setattr(compat, "capability", lambda: capability)
-    hopper = capability == 9.0 and order in tiling.CONTRACTS and compat.mosaic_gpu is not None
-    for features, groups in ((4096, 32), (128256, 32), (9001 if order != "first" else 9000, 73), (64, 1)):
-        weight = Weight(order, features, groups, 128)
+    hopper = capability == 9.0 and layout in tiling.CONTRACTS and compat.mosaic_gpu is not None
+    for features, groups in ((4096, 32), (128256, 32), (9001 if layout != "first" else 9000, 73), (64, 1)):
+        weight = Weight(layout, features, groups, 128)
         for count in (1, 2, 8, 9, 16):
             few = ("mma", "dot", "cluster") if hopper and count > 1 else ("mma", "dot")
             assert tuned.choose(weight, count, gpu)[0] in few
@@ -335,20 +335,20 @@ def test_another_shapes_kernel_comes_after_hoppers_rule(on_hopper: None, monkeyp
     assert [kernel for kernel, _ in pruned[:2]] == ["cluster", "dot"]
     # The rule has no say: many outputs, another order.
     assert tuned.choose(Weight("rows", 9000, 32, 128), 32, "x") == ("dot", dot.Settings())
-    monkeypatch.setattr(tuned, "table", lambda kind: [row | dict(order="last")])
+    monkeypatch.setattr(tuned, "table", lambda kind: [row | dict(layout="last")])
     assert tuned.choose(Weight("last", 4096, 32, 128), 32, "x") == ("dot", dot.Settings())
 
 
 def test_the_nearest_row_serves_until_it_is_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
     def row(k: int, n: int, count: int, warps: int) -> dict:
-        return dict(order="last", k=k, n=n, count=count, kernel="dot", settings={"warps": warps})
+        return dict(layout="last", k=k, n=n, count=count, kernel="dot", settings={"warps": warps})
 
     monkeypatch.setattr(
         tuned, "table", lambda kind: [row(4096, 4096, 8, 1), row(4096, 28672, 8, 2), row(4096, 64, 32, 4)]
     )
     assert tuned.choose(Weight("last", 18648, 32, 128), 3, "x") == ("dot", dot.Settings(warps=2))
     assert tuned.choose(Weight("last", 3000, 30, 128), 8, "x") == ("dot", dot.Settings(warps=1))
-    # Another order, more rows of x than any row's, another size altogether: the rule.
+    # Another layout, more rows of x than any row's, another size altogether: the rule.
     for weight, count in (
         (Weight("first", 4096, 32, 128), 8),
         (Weight("last", 64, 32, 128), 33),
@@ -363,14 +363,14 @@ def test_the_nearest_row_serves_until_it_is_too_far(monkeypatch: pytest.MonkeyPa
 def test_a_kernel_that_is_wrong_here_is_not_used(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong: set[str] = set()
 
-    def verify(kernel: str, order: str) -> None:
+    def verify(kernel: str, layout: str) -> None:
         if kernel in wrong:
             raise NotImplementedError(kernel)
 
     monkeypatch.setattr(selfcheck, "verify", verify)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(tuned, "table", lambda kind: [])
-    weight = pallas.Weight(bits=4, group=128, contract="last", width=256, order="rows")
+    weight = pallas.Weight(bits=4, group=128, contract="last", width=256, layout="rows")
     x, scale = jnp.zeros((4, 256), jnp.bfloat16), jnp.zeros((32, 2), jnp.bfloat16)
     for kernel in ("mma", "dot", "dense"):
         chosen = pallas._choose(x, scale, weight)
@@ -407,12 +407,12 @@ def test_the_self_check_runs_inside_a_trace_once(monkeypatch: pytest.MonkeyPatch
     calls = []
 
     def product(x, data, scale, weight):
-        calls.append(weight.order)
-        if weight.order == "last":
+        calls.append(weight.layout)
+        if weight.layout == "last":
             raise jax.errors.JaxRuntimeError("out of shared memory\nand more")
-        factor = 1.0 if weight.order == "rows" else 1.1
-        plain = tiling.untile(data, tiling.CONTRACTS[weight.order], weight.features)
-        contract = tiling.CONTRACTS[weight.order]
+        factor = 1.0 if weight.layout == "rows" else 1.1
+        plain = tiling.untile(data, tiling.CONTRACTS[weight.layout], weight.features)
+        contract = tiling.CONTRACTS[weight.layout]
         options = dict(bits=4, group=128, contract=contract, width=weight.groups * 128)
         return (reference.dequant_matmul(x, plain, scale, **options) * factor).astype(x.dtype)
 
@@ -457,22 +457,22 @@ def test_the_gpus_default_is_what_was_measured(rng: np.random.Generator, monkeyp
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("order", ["last", "first", "rows", "groups"])
-def test_on_the_device(rng: np.random.Generator, order: str) -> None:
+@pytest.mark.parametrize("layout", ["last", "first", "rows", "groups"])
+def test_on_the_device(rng: np.random.Generator, layout: str) -> None:
     """The compiled kernels: each passes its own check, and what runs by default is right for any number of rows."""
-    kernels = ("mma", "dot", "dequantize") if order in tiling.CONTRACTS else ("mma", "dot")
-    if order in tiling.CONTRACTS and compat.hopper():
+    kernels = ("mma", "dot", "dequantize") if layout in tiling.CONTRACTS else ("mma", "dot")
+    if layout in tiling.CONTRACTS and compat.hopper():
         kernels = (*kernels, "wgmma")
     for kernel in kernels:
-        jax.jit(lambda x, kernel=kernel: (selfcheck.verify(kernel, order), x)[1]).lower(jnp.zeros(1))
+        jax.jit(lambda x, kernel=kernel: (selfcheck.verify(kernel, layout), x)[1]).lower(jnp.zeros(1))
     for features, width in ((1000, 4096), (9000, 1000)):
-        case = random_case(rng, features, width, 128, contract=contract_of(order))
-        data, _ = held(case, order)
-        name = order if order in tiling.CONTRACTS else "plain"
-        call = jax.jit(lambda x, d, s, case=case, name=name: dequant_matmul(x, d, s, **case.options, order=name))
+        case = random_case(rng, features, width, 128, contract=contract_of(layout))
+        data, _ = held(case, layout)
+        name = layout if layout in tiling.CONTRACTS else "plain"
+        call = jax.jit(lambda x, d, s, case=case, name=name: dequant_matmul(x, d, s, **case.options, layout=name))
         for count in (1, 7, 16, 17, 64, 200, 300):
             x = random_x(rng, count, width)
-            assert agrees(call(x, data, case.scale), x, case), (order, features, count)
+            assert agrees(call(x, data, case.scale), x, case), (layout, features, count)
 
 
 @pytest.mark.parametrize(
@@ -491,17 +491,17 @@ def test_tiles_of_x_fit_a_consumer_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.parametrize("order", ["rows", "groups"])
+@pytest.mark.parametrize("layout", ["rows", "groups"])
 @pytest.mark.parametrize("count", [1, 16, 64, 600])
 def test_tiles_lower_for_nvidia_gpus(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, order: str, count: int
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, layout: str, count: int
 ) -> None:
     pytest.importorskip("jax.experimental.pallas.triton")
     monkeypatch.setattr(compat, "interpreted", lambda: False)
     monkeypatch.setattr(compat, "capability", lambda: 8.0)
-    case = random_case(rng, 100, 512, 128, contract=contract_of(order))
-    data, _ = held(case, order)
-    call = jax.jit(lambda x, d, s: dequant_matmul(x, d, s, implementation="pallas", **case.options, order=order))
+    case = random_case(rng, 100, 512, 128, contract=contract_of(layout))
+    data, _ = held(case, layout)
+    call = jax.jit(lambda x, d, s: dequant_matmul(x, d, s, implementation="pallas", **case.options, layout=layout))
     x = random_x(rng, count, 512)
     with nvidia():
         lowered = call.trace(x, data, case.scale).lower(lowering_platforms=("cuda",))

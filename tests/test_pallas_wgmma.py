@@ -144,7 +144,7 @@ def test_what_is_refused(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 LOWERED = [
-    # order, features, groups, rows of x, settings
+    # layout, features, groups, rows of x, settings
     ("rows", 512, 4, 64, Settings(tile_m=64, programs=4)),
     ("groups", 1001, 5, 301, Settings(tile_m=256, cluster=2, programs=4)),
     ("rows", 72, 3, 100, Settings(tile_m=128, tall=2, split=2, exchange=False, programs=132)),
@@ -155,11 +155,11 @@ LOWERED = [
 ]
 
 
-@pytest.mark.parametrize(("order", "features", "groups", "count", "settings"), LOWERED, ids=str)
+@pytest.mark.parametrize(("layout", "features", "groups", "count", "settings"), LOWERED, ids=str)
 def test_it_lowers_for_hopper(
-    on_hopper: None, order: str, features: int, groups: int, count: int, settings: Settings
+    on_hopper: None, layout: str, features: int, groups: int, count: int, settings: Settings
 ) -> None:
-    lowered = lowered_for_nvidia(wgmma.product, Weight(order, features, groups, 128), count, settings)
+    lowered = lowered_for_nvidia(wgmma.product, Weight(layout, features, groups, 128), count, settings)
     parts = 1 if settings.joined else settings.split
     assert lowered.out_info.shape == (parts, count, features)
     assert lowered.out_info.dtype == (jnp.float32 if parts > 1 else jnp.bfloat16)
@@ -167,19 +167,19 @@ def test_it_lowers_for_hopper(
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.parametrize("order", ["rows", "groups"])
+@pytest.mark.parametrize("layout", ["rows", "groups"])
 @pytest.mark.parametrize(("count", "features"), [(20, 200), (256, 1000), (2048, 4096)])
 def test_the_product_lowers_for_hopper(
-    monkeypatch: pytest.MonkeyPatch, on_hopper: None, order: str, count: int, features: int
+    monkeypatch: pytest.MonkeyPatch, on_hopper: None, layout: str, count: int, features: int
 ) -> None:
     """The whole product, with a padded last group: alone, under vmap, and its gradient, which needs no kernel."""
     pytest.importorskip("jax.experimental.pallas.triton")
     monkeypatch.setattr(compat, "interpreted", lambda: False)
     width, groups, row_tiles = 500, 4, -(-features // 16)
-    options = dict(bits=4, group=128, contract=tiling.CONTRACTS[order], width=width, order=order)
+    options = dict(bits=4, group=128, contract=tiling.CONTRACTS[layout], width=width, layout=layout)
     struct = jax.ShapeDtypeStruct
-    data = struct((*((row_tiles, groups) if order == "rows" else (groups, row_tiles)), 2, 32, 4), jnp.int32)
-    scale = struct((features, groups) if order == "rows" else (groups, features), jnp.bfloat16)
+    data = struct((*((row_tiles, groups) if layout == "rows" else (groups, row_tiles)), 2, 32, 4), jnp.int32)
+    scale = struct((features, groups) if layout == "rows" else (groups, features), jnp.bfloat16)
 
     def product(x: jnp.ndarray, data: jnp.ndarray, scale: jnp.ndarray) -> jnp.ndarray:
         return dequant_matmul(x, data, scale, implementation="pallas", **options)
@@ -200,13 +200,13 @@ def test_the_product_lowers_for_hopper(
         assert "triton" not in lowered.as_text()
 
 
-def held(case: Case, order: str) -> tuple[jnp.ndarray, Weight]:
+def held(case: Case, layout: str) -> tuple[jnp.ndarray, Weight]:
     data = tiling.tile(case.data, case.contract)
-    return data, Weight(order, case.dense.shape[0], case.width // case.group, case.group)
+    return data, Weight(layout, case.dense.shape[0], case.width // case.group, case.group)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("order", ["rows", "groups"])
+@pytest.mark.parametrize("layout", ["rows", "groups"])
 @pytest.mark.parametrize(
     ("features", "groups", "settings"),
     [
@@ -230,11 +230,11 @@ def held(case: Case, order: str) -> tuple[jnp.ndarray, Weight]:
     ],
     ids=str,
 )
-def test_on_the_device(rng: np.random.Generator, order: str, features: int, groups: int, settings: Settings) -> None:
+def test_on_the_device(rng: np.random.Generator, layout: str, features: int, groups: int, settings: Settings) -> None:
     if compat.capability() != 9.0:
         pytest.skip("not a Hopper GPU")
-    case = random_case(rng, features, groups * 128, 128, contract=tiling.CONTRACTS[order])
-    data, weight = held(case, order)
+    case = random_case(rng, features, groups * 128, 128, contract=tiling.CONTRACTS[layout])
+    data, weight = held(case, layout)
     call = jax.jit(lambda x, d, s: wgmma.product(x, d, s, weight=weight, settings=settings))
     for count in (5, 20, 64, 100, 513):
         x = jnp.asarray(rng.normal(size=(count, case.width)), jnp.bfloat16)

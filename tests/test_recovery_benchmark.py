@@ -1,4 +1,4 @@
-"""What benchmarks/recovery.py says of its texts: how much of what it judges on was trained on."""
+"""What benchmarks/recovery.py says of its texts: how much of its validation text was trained on."""
 
 from __future__ import annotations
 

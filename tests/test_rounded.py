@@ -26,7 +26,7 @@ GROUPS = {"last": 32, "first": 48}  # 88 is no multiple of 32: a last group is s
 
 
 def codes_of(weight: QuantizedArray) -> jax.Array:
-    """The integers of a packed weight in its plain order, of its logical shape."""
+    """The integers of a packed weight in its plain layout, of its logical shape."""
     axis = -1 if weight.contract == "last" else 0
     values = unpack(jnp.asarray(weight.data), weight.bits, axis)
     return values[..., : weight.width] if axis else values[: weight.width].reshape(weight.shape)
@@ -42,7 +42,12 @@ def trained(
     x = rng.standard_normal((3 * width, width)).astype(np.float32)
     leaf = LAST if contract == "last" else FIRST
     found = pack_leaf(
-        leaf, jnp.asarray(value), jnp.asarray(x.T @ x), CompressionSettings(bits=bits), GROUPS[contract], keep=True
+        leaf,
+        jnp.asarray(value),
+        jnp.asarray(x.T @ x),
+        CompressionSettings(bits=bits),
+        GROUPS[contract],
+        return_unrounded=True,
     )
     assert found.unrounded is not None
     weight = from_quantized(found.weight, found.unrounded)
@@ -122,7 +127,7 @@ def test_what_was_rounded_rounds_to_the_integers(rng: np.random.Generator) -> No
     """GPTQ's integers are the nearest ones of what it rounded, errors of earlier columns included."""
     value = jnp.asarray(rng.standard_normal((12, 80)), jnp.float32)
     x = rng.standard_normal((300, 80)) @ rng.standard_normal((80, 80))
-    codes, scale, rounded = quantize(value, jnp.asarray(x.T @ x, jnp.float32), bits=4, group=32, keep=True)
+    codes, scale, rounded = quantize(value, jnp.asarray(x.T @ x, jnp.float32), bits=4, group=32, return_unrounded=True)
     wide = jnp.repeat(scale.astype(jnp.float32), 32, axis=1)[:, :80]
     np.testing.assert_array_equal(codes, np.clip(np.round(np.asarray(rounded) / np.asarray(wide)), *limits(4)))
     assert not np.allclose(rounded, value, atol=1e-3)
@@ -131,7 +136,7 @@ def test_what_was_rounded_rounds_to_the_integers(rng: np.random.Generator) -> No
 
 
 def test_a_group_of_zeros_stays_zero() -> None:
-    codes, scale, rounded = quantize(jnp.zeros((4, 32)), None, bits=4, group=32, keep=True)
+    codes, scale, rounded = quantize(jnp.zeros((4, 32)), None, bits=4, group=32, return_unrounded=True)
     weight = FakeQuantizedArray(
         unrounded_steps(rounded, codes, scale, 32), scale, jnp.ones((4, 1)), jnp.ones((1, 32)), group=32
     )
@@ -143,8 +148,8 @@ def test_a_group_of_zeros_stays_zero() -> None:
 def test_matrices_packed_together_are_those_packed_alone(rng: np.random.Generator) -> None:
     values = {name: jnp.asarray(rng.standard_normal((6, 2, 64)), jnp.float32) for name in ("q", "k")}
     x = jnp.asarray(rng.standard_normal((200, 64)), jnp.float32)
-    together = pack_together(values, x.T @ x, CompressionSettings(), 32, keep=True)
+    together = pack_together(values, x.T @ x, CompressionSettings(), 32, return_unrounded=True)
     for name, value in values.items():
-        alone = pack_leaf(LAST, value, x.T @ x, CompressionSettings(), 32, keep=True)
+        alone = pack_leaf(LAST, value, x.T @ x, CompressionSettings(), 32, return_unrounded=True)
         np.testing.assert_array_equal(together[name].weight.data, alone.weight.data)
         np.testing.assert_array_equal(together[name].unrounded, alone.unrounded)

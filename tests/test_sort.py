@@ -163,6 +163,6 @@ def test_value_output_is_the_best_truncation(weighed: bool, rng: np.random.Gener
     kept = root(gram) @ basis[:rank].T @ new_o[:rank] @ root(metric)
     best = np.sqrt((np.linalg.svd(whole, compute_uv=False)[rank:] ** 2).sum())
     assert np.linalg.norm(whole - kept) < best * 1.01
-    # What the plan is told about that cut is what it costs.
-    told = value_output.rank_loss(change, f32(new_o)[:, None], f32(gram)[None], f32(metric))
-    np.testing.assert_allclose(told[rank], np.linalg.norm(whole - kept) ** 2, rtol=1e-2)
+    # What the plan gets as the loss of that cut is what it costs.
+    predicted = value_output.rank_loss(change, f32(new_o)[:, None], f32(gram)[None], f32(metric))
+    np.testing.assert_allclose(predicted[rank], np.linalg.norm(whole - kept) ** 2, rtol=1e-2)

@@ -101,7 +101,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return write
 
 
-def door(*argv: object) -> int:
+def command(*argv: object) -> int:
     with pytest.raises(SystemExit) as stop:
         cli.run(evaluate_command.main, [str(a) for a in argv])
     assert isinstance(stop.value.code, int)
@@ -124,7 +124,7 @@ def test_accuracy_is_how_often_the_right_choice_is_likeliest(
     path, other = task("ours", docs), task("theirs", docs[:5])
     out = tmp_path / "rows.json"
     argv = ["--ckpt", folder, "--prune-rates", "0,0.25", "--tasks", path, other, "--json", out, "--limit", 10]
-    assert door(*argv) == 0
+    assert command(*argv) == 0
     printed = capsys.readouterr().out
     rows = json.loads(out.read_text())
     assert {(row["prune_rate"], row["source"], row["metric"]) for row in rows} == {
@@ -185,7 +185,7 @@ def test_what_cannot_be_asked_is_said(folder: Path, task: Any, tmp_path: Path, c
         (writing, "not supported"),
         (gone, "gone"),
     ):
-        assert door("--ckpt", folder, "--prune-rates", "0", "--tasks", name) == 2
+        assert command("--ckpt", folder, "--prune-rates", "0", "--tasks", name) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ")
         assert says in error

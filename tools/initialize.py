@@ -101,7 +101,7 @@ def initialize(config: ModelConfig, seed: int) -> Params:
     return draw("top") | {"layers": layers}
 
 
-def parameter_count(config: ModelConfig) -> int:
+def checkpoint_parameters(config: ModelConfig) -> int:
     """Parameters of a checkpoint of this model."""
     kinds = ["top", *(kind for kinds in config.pattern for kind in kinds)]
     leaves = (leaf for kind in kinds for leaf in checkpoint_leaves(config, kind).values())

@@ -21,7 +21,7 @@ import numpy as np
 
 import uniql_jax
 from tools import bigram, scratch
-from tools.initialize import parameter_count
+from tools.initialize import checkpoint_parameters
 from tools.scratch import PretrainSettings
 from tools.tokenizer import train_tokenizer
 from uniql_jax import config as model_config
@@ -86,7 +86,7 @@ def choose_tokenizer(folder: str | None, specs: Sequence[str], vocab: int) -> An
     """
     if folder is None:
         if all_npy(specs):
-            raise UserError("token ids tell nothing about their tokenizer: name its folder with --tokenizer")
+            raise UserError("token ids do not identify their tokenizer: name its folder with --tokenizer")
         return train_tokenizer(read_documents([s for s in specs if not all_npy([s])]), vocab)
     if not Path(folder).is_dir() or not any((Path(folder) / name).exists() for name in TOKENIZER_FILES):
         raise UserError(f"--tokenizer {folder} holds no tokenizer files")
@@ -102,7 +102,7 @@ def describe(
     name: str, config: ModelConfig, options: PretrainSettings, train: data.Windows, held: data.Windows | None
 ) -> str:
     """The plan: what will be trained on what."""
-    count = parameter_count(config)
+    count = checkpoint_parameters(config)
     seen = options.steps * options.batch * options.length
     rows = [
         ("model", f"{name}: {config.model_type}, {len(config.pattern)} layers, {count / 1e6:.3g} M parameters"),

@@ -124,7 +124,7 @@ def encode_chat(chat: rows.Chat, tokenizer: Any, where: str) -> tuple[list[int],
         if not (text.startswith(after) and after.startswith(before)):
             raise UserError(
                 f"{where}: the chat template does not write message {i + 1} where generation would begin, so its "
-                "answer cannot be told from the prompt; give rows of prompt and completion"
+                "answer cannot be distinguished from the prompt; give rows of prompt and completion"
             )
         spans.append((len(before), len(after)))
     if not getattr(tokenizer, "is_fast", False):

@@ -168,3 +168,9 @@ def finetune(
             raise UserError(f"{error} (the trained state is kept in {folder}; --resume writes it)") from None
         shutil.rmtree(folder, ignore_errors=True)
     return result
+
+
+if __name__ == "__main__":
+    from uniql_jax.commands import run
+
+    run("finetune")

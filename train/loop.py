@@ -54,8 +54,8 @@ class Trainer:
 
     `layers` and `top` are dense leaves; matrices are held in `options.compute`, vectors in float32, a copy on every
     device of the mesh, layers of one kind stacked; batches are split over the mesh along their rows. Matrices may be
-    RoundedArrays instead, which train as they will be stored. `teacher`: layers and top to distill from, where that is
-    not the unpruned model itself.
+    FakeQuantizedArrays instead, which train as they will be stored. `teacher`: layers and top to distill from, where
+    that is not the unpruned model itself.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Trainer:
     def fresh(self) -> Factors:
         """Factors that change nothing."""
         tables = [name for name, value in self.frozen["top"].items() if isinstance(value, FakeQuantizedArray)]
-        single = lora.initialize(self.config, self.options.rank, self.options.seed, tables)
+        single = lora.init_factors(self.config, self.options.rank, self.options.seed, tables)
         return self.everywhere(stack.stack_factors(self.config, single))
 
     # ------------------------------------------------------------------------------------------ traced

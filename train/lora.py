@@ -43,7 +43,7 @@ def targets(config: ModelConfig) -> Iterator[tuple[str, Leaf]]:
                     yield f"{i}.{kind}.{name}", leaf
 
 
-def initialize(config: ModelConfig, rank: int, seed: int, tables: Sequence[str] = ()) -> Factors:
+def init_factors(config: ModelConfig, rank: int, seed: int, tables: Sequence[str] = ()) -> Factors:
     """Factors whose product is zero: `right` is uniform in +-1/sqrt(inputs), `left` is zero; at rank 0 changes of zero.
 
     It is always the factor with the elastic axis that starts at zero, whether it reads or writes: what few steps see,
@@ -177,6 +177,6 @@ def _finite(name: str, value: Any) -> Any:
 def packed_layer(
     config: ModelConfig, i: int, layer: Layer, factors: Factors, alpha: float
 ) -> dict[str, dict[str, Any]]:
-    """Layer i of RoundedArrays as what is stored of them once their factors have moved them."""
+    """Layer i of FakeQuantizedArrays as what is stored of them once their factors have moved them."""
     done = _mapped(i, layer, functools.partial(_stored_form, factors=factors, alpha=alpha))
     return {kind: reachable_bias(config, kind, block) for kind, block in done.items()}

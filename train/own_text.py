@@ -128,3 +128,9 @@ def kept(folder: Path, made_from: Manifest) -> Int[np.ndarray, "have length"] | 
         return np.load(folder / "rows.npy") if (folder / "rows.npy").exists() else None
     except (OSError, ValueError, EOFError):
         raise UserError(f"{folder / 'rows.npy'} cannot be read; remove {folder} to start anew") from None
+
+
+if __name__ == "__main__":
+    from uniql_jax.commands import run
+
+    run("own-text")

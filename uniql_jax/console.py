@@ -71,7 +71,7 @@ def check_output_file(path: str | Path | None, overwrite: bool = False) -> None:
 
 
 def write_whole(path: str | Path, data: str | bytes) -> None:
-    """Write a file beside its place and rename it, so that a half-written one is never seen.
+    """Write a temporary file in the same folder and rename it, so that a half-written one is never seen.
 
     Raises UserError when the disk says no.
     """

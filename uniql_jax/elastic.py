@@ -144,7 +144,16 @@ def leaves(config: ModelConfig, kind: str) -> dict[str, Leaf]:
 
 
 def shape(config: ModelConfig, leaf: Leaf, keep: Mapping[str, int] | None = None) -> tuple[int, ...]:
-    """Shape of a leaf at the kept sizes (all of them when `keep` is None)."""
+    """Shape of a leaf.
+
+    Args:
+        config: the model.
+        leaf: a row of `BLOCKS` or `TOP`.
+        keep: kept size of each elastic axis; an axis that is missing has its full size.
+
+    Returns:
+        The size of every dimension of the leaf.
+    """
     full = sizes(config) | dict(keep or {})
     return tuple(full[dim] for dim in leaf.dims)
 
@@ -167,7 +176,16 @@ def axis_cost(config: ModelConfig, kinds: tuple[str, ...], axis: str) -> int:
 
 
 def slice_leaf(leaf: Leaf, value: Any, keep: Mapping[str, int]) -> Any:
-    """Keep the leading part of one leaf, array or packed; a leaf without an elastic axis passes unchanged."""
+    """Keep the leading part of one leaf; a leaf without an elastic axis passes unchanged.
+
+    Args:
+        leaf: the row of `BLOCKS` that describes it.
+        value: a plain array or a `Weight`.
+        keep: kept size of each elastic axis.
+
+    Returns:
+        A prefix of `value` along its leading axis, of the same type.
+    """
     if leaf.axis is None or leaf.axis not in keep:
         return value
     count = int(keep[leaf.axis])
@@ -187,7 +205,15 @@ def reorder(
 ) -> dict[str, Any]:
     """Permute one elastic axis of a block.
 
-    `orders` holds, for every dimension of heads that a leaf of this axis may have, an order per head [size, heads].
+    Args:
+        config: the model.
+        kind: the block's kind, a key of `BLOCKS`.
+        block: its leaves.
+        axis: the elastic axis.
+        orders: for every dimension of heads that a leaf of this axis may have, an order per head, int [size, heads].
+
+    Returns:
+        The block with the leaves of this axis permuted along it.
     """
     out = dict(block)
     for name, leaf in leaves(config, kind).items():
@@ -203,7 +229,14 @@ def reorder(
 def mask(x: Shaped[Array, "..."], keep: Keep | None, axis: str, dim: int) -> Shaped[Array, "..."]:
     """Zero what a prune would cut: entries of dimension `dim` of x at or beyond keep[axis].
 
-    keep[axis] may be a scalar or one count per sample (x's first dimension); without it x passes unchanged.
+    Args:
+        x: activations.
+        keep: axis -> kept size, a scalar or one count per sample (x's first dimension); may be traced.
+        axis: the elastic axis; where `keep` lacks it, x passes unchanged.
+        dim: the dimension of x that runs along the axis.
+
+    Returns:
+        x with zeros there, of the same shape and dtype.
     """
     if keep is None or axis not in keep:
         return x

@@ -1,4 +1,4 @@
-"""The one exception that a door turns into a single clear line and exit code 2."""
+"""The one exception that a command turns into a single clear line and exit code 2."""
 
 
 class UserError(Exception):

@@ -39,6 +39,14 @@ def group_and_unit(count: int, inner: int, least: int) -> tuple[int, int]:
 
     A group is a whole number of entries, a multiple of 8 inputs, near 128 and small enough for eight cuts; a unit is
     a whole number of groups and at least `least` entries where that leaves eight units.
+
+    Args:
+        count: entries of the axis.
+        inner: contracted inputs that one entry spans.
+        least: entries that a unit should have at least.
+
+    Returns:
+        The group in inputs and the unit in entries.
     """
     target = min(TARGET_GROUP, max(8, count * inner // 8))
     step = 8 // math.gcd(8, inner)
@@ -114,7 +122,10 @@ class Plan:
     def keep(self, rate: float) -> tuple[dict[str, int], ...]:
         """Kept size of every axis of every layer at this prune rate.
 
-        The removed fraction is the nearest the units allow. Raises UserError outside 0 ... 0.35.
+        The removed fraction is the nearest the units allow.
+
+        Raises:
+            UserError: the rate is outside 0 ... 0.35.
         """
         kept = [{axis: self.sizes[axis] for axis in layer} for layer in self.costs]
         for layer, axis in self.order[: self._cuts(rate)]:
@@ -166,11 +177,19 @@ def make_plan(
 ) -> Plan:
     """Order all units by the global rate at which their layer's share crosses them.
 
-    losses: per layer and axis, the estimated loss of keeping 0 ... all entries of the axis; when given, units go in
-    the order of loss per parameter, each at least as dear as the one before it on its axis.
-    influence: block influence per layer, 1 - mean cos(input, output), float [layers]; None plans uniformly.
     A layer's share is proportional to softmax(-influence / epsilon); a layer that reached `cap` stops, and the others
     go on, which redistributes what was clamped (method: plan).
+
+    Args:
+        config: the model.
+        influence: block influence per layer, 1 - mean cos(input, output), float [layers]; None plans uniformly.
+        losses: per layer and axis, the estimated loss of keeping 0 ... all entries of the axis; when given, units go
+            in the order of loss per parameter, each at least as dear as the one before it on its axis.
+        epsilon: temperature of the softmax.
+        cap: largest fraction of a layer that may be removed.
+
+    Returns:
+        The plan, which holds the units of every rate up to the highest.
     """
     count = len(config.pattern)
     scores = np.zeros(count) if influence is None else np.asarray(influence, np.float64)

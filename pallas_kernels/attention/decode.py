@@ -1,4 +1,4 @@
-"""The door to attention of one token per sequence over a cache: checks its input and picks an implementation."""
+"""Entry point of attention of one token per sequence over a cache: checks its input and picks an implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The door to attention of many queries at once (prompts, training): checks its input and picks an implementation."""
+"""Entry point of attention of many queries (prompts, training): checks its input and picks an implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The door to the dequantizing matrix product: checks its input and picks an implementation."""
+"""Entry point of the dequantizing matrix product: checks its input and picks an implementation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def dequant_matmul(
     group: int,
     contract: str,
     width: int,
-    order: str = "plain",
+    layout: str = "plain",
     implementation: str | None = None,
 ) -> Float[Array, "*lead out"]:
     """Multiply x [..., width] by a packed weight -> [..., rows or features] in x's dtype, accumulated in float32.
@@ -34,14 +34,14 @@ def dequant_matmul(
     contract "last": data [rows, stored], scale [rows, groups], y = x Wᵀ. contract "first": data [stored, features],
     scale [groups, features], y = x W. 4 bits: data int32 of eight weights a word (packing.SHIFTS, weight + 8); 8 bits:
     int8. `width` counts the contracted weights; groups * group of them are stored and those beyond `width` are ignored.
-    `order`: "plain", or that of data in tiles (tiling.py): "rows" of contract "last", "groups" of "first".
+    `layout`: "plain", or that of data in tiles (tiling.py): "rows" of contract "last", "groups" of "first".
     Differentiable in x and scale. Raises ValueError when the parts do not fit; a named `implementation` that cannot do
     this shape raises NotImplementedError, the default one falls back to the reference.
     """
-    if order == "plain":
+    if layout == "plain":
         packing.check(data, scale, bits=bits, group=group, contract=contract, width=width)
     else:
-        tiling.check(data, scale, bits=bits, group=group, contract=contract, width=width, order=order)
+        tiling.check(data, scale, bits=bits, group=group, contract=contract, width=width, layout=layout)
     if x.ndim < 1 or x.shape[-1] != width:
         raise ValueError(f"x of shape {x.shape} does not end in the weight's width {width}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -50,11 +50,11 @@ def dequant_matmul(
     if by_default and not pallas.fast(x.dtype, scale.dtype, bits=bits, group=group):
         implementation = "reference"  # runs there, but was never seen to win
     function = dispatch.pick("dequant_matmul", IMPLEMENTATIONS, implementation)
-    return function(x, data, scale, bits=bits, group=group, contract=contract, width=width, order=order)
+    return function(x, data, scale, bits=bits, group=group, contract=contract, width=width, layout=layout)
 
 
-def preferred_order(*, bits: int, group: int, contract: str, dtype: DTypeLike) -> str:
-    """The order of data that the backend's default kernels read fastest, for products with x of this dtype."""
+def preferred_layout(*, bits: int, group: int, contract: str, dtype: DTypeLike) -> str:
+    """The layout of data that the backend's default kernels read fastest, for products with x of this dtype."""
     wanted = dispatch.default("dequant_matmul") == "pallas" and jax.default_backend() == "gpu"
     tiles = bits == 4 and group == tiling.GROUP and jnp.dtype(dtype) == jnp.bfloat16
-    return tiling.ORDERS[contract] if wanted and tiles and pallas.available() else "plain"
+    return tiling.LAYOUTS[contract] if wanted and tiles and pallas.available() else "plain"

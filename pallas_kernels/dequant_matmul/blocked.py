@@ -96,7 +96,7 @@ def dequant_matmul(
     group: int,
     contract: str,
     width: int,
-    order: str = "plain",
+    layout: str = "plain",
 ) -> Float[Array, "*lead out"]:
     """See api.dequant_matmul.
 
@@ -105,7 +105,7 @@ def dequant_matmul(
     if bits == 4 and group % 8:
         raise NotImplementedError(f"a group of {group} splits a word of eight weights")
     features = scale.shape[0 if contract == "last" else 1]
-    data = tiling.plain(data, order, features)
+    data = tiling.plain(data, layout, features)
     if x.dtype == jnp.float64 or x.size == 0:
         raise NotImplementedError("blocks are summed in float32")
     flat = x.reshape(-1, width).astype(jnp.float32)

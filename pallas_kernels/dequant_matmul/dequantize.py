@@ -39,9 +39,9 @@ def _kernel(data_ref: Any, scale_ref: Any, out_ref: Any, *, weight: Weight, sett
     n = tiling.ROWS * tile + row
     inside = (n < weight.features) & (group < weight.groups)
     n_read, group_read = jnp.minimum(n, weight.features - 1), jnp.minimum(group, weight.groups - 1)
-    major = (tile, group_read[:, None]) if weight.order == "rows" else (group_read[:, None], tile)
+    major = (tile, group_read[:, None]) if weight.layout == "rows" else (group_read[:, None], tile)
     packed = data_ref[(*major, row[:, None], 4 * lane[:, None] + element[None, :])]
-    scale = scale_ref[(n_read, group_read) if weight.order == "rows" else (group_read, n_read)][:, None]
+    scale = scale_ref[(n_read, group_read) if weight.layout == "rows" else (group_read, n_read)][:, None]
     planes = []
     for shift in SHIFTS:
         # bf16 has eight bits of mantissa: 128 + q is an `or` with the exponent of 128.
@@ -58,8 +58,8 @@ def _kernel(data_ref: Any, scale_ref: Any, out_ref: Any, *, weight: Weight, sett
 
 def supported(weight: Weight) -> None:
     """Raise NotImplementedError for what the kernel cannot do."""
-    if weight.order not in tiling.CONTRACTS:
-        raise NotImplementedError(f"only tiles are dequantized by a kernel, not order {weight.order!r}")
+    if weight.layout not in tiling.CONTRACTS:
+        raise NotImplementedError(f"only tiles are dequantized by a kernel, not layout {weight.layout!r}")
 
 
 def dense(
@@ -73,7 +73,7 @@ def dense(
     settings = settings or Settings()
     return compat.call(
         functools.partial(_kernel, weight=weight, settings=settings),
-        name=f"dequantize_{weight.order}",
+        name=f"dequantize_{weight.layout}",
         grid=(pl.cdiv(weight.features, tiling.ROWS), pl.cdiv(weight.groups, settings.groups)),
         out_shape=jax.ShapeDtypeStruct((weight.features, weight.groups * weight.group), jnp.bfloat16),
         warps=settings.warps,

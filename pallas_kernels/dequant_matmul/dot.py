@@ -81,7 +81,7 @@ def _kernel(*refs: Any, weight: Weight, settings: Settings) -> None:
     count = x_ref.shape[0]
     words = weight.group // 8
     steps = pl.cdiv(words, WORDS)
-    first = weight.order == "first"
+    first = weight.layout == "first"
     at_n, at_m = pl.program_id(0), pl.program_id(1)
     if settings.rows_inner:
         at_n, at_m = at_m, at_n
@@ -96,15 +96,15 @@ def _kernel(*refs: Any, weight: Weight, settings: Settings) -> None:
 
     def one_group(index: Array, total: Array) -> Array:
         group = share * per_share + index
-        scale = scale_ref[group, n_read] if first or weight.order == "groups" else scale_ref[n_read, group]
+        scale = scale_ref[group, n_read] if first or weight.layout == "groups" else scale_ref[n_read, group]
         spread = jnp.broadcast_to(scale[:, None], (settings.tile_n, WORDS)) if settings.fold else None
         part = total if settings.fold else zeros
         for step in range(steps):
             # Words past the group meet zeros of x; they need only lie inside the array.
             at = step * WORDS + word
             at = group * words + (jnp.minimum(at, words - 1) if (step + 1) * WORDS > words else at)
-            if weight.order in tiling.CONTRACTS:
-                major = (tile, group) if weight.order == "rows" else (group, tile)
+            if weight.layout in tiling.CONTRACTS:
+                major = (tile, group) if weight.layout == "rows" else (group, tile)
                 packed = data_ref[(*major, row, word[None, :])]
             else:
                 packed = data_ref[at[None, :], n_read[:, None]] if first else data_ref[n_read[:, None], at[None, :]]
@@ -132,7 +132,7 @@ def arrange(x: Float[Array, "count width"], weight: Weight) -> Float[Array, "cou
     words = weight.group // 8
     padded = -(-words // WORDS) * WORDS
     x = x.reshape(x.shape[0], weight.groups, words, 8)
-    if weight.order in tiling.CONTRACTS:
+    if weight.layout in tiling.CONTRACTS:
         x = x.reshape(x.shape[0], weight.groups, 4, 4, 8).swapaxes(2, 3).reshape(x.shape)
     if padded != words:
         x = jnp.pad(x, ((0, 0), (0, 0), (0, padded - words), (0, 0)))
@@ -160,13 +160,13 @@ def product(
     """
     supported(weight)
     dtype = jnp.float32 if settings.split > 1 else jnp.bfloat16
-    if weight.order in tiling.CONTRACTS:
+    if weight.layout in tiling.CONTRACTS:
         data = tiling.by_row(data)
     refs = (arrange(x, weight), data, scale) + (() if after is None else (after,))
     grid = (pl.cdiv(weight.features, settings.tile_n), pl.cdiv(x.shape[0], settings.tile_m))
     return compat.call(
         functools.partial(_kernel, weight=weight, settings=settings),
-        name=f"dequant_dot_{weight.order}",
+        name=f"dequant_dot_{weight.layout}",
         grid=(*(grid[::-1] if settings.rows_inner else grid), settings.split),
         out_shape=jax.ShapeDtypeStruct((settings.split, x.shape[0], weight.features), dtype),
         warps=settings.warps,

@@ -3,7 +3,7 @@
 A residual stream travels as three arrays: itself, itself times the weight of the norm that reads it next, and partial
 sums of its squares. A norm then costs no launch: `read` multiplies by the prepared stream and by 1 / rms at the end;
 `write` adds to the stream and prepares it for the next norm. `read` takes several weights in one launch, one after
-another (q, k, v) or row beside row (gate and up, whose activation and product it then takes as well).
+another (q, k, v) or row next to row (gate and up, whose activation and product it then takes as well).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def write_settings(weight: Weight, count: int) -> Settings:
         return make(along_k=min(16, fill))
     if count <= 8:
         return _shared(make(along_k=min(2, fill), batch=2, split=4, zero="mma", stream=True), groups)
-    tiles = 1 if weight.order == "first" else 2
+    tiles = 1 if weight.layout == "first" else 2
     return _shared(make(along_k=min(2, fill), tiles=tiles, split=4, zero="mma", stream=True), groups)
 
 
@@ -102,7 +102,7 @@ def supported(x: Array, weights: Sequence[Weight], count: int) -> None:
     for weight in weights:
         mma.supported(weight, Settings(), count)
         if jax.default_backend() == "gpu":
-            selfcheck.verify("mma", weight.order)
+            selfcheck.verify("mma", weight.layout)
 
 
 def read(
@@ -137,7 +137,7 @@ def _read(
 ) -> tuple[list[Array], Stream]:
     count, width = stream.x.shape
     supported(stream.x, [weight for job in jobs for weight in job.weights], count)
-    if any(weight.order not in ("rows", "last") for job in jobs for weight in job.weights):
+    if any(weight.layout not in ("rows", "last") for job in jobs for weight in job.weights):
         raise NotImplementedError("read takes weights that contract their last dimension")
     cut = settings or read_settings(jobs, count)
     normed = stream.squares is not None
@@ -213,7 +213,7 @@ def _write(
 ) -> Stream:
     count, width = stream.x.shape
     supported(hidden, [weight], count)
-    if weight.order not in ("groups", "first"):
+    if weight.layout not in ("groups", "first"):
         raise NotImplementedError("write takes a weight that contracts its first dimension")
     if hidden.ndim == 4 and weight.group != tiling.GROUP:
         raise NotImplementedError(f"blocks hold whole groups of {tiling.GROUP}, not of {weight.group}")

@@ -35,7 +35,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One output of `read`: the product with one weight, or of a gate and an up that go row beside row."""
+    """One output of `read`: the product with one weight, or of a gate and an up that go row next to row."""
 
     weights: tuple[Weight, ...]
     biased: bool = False

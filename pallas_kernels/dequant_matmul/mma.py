@@ -69,11 +69,11 @@ def _words(source: Source, weight: Weight, at: Threads, group: Array, settings: 
     word, whose elements are four neighbouring columns.
     """
     data_ref, _, tile = source
-    if weight.order in ("rows", "groups"):
-        major = (tile, group) if weight.order == "rows" else (group, tile)
+    if weight.layout in ("rows", "groups"):
+        major = (tile, group) if weight.layout == "rows" else (group, tile)
         places = [(*major, j, 4 * at.row + at.lane, at.element) for j in (0, 1)]
         return [compat.stream(data_ref, place) if settings.stream else data_ref[place] for place in places]
-    if weight.order == "last":
+    if weight.layout == "last":
         n = jnp.minimum(16 * tile + at.row, weight.features - 1)
         low = jnp.minimum(16 * tile + at.row + 8, weight.features - 1)
         word = group * (weight.group // 8) + 4 * at.lane + at.element
@@ -102,18 +102,18 @@ def _x(x_ref: Any, weight: Weight, at: Threads, group: Array, column: int) -> li
     if x_ref.ndim == 4:  # as `in_blocks` lays it out
         loaded = []
         for i in range(4):
-            block, word = (at.lane, i) if weight.order == "last" else (i, at.lane)
+            block, word = (at.lane, i) if weight.layout == "last" else (i, at.lane)
             pieces = [x_ref[4 * group + block, column, at.row, 8 * word + start + at.element] for start in (0, 4)]
             loaded.append([(piece, 0) for piece in pieces])
         return loaded
     m = jnp.minimum(at.row + 8 * column, x_ref.shape[0] - 1)
     words = weight.group // 8
     for i in range(-(-words // 4)):
-        word = 4 * at.lane + i if weight.order == "last" else 4 * i + at.lane
+        word = 4 * at.lane + i if weight.layout == "last" else 4 * i + at.lane
         first = (group * words + word) * 8 + at.element
         pieces = []
         for start in (0, 4):
-            if weight.order == "first" and 4 * i + 4 > words:
+            if weight.layout == "first" and 4 * i + 4 > words:
                 mask = jnp.broadcast_to(word < words, (at.row.shape[0], 4))
                 pieces.append(compat.load(x_ref, (m, first + start), mask))
             else:
@@ -127,7 +127,7 @@ def _steps(weight: Weight, pairs: list[list[Array]], x: list[list[Operand]], par
     steps = []
     for i, halves in enumerate(x):
         for half, b in enumerate(halves):
-            if weight.order == "first":
+            if weight.layout == "first":
                 even, odd = pairs[i][2 * half], pairs[i][2 * half + 1]
                 steps.append((((even, 2 * part), (even, 2 * part + 1), (odd, 2 * part), (odd, 2 * part + 1)), b))
             else:
@@ -138,14 +138,14 @@ def _steps(weight: Weight, pairs: list[list[Array]], x: list[list[Operand]], par
 def _scales(source: Source, weight: Weight, at: Threads, group: Array) -> list[Array]:
     """The scale of each element of the accumulator, float32 [threads, 4], for each 16-row part of a tile."""
     _, scale_ref, tile = source
-    if weight.order == "first":
+    if weight.layout == "first":
         rows = [32 * tile + 4 * at.row + j for j in range(4)]
     else:
         rows = [16 * tile + at.row, 16 * tile + at.row + 8]
     of_row = []
     for n in rows:
         n = jnp.minimum(n, weight.features - 1)
-        index = (group, n) if weight.order in ("first", "groups") else (n, group)
+        index = (group, n) if weight.layout in ("first", "groups") else (n, group)
         of_row.append(scale_ref[index].astype(jnp.float32))
     upper = at.element < 2
     return [jnp.where(upper, of_row[i], of_row[i + 1]) for i in range(0, len(of_row), 2)]
@@ -156,7 +156,7 @@ def accumulate(
 ) -> list[Float[Array, "threads 4"]]:
     """What each warp finds of every source's product with x: accumulators [source][part][column tile], in one list.
 
-    All sources have the order and the groups of `weight`; `columns` tiles of 8 rows of x. A warp's share of the
+    All sources have the layout and the groups of `weight`; `columns` tiles of 8 rows of x. A warp's share of the
     contraction is not yet added to that of the others.
     """
     threads, parts = at.row.shape[0], parts_of(weight)
@@ -218,7 +218,7 @@ def add_up(totals: Sequence[Float[Array, "threads 4"]], along_k: int) -> tuple[F
 
 def parts_of(weight: Weight) -> int:
     """16-row parts of a row tile."""
-    return 2 if weight.order == "first" else 1
+    return 2 if weight.layout == "first" else 1
 
 
 def places(
@@ -264,7 +264,7 @@ def fragments(x: Float[Array, "count width"], weight: Weight) -> Int[Array, "gro
     columns, steps = -(-x.shape[0] // 8), -(-words // 4)
     x = jnp.pad(x, ((0, 8 * columns - x.shape[0]), (0, 0))).reshape(columns, 8, weight.groups, words, 8)
     x = jnp.pad(x, ((0, 0),) * 3 + ((0, 4 * steps - words), (0, 0)))
-    if weight.order == "last":  # [column tile, row, group, lane, step, ...]
+    if weight.layout == "last":  # [column tile, row, group, lane, step, ...]
         parts = x.reshape(columns, 8, weight.groups, 4, steps, 8).transpose(2, 0, 4, 1, 3, 5)
     else:
         parts = x.reshape(columns, 8, weight.groups, steps, 4, 8).transpose(2, 0, 3, 1, 4, 5)
@@ -278,7 +278,7 @@ def supported(weight: Weight, settings: Settings, count: int) -> None:
     """Raise NotImplementedError for what the kernel cannot do."""
     if not 0 < count <= MOST:
         raise NotImplementedError(f"the mma kernel takes up to {MOST} rows of x, not {count}")
-    if weight.order == "first":
+    if weight.layout == "first":
         if weight.group % 8 or weight.features % 4:
             raise NotImplementedError("columns come in fours and groups in eights")
     elif weight.group != 128:
@@ -303,13 +303,13 @@ def product(
     NotImplementedError for what the kernel cannot do.
     """
     supported(weight, settings, x.shape[0])
-    span = 32 if weight.order == "first" else 16
+    span = 32 if weight.layout == "first" else 16
     dtype = jnp.float32 if settings.split > 1 else jnp.bfloat16
     laid_out = fragments(x, weight) if settings.ordered else x
     refs = (laid_out, data, scale) + (() if after is None else (after,))
     call: Callable[..., Array] = compat.call(
         functools.partial(_kernel, weight=weight, settings=settings),
-        name=f"dequant_mma_{weight.order}",
+        name=f"dequant_mma_{weight.layout}",
         grid=(pl.cdiv(weight.features, span * settings.tiles * settings.along_n), settings.split),
         out_shape=jax.ShapeDtypeStruct((settings.split, x.shape[0], weight.features), dtype),
         warps=settings.along_k * settings.along_n,

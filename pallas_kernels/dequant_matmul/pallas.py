@@ -29,7 +29,7 @@ def dense(
     x: Float[Array, "count width"], data: Int[Array, "..."], scale: Float[Array, "c d"], weight: Weight
 ) -> Float[Array, "count features"]:
     """Dequantize to x's dtype once, then multiply, all in XLA: for so many rows that arithmetic is what takes time."""
-    data = tiling.plain(data, weight.order, scale.shape[0 if weight.contract == "last" else 1])
+    data = tiling.plain(data, weight.layout, scale.shape[0 if weight.contract == "last" else 1])
     unpack = packing.dequantize_last if weight.contract == "last" else packing.dequantize_first
     values = unpack(data, scale, bits=weight.bits, group=weight.group, width=weight.width).astype(x.dtype)
     # Else XLA may fuse the unpacking into a product of its own, which unpacks a weight for every tile of x.
@@ -54,8 +54,8 @@ def _choose(x: Array, scale: Array, weight: Weight) -> tuple[Tiled, tuned.Choice
     if not fast(x.dtype, scale.dtype, bits=weight.bits, group=weight.group):
         return None
     axis = 1 if weight.contract == "last" else 0
-    order = weight.contract if weight.order == "plain" else weight.order
-    tiled = Tiled(order, scale.shape[1 - axis], scale.shape[axis], weight.group)
+    layout = weight.contract if weight.layout == "plain" else weight.layout
+    tiled = Tiled(layout, scale.shape[1 - axis], scale.shape[axis], weight.group)
     choices = tuned.choices(tiled, x.shape[0])
     if jax.default_backend() != "gpu":
         return tiled, choices[0]
@@ -63,7 +63,7 @@ def _choose(x: Array, scale: Array, weight: Weight) -> tuple[Tiled, tuned.Choice
     for choice in choices:
         try:
             if choice[0] != "dense":
-                selfcheck.verify(choice[0], order)
+                selfcheck.verify(choice[0], layout)
             return tiled, choice
         except NotImplementedError:
             continue
@@ -115,7 +115,7 @@ def dequant_matmul(
     group: int,
     contract: str,
     width: int,
-    order: str = "plain",
+    layout: str = "plain",
 ) -> Float[Array, "*lead out"]:
     """See api.dequant_matmul.
 
@@ -131,6 +131,6 @@ def dequant_matmul(
     features = scale.shape[0 if contract == "last" else 1]
     if x.size == 0 or features == 0:
         raise NotImplementedError("nothing to multiply")
-    weight = Weight(bits=bits, group=group, contract=contract, width=width, order=order)
+    weight = Weight(bits=bits, group=group, contract=contract, width=width, layout=layout)
     out: Any = _product(x.reshape(-1, width), data, scale, weight)
     return out.reshape(*x.shape[:-1], features)

@@ -30,7 +30,7 @@ class Weight:
     group: int
     contract: str
     width: int
-    order: str = "plain"
+    layout: str = "plain"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def product(
 ) -> Float[Array, "count features"]:
     """x times a packed weight of 4 or 8 bits, in x's dtype; x is a 16-bit or 32-bit float."""
     features = scale.shape[0 if weight.contract == "last" else 1]
-    data = tiling.plain(data, weight.order, features)
+    data = tiling.plain(data, weight.layout, features)
     tile = tiles(x.shape[0], features, weight)
     return compat.call(
         functools.partial(_kernel, weight=weight, tile=tile),

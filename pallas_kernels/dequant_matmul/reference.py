@@ -19,10 +19,10 @@ def dequant_matmul(
     group: int,
     contract: str,
     width: int,
-    order: str = "plain",
+    layout: str = "plain",
 ) -> Float[Array, "*lead out"]:
     """See api.dequant_matmul."""
-    data = tiling.plain(data, order, scale.shape[0 if contract == "last" else 1])
+    data = tiling.plain(data, layout, scale.shape[0 if contract == "last" else 1])
     # Full float32 where the caller's numbers are: a GPU's default would be TF32.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     x32 = x.astype(jnp.float32)

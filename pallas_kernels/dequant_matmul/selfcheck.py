@@ -26,17 +26,17 @@ ROWS, WIDTH = 72, 1024
 """Of the weight: no whole number of tiles."""
 
 
-def verify(kernel: str, order: str) -> None:
-    """Raise NotImplementedError when `kernel` (mma, dot, cluster, wgmma, dequantize) is wrong for this order."""
-    complaint = _complaint(kernel, order)
+def verify(kernel: str, layout: str) -> None:
+    """Raise NotImplementedError when `kernel` (mma, dot, cluster, wgmma, dequantize) is wrong for this layout."""
+    complaint = _complaint(kernel, layout)
     if complaint is not None:
         raise NotImplementedError(complaint)
 
 
 @functools.cache
-def _complaint(kernel: str, order: str) -> str | None:
+def _complaint(kernel: str, layout: str) -> str | None:
     try:
-        error = compat.outside_traces(_error, kernel, order)
+        error = compat.outside_traces(_error, kernel, layout)
         if error < BOUND:
             return None
         what = f"is off by {error:.2g}"
@@ -47,23 +47,23 @@ def _complaint(kernel: str, order: str) -> str | None:
         if kernel not in ("wgmma", "cluster") and not isinstance(failure, jax.errors.JaxRuntimeError):
             raise
         what = f"does not compile or run ({(str(failure) or type(failure).__name__).splitlines()[0][:200]})"
-    complaint = f"the {kernel} kernel {what} for data ordered {order!r} on this device"
+    complaint = f"the {kernel} kernel {what} for data in layout {layout!r} on this device"
     warnings.warn(f"{complaint}; slower ones are used", RuntimeWarning, stacklevel=3)
     return complaint
 
 
-def _error(kernel: str, order: str) -> float:
+def _error(kernel: str, layout: str) -> float:
     keys = jax.random.split(jax.random.key(0), 3)
     data = jax.random.randint(keys[0], (ROWS, WIDTH // 8), -(2**31), 2**31 - 1, jnp.int32)
     scale = jax.random.uniform(keys[1], (ROWS, WIDTH // 128), jnp.bfloat16, 0.5, 1.0)
     x = jax.random.normal(keys[2], (5 if kernel == "mma" else 20, WIDTH), jnp.bfloat16)
     dense = packing.dequantize_last(data, scale, bits=4, group=128, width=WIDTH)
     want = jnp.einsum("mk,nk->mn", x.astype(jnp.float32), dense, precision="highest")
-    if order in ("first", "groups"):
+    if layout in ("first", "groups"):
         data, scale = data.T, scale.T
-    if order in tiling.CONTRACTS:
-        data = tiling.tile(data, tiling.CONTRACTS[order])
-    got = jax.jit(_product(kernel, Weight(order, ROWS, WIDTH // 128, 128)))(x, data, scale).astype(jnp.float32)
+    if layout in tiling.CONTRACTS:
+        data = tiling.tile(data, tiling.CONTRACTS[layout])
+    got = jax.jit(_product(kernel, Weight(layout, ROWS, WIDTH // 128, 128)))(x, data, scale).astype(jnp.float32)
     return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
 
 
@@ -72,7 +72,7 @@ def _product(kernel: str, weight: Weight) -> Callable[[Array, Array, Array], Arr
         settings = mma.Settings(along_k=2, batch=2, gate=True)
         return lambda x, data, scale: mma.product(x, data, scale, weight=weight, settings=settings)[0]
     if kernel == "dot":
-        joined = dot.Settings(tile_m=32, join=8 if weight.order in tiling.CONTRACTS else 1)
+        joined = dot.Settings(tile_m=32, join=8 if weight.layout in tiling.CONTRACTS else 1)
         return lambda x, data, scale: dot.product(x, data, scale, weight=weight, settings=joined)[0]
     if kernel in ("wgmma", "cluster"):
         module = wgmma if kernel == "wgmma" else cluster

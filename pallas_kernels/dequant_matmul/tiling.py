@@ -18,21 +18,21 @@ ROWS = 16
 """Rows of a tile."""
 GROUP = 128
 """Contracted weights of a tile; each has one scale a row."""
-ORDERS = {"last": "rows", "first": "groups"}
-"""Contract of a weight -> order of its tiles, which keeps the sorted axis outermost."""
-CONTRACTS = {order: contract for contract, order in ORDERS.items()}
-"""Order of tiles -> contract of their weight."""
+LAYOUTS = {"last": "rows", "first": "groups"}
+"""Contract of a weight -> layout of its tiles, which keeps the sorted axis outermost."""
+CONTRACTS = {layout: contract for contract, layout in LAYOUTS.items()}
+"""Layout of tiles -> contract of their weight."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """The static half of a packed 4-bit weight of `groups` groups of `group` contracted weights.
 
-    `order` of its data: "last" [features, K / 8], "first" [K / 8, features], "rows" [features / 16, groups, 2, 32, 4],
+    `layout` of its data: "last" [features, K / 8], "first" [K / 8, features], "rows" [features / 16, groups, 2, 32, 4],
     "groups" [groups, features / 16, 2, 32, 4]. Scales are [features, groups] for "last" and "rows", else transposed.
     """
 
-    order: str
+    layout: str
     features: int
     groups: int
     group: int
@@ -76,20 +76,20 @@ def take_prefix(tiles: Int[Array, "a b 2 32 4"], contract: str, count: int) -> I
     return tiles[: -(-count // (ROWS if contract == "last" else GROUP))]
 
 
-def plain(data: Int[Array, "..."], order: str, features: int) -> Int[Array, "a b"]:
-    """Data in any order ("plain" or a tiles') as the matrix that `packing` describes."""
-    return data if order == "plain" else untile(data, CONTRACTS[order], features)
+def plain(data: Int[Array, "..."], layout: str, features: int) -> Int[Array, "a b"]:
+    """Data in any layout ("plain" or a tiles') as the matrix that `packing` describes."""
+    return data if layout == "plain" else untile(data, CONTRACTS[layout], features)
 
 
-def check(data: Array, scale: Array, *, bits: int, group: int, contract: str, width: int, order: str) -> None:
+def check(data: Array, scale: Array, *, bits: int, group: int, contract: str, width: int, layout: str) -> None:
     """Raise ValueError, naming the numbers, when tiles do not fit their scales."""
-    if order != ORDERS.get(contract) or bits != 4 or group != GROUP:
-        raise ValueError(f"tiles {order!r} do not hold {bits} bits in groups of {group} contracted {contract!r}")
+    if layout != LAYOUTS.get(contract) or bits != 4 or group != GROUP:
+        raise ValueError(f"tiles {layout!r} do not hold {bits} bits in groups of {group} contracted {contract!r}")
     if scale.ndim != 2 or data.dtype != jnp.int32:
         raise ValueError(f"tiles are int32 and scales a matrix, not {data.dtype} and of shape {scale.shape}")
     features, groups = scale.shape if contract == "last" else scale.shape[::-1]
     row_tiles = -(-features // ROWS)
-    expected = (row_tiles, groups) if order == "rows" else (groups, row_tiles)
+    expected = (row_tiles, groups) if layout == "rows" else (groups, row_tiles)
     if data.shape != (*expected, 2, 32, 4) or not (groups - 1) * group < width <= groups * group:
         raise ValueError(f"tiles {data.shape} do not hold {features} rows, {groups} groups and width {width}")
 

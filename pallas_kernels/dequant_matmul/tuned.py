@@ -1,6 +1,6 @@
 """Which kernel runs a 4-bit product of bf16 rows, and how it is cut: a table per GPU, else a rule.
 
-`tuned/<gpu>.json` is what `benchmarks/kernels.py --tune` wrote: the fastest variant per order, shape and rows of x. A
+`tuned/<gpu>.json` is what `benchmarks/kernels.py --tune` wrote: the fastest variant per layout, shape and rows of x. A
 shape that is not in the table (a pruned one, say) takes the kernel of the nearest that is, and its settings, but for
 Hopper's kernels: how many programs they make is what counts, and that is known for any shape (hopper/cuts.py). So there
 the rule comes before another kernel of another shape.
@@ -102,16 +102,16 @@ def _supported(choice: Choice, weight: Weight, count: int) -> bool:
 
 def measured(rows: list[dict[str, Any]], weight: Weight) -> bool:
     """Whether the table has this very shape."""
-    shape = weight.order, weight.groups * weight.group, weight.features
+    shape = weight.layout, weight.groups * weight.group, weight.features
     return any((row["order"], row["k"], row["n"]) == shape for row in rows)
 
 
 def nearest(rows: list[dict[str, Any]], weight: Weight, count: int) -> Choice | None:
     """The row of the next larger M whose shape is nearest, the first of several such, or None."""
-    counts = sorted({row["count"] for row in rows if row["order"] == weight.order and row["count"] >= count})
+    counts = sorted({row["count"] for row in rows if row["order"] == weight.layout and row["count"] >= count})
     best: tuple[float, dict[str, Any]] | None = None
     for row in rows:
-        if row["order"] == weight.order and counts and row["count"] == counts[0]:
+        if row["order"] == weight.layout and counts and row["count"] == counts[0]:
             width = weight.groups * weight.group
             off = abs(math.log(row["k"] / width)) + abs(math.log(row["n"] / weight.features))
             if off <= FAR and (best is None or off < best[0]):
@@ -132,7 +132,7 @@ def nearest(rows: list[dict[str, Any]], weight: Weight, count: int) -> Choice | 
 
 def by_rule(weight: Weight, count: int) -> Choice:
     """What served on one Hopper GPU: enough warps to fill it, and no more programs than needed for that."""
-    wide, tiles = weight.features > 8192, weight.order in CONTRACTS
+    wide, tiles = weight.features > 8192, weight.layout in CONTRACTS
     fill = 8 if weight.groups >= 16 else max(1, power_below(weight.groups // 2))
     if count <= 8:
         return "mma", mma.Settings(along_k=2 if wide else fill, batch=2, gate=not (wide and tiles))
@@ -142,7 +142,7 @@ def by_rule(weight: Weight, count: int) -> Choice:
             along = dict(along_k=2, along_n=2) if wide else dict(along_k=min(4, fill))
             settings = dataclasses.replace(settings, tiles=2, **along)
         return "mma", settings
-    if count <= MOST_DOT[weight.order]:
+    if count <= MOST_DOT[weight.layout]:
         # 128 rows, in three stages, are 112 KiB of shared memory.
         tile_m = 32 if count <= 32 else 64 if count <= 64 or not compat.roomy() else 128
         split = 1 if wide else min(8 if weight.groups > 64 else 4, weight.groups)

@@ -1,4 +1,4 @@
-"""The door to the packed embedding: checks its input and picks an implementation."""
+"""Entry point of the packed embedding: checks its input and picks an implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The door to the rotary position embedding: checks its input and picks an implementation."""
+"""Entry point of the rotary position embedding: checks its input and picks an implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export: pruned and sorted leaves scattered into dense HF tensors compute the same; the doors write whole folders."""
+"""Export: pruned and sorted leaves scattered into dense HF tensors compute the same; commands write whole folders."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def folder(path, hf, rng, limit=10**9):
 
 
 @pytest.mark.parametrize("name", sorted(common.HF))
-def test_doors_there_and_back(tmp_path, rng, name, capsys):
+def test_commands_there_and_back(tmp_path, rng, name, capsys):
     hf = common.hf_config(name)
     tensors = folder(tmp_path / "hub", hf, rng)
     from_hf_command.main([str(tmp_path / "hub"), str(tmp_path / "ours")])
@@ -179,7 +179,7 @@ def test_doors_there_and_back(tmp_path, rng, name, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hub", "ours"]
 
 
-def test_doors_leave_nothing_behind_on_bad_input(tmp_path, rng):
+def test_commands_leave_nothing_behind_on_bad_input(tmp_path, rng):
     hf = common.hf_config("llama")
     tensors = folder(tmp_path / "hub", hf, rng)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan

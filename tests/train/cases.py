@@ -60,7 +60,7 @@ def _spread(value: Any, rng: np.random.Generator) -> jax.Array:
 def factors(config: model_config.ModelConfig, rng: np.random.Generator, rank: int = 4) -> lora.Factors:
     """Factors neither of which is zero, large enough to be felt; at rank 0 changes."""
     return jax.tree.map(
-        lambda x: jnp.asarray(rng.standard_normal(x.shape) * 0.3, jnp.float32), lora.initialize(config, rank, 0)
+        lambda x: jnp.asarray(rng.standard_normal(x.shape) * 0.3, jnp.float32), lora.init_factors(config, rank, 0)
     )
 
 

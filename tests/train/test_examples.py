@@ -196,7 +196,7 @@ def test_prompts_and_completions_stand_as_they_are() -> None:
         ({"messages": _messages(CHATS[1])}, "{{ nothing.of.that }}", "row 1 of rows: the model's chat template"),
         ({"messages": _messages(CHATS[1])}, "{% if %}", "row 1 of rows: the model's chat template"),
         ({"messages": _messages(CHATS[1])}, "{{ raise_exception('not so') }}", "not so"),
-        ({"messages": _messages(CHATS[1])}, "{{ messages | length }}", "told from the prompt"),
+        ({"messages": _messages(CHATS[1])}, "{{ messages | length }}", "distinguished from the prompt"),
         ({"messages": _messages(CHATS[1])[:1]}, TEMPLATE, "no row has an answer"),
         ({"prompt": "a", "completion": ""}, None, "no row has an answer"),
         ({"title": "a"}, None, "row 1 of rows has no text"),

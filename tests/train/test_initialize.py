@@ -15,11 +15,11 @@ from tools.initialize import (
     A_RANGE,
     STD,
     STEP_RANGE,
+    checkpoint_parameters,
     complete,
     initialize,
     leaf_rule,
     matrix_mask,
-    parameter_count,
 )
 from tools.pretrain import CONFIGS
 from uniql_jax import config as model_config
@@ -39,9 +39,9 @@ def _read(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", _known())
 def test_example_configs_fit_and_stay_small(name: str) -> None:
     config = model_config.from_hf(_read(name))
-    assert 3e6 < parameter_count(config) < 4.4e6
+    assert 3e6 < checkpoint_parameters(config) < 4.4e6
     params = initialize(config, 0)
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameter_count(config)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == checkpoint_parameters(config)
     shapes = jax.eval_shape(lambda: complete(config, params))
     for layer, kinds in zip(shapes["layers"], config.pattern, strict=True):
         assert tuple(layer) == kinds

@@ -1,4 +1,4 @@
-"""The training step: true gradients, parts that add up, nothing learnt from prompts and padding, any device count."""
+"""The training step: true gradients, parts that add up, no loss on prompts and padding, any device count."""
 
 from __future__ import annotations
 

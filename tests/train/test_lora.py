@@ -1,4 +1,4 @@
-"""LoRA beside elastic weights: what is trained under masks is what a slice of the merged model computes."""
+"""LoRA on top of elastic weights: what is trained under masks is what a slice of the merged model computes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_masked_training_is_the_sliced_merged_model(family: str, rank: int, rng:
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_every_matrix_of_every_block_gets_factors(family: str, rng: np.random.Generator) -> None:
     model = cases.model(family, rng)
-    factors = lora.initialize(model.config, 4, 0)
+    factors = lora.init_factors(model.config, 4, 0)
     names = {
         f"{i}.{kind}.{name}"
         for i, layer in enumerate(model.params["layers"])
@@ -96,7 +96,7 @@ def test_merged_is_base_plus_update(rng: np.random.Generator) -> None:
 
 def test_at_rank_0_every_weight_is_trained(rng: np.random.Generator) -> None:
     config = cases.model("llama", rng).config
-    factors = lora.initialize(config, 0, 0)
+    factors = lora.init_factors(config, 0, 0)
     shapes = {name: elastic.shape(config, leaf) for name, leaf in lora.targets(config)}
     assert {name: pair["change"].shape for name, pair in factors.items()} == shapes
     assert not any(np.any(np.asarray(pair["change"])) for pair in factors.values())
@@ -155,7 +155,7 @@ def test_what_no_step_saw_stays_as_it_was(family: str, rng: np.random.Generator)
     model = cases.model(family, rng)
     moved = {
         name: pair | {"right": pair["right"] + jnp.asarray(rng.standard_normal(pair["right"].shape), jnp.float32)}
-        for name, pair in lora.initialize(model.config, 4, 0).items()
+        for name, pair in lora.init_factors(model.config, 4, 0).items()
     }
     for i, layer in enumerate(model.params["layers"]):
         merged = lora.merge_layer(i, layer, moved, 16.0)

@@ -1,4 +1,4 @@
-"""From text to a Hugging Face folder: it learns, it is what stock transformers runs, and the door refuses politely."""
+"""From text to a Hugging Face folder: it learns, stock transformers runs it, and the command refuses bad input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import uniql_jax
 from tests import reference, tiny
 from tests.train import cases
 from tools import pretrain, scratch
-from tools.initialize import initialize, parameter_count
+from tools.initialize import checkpoint_parameters, initialize
 from tools.tokenizer import END, train_tokenizer
 from uniql_jax import config as model_config
 from uniql_jax.commands import cli
@@ -67,7 +67,7 @@ def test_every_family_is_written_as_its_own_checkpoint(family: str, rng: np.rand
     config = model_config.from_hf(hf)
     params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), initialize(config, 0))
     size = scratch.write_hf(tmp_path, config, hf, params)
-    assert size == 2 * parameter_count(config)
+    assert size == 2 * checkpoint_parameters(config)
     tokens = jnp.asarray(cases.tokens(rng))
     call = jax.jit(lambda model, tokens: model(tokens))
     read = call(uniql_jax.load_source(str(tmp_path), dtype=jnp.float32), tokens)
@@ -76,7 +76,7 @@ def test_every_family_is_written_as_its_own_checkpoint(family: str, rng: np.rand
 
 
 def test_what_does_best_in_validation_is_kept(rng: np.random.Generator) -> None:
-    """Random tokens can only be learnt by heart: validation gets worse, and an early state is what is returned."""
+    """Random tokens can only be memorized: validation gets worse, and an early state is what is returned."""
     config = tiny.config(vocab_size=40, num_hidden_layers=1)
     windows = rng.integers(0, 40, (10, 16)).astype(np.int32)
     options = dataclasses.replace(QUICK, steps=90, validate=0.2)
@@ -162,7 +162,7 @@ def test_a_run_writes_what_transformers_runs(
     theirs = reference.load(out)
     assert theirs.config.model_type == source.config.model_type == "qwen2"
     assert reference.relative_error(reference.logits(theirs, tokens), logits) < 1e-5
-    assert np.abs(source.layer(0)["attention"]["o_bias"]).max() > 0  # a value bias was learnt
+    assert np.abs(source.layer(0)["attention"]["o_bias"]).max() > 0  # a value bias was trained
     p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits[:, :-1])), tokens[:, 1:, None], 2)
     everything = np.asarray(ours(jnp.asarray(np.load(ready / "eval.npy"))))
     log_p = np.take_along_axis(

@@ -130,7 +130,7 @@ def test_what_adapts_first_is_the_start_and_the_teacher(rng: np.random.Generator
     alone = dataclasses.replace(options, adapt=0, steps=6, distill=0.0, rates="0", validation_rates=(0.0,))
     adapted = recover.train(**args | {"options": alone}, folder=tmp_path / "alone")
     assert adapted.after[0.0] < adapted.before[0.0] - 0.1
-    assert whole.before[0.0] == pytest.approx(adapted.before[0.0], rel=1e-5)  # what is told is where it all began
+    assert whole.before[0.0] == pytest.approx(adapted.before[0.0], rel=1e-5)  # the loss before training
     lines = [json.loads(line) for line in (tmp_path / "whole" / work.LOG).read_text().splitlines()]
     assert lines[0]["validation"]["0"] == pytest.approx(adapted.after[0.0], rel=1e-5)
     batch, keep = trainer.place(training, np.arange(8), 1), rates.keep_arrays(model.plan, 0.0)

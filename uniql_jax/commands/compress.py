@@ -211,7 +211,7 @@ def parser() -> cli.Parser:
         "--state-score", choices=choices.STATE_SCORES, default=DEFAULTS.state_score, help="order of SSM states"
     )
     plan = method.add_mutually_exclusive_group()
-    # no default: argparse tells two options of a group apart only when they differ from it
+    # no default: argparse distinguishes two options of a group only when they differ from it
     plan.add_argument(
         "--plan", choices=choices.PLANS, help=f"what decides where cuts come first (default: {DEFAULTS.plan})"
     )

@@ -26,7 +26,11 @@ class Packed(NamedTuple):
 
 
 def _quantize_rows(
-    rows: Float[Array, "rows width"], hessian: Array | None, settings: CompressionSettings, group: int, keep: bool
+    rows: Float[Array, "rows width"],
+    hessian: Array | None,
+    settings: CompressionSettings,
+    group: int,
+    return_unrounded: bool,
 ) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"] | None]:
     codes, scale, rounded = quantize(
         rows,
@@ -36,7 +40,7 @@ def _quantize_rows(
         search=settings.scale_search,
         propagate=settings.rounding == "gptq",
         damping=settings.damping,
-        keep=keep,
+        return_unrounded=return_unrounded,
     )
     return codes, scale, None if rounded is None else unrounded_steps(rounded, codes, scale, group)
 
@@ -47,14 +51,24 @@ def pack_leaf(
     hessian: Array | None,
     settings: CompressionSettings,
     group: int,
-    keep: bool = False,
+    return_unrounded: bool = False,
 ) -> Packed:
-    """Pack one matrix leaf; `hessian` is the Gram of what it contracts, None rounds to nearest. `keep`: what was
-    rounded as well.
+    """Pack one matrix leaf.
+
+    Args:
+        leaf: the row of `elastic.BLOCKS` or `elastic.TOP` that describes it.
+        value: the weight.
+        hessian: float32 [width, width], the Gram matrix of what the leaf contracts; None rounds to nearest.
+        settings: bits, rounding, scale search and damping.
+        group: contracted weights that share a scale.
+        return_unrounded: also return what was rounded.
+
+    Returns:
+        The packed weight and, with `return_unrounded`, what was rounded to its integers.
     """
     width = value.shape[-1] if leaf.contract == "last" else int(np.prod(value.shape[:-1]))
     rows = value.reshape(-1, width) if leaf.contract == "last" else value.reshape(width, -1).T
-    codes, scale, unrounded = _quantize_rows(rows, hessian, settings, group, keep)
+    codes, scale, unrounded = _quantize_rows(rows, hessian, settings, group, return_unrounded)
     weight = from_codes(codes, scale, bits=settings.bits, group=group, contract=str(leaf.contract), shape=value.shape)
     if unrounded is not None:
         unrounded = (unrounded if leaf.contract == "last" else unrounded.T).reshape(value.shape)
@@ -66,11 +80,13 @@ def pack_together(
     hessian: Array | None,
     settings: CompressionSettings,
     group: int,
-    keep: bool = False,
+    return_unrounded: bool = False,
 ) -> dict[str, Packed]:
     """Pack matrices that contract the same input as their last dimension: one Hessian, one factorization for all."""
     flat = {name: value.reshape(-1, value.shape[-1]) for name, value in values.items()}
-    codes, scales, unrounded = _quantize_rows(jnp.concatenate(list(flat.values())), hessian, settings, group, keep)
+    codes, scales, unrounded = _quantize_rows(
+        jnp.concatenate(list(flat.values())), hessian, settings, group, return_unrounded
+    )
     ends = np.cumsum([len(rows) for rows in flat.values()])
     done = {}
     for (name, value), end in zip(values.items(), ends, strict=True):

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from uniql_jax import console
 from uniql_jax.checkpoint import open_checkpoint
-from uniql_jax.compression.estimate import parameter_count
 from uniql_jax.config import ModelConfig
+from uniql_jax.counting import parameter_count
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation import benchmark_report
 from uniql_jax.evaluation.benchmark_report import Variant

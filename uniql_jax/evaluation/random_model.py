@@ -56,7 +56,7 @@ def read_config(name: str) -> ModelConfig:
 
 
 def _leaf_shape(config: ModelConfig, leaf: elastic.Leaf, keep: Mapping[str, int], bits: int, dtype: Any) -> Any:
-    """A leaf with jax.ShapeDtypeStruct for arrays: packed (in plain order), dense in `dtype`, or a float32 vector."""
+    """A leaf with jax.ShapeDtypeStruct for arrays: packed (in plain layout), dense in `dtype`, or a float32 vector."""
     shape = elastic.shape(config, leaf, keep)
     if leaf.contract is None:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -72,7 +72,7 @@ def _leaf_shape(config: ModelConfig, leaf: elastic.Leaf, keep: Mapping[str, int]
 
 
 def _placed(leaves: dict[str, Any], place: Any) -> dict[str, Any]:
-    """Shapes of the packed leaves as the loader places them on this device, which may be another order."""
+    """Shapes of the packed leaves as the loader places them on this device, which may be another layout."""
     packed = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, QuantizedArray)}
     return leaves | jax.eval_shape(place, packed)
 

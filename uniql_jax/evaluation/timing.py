@@ -111,7 +111,7 @@ class Bench:
         self._stops = np.full(4, -1, np.int32)  # no token has this id
 
     # The seam: from here to _run_loop is all that knows how the runtime's compiled steps are called. They are compiled
-    # ahead of their call, which alone tells compile time and memory. A test compares them with `generate_tokens`.
+    # ahead of their call, which alone gives compile time and memory. A test compares them with `generate_tokens`.
 
     @property
     def slots(self) -> int:

@@ -107,8 +107,15 @@ def hidden_states(
 ) -> Float[Array, "b t h"]:
     """The residual stream after the last layer (before the final norm).
 
-    `keep`, one mapping a layer, masks the elastic axes: same result as a slice, but sizes may be traced. `remat`: a
-    gradient keeps only what passes between layers and computes the rest again, for less memory.
+    Args:
+        model: the model.
+        tokens: int32 token ids.
+        attention_mask: 1 on tokens and 0 on padding; None where nothing is padded.
+        keep: one mapping a layer, masks the elastic axes: same result as a slice, but sizes may be traced.
+        remat: a gradient stores only what passes between layers and computes the rest again, for less memory.
+
+    Returns:
+        The stream, float32 where the config says `residual_fp32`, else in the model's dtype.
     """
     valid = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask.astype(bool)
     context = full_context(valid, padded=attention_mask is not None)
@@ -137,7 +144,17 @@ def head_input(params: Mapping[str, Any], normed: Float[Array, "*b h"]) -> Float
 
 
 def init_cache(model: CausalLM, batch: int, length: int) -> Cache:
-    """An empty cache for `length` tokens per sequence, prompt and new ones together."""
+    """An empty cache, sized for what this model keeps at its prune rate.
+
+    Args:
+        model: the model that will fill it.
+        batch: sequences.
+        length: tokens per sequence, prompt and new ones together.
+
+    Returns:
+        Keys, values and states of every layer in the model's dtype, `valid` bool [batch, length], `position` int32
+        [batch] and `slot` int32.
+    """
     return Cache(
         layers=tuple(
             {kind: KINDS[kind].init_state(model.config, kept, batch, length, model.dtype) for kind in kinds}
@@ -196,7 +213,17 @@ def _extend(
 def prefill(
     model: CausalLM, tokens: Int[Array, "b t"], attention_mask: Int[Array, "b t"] | None, cache: Cache
 ) -> tuple[Float[Array, "b vocab"], Cache]:
-    """Read prompts (padded on the left) into the cache; returns the logits that follow the last position."""
+    """Read prompts into the cache.
+
+    Args:
+        model: the model, at any prune rate.
+        tokens: int32 token ids, padded on the left where the prompts differ in length.
+        attention_mask: 1 on tokens and 0 on padding; None where nothing is padded.
+        cache: as `init_cache` or an earlier `prefill` returns it, with room for the prompts.
+
+    Returns:
+        The logits after the last position, float32, and the cache with the prompts in it.
+    """
     valid = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask.astype(bool)
     own = Causal(None if attention_mask is None else valid) if cache.empty else None
     x, cache = _extend(model, tokens, valid, cache, own)
@@ -204,7 +231,16 @@ def prefill(
 
 
 def decode(model: CausalLM, token: Int[Array, " b"], cache: Cache) -> tuple[Float[Array, "b vocab"], Cache]:
-    """One more token for every sequence; returns the logits that follow it."""
+    """Feed one more token of every sequence.
+
+    Args:
+        model: the model that filled the cache.
+        token: int32 token ids, one per sequence.
+        cache: as `prefill` or an earlier `decode` returns it, with a free slot.
+
+    Returns:
+        The logits that follow the token, float32, and the cache with the token in it.
+    """
     if fused.wanted():
         return _decode_fused(model, token, cache)
     x, cache = _extend(model, token[:, None], jnp.ones((token.shape[0], 1), bool), cache)
@@ -255,9 +291,17 @@ def require_plan(plan: Plan | None) -> Plan:
 
 
 def prune(model: CausalLM, prune_rate: float) -> CausalLM:
-    """The same model at a higher prune rate (0 to 0.35): a prefix of every leaf, nothing computed anew.
+    """The same model at a higher prune rate: a prefix of every leaf, nothing computed anew.
 
-    Raises UserError when the model was never sorted, or when the rate is below the one it already has.
+    Args:
+        model: a sorted model.
+        prune_rate: fraction of the prunable parameters to leave out, from 0 to 0.35.
+
+    Returns:
+        A model of the smaller leaves; `model` is unchanged.
+
+    Raises:
+        UserError: the model was never sorted, or the rate is below the one it already has.
     """
     keep = require_plan(model.plan).keep_from(model.rate, prune_rate)
     params = dict(model.params)
@@ -271,6 +315,19 @@ def forward(
     prune_rate: float = 0.0,
     attention_mask: Int[Array, "b t"] | None = None,
 ) -> Float[Array, "b t vocab"]:
-    """Logits at any prune rate from one resident model; `prune_rate` must be static under `jax.jit`."""
+    """Logits at any prune rate from one resident model.
+
+    Args:
+        model: a sorted model, at `prune_rate` or below.
+        tokens: int32 token ids.
+        prune_rate: fraction of the prunable parameters to leave out, from 0 to 0.35; static under `jax.jit`.
+        attention_mask: 1 on tokens and 0 on padding; None where nothing is padded.
+
+    Returns:
+        Logits of every position, float32.
+
+    Raises:
+        UserError: as `prune` does.
+    """
     small = prune(model, prune_rate) if prune_rate != model.rate else model
     return small(tokens, attention_mask)

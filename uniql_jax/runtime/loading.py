@@ -14,7 +14,7 @@ from uniql_jax.casting import cast
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.convert.source import open_source
 from uniql_jax.model.causal_lm import CausalLM
-from uniql_jax.pallas_kernels.dequant_matmul import preferred_order
+from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout
 from uniql_jax.plan import check_rate
 from uniql_jax.runtime.text import Folder
 from uniql_jax.weights.quantized import QuantizedArray
@@ -26,13 +26,25 @@ def default_dtype() -> Any:
 
 
 def place(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = True, name: str = "(unnamed)") -> Any:
-    """Move a leaf to the device: dense matrices in the computing dtype, vectors in float32, packed ones as they are or,
-    where a GPU's kernels read that faster and `tiles` allows it, as tiles.
+    """Move a leaf to the device.
+
+    Args:
+        leaf: the row of `elastic` that describes it; None stands for a dense matrix.
+        value: an array of numpy, or a packed weight of them.
+        dtype: of dense matrices; vectors become float32.
+        tiles: whether a packed weight may take the layout that a GPU's kernels read fastest.
+        name: names the leaf in messages.
+
+    Returns:
+        The array or packed weight on the default device.
+
+    Raises:
+        UserError: a value does not fit `dtype`.
     """
     if isinstance(value, QuantizedArray):
         if tiles:
-            order = preferred_order(bits=value.bits, group=value.group, contract=value.contract, dtype=dtype)
-            value = value.in_order(order)
+            layout = preferred_layout(bits=value.bits, group=value.group, contract=value.contract, dtype=dtype)
+            value = value.in_layout(layout)
         return jax.tree.map(jnp.asarray, value)
     is_matrix = leaf is None or leaf.contract is not None
     return jnp.asarray(cast(name, value, dtype if is_matrix else np.float32))

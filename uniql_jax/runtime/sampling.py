@@ -31,7 +31,14 @@ def filtered_logits(
 ) -> tuple[Float[Array, "b vocab"], Int[Array, "b vocab"]]:
     """Logits over temperature in falling order, -inf where filtered out, and the token each belongs to.
 
-    top_k > 0 keeps the k likeliest; then top_p < 1 keeps the smallest set whose share of what is left reaches top_p.
+    Args:
+        logits: float logits of the next token.
+        temperature: above 0.
+        top_p: below 1 retains the smallest set whose share of what `top_k` left reaches top_p.
+        top_k: above 0 retains the k likeliest.
+
+    Returns:
+        The filtered logits and, int32, the token of each.
     """
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
@@ -51,7 +58,18 @@ def sample(
     top_p: Float[Array, ""] | float | int = 1.0,
     top_k: Int[Array, ""] | int = 0,
 ) -> Int[Array, " b"]:
-    """One token per row: the likeliest at temperature 0, else drawn from `filtered_logits`. Settings may be traced."""
+    """One token per row: the likeliest at temperature 0, else drawn from `filtered_logits`.
+
+    Args:
+        logits: float logits of the next token.
+        key: of the draw.
+        temperature: 0 or more; like the other settings it may be traced.
+        top_p: see `filtered_logits`.
+        top_k: see `filtered_logits`.
+
+    Returns:
+        Token ids, int32.
+    """
 
     def draw() -> Int[Array, " b"]:
         ranked, order = filtered_logits(logits, jnp.maximum(temperature, 1e-6), top_p, top_k)

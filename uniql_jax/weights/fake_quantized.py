@@ -156,5 +156,5 @@ def unrounded_steps(
 
 
 def from_quantized(weight: QuantizedArray, unrounded: Float[np.ndarray | Array, "..."]) -> FakeQuantizedArray:
-    """A packed weight, in its plain order, as one that trains; `unrounded` of its logical shape."""
+    """A packed weight, in its plain layout, as one that trains; `unrounded` of its logical shape."""
     return FakeQuantizedArray(unrounded, weight.scale, bits=weight.bits, group=weight.group, contract=weight.contract)

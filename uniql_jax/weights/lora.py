@@ -82,6 +82,7 @@ class LoraArray:
 
 
 def product(x: Array, factor: Array) -> Array:
+    """x @ factor in x's dtype."""
     # No wider result is asked for: sums are float32 on the device anyway, and the backward of a float32 result would
     # multiply in float32, at half the speed of 16-bit products or less.
     return jnp.matmul(x, factor.astype(x.dtype))

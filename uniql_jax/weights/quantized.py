@@ -33,6 +33,14 @@ def group_size(width: int, target: int = TARGET_GROUP, multiple: int = 8) -> int
 
     Only multiples of `multiple` from target/2 to 2*target serve; a width without one gets `target` and a last group
     that is padded, and a width below target/2 is one padded group.
+
+    Args:
+        width: contracted weights.
+        target: the size wanted.
+        multiple: what a group must be a multiple of.
+
+    Returns:
+        Weights of a group.
     """
     if width <= target // 2:
         return -(-width // 8) * 8
@@ -55,7 +63,7 @@ class QuantizedArray:
     4 bits: `data` int32, eight weights a word in the order of SHIFTS, each stored as weight + 8 in 0..15.
     8 bits: `data` int8, one weight an element. A weight is integer * scale; scale is bfloat16.
 
-    `order` "plain" is the above, and the only one on disk. 4 bits in groups of 128 may also be held as tiles that GPU
+    `layout` "plain" is the above, and the only one on disk. 4 bits in groups of 128 may also be held as tiles that GPU
     kernels read faster, [major, minor, 2, 32, 4] (pallas_kernels/dequant_matmul/tiling.py): "rows" for contract "last",
     "groups" for "first". The sorted axis leads there too, so that pruning still keeps a prefix; `scale` never changes.
     """
@@ -67,7 +75,7 @@ class QuantizedArray:
     contract: str = flax.struct.field(pytree_node=False)
     width: int = flax.struct.field(pytree_node=False)  # contracted elements (unpadded)
     inner: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())  # contracted dims after the leading one
-    order: str = flax.struct.field(pytree_node=False, default="plain")
+    layout: str = flax.struct.field(pytree_node=False, default="plain")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,7 +95,7 @@ class QuantizedArray:
         Raises ValueError when the cut would split a group.
         """
         if self.contract == "last":
-            if self.order == "plain":
+            if self.layout == "plain":
                 data = self.data[:count]
             else:  # whole tiles; rows of the last one beyond the cut have no scale any more
                 data = tiling.take_prefix(self.data, "last", count * math.prod(self.scale.shape[1:-1]))
@@ -97,20 +105,20 @@ class QuantizedArray:
             return self
         if width % self.group:
             raise ValueError(f"a cut at {count} splits a quantization group of {self.group}")
-        per_row = (8 if self.bits == 4 else 1) if self.order == "plain" else self.group
+        per_row = (8 if self.bits == 4 else 1) if self.layout == "plain" else self.group
         data, scale = self.data[: width // per_row], self.scale[: width // self.group]
         return dataclasses.replace(self, data=data, scale=scale, width=width)
 
-    def in_order(self, order: str) -> QuantizedArray:
-        """The same weight held in another order. Raises NotImplementedError for tiles that it does not fit.
+    def in_layout(self, layout: str) -> QuantizedArray:
+        """The same weight held in another layout. Raises NotImplementedError for tiles that it does not fit.
 
         Arrays of numpy stay such: a model has hundreds of shapes at a rate, and none need be compiled for this.
         """
-        if order == self.order:
+        if layout == self.layout:
             return self
-        if isinstance(self.data, np.ndarray) and self.order == "plain":
-            return _tiled(self, order)
-        return _in_order(jax.tree.map(jnp.asarray, self), order)
+        if isinstance(self.data, np.ndarray) and self.layout == "plain":
+            return _tiled(self, layout)
+        return _in_layout(jax.tree.map(jnp.asarray, self), layout)
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
         """The weight as a dense array of its logical shape, computed in float32 and cast to `dtype`."""
@@ -122,7 +130,7 @@ class QuantizedArray:
 
     def rows(self, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
         """weight @ x over the last dimension, the weight's leading ones flattened."""
-        data = self.data if self.order != "plain" else self.data.reshape(-1, self.data.shape[-1])
+        data = self.data if self.layout != "plain" else self.data.reshape(-1, self.data.shape[-1])
         return self._product(x, data, self.scale.reshape(-1, self.scale.shape[-1]), "last")
 
     def columns(self, flat: Float[Array, "*b k"]) -> Float[Array, "*b h"]:
@@ -138,11 +146,11 @@ class QuantizedArray:
             group=self.group,
             contract=contract,
             width=self.width,
-            order=self.order,
+            layout=self.layout,
         )
 
     def lookup(self, index: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b h"]:
-        """Entries of the leading axis, as an embedding's are looked up; contract "last" in plain order only."""
+        """Entries of the leading axis, as an embedding's are looked up; contract "last" in plain layout only."""
         data, scale = jnp.asarray(self.data), jnp.asarray(self.scale)
         return embed_packed(index, data, scale, bits=self.bits, group=self.group, width=self.width, dtype=dtype)
 
@@ -165,30 +173,39 @@ def _dequantize(weight: QuantizedArray, dtype: np.dtype) -> Float[Array, "..."]:
 
 
 def _plain(weight: QuantizedArray) -> QuantizedArray:
-    if weight.order == "plain":
+    if weight.layout == "plain":
         return weight
     lead = weight.scale.shape[:-1]
     rows = math.prod(lead) if weight.contract == "last" else weight.scale.shape[-1]
     data = tiling.untile(weight.data, weight.contract, rows)
     data = data.reshape(*lead, -1) if weight.contract == "last" else data
-    return dataclasses.replace(weight, data=data, order="plain")
+    return dataclasses.replace(weight, data=data, layout="plain")
 
 
-@functools.partial(jax.jit, static_argnames="order")
-def _in_order(weight: QuantizedArray, order: str) -> QuantizedArray:
+@functools.partial(jax.jit, static_argnames="layout")
+def _in_layout(weight: QuantizedArray, layout: str) -> QuantizedArray:
     weight = _plain(weight)
-    return weight if order == "plain" else _tiled(weight, order)
+    return weight if layout == "plain" else _tiled(weight, layout)
 
 
-def _tiled(weight: QuantizedArray, order: str) -> QuantizedArray:
-    if order != tiling.ORDERS[weight.contract] or weight.bits != 4 or weight.group != tiling.GROUP:
-        raise NotImplementedError(f"tiles {order!r} hold no {weight.bits} bits in groups of {weight.group}")
+def _tiled(weight: QuantizedArray, layout: str) -> QuantizedArray:
+    if layout != tiling.LAYOUTS[weight.contract] or weight.bits != 4 or weight.group != tiling.GROUP:
+        raise NotImplementedError(f"tiles {layout!r} hold no {weight.bits} bits in groups of {weight.group}")
     data = tiling.tile(weight.data.reshape(-1, weight.data.shape[-1]), weight.contract)
-    return dataclasses.replace(weight, data=data, order=order)
+    return dataclasses.replace(weight, data=data, layout=layout)
 
 
 def pack(values: Int[Array, "..."], bits: int, axis: int) -> Int[Array, "..."]:
-    """Integers in [-8, 7] (4 bits) or [-127, 127] (8 bits) -> storage along `axis`, whose length is a multiple of 8."""
+    """Integers as they are stored.
+
+    Args:
+        values: integers in [-8, 7] (4 bits) or [-127, 127] (8 bits).
+        bits: 4 or 8.
+        axis: the axis to pack, whose length is a multiple of 8 at 4 bits.
+
+    Returns:
+        int32 words of eight weights along `axis` at 4 bits, int8 at 8 bits.
+    """
     if bits == 8:
         return values.astype(jnp.int8)
     moved = jnp.moveaxis(values, axis, -1)
@@ -199,7 +216,16 @@ def pack(values: Int[Array, "..."], bits: int, axis: int) -> Int[Array, "..."]:
 
 
 def unpack(data: Int[Array, "..."], bits: int, axis: int) -> Int[Array, "..."]:
-    """Inverse of `pack`: signed integers (int32) along `axis`."""
+    """Inverse of `pack`.
+
+    Args:
+        data: int32 words at 4 bits, int8 at 8 bits.
+        bits: 4 or 8.
+        axis: the packed axis.
+
+    Returns:
+        Signed integers, int32.
+    """
     if bits == 8:
         return data.astype(jnp.int32)
     moved = jnp.moveaxis(data, axis, -1)
@@ -216,7 +242,19 @@ def from_codes(
     contract: str,
     shape: tuple[int, ...],
 ) -> QuantizedArray:
-    """Assemble a QuantizedArray of logical `shape` from integers and scales as [output rows, contracted width]."""
+    """Assemble a packed weight.
+
+    Args:
+        codes: signed integers.
+        scale: a scale for every group of a row; stored as bfloat16.
+        bits: 4 or 8.
+        group: contracted weights that share a scale.
+        contract: "last" or "first": which dimensions of `shape` the columns of `codes` are.
+        shape: the logical shape.
+
+    Returns:
+        The weight in plain layout.
+    """
     width = codes.shape[1]
     codes = jnp.pad(codes, ((0, 0), (0, scale.shape[1] * group - width)))
     scale = scale.astype(jnp.bfloat16)

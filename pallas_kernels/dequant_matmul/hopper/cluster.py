@@ -39,7 +39,7 @@ class Settings:
     along_k: int = 4
     """Warpgroups of a program that take its groups in turn."""
     along_n: int = 1
-    """Warpgroups of a program beside each other, each with its own rows."""
+    """Warpgroups of a program next to each other, each with its own rows."""
     tall: int = 1
     """Blocks of 64 weight rows that each multiplying warpgroup holds."""
     slots: int = 8
@@ -137,7 +137,7 @@ def _load(x_ref: Any, data_ref: Any, shared: Shared, plan: Plan, weight: Weight,
             def _wait() -> None:
                 plgpu.barrier_wait(shared.slots_free.at[slot])
 
-            source = data_ref.at[tiles, group] if weight.order == "rows" else data_ref.at[group, tiles]
+            source = data_ref.at[tiles, group] if weight.layout == "rows" else data_ref.at[group, tiles]
             plgpu.copy_gmem_to_smem(source, shared.words.at[slot], shared.slots_full.at[slot])
             source = x_ref.at[:, pl.ds(group * tiling.GROUP, tiling.GROUP)]
             plgpu.copy_gmem_to_smem(source, shared.x.at[slot], shared.slots_full.at[slot])
@@ -236,7 +236,7 @@ def product(
         grid_names=("program",),
         num_threads=consumers + 1,
         thread_name="warpgroup",
-        kernel_name=f"dequant_cluster_{weight.order}",
+        kernel_name=f"dequant_cluster_{weight.layout}",
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,

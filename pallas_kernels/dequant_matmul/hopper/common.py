@@ -48,7 +48,7 @@ def supported(weight: Weight) -> None:
         raise NotImplementedError(f"JAX {jax.__version__} has no Pallas Mosaic GPU backend")
     if not compat.hopper():
         raise NotImplementedError("these kernels are for Hopper alone")
-    if weight.order not in tiling.CONTRACTS or weight.group != tiling.GROUP:
+    if weight.layout not in tiling.CONTRACTS or weight.group != tiling.GROUP:
         raise NotImplementedError(f"only tiles of groups of {tiling.GROUP}, not {weight}")
 
 
@@ -135,7 +135,7 @@ def scales_of(tall: int, weight: Weight) -> Callable[[Any, Any, Any], Int[Array,
             if late % BLOCK > 8:
                 continue
             n = arith.minui(add(first, late), value(weight.features - 1))  # what lies beyond is not stored
-            if weight.order == "rows":
+            if weight.layout == "rows":
                 at = add(times(n, weight.groups), group)
             else:
                 at = add(times(group, weight.features), n)

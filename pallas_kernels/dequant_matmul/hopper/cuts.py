@@ -48,7 +48,7 @@ TILES = (
     Tile(64, 1, 2, 2, 8, 4, 0.75),
 )
 LAUNCH_US, TILE_US = 1.11, 2.13
-"""Of wgmma: the launch, and each tile of a program beside its groups."""
+"""Of wgmma: the launch, and each tile of a program next to its groups."""
 PARTLY_US = 1.1
 """And of one that x does not fill, as 32 rows do not one of 64."""
 PARTS_US = (1.94, 1.86)
@@ -57,7 +57,7 @@ JOINED_US = 1.0
 """Of adding up within a cluster, each tile."""
 
 CLUSTER_US = (3.13, 0.61)
-"""Of the kernel of clusters: the launch, and each tile of a program beside its groups."""
+"""Of the kernel of clusters: the launch, and each tile of a program next to its groups."""
 BLOCK_US = (0.030, 0.054)
 """Of a group of 64 rows of the weight in a program: itself, and each eight rows of x."""
 BYTES_US = 2.66e6

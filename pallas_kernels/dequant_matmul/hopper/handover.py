@@ -56,7 +56,7 @@ class Handover:
     along_k: int
     """Warpgroups of a program that do."""
     along_n: int
-    """Warpgroups of a program beside each other."""
+    """Warpgroups of a program next to each other."""
     tall: int
     """Blocks of 64 rows of each."""
     columns: int
@@ -89,7 +89,7 @@ class Handover:
         )
 
     def open(self, box: Box) -> None:
-        """Make the barriers ready and tell the cluster so: each warpgroup once, those that multiply first of all."""
+        """Make the barriers ready and signal the cluster: each warpgroup once, those that multiply first of all."""
         _opened(self)(box.full)
 
     def around(self, box: Box, load: Callable[[], Any]) -> None:

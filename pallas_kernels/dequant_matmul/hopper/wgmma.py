@@ -57,7 +57,7 @@ class Settings:
     joined: bool = False
     """The programs that share a contraction are a cluster and add up themselves (handover.py)."""
     along_k: int = 1
-    """Multiplying warpgroups of a joined program that take its groups in turn; the others are beside each other."""
+    """Multiplying warpgroups of a joined program that take its groups in turn; the others are next to each other."""
 
 
 class Plan(NamedTuple):
@@ -134,7 +134,7 @@ def _load(x_ref: Any, data_ref: Any, rings: Rings, plan: Plan, weight: Weight, s
             def _wait_for_words() -> None:
                 plgpu.barrier_wait(rings.words_free.at[slot])
 
-            source = data_ref.at[tiles, group] if weight.order == "rows" else data_ref.at[group, tiles]
+            source = data_ref.at[tiles, group] if weight.layout == "rows" else data_ref.at[group, tiles]
             plgpu.copy_gmem_to_smem(source, rings.words.at[slot], rings.words_full.at[slot])
             for half in (0, 1):
                 number = 2 * at + half
@@ -324,8 +324,8 @@ def plan_of(count: int, weight: Weight, settings: Settings) -> Plan:
 
 def handover_of(settings: Settings, buffers: int) -> Handover:
     """How joined programs add up."""
-    beside = settings.consumers // settings.along_k
-    return Handover(settings.split, settings.along_k, beside, settings.tall, settings.tile_m // 8, buffers)
+    abreast = settings.consumers // settings.along_k
+    return Handover(settings.split, settings.along_k, abreast, settings.tall, settings.tile_m // 8, buffers)
 
 
 # Compiled once for all weights of equal sizes, as a kernel's trace and lowering take their time.
@@ -389,7 +389,7 @@ def product(
         grid_names=("program",),
         num_threads=settings.consumers + 1,
         thread_name="warpgroup",
-        kernel_name=f"dequant_wgmma_{weight.order}",
+        kernel_name=f"dequant_wgmma_{weight.layout}",
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,

@@ -102,12 +102,22 @@ def search_scale(
 def round_to(
     weight: Float[Array, "group rows"], scale: Float[Array, " rows"], low: int, high: int
 ) -> Float[Array, "group rows"]:
-    """Nearest integers of weight / scale inside the grid, as floats; 0 where the scale is 0."""
+    """Nearest integers of weight / scale inside the grid; 0 where the scale is 0.
+
+    Args:
+        weight: entries that share a scale, for every row.
+        scale: of every row.
+        low: smallest integer of the grid.
+        high: largest integer of the grid.
+
+    Returns:
+        The integers, as floats of the weight's dtype.
+    """
     inverse = jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
     return jnp.clip(jnp.round(weight * inverse), low, high)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group", "search", "propagate", "keep"))
+@functools.partial(jax.jit, static_argnames=("bits", "group", "search", "propagate", "return_unrounded"))
 def quantize(
     weight: Float[Array, "rows width"],
     hessian: Float[Array, "width width"] | None = None,
@@ -117,7 +127,7 @@ def quantize(
     search: bool = True,
     propagate: bool = True,
     damping: float | Float[Array, ""] = 0.01,
-    keep: bool = False,
+    return_unrounded: bool = False,
 ) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"] | None]:
     """Round a weight whose rows each contract `width` inputs.
 
@@ -129,11 +139,12 @@ def quantize(
         search: False takes max-abs scales (a baseline).
         propagate: False rounds without carrying errors over (a baseline).
         damping: see `inverse_factor`.
-        keep: return what was rounded as well.
+        return_unrounded: return what was rounded as well.
 
     Returns:
-        Integers (int8), bfloat16 scales and, with `keep`, what was rounded to them, float32: the weight with all errors
-        that were carried to it. Integers cannot be NaN: where an input or a result is not finite, the scales are.
+        Integers (int8), bfloat16 scales and, with `return_unrounded`, what was rounded to them, float32: the weight
+        with all errors that were carried to it. Integers cannot be NaN: where an input or a result is not finite, the
+        scales are.
     """
     low, high = limits(bits)
     rows, width = weight.shape
@@ -171,25 +182,25 @@ def quantize(
                 # Rows before j are done; row j itself keeps its error, which the later groups need.
                 index = jnp.arange(group)[:, None]
                 block = jnp.where(index > j, block - row[:, None] * error, jnp.where(index == j, error, block))
-                before = jax.lax.dynamic_update_slice_in_dim(before, column, j, 0) if keep else None
+                before = jax.lax.dynamic_update_slice_in_dim(before, column, j, 0) if return_unrounded else None
                 return block, jax.lax.dynamic_update_slice_in_dim(quantized, integer, j, 0), before
 
-            start_of_loop = (block, jnp.zeros_like(block), jnp.zeros_like(block) if keep else None)
+            start_of_loop = (block, jnp.zeros_like(block), jnp.zeros_like(block) if return_unrounded else None)
             errors, quantized, before = jax.lax.fori_loop(0, group, one_column, start_of_loop)
             columns = columns - jnp.where(later >= start + group, stripe, 0.0).T @ errors
         return (
             columns,
             jax.lax.dynamic_update_slice(codes, quantized.astype(jnp.int8), (start, 0)),
             jax.lax.dynamic_update_slice(scales, scale[None], (g, 0)),
-            jax.lax.dynamic_update_slice(rounded, before, (start, 0)) if keep else None,
+            jax.lax.dynamic_update_slice(rounded, before, (start, 0)) if return_unrounded else None,
         )
 
     codes = jnp.zeros((groups * group, rows), jnp.int8)
     scales = jnp.zeros((groups, rows), jnp.float32)
-    begin = (columns, codes, scales, jnp.zeros_like(columns) if keep else None)
+    begin = (columns, codes, scales, jnp.zeros_like(columns) if return_unrounded else None)
     left, codes, scales, rounded = jax.lax.fori_loop(0, groups, one_group, begin)
     finite = jnp.isfinite(weight).all() & jnp.isfinite(left).all()
     if hessian is not None:
         finite &= jnp.isfinite(hessian).all()
     scales = jnp.where(finite, scales, jnp.nan)
-    return codes[:width].T, scales.T.astype(jnp.bfloat16), rounded[:width].T if keep else None
+    return codes[:width].T, scales.T.astype(jnp.bfloat16), rounded[:width].T if return_unrounded else None

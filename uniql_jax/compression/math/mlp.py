@@ -33,12 +33,23 @@ def order_channels(
 ) -> Int[Array, " i"]:
     """Channel indices, most important first.
 
-    gram: mean outer product of down's inputs (float32); down: its weight, channel first.
-    metric: Gram of the loss gradient at the block's output, h x h; None weighs all outputs alike. gate_fisher: Gram of
-    the loss gradient with respect to a gate on every channel.
     greedy counts how dropped channels add up: loss = C * (W metric W^T) elementwise; fisher does with gate_fisher,
-    fisher_diagonal takes its diagonal alone. energy is C_jj, energy_weight C_jj
-    ||W_j||^2, leverage the paper's; magnitude and random are baselines. Raises ValueError on an unknown method.
+    fisher_diagonal takes its diagonal alone. energy is C_jj, energy_weight C_jj ||W_j||^2, leverage the score of UniQL
+    (section 3); magnitude and random are baselines.
+
+    Args:
+        gram: mean outer product of down's inputs, float32.
+        down: its weight, channel first.
+        method: one of `settings.MLP_SCORES`.
+        seed: of the random order.
+        metric: Gram of the loss gradient at the block's output; None weighs all outputs alike.
+        gate_fisher: Gram of the loss gradient with respect to a gate on every channel.
+
+    Returns:
+        A permutation of the channels, int32.
+
+    Raises:
+        ValueError: an unknown method, or one whose matrix is missing.
     """
     gram, down = unit_peak(gram), unit_peak(down)
     metric = None if metric is None else unit_peak(metric)

@@ -17,9 +17,15 @@ def pair_loss(
 ) -> Float[Array, "g pairs pairs"]:
     """Expected squared change of the scores when pairs are dropped, as a symmetric matrix per key/value head.
 
-    gram_q, gram_k: mean outer products of rotated queries and of rotated, mean-free keys, features (2p, 2p + 1)
-    being pair p (or p itself, at width 1). A constant added to a row of scores cancels in the softmax, hence the
-    mean-free keys.
+    A constant added to a row of scores cancels in the softmax, hence the mean-free keys.
+
+    Args:
+        gram_q: mean outer products of rotated queries, per key/value head and query head of it.
+        gram_k: mean outer products of rotated, mean-free keys.
+        width: features of a pair: 2, features (2p, 2p + 1) being pair p, or 1 without RoPE.
+
+    Returns:
+        The loss of dropping two pairs together, whose diagonal is that of one pair.
     """
     product = jnp.einsum("gmij,gij->gij", gram_q, gram_k)
     groups, pairs = product.shape[0], product.shape[1] // width
@@ -39,8 +45,22 @@ def order_pairs(
 
     energy: sum over query heads of tr(C_Q C_K) of the pair's 2 x 2 blocks; greedy: the same with couplings between
     pairs; fisher and fisher_diagonal: the Gram of the loss gradient with respect to a gate on every pair, with and
-    without couplings; published: product of the norms of the pair's columns of C_Q^1/2 and C_K^1/2; random: a baseline.
-    width: features of a pair, 1 for dimensions that do not rotate.
+    without couplings; published: product of the norms of the pair's columns of C_Q^1/2 and C_K^1/2, UniQL's score;
+    random: a baseline.
+
+    Args:
+        gram_q: as for `pair_loss`.
+        gram_k: as for `pair_loss`.
+        method: one of `settings.PAIR_SCORES`.
+        seed: of the random order.
+        gate_fisher: Gram of the loss gradient with respect to a gate on every pair.
+        width: features of a pair, 1 for dimensions that do not rotate.
+
+    Returns:
+        A permutation of the pairs for every key/value head, int32.
+
+    Raises:
+        ValueError: an unknown method, or one whose matrix is missing.
     """
     groups, pairs = gram_k.shape[0], gram_k.shape[1] // width
     if method == "random":

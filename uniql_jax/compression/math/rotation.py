@@ -31,7 +31,16 @@ def orthogonal(size: int, seed: int) -> Float[np.ndarray, "size size"]:
 
 
 def rotate_block(kind: str, block: Mapping[str, Any], q: Float[Array, "h h"]) -> dict[str, Any]:
-    """A block that reads and writes the rotated stream x Q; its norm weight becomes ones. Computed in float32."""
+    """A block that reads and writes the rotated stream x Q; its norm weight becomes ones.
+
+    Args:
+        kind: the block's kind, a key of `elastic.BLOCKS`.
+        block: its leaves, float32.
+        q: an orthogonal matrix, float32.
+
+    Returns:
+        The leaves of the rotated block, float32.
+    """
     norm = jnp.asarray(block["norm"], jnp.float32)
     out: dict[str, Any] = {}
     for name, value in block.items():

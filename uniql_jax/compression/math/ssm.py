@@ -20,9 +20,20 @@ def order_states(
 ) -> Int[Array, "ds g"]:
     """State indices per group, most important first.
 
-    step_b: mean square of (step * B) for each of the group's m heads; square_c: mean square of C. energy sums the
-    product of their roots over the heads (the paper's score, with the true step); fisher and fisher_diagonal use the
-    Gram of the loss gradient with respect to a gate on every state. Raises ValueError on an unknown method.
+    energy sums the product of the roots of `step_b` and `square_c` over the heads (UniQL's score, with the true step).
+
+    Args:
+        step_b: mean square of (step * B) for each of the group's m heads.
+        square_c: mean square of C.
+        method: one of `settings.STATE_SCORES`.
+        seed: of the random order.
+        gate_fisher: Gram of the loss gradient with respect to a gate on every state, for fisher and fisher_diagonal.
+
+    Returns:
+        A permutation of the states for every group, int32.
+
+    Raises:
+        ValueError: an unknown method, or one whose matrix is missing.
     """
     if method == "random":
         keys = jax.random.split(jax.random.key(seed), square_c.shape[1])
@@ -53,11 +64,23 @@ def order_head_channels(
 ) -> Int[Array, "hd nh"]:
     """Channel indices per head, most important first; matrices are over [channel, head], w = hd * nh.
 
-    gram: of what out receives; metric: Gram of the loss gradient at the block's output (None weighs all alike);
-    gate_fisher: Gram of the loss gradient with respect to a gate on every channel before the gated norm; gram_state:
-    of the states at the ends of chunks. fisher, fisher_diagonal, greedy, energy and magnitude as for MLP channels;
-    state_aware and gated_output are ridge leverage scores of gram_state and gram (the paper's two variants). Raises
-    ValueError on an unknown method or one whose matrix is missing.
+    fisher, fisher_diagonal, greedy, energy and magnitude as for MLP channels; state_aware and gated_output are ridge
+    leverage scores of gram_state and gram (UniQL's two variants).
+
+    Args:
+        gram: of what the output matrix receives.
+        out: the output matrix.
+        method: one of `settings.CHANNEL_SCORES`.
+        seed: of the random order.
+        metric: Gram of the loss gradient at the block's output; None weighs all outputs alike.
+        gate_fisher: Gram of the loss gradient with respect to a gate on every channel before the gated norm.
+        gram_state: Gram of the states at the ends of chunks.
+
+    Returns:
+        A permutation of the channels for every head, int32.
+
+    Raises:
+        ValueError: an unknown method, or one whose matrix is missing.
     """
     channels, heads, hidden = out.shape
     if method == "random":

@@ -176,7 +176,15 @@ def published(
 ) -> tuple[Float[Array, "g d d"], Float[Array, "d n h"]]:
     """The published route for shared heads looks at V alone: SVD of C^1/2 W_V per head; O follows by its basis.
 
-    Its right singular vectors are the eigenvectors of W_V C W_V^T.
+    Its right singular vectors are the eigenvectors of W_V C W_V^T (UniQL, joint SVD of shared heads).
+
+    Args:
+        v: the value weight.
+        o: the output weight of all query heads.
+        gram_x: mean outer product of what V reads, float32.
+
+    Returns:
+        The change of basis of every key/value head, and O in the new basis.
     """
     d, groups, hidden = v.shape
     carried = np.asarray(_carried(v, gram_x), np.float64)

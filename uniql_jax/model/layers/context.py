@@ -1,4 +1,4 @@
-"""What a block must know about the tokens besides the stream itself."""
+"""What a block must know about the tokens in addition to the residual stream."""
 
 from __future__ import annotations
 

@@ -56,14 +56,14 @@ def weight_of(leaf: Any) -> Weight:
     groups = leaf.scale.shape[-1 if last else 0]
     if groups * leaf.group != leaf.width:
         raise NotImplementedError("fused kernels take whole groups")
-    order = leaf.contract if leaf.order == "plain" else leaf.order
-    return Weight(order, math.prod(leaf.scale.shape[:-1]) if last else leaf.scale.shape[-1], groups, leaf.group)
+    layout = leaf.contract if leaf.layout == "plain" else leaf.layout
+    return Weight(layout, math.prod(leaf.scale.shape[:-1]) if last else leaf.scale.shape[-1], groups, leaf.group)
 
 
 def operands_of(leaf: QuantizedArray, bias: Array | None = None) -> Operands:
     """Data, scale and, if there is one, bias of a packed leaf, as the kernels want them."""
     data = leaf.data
-    if leaf.order == "plain" and leaf.contract == "last":
+    if leaf.layout == "plain" and leaf.contract == "last":
         data = data.reshape(-1, data.shape[-1])
     scale = leaf.scale.reshape(-1, leaf.scale.shape[-1]) if leaf.contract == "last" else leaf.scale
     return (data, scale) if bias is None else (data, scale, bias.reshape(-1))
