@@ -120,7 +120,7 @@ class GgufReader:
         factors = self._tensors[ROPE_FACTORS].read(ROPE_FACTORS).reshape(-1)
         if factors.size and np.all(factors == 1):
             return linear
-        if linear is None and factors.size == head_dim // 2 and np.isfinite(factors).all() and factors.min() > 0:
+        if linear is None and head_dim == 2 * factors.size and np.isfinite(factors).all() and factors.min() > 0:
             largest = float(factors.max())
             plain = configs.Rope(theta=theta, dim=head_dim).inv_freq()
             original = int(_LLAMA3["original_max_position_embeddings"])

@@ -124,7 +124,7 @@ def write(checkpoint: Checkpoint, out: str, result: recover.Result, options: Rec
         "loss_before": {f"{rate:g}": loss for rate, loss in result.before.items()},
         "loss_after": {f"{rate:g}": loss for rate, loss in result.after.items()},
     }
-    provenance = {**checkpoint.meta.get("provenance", {}), "recovery": note}
+    provenance = {**(checkpoint.meta.get("provenance") or {}), "recovery": note}
     with staged_output(out, overwrite) as staging:
         check_space(staging, checkpoint.weight_bytes(0.0))
         writer = CheckpointWriter(staging, checkpoint.hf_config, checkpoint.meta | {"provenance": provenance})

@@ -28,7 +28,7 @@ from uniql_jax.checkpoint_format import (
 )
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
-from uniql_jax.files import ShardReader, ShardWriter, copy_side_files, side_files
+from uniql_jax.files import ShardReader, ShardWriter, copy_side_files, read_json, side_files
 from uniql_jax.plan import Plan
 from uniql_jax.value_bias import free_rank, value_bias
 from uniql_jax.weights.protocol import as_stored, dense
@@ -179,8 +179,8 @@ class Checkpoint:
 def is_elastic(folder: str | Path) -> bool:
     """Whether a folder claims to be an elastic checkpoint, and not an original model or nothing."""
     try:
-        return SECTION in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        return SECTION in read_json(Path(folder) / "config.json")
+    except (UserError, TypeError):
         return False
 
 

@@ -42,7 +42,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{folder} is not a checkpoint: no config.json there")
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
+        whole = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError):

@@ -95,7 +95,7 @@ def _check_json(path: Path, shown: str) -> None:
     if not path.exists():
         return
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
         raise UserError(f"{shown} is not UTF-8 text") from None
     except (ValueError, RecursionError):

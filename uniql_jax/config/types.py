@@ -63,8 +63,8 @@ class Rope:
             self.dim * math.log(self.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
             for turns in (self.beta_fast, self.beta_slow)
         ]
-        low, high = (math.floor(ends[0]), math.ceil(ends[1])) if self.truncate else ends
-        low, high = max(low, 0), min(high, self.dim - 1)
+        low, high = (np.floor(ends[0]), np.ceil(ends[1])) if self.truncate else ends
+        low, high = max(float(low), 0.0), min(float(high), self.dim - 1.0)
         high += 0.001 if low == high else 0
         ramp = np.clip((np.arange(freq.size, dtype=np.float32) - low) / (high - low), 0, 1)
         return freq / self.factor * ramp + freq * (1 - ramp)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from uniql_jax.checkpoint import leaf_group
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation.published import CONFIGS, published
+from uniql_jax.files import read_json
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.plan import Plan, check_rate, groups, make_plan
 from uniql_jax.runtime.loading import default_dtype, place_layer, place_top
@@ -43,10 +43,7 @@ def read_config(name: str) -> ModelConfig:
         path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         raise UserError(f"no config {name!r}: give the path of a config.json, or one of {', '.join(published())}")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
-        found = None
+    found = read_json(path)
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a JSON object")
     try:

@@ -168,7 +168,8 @@ def _file_entry(task: str) -> Any:
 def _members(entry: Any) -> list[str]:
     """Names of tasks and groups that a group's file refers to."""
     listed = entry.cfg.get("task") if entry.cfg.get("group") else None
-    found = [one.get("task") if isinstance(one, dict) else one for one in listed or () if one]
+    listed = listed if isinstance(listed, list) else [listed]
+    found = [one.get("task") if isinstance(one, dict) else one for one in listed]
     return [name for name in found if isinstance(name, str)]
 
 
