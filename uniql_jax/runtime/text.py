@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from uniql_jax.errors import UserError
-from uniql_jax.tokenizer import TOKENIZER_FILES, load_tokenizer
+from uniql_jax.tokenizer import TOKENIZER_FILES, load_tokenizer, render_chat
 
 REPLACEMENT = "\ufffd"
 SHORTEST_WINDOW = 16
@@ -95,13 +95,7 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
 
     Raises UserError when there is no template, or when it refuses these messages.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("this checkpoint has no chat template; use `generate` without --chat")
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of the checkpoint's: it may raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the chat template of this checkpoint fails: {reason}") from None
+    return render_chat(tokenizer, messages, add_generation_prompt=True)
 
 
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool = False) -> Int[np.ndarray, " t"]:
