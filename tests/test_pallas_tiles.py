@@ -335,13 +335,13 @@ def test_another_shapes_kernel_comes_after_hoppers_rule(on_hopper: None, monkeyp
     assert [kernel for kernel, _ in pruned[:2]] == ["cluster", "dot"]
     # The rule has no say: many outputs, another order.
     assert tuned.choose(Weight("rows", 9000, 32, 128), 32, "x") == ("dot", dot.Settings())
-    monkeypatch.setattr(tuned, "table", lambda kind: [row | dict(layout="last")])
+    monkeypatch.setattr(tuned, "table", lambda kind: [row | dict(order="last")])
     assert tuned.choose(Weight("last", 4096, 32, 128), 32, "x") == ("dot", dot.Settings())
 
 
 def test_the_nearest_row_serves_until_it_is_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
     def row(k: int, n: int, count: int, warps: int) -> dict:
-        return dict(layout="last", k=k, n=n, count=count, kernel="dot", settings={"warps": warps})
+        return dict(order="last", k=k, n=n, count=count, kernel="dot", settings={"warps": warps})
 
     monkeypatch.setattr(
         tuned, "table", lambda kind: [row(4096, 4096, 8, 1), row(4096, 28672, 8, 2), row(4096, 64, 32, 4)]
