@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before jax and transformers are imported anywhere.
@@ -116,6 +116,15 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory, seed: int) -> Callable[[
         return made[name]
 
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """A file's compiled programs are of no use to the next, and a process may map only so many regions of memory."""
+    yield
+    import jax
+
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session", autouse=True)
