@@ -103,7 +103,7 @@ def measure(source: Path, calib: Path, args: argparse.Namespace, precision: str,
     report = compress(
         str(source), work / "out", calib=[str(calib)], calib_windows=args.windows, calib_length=args.length,
         settings=dataclasses.replace(CompressionSettings(), bits=args.bits, precision=precision),
-        resources=Resources(batch_tokens=args.batch_tokens, stream_bytes=int(args.stream_gib * 2**30)),
+        resources=Resources(batch_tokens=args.batch_tokens),
         progress=timeline, say=lambda text: print(text, flush=True),
     )  # fmt: skip
     seconds = time.perf_counter() - timeline.start
@@ -124,8 +124,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--batch-tokens", type=int, default=16384)
-    parser.add_argument("--stream-gib", type=float, default=16.0)
+    parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["bf16x3"])
     parser.add_argument("--work", type=Path, help="folder for source and checkpoint (default: a temporary one)")
     parser.add_argument("--json", type=Path)

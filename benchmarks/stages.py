@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows, flatten, layer_name
+from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
 from uniql_jax.compression.contract import DenseModel, RecoveryData
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.sorting import sort_layer
@@ -21,6 +21,7 @@ from uniql_jax.compression.stages.rotate import rotation
 from uniql_jax.compression.stages.tune import tune
 from uniql_jax.compression.stages.write import write
 from uniql_jax.compression.stored import StoredLayers
+from uniql_jax.compression.streams import StreamStore, Windows
 from uniql_jax.plan import Plan
 
 

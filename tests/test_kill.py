@@ -301,7 +301,7 @@ def test_other_resources_are_not_refused(left: tuple[Inputs, Path]) -> None:
         return compress(
             str(own.ckpt), out, calib=[str(own.calib)], calib_windows=6, calib_length=24, settings=settings,
             recover=[str(own.recover)], recover_settings=training, recover_length=24, recover_tune=4, resume=True,
-            resources=Resources(batch_tokens=24, stream_bytes=1),
+            resources=Resources(batch_tokens=24, stream_interval=1000),
         )  # fmt: skip
 
     if out.exists():

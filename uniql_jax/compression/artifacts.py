@@ -1,20 +1,21 @@
-"""What stages leave on disk: layers as safetensors files, streams as .npy files, each written whole or not at all."""
+"""What stages leave on disk: layers as safetensors files, each written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from uniql_jax.compression.writer import Future, Writer
 from uniql_jax.files import save_tensors
 from uniql_jax.outputs import sync
 from uniql_jax.weights.quantized import QuantizedArray
@@ -39,7 +40,7 @@ def unflatten(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return out
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write to a temporary file, make it durable, rename: a kill or a power cut leaves all of it or nothing."""
     temporary = path.with_name(f"{path.name}.tmp")
     write(temporary)
@@ -49,13 +50,19 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 class LayerStore:
-    """Entries (a layer, the top leaves, a summary) in one folder: tensors and a small JSON record each."""
+    """Entries (a layer, the top leaves, a summary) in one folder: tensors and a small JSON record each.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    With a writer, `save` returns at once, and reading an entry waits until it is written.
+    """
+
+    def __init__(self, folder: Path, writer: Writer | None = None):
+        self.folder, self._writer = folder, writer
+        self._pending: dict[str, Future] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def _path(self, name: str) -> Path:
+        if name in self._pending:
+            self._pending.pop(name).result()
         return self.folder / f"{name}.safetensors"
 
     def has(self, name: str) -> bool:
@@ -64,6 +71,13 @@ class LayerStore:
 
     def save(self, name: str, tensors: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> None:
         """Write one entry; float32 arrays that bfloat16 holds exactly are kept as bfloat16."""
+        path = self._path(name)
+        if self._writer is None:
+            self._save(path, tensors, record)
+        else:
+            self._pending[name] = self._writer.submit(self._save, path, dict(tensors), record)
+
+    def _save(self, path: Path, tensors: Mapping[str, Any], record: Mapping[str, Any] | None) -> None:
         flat: dict[str, Any] = {}
         for key, value in tensors.items():
             if isinstance(value, QuantizedArray):
@@ -72,7 +86,7 @@ class LayerStore:
                 flat[key] = value
         contiguous = {key: np.ascontiguousarray(value) for key, value in narrowed(flat).items()}
         metadata = {"record": json.dumps(dict(record or {}))}
-        _write(self._path(name), lambda path: save_tensors(contiguous, path, metadata))
+        write_whole(path, lambda temporary: save_tensors(contiguous, temporary, metadata))
 
     def load(self, name: str) -> dict[str, np.ndarray]:
         """Tensors of one entry; whoever computes with bfloat16 ones widens them."""
@@ -102,73 +116,3 @@ def narrowed(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def _short(value: Float[Array, "..."]) -> tuple[Array, Bool[Array, ""]]:
     short = value.astype(jnp.bfloat16)
     return short, jnp.array_equal(short.astype(jnp.float32), value)
-
-
-class Windows:
-    """Calibration windows in batches of a bounded number of tokens; what is computed per batch is summed or joined."""
-
-    def __init__(self, tokens: Int[np.ndarray, "n t"], batch_tokens: int):
-        size = max(1, batch_tokens // tokens.shape[1])
-        self.tokens = tokens.size
-        self.batches = [jnp.asarray(tokens[i : i + size]) for i in range(0, len(tokens), size)]
-
-    @property
-    def ends(self) -> list[int]:
-        """Where each batch ends among the windows."""
-        return np.cumsum([len(batch) for batch in self.batches]).tolist()
-
-    def split(self, value: Float[np.ndarray, "n t h"]) -> list[Float[Array, "b t h"]]:
-        """A stream of all windows as one array a batch, on the device."""
-        return [jnp.asarray(part) for part in np.split(value, self.ends[:-1])]
-
-
-class StreamStore:
-    """Residual streams (and their gradients) of all calibration windows between layers, [windows, length, hidden].
-
-    Every `interval`-th one is kept on disk, where it outlives a kill; those between are held in memory only when asked.
-    """
-
-    def __init__(self, folder: Path, windows: Windows, interval: int):
-        self.folder, self.windows, self.interval = folder, windows, interval
-        self._held: dict[tuple[str, int], list[Array]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def _path(self, name: str, index: int) -> Path:
-        return self.folder / f"{name}_{index:05d}.npy"
-
-    def has(self, name: str, index: int) -> bool:
-        """Whether the stream is at hand."""
-        return (name, index) in self._held or self._path(name, index).is_file()
-
-    def save(self, name: str, index: int, value: Sequence[Float[Array, "b t h"]]) -> bool:
-        """Keep the stream before layer `index` on disk if the interval says so; whether it was kept."""
-        if index % self.interval:
-            return False
-        if not self._path(name, index).is_file():
-            _write(self._path(name, index), lambda path: _save_array(path, value))
-        return True
-
-    def hold(self, name: str, index: int, value: Sequence[Float[Array, "b t h"]]) -> None:
-        """Keep a stream in memory until it is dropped."""
-        self._held[name, index] = list(value)
-
-    def load(self, name: str, index: int) -> list[Float[Array, "b t h"]]:
-        """The stream in batches, on the device."""
-        if (name, index) in self._held:
-            return self._held[name, index]
-        return self.windows.split(np.load(self._path(name, index), mmap_mode="r"))
-
-    def nearest(self, name: str, index: int) -> int | None:
-        """The last index up to `index` whose stream is at hand."""
-        return next((i for i in range(index, -1, -1) if self.has(name, i)), None)
-
-    def drop(self, name: str, indices: Sequence[int]) -> None:
-        """Forget streams, where they are there."""
-        for index in indices:
-            self._held.pop((name, index), None)
-            self._path(name, index).unlink(missing_ok=True)
-
-
-def _save_array(path: Path, value: Sequence[Array]) -> None:
-    with path.open("wb") as file:
-        np.save(file, np.concatenate([np.asarray(part) for part in value]))

@@ -9,9 +9,9 @@ from pathlib import Path
 from uniql_jax import data
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.compression import pipeline
+from uniql_jax.compression.budget import lay_out
 from uniql_jax.compression.contract import Progress, RecoveryData, Report
 from uniql_jax.compression.describe import describe
-from uniql_jax.compression.estimate import disk_bytes
 from uniql_jax.compression.inputs import manifest_of
 from uniql_jax.compression.settings import LENGTH, RECOVER_LENGTH, WINDOWS, CompressionSettings, Resources
 from uniql_jax.compression.workspace import remove_leftover, workspace
@@ -88,16 +88,17 @@ def compress(
     with workspace(out, resume, overwrite, ckpt) as work:
         tuned = recover_tune is not None
         if not work.started:  # what a started run still needs is less, and unknown
-            check_space(work.folder, disk_bytes(source.config, settings, resources, 0, tuned))
+            check_space(work.folder, lay_out(source.config, settings, resources, (0, 0), tuned).disk)
         windows, recovery = read()
+        budget = lay_out(source.config, settings, resources, windows.tokens.shape, tuned)
         if not work.started:
-            check_space(work.folder, disk_bytes(source.config, settings, resources, windows.tokens.size, tuned))
-        say(describe(source, out, settings, resources, windows, recovery))
+            check_space(work.folder, budget.disk)
+        say(describe(source, out, settings, budget, windows, recovery))
         manifest = manifest_of(source, windows.tokens, settings, recovery, progress)
         work.begin(manifest)
         provenance = {"calibration": windows.description}
         return pipeline.run(
-            work, source, windows.tokens, settings, resources, recovery, manifest, overwrite, provenance, progress
+            work, source, windows.tokens, settings, budget, recovery, manifest, overwrite, provenance, progress
         )
 
 

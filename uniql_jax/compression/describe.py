@@ -7,15 +7,10 @@ from pathlib import Path
 import jax
 
 from uniql_jax import console, data, elastic
+from uniql_jax.compression.budget import Budget
 from uniql_jax.compression.contract import RecoveryData, Source
-from uniql_jax.compression.estimate import (
-    disk_bytes,
-    estimated_bytes,
-    memory_parts,
-    speed,
-    work,
-)
-from uniql_jax.compression.settings import CompressionSettings, Resources
+from uniql_jax.compression.estimate import estimated_bytes, speed, work
+from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.workspace import work_folder
 from uniql_jax.counting import parameter_count, prunable_count
 from uniql_jax.plan import MAX_PRUNE_RATE, axis_group_and_unit, groups
@@ -46,7 +41,7 @@ def describe(
     source: Source,
     out: str | Path,
     options: CompressionSettings,
-    resources: Resources,
+    budget: Budget,
     calibration: data.Windows,
     recover: RecoveryData | None = None,
 ) -> str:
@@ -59,8 +54,8 @@ def describe(
     counts = COUNTS if config.rope else COUNTS | {"qk": COUNTS["qk_pass"]}
     units = {axis: axis_group_and_unit(config, axis)[1] for axis in axes}
     sizes = elastic.sizes(config)
-    memory = memory_parts(config, count, length)
-    disk = disk_bytes(config, options, resources, count * length, recover is not None and recover.tuning is not None)
+    held = budget.device_streams + budget.host_streams
+    memory = budget.device | ({"streams of all layers": held} if held else {})
     bits = f"{options.bits} bits"
     if options.packed:
         how = [options.rounding, "rotated" if options.rotate else "not rotated"]
@@ -83,7 +78,7 @@ def describe(
             f"{out}, about {console.format_bytes(estimated_bytes(config, options))} at rate 0, "
             f"{console.format_bytes(estimated_bytes(config, options, MAX_PRUNE_RATE))} at rate {MAX_PRUNE_RATE}",
         ),
-        ("disk", f"up to {console.format_bytes(disk)} in {work_folder(out).name} until it is whole"),
+        ("disk", f"up to {console.format_bytes(budget.disk)} in {work_folder(out).name} until it is whole"),
         (
             "memory",
             f"about {console.format_bytes(sum(memory.values()))}: "

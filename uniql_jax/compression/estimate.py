@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from uniql_jax import elastic
-from uniql_jax.compression.settings import CompressionSettings, Resources
+from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.config import ModelConfig
 from uniql_jax.counting import block_parameters, parameter_count
 from uniql_jax.plan import groups
@@ -45,37 +45,40 @@ def output_width(config: ModelConfig, kind: str) -> int:
     return max(math.prod(elastic.shape(config, leaf)[:-1]) for leaf in outputs)
 
 
-def memory_parts(config: ModelConfig, windows: int, length: int) -> dict[str, int]:
+def memory_parts(
+    config: ModelConfig, settings: CompressionSettings, windows: int, length: int, batch_tokens: int
+) -> dict[str, int]:
     """Bytes that a run holds at a time, by what they are for.
 
-    Float32 copies of a layer, its Gram matrices and those of that size that sorting or GPTQ add, the calibration
-    windows between layers, the embedding and head.
+    Float32 copies of a layer, its Gram matrices and those of that size that sorting or GPTQ add, the streams before and
+    after a layer and their gradients, the activations of one batch, the embedding and head.
     """
     layer = max(sum(block_parameters(config, kind) for kind in kinds) for kinds in config.pattern)
     widest = max(config.hidden_size, *(output_width(config, kind) for kind in _blocks(config)))
-    streams = 4 * 4 * windows * length * config.hidden_size  # of one layer, forward and back; the others are on disk
+    batch = min(windows * length, max(batch_tokens, length))
     return {
         "one layer": 4 * 2 * layer,
         "its Gram matrices": 4 * 4 * widest**2,
-        "streams": streams,
+        "streams": 4 * stream_bytes(config, settings, windows * length),
+        "activations": 4 * batch * (10 * config.hidden_size + 6 * widest),
         "embedding": 4 * config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2),
     }
 
 
-def stream_bytes(config: ModelConfig, tokens: int) -> int:
-    """Bytes of the calibration windows between all layers, which the sweep back needs again."""
-    return 4 * tokens * config.hidden_size * (len(config.pattern) + 3)
+def stream_bytes(config: ModelConfig, settings: CompressionSettings, tokens: int) -> int:
+    """Bytes of the calibration windows between two layers."""
+    return (2 if settings.stream_dtype == "bfloat16" else 4) * tokens * config.hidden_size
 
 
 def disk_bytes(
-    config: ModelConfig, options: CompressionSettings, resources: Resources, tokens: int, tuned: bool = False
+    config: ModelConfig, options: CompressionSettings, interval: int, tokens: int, tuned: bool = False
 ) -> int:
     """Bytes the work folder may reach: streams, sorted and finished layers, the checkpoint, and where layers are tuned
     what was rounded, and they once more.
     """
     layers = 4 * parameter_count(config) + 2 * estimated_bytes(config, options)
     layers += (2 * parameter_count(config) + estimated_bytes(config, options)) * tuned
-    return layers + min(stream_bytes(config, tokens), resources.stream_bytes + 4 * 4 * tokens * config.hidden_size)
+    return layers + stream_bytes(config, options, tokens) * (len(config.pattern) // interval + 4)
 
 
 def work(config: ModelConfig, options: CompressionSettings, tokens: int) -> float:

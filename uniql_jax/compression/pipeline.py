@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from uniql_jax.compression.artifacts import LayerStore, Windows
+from uniql_jax.compression.artifacts import LayerStore
+from uniql_jax.compression.budget import Budget, lay_out
 from uniql_jax.compression.contract import Gains, Progress, RecoveryData, Report, Source
-from uniql_jax.compression.estimate import disk_bytes, stream_bytes
 from uniql_jax.compression.inputs import manifest_of
 from uniql_jax.compression.settings import PRECISIONS, CompressionSettings, Resources
 from uniql_jax.compression.stages.calibrate import Calibration, Top, forward_sweep
@@ -27,6 +26,7 @@ from uniql_jax.compression.stages.sort import sort
 from uniql_jax.compression.stages.tune import tune
 from uniql_jax.compression.stages.write import write
 from uniql_jax.compression.stored import StoredLayers
+from uniql_jax.compression.streams import Windows
 from uniql_jax.compression.workspace import Workspace, workspace
 from uniql_jax.manifest import Manifest
 from uniql_jax.outputs import check_space
@@ -73,12 +73,13 @@ def compress(
     """
     settings, resources = settings or CompressionSettings(), resources or Resources()
     with workspace(out, resume, overwrite) as work:
+        tuned = recovery is not None and recovery.tuning is not None
+        budget = lay_out(source.config, settings, resources, tokens.shape, tuned)
         if not work.started:
-            tuned = recovery is not None and recovery.tuning is not None
-            check_space(work.folder, disk_bytes(source.config, settings, resources, tokens.size, tuned))
+            check_space(work.folder, budget.disk)
         manifest = manifest_of(source, tokens, settings, recovery, progress)
         work.begin(manifest)
-        return run(work, source, tokens, settings, resources, recovery, manifest, overwrite, provenance or {}, progress)
+        return run(work, source, tokens, settings, budget, recovery, manifest, overwrite, provenance or {}, progress)
 
 
 def run(
@@ -86,7 +87,7 @@ def run(
     source: Source,
     tokens: Int[np.ndarray, "n t"],
     settings: CompressionSettings,
-    resources: Resources,
+    budget: Budget,
     recovery: RecoveryData | None,
     manifest: Manifest,
     overwrite: bool,
@@ -98,7 +99,7 @@ def run(
     top = {name: jnp.asarray(value, jnp.float32) for name, value in source.top().items()}
     # Statistics and what is solved from them want float32 products; training wants fast ones.
     with jax.default_matmul_precision(matmul_precision(settings)):
-        calibration, plan = _sorted(work, source, top, tokens, settings, resources, layers, progress)
+        calibration, plan = _sorted(work, source, top, tokens, settings, budget, layers, progress)
     gained, tuned, dense = None, None, layers
     if recovery is not None:
         dense = work.layers("recovered")
@@ -106,8 +107,8 @@ def run(
     tuning = recovery is not None and recovery.tuning is not None
     finished, unrounded = work.layers("quantized"), work.layers("unrounded") if tuning else None
     with jax.default_matmul_precision(matmul_precision(settings)):
-        windows = Windows(tokens, resources.batch_tokens)
-        streams = work.streams(windows, stream_interval(source, tokens, resources))
+        windows = Windows(tokens, budget.batch_tokens)
+        streams = work.streams(windows, settings.stream_dtype, budget)
         q = rotation(config, settings)
         quantize(
             config, plan, top, calibration, dense, q, windows, settings, finished, unrounded, streams, progress
@@ -136,13 +137,13 @@ def _sorted(
     top: Top,
     tokens: Int[np.ndarray, "n t"],
     settings: CompressionSettings,
-    resources: Resources,
+    budget: Budget,
     layers: LayerStore,
     progress: Progress,
 ) -> tuple[Calibration, Plan]:
     """Calibrate, sort into `layers`, plan."""
-    windows = Windows(tokens, resources.batch_tokens)
-    streams = work.streams(windows, stream_interval(source, tokens, resources))
+    windows = Windows(tokens, budget.batch_tokens)
+    streams = work.streams(windows, settings.stream_dtype, budget)
     calibration = forward_sweep(source, top, windows, work.layers("calibration"), streams, progress)
     sort(source, top, windows, settings, layers, streams, progress)
     return calibration, make(source.config, calibration, layers, settings)
@@ -151,11 +152,6 @@ def _sorted(
 def matmul_precision(settings: CompressionSettings) -> str:
     """What `jax.default_matmul_precision` takes for the settings on this device."""
     return "highest" if jax.default_backend() == "cpu" else PRECISIONS[settings.precision]
-
-
-def stream_interval(source: Source, tokens: Int[np.ndarray, "n t"], resources: Resources) -> int:
-    """Every how many layers the streams are kept on disk."""
-    return max(1, math.ceil(stream_bytes(source.config, tokens.size) / max(1, resources.stream_bytes)))
 
 
 def _provenance(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.math.gram import gram
 from uniql_jax.compression.settings import REFIT_RATES
 from uniql_jax.config import ModelConfig
@@ -48,17 +49,17 @@ def total(parts: Iterable[Any]) -> Any:
 
 def _hidden(config: ModelConfig, kind: str, leaves: Block, x: Array, keep: Keep | None) -> Array:
     context = full_context(jnp.ones(x.shape[:2], bool), padded=False)._replace(keep=keep)
-    block = KINDS[kind]
+    block, x = KINDS[kind], x.astype(jnp.float32)
     return block.inner(config, leaves, block.read(config, leaves, x), context)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kind"))
+@functools.partial(jit, static_argnames=("config", "kind"))
 def read_gram(config: ModelConfig, kind: str, leaves: Block, x: Float[Array, "b t h"]) -> Float[Array, "h h"]:
     """Summed Gram of what the block's input matrices receive."""
-    return gram(KINDS[kind].read(config, leaves, x), x.shape[-1])
+    return gram(KINDS[kind].read(config, leaves, x.astype(jnp.float32)), x.shape[-1])
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kind"))
+@functools.partial(jit, static_argnames=("config", "kind"))
 def hidden_gram(
     config: ModelConfig, kind: str, leaves: Block, x: Float[Array, "b t h"], keep: Keep | None
 ) -> Float[Array, "k k"]:
@@ -67,7 +68,7 @@ def hidden_gram(
     return gram(hidden, int(np.prod(hidden.shape[2:])))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kind", "target"))
+@functools.partial(jit, static_argnames=("config", "kind", "target"))
 def hidden_gram_and_cross(
     config: ModelConfig, kind: str, leaves: Block, teacher: Block, x: Array, t: Array, keep: Keep, target: str
 ) -> tuple[Float[Array, "k k"], Float[Array, "k h"]]:
@@ -81,19 +82,19 @@ def hidden_gram_and_cross(
     wanted = KINDS[kind].write(teacher, _hidden(config, kind, teacher, t, None))
     wanted = wanted - KINDS[kind].write(teacher, jnp.zeros_like(hidden))  # the bias is added anyway
     if target == "stream":
-        wanted = wanted + t - x
+        wanted = wanted + t.astype(jnp.float32) - x.astype(jnp.float32)
     return rows.T @ rows, rows.T @ wanted.reshape(-1, wanted.shape[-1])
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kind"))
+@functools.partial(jit, static_argnames=("config", "kind"))
 def advance(
     config: ModelConfig, kind: str, leaves: Block, x: Float[Array, "b t h"], keep: Keep | None
 ) -> Float[Array, "b t h"]:
-    """The stream after the block."""
-    return x + KINDS[kind].write(leaves, _hidden(config, kind, leaves, x, keep))
+    """The stream after the block, in x's dtype."""
+    return (x + KINDS[kind].write(leaves, _hidden(config, kind, leaves, x, keep))).astype(x.dtype)
 
 
-@jax.jit
+@jit
 def refit(
     gram: Float[Array, "k k"], cross: Float[Array, "k h"], weight: Float[Array, "k h"], ridge: float | Float[Array, ""]
 ) -> Float[Array, "k h"]:

@@ -20,6 +20,7 @@ CHANNEL_SCORES = (
 VALUE_OUTPUTS = ("attention_output", "joint", "published", "random")
 PLANS = ("loss", "influence", "uniform")
 ROUNDINGS = ("gptq", "nearest")
+STREAM_DTYPES = ("bfloat16", "float32")
 PRECISIONS = {"float32": "highest", "bf16x3": "BF16_BF16_F32_X3", "tf32": "TF32_TF32_F32"}
 """How a GPU multiplies: in float32, in three products of bfloat16 parts (float32's accuracy but for the last bits), in
 TF32. A CPU always takes float32."""
@@ -59,7 +60,8 @@ class CompressionSettings:
     refit: float | None = None
     refit_ridge: float = 1e-2
     refit_target: str = "stream"  # stream | local
-    precision: str = "float32"  # of products of activations and their statistics, on GPUs: float32 | bf16x3 | tf32
+    precision: str = "bf16x3"  # of products of activations and their statistics, on GPUs: float32 | bf16x3 | tf32
+    stream_dtype: str = "bfloat16"  # of the calibration windows between layers: bfloat16 | float32
 
     @property
     def packed(self) -> bool:
@@ -74,11 +76,15 @@ class CompressionSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What a run may use. None of it changes the result, so a run may be resumed with other resources.
+    """What a run may use. None of it changes the result but for rounding, so a run may be resumed with others.
 
-    batch_tokens: tokens of calibration windows worked on at a time. stream_bytes: of the streams between layers kept on
-    disk for the backward sweep; where they take more, only every n-th is kept and those between are computed again.
+    batch_tokens: tokens of calibration windows worked on at a time. stream_interval: every how many layers the stream
+    is written to disk, from where a killed run goes on. max_device_memory, max_host_memory, max_disk: bytes. None of
+    any: what this machine has, and what is fastest there.
     """
 
-    batch_tokens: int = 4096
-    stream_bytes: int = 64 * 2**30
+    batch_tokens: int | None = None
+    stream_interval: int | None = None
+    max_device_memory: int | None = None
+    max_host_memory: int | None = None
+    max_disk: int | None = None

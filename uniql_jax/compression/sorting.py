@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.math.gram import gram
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.sorters import SORTERS
@@ -23,15 +24,16 @@ from uniql_jax.model.layers.norm import rms_norm
 Block = Mapping[str, Any]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kinds"))
+@functools.partial(jit, static_argnames=("config", "kinds"))
 def layer_forward(
     config: ModelConfig, kinds: tuple[str, ...], layer: Mapping[str, Block], x: Float[Array, "b t h"]
 ) -> tuple[Float[Array, "b t h"], Float[Array, ""]]:
-    """One batch of windows through a layer: its output, and the sum over tokens of the cosine between the layer's
-    input and output (block influence is one minus its mean).
+    """One batch of windows through a layer: its output in x's dtype, and the sum over tokens of the cosine between the
+    layer's input and output (block influence is one minus its mean).
     """
-    y = apply_layer(config, kinds, layer, x, full_context(jnp.ones(x.shape[:2], bool), padded=False))
-    return y, jnp.sum(cosine(x, y))
+    wide = x.astype(jnp.float32)
+    y = apply_layer(config, kinds, layer, wide, full_context(jnp.ones(x.shape[:2], bool), padded=False))
+    return y.astype(x.dtype), jnp.sum(cosine(wide, y))
 
 
 def cosine(x: Float[Array, "*b h"], y: Float[Array, "*b h"]) -> Float[Array, "*b"]:
@@ -46,7 +48,7 @@ def cosine(x: Float[Array, "*b h"], y: Float[Array, "*b h"]) -> Float[Array, "*b
     return jnp.where((of_x == 0) & (of_y == 0), 1.0, jnp.sum(x * y, axis=-1))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kinds", "thorough"))
+@functools.partial(jit, static_argnames=("config", "kinds", "thorough"))
 def layer_statistics(
     config: ModelConfig,
     kinds: tuple[str, ...],
@@ -55,9 +57,11 @@ def layer_statistics(
     gradient: Float[Array, "b t h"],
     thorough: bool = False,
 ) -> tuple[Float[Array, "b t h"], dict[str, Statistics]]:
-    """One batch back through a layer: gradient of the loss at its input from the one at its output, and the summed
-    statistics of every block; `thorough` adds those that only other scores than the defaults need.
+    """One batch back through a layer: gradient of the loss at its input from the one at its output, in its dtype, and
+    the summed float32 statistics of every block; `thorough` adds those that only other scores than the defaults need.
     """
+    dtype = gradient.dtype
+    x, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
     context = full_context(jnp.ones(x.shape[:2], bool), padded=False)
     pulls, outputs = [], x
     for kind in kinds:
@@ -77,7 +81,7 @@ def layer_statistics(
         fisher = gram(gradient, gradient.shape[-1])
         gradient, slope = pull(gradient)
         stats[kind] = SORTERS[kind].statistics(config, normed, hidden, seen, slope, thorough) | {"fisher": fisher}
-    return gradient, stats
+    return gradient.astype(dtype), stats
 
 
 def sort_layer(
@@ -100,22 +104,40 @@ def sort_layer(
     return done, losses
 
 
-@functools.partial(jax.jit, static_argnames=("eps",))
+@functools.partial(jit, static_argnames=("eps", "rows"))
 def loss_gradient(
-    top: Mapping[str, Array], x: Float[Array, "b t h"], tokens: Int[Array, "b t"], eps: float
+    top: Mapping[str, Array], x: Float[Array, "b t h"], tokens: Int[Array, "b t"], eps: float, rows: int = 1024
 ) -> Float[Array, "b t h"]:
-    """Gradient of the summed next-token loss at the last layer's output, window by window, as logits are large."""
+    """Gradient of the summed next-token loss at the last layer's output, in x's dtype.
 
-    def loss(x: Array, tokens: Array) -> Array:
-        normed = rms_norm(x[:-1], top["norm"], eps)
-        log_probs = jax.nn.log_softmax(normed @ top.get("head", top["embed"]).T)
-        return -jnp.take_along_axis(log_probs, tokens[1:, None], axis=1).sum()
+    Logits are large: they exist for `rows` tokens at a time, whatever the windows' length.
+    """
+    batch, length, hidden = x.shape
+    head = top.get("head", top["embed"])
 
-    return jax.lax.map(lambda pair: jax.grad(loss)(*pair), (x, tokens))
+    def loss(x: Array, target: Array, weight: Array) -> Array:
+        log_probs = jax.nn.log_softmax(rms_norm(x.astype(jnp.float32), top["norm"], eps) @ head.T)
+        return -jnp.sum(weight * jnp.take_along_axis(log_probs, target[:, None], axis=1)[:, 0])
+
+    # A window's last token has no next one.
+    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    weights = jnp.broadcast_to(jnp.arange(length) < length - 1, tokens.shape).astype(jnp.float32)
+    count = batch * length
+    pieces = -(-count // rows)
+    each = -(-count // pieces)
+
+    def pieced(value: Array) -> Array:
+        flat = value.reshape(count, *value.shape[2:])
+        padded = jnp.pad(flat, [(0, pieces * each - count)] + [(0, 0)] * (flat.ndim - 1))
+        return padded.reshape(pieces, each, *flat.shape[1:])
+
+    found = jax.lax.map(lambda piece: jax.grad(loss)(*piece), (pieced(x), pieced(targets), pieced(weights)))
+    return found.reshape(-1, hidden)[:count].reshape(x.shape)
 
 
-@functools.partial(jax.jit, static_argnames=("eps",))
+@functools.partial(jit, static_argnames=("eps",))
 def final_gram(x: Float[Array, "b t h"], eps: float) -> Float[Array, "h h"]:
     """Summed Gram matrix of the final norm's output before its weight: what the head will read."""
+    x = x.astype(jnp.float32)
     unit = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
     return gram(unit, x.shape[-1])

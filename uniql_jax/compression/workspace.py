@@ -9,7 +9,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows
+from uniql_jax.compression.artifacts import LayerStore
+from uniql_jax.compression.budget import Budget
+from uniql_jax.compression.streams import StreamStore, Windows
+from uniql_jax.compression.writer import Writer
 from uniql_jax.errors import UserError
 from uniql_jax.locking import LOCK, OWNER, hold_lock
 from uniql_jax.manifest import Manifest
@@ -29,8 +32,8 @@ def work_folder(out: str | Path) -> Path:
 class Workspace:
     """A claimed work folder. `started` says whether an earlier run left work in it."""
 
-    def __init__(self, folder: Path, target: Path):
-        self.folder, self.target = folder, target
+    def __init__(self, folder: Path, target: Path, writer: Writer):
+        self.folder, self.target, self.writer = folder, target, writer
         self.started = (folder / MANIFEST).is_file()
 
     def begin(self, manifest: Manifest) -> None:
@@ -45,14 +48,18 @@ class Workspace:
 
     def layers(self, name: str) -> LayerStore:
         """A store of layers."""
-        return LayerStore(self.folder / name)
+        return LayerStore(self.folder / name, self.writer)
 
-    def streams(self, windows: Windows, interval: int) -> StreamStore:
+    def streams(self, windows: Windows, dtype: str, budget: Budget) -> StreamStore:
         """The store of streams."""
-        return StreamStore(self.folder / "streams", windows, interval)
+        return StreamStore(
+            self.folder / "streams", windows, budget.interval, dtype, self.writer,
+            budget.device_streams, budget.host_streams,
+        )  # fmt: skip
 
     def publish(self, staging: Path, overwrite: bool) -> None:
         """Put the finished checkpoint in its place and remove the work folder."""
+        self.writer.flush()
         replace_output(staging, self.target, overwrite)
         _remove(self.folder)
 
@@ -74,8 +81,8 @@ def workspace(out: str | Path, resume: bool, overwrite: bool, source: str | Path
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
     try:
-        with hold_lock(folder):
-            work = Workspace(folder, target)
+        with hold_lock(folder), Writer() as writer:
+            work = Workspace(folder, target, writer)
             try:
                 if work.started and not resume:
                     raise UserError(

@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from uniql_jax.compression.compiling import jit
 from uniql_jax.weights.quantized import limits
 
 SCALE_GRID = tuple(1.0 - 0.025 * i for i in range(21))
 """Shrink factors tried for a group's scale, from max-abs down to half of it."""
+ROWS_AT_ONCE = {"cpu": 1024, "gpu": 32768}
+"""Rows rounded together: what a core's cache holds of a group's columns, and a bound of a GPU's memory."""
 LEAST_DAMPING, MOST_DAMPING = 1e-7, 1e6
 SMALLEST = float(jnp.finfo(jnp.bfloat16).tiny)
 """The smallest normal bfloat16, and float32: what is below may be flushed to zero, and has no finite inverse."""
@@ -117,7 +120,7 @@ def round_to(
     return jnp.clip(jnp.round(weight * inverse), low, high)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group", "search", "propagate", "return_unrounded"))
+@functools.partial(jit, static_argnames=("bits", "group", "search", "propagate", "return_unrounded"))
 def quantize(
     weight: Float[Array, "rows width"],
     hessian: Float[Array, "width width"] | None = None,
@@ -146,21 +149,55 @@ def quantize(
         with all errors that were carried to it. Integers cannot be NaN: where an input or a result is not finite, the
         scales are.
     """
-    low, high = limits(bits)
     rows, width = weight.shape
     groups = -(-width // group)
     pad = groups * group - width
-    # One column of the weight is one contiguous row here: the loop below walks over columns.
-    columns = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, pad))).T
     if hessian is None:
-        importance = jnp.ones(groups * group, jnp.float32)
-        factor = None
+        importance, factor = jnp.ones(groups * group, jnp.float32), None
     else:
         hessian = jnp.pad(hessian.astype(jnp.float32), ((0, pad), (0, pad)))
         diagonal = jnp.diagonal(hessian) / _peak(jnp.diagonal(hessian))
         importance = diagonal + 1e-6 * jnp.mean(diagonal) + jnp.finfo(jnp.float32).tiny
         factor = inverse_factor(hessian, damping) if propagate else None
-    later = jnp.arange(groups * group)
+
+    def some_rows(weight: Array) -> tuple[Any, ...]:
+        # One column of the weight is one contiguous row here: the loop walks over columns.
+        columns = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, pad))).T
+        codes, scales, rounded, left = _quantize_columns(
+            columns, importance, factor, bits, group, search, return_unrounded
+        )
+        scales = jnp.where(jnp.isfinite(weight).all() & jnp.isfinite(left).all(), scales, jnp.nan)
+        return codes[:width].T, scales.T.astype(jnp.bfloat16), None if rounded is None else rounded[:width].T
+
+    most = ROWS_AT_ONCE["cpu" if jax.default_backend() == "cpu" else "gpu"]
+    parts = -(-rows // most)
+    if parts == 1:
+        codes, scales, rounded = some_rows(weight)
+    else:
+        each = -(-rows // parts)
+        stacked = jnp.pad(weight, ((0, parts * each - rows), (0, 0))).reshape(parts, each, width)
+        done = jax.lax.map(some_rows, stacked)
+        codes, scales, rounded = jax.tree.map(lambda value: value.reshape(parts * each, -1)[:rows], done)
+    finite = True if hessian is None else jnp.isfinite(hessian).all()
+    # Where one part is not finite, nothing is: the caller sees it in any scale.
+    scales = jnp.where(finite & jnp.isfinite(scales).all(), scales, jnp.nan)
+    return codes, scales, rounded
+
+
+def _quantize_columns(
+    columns: Float[Array, "padded rows"],
+    importance: Float[Array, " padded"],
+    factor: Float[Array, "padded padded"] | None,
+    bits: int,
+    group: int,
+    search: bool,
+    return_unrounded: bool,
+) -> tuple[Array, Array, Array | None, Array]:
+    """Codes, scales [groups, rows], what was rounded, and what is left of the columns; a factor carries errors over."""
+    low, high = limits(bits)
+    padded, rows = columns.shape
+    groups = padded // group
+    later = jnp.arange(padded)
 
     def one_group(g: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
         columns, codes, scales, rounded = state
@@ -170,7 +207,7 @@ def quantize(
         if factor is None:
             quantized, before = round_to(block, scale, low, high), block
         else:
-            stripe = jax.lax.dynamic_slice(factor, (start, 0), (group, groups * group))
+            stripe = jax.lax.dynamic_slice(factor, (start, 0), (group, padded))
             square = jax.lax.dynamic_slice(stripe, (0, start), (group, group))
 
             def one_column(j: Array, inner: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -195,12 +232,8 @@ def quantize(
             jax.lax.dynamic_update_slice(rounded, before, (start, 0)) if return_unrounded else None,
         )
 
-    codes = jnp.zeros((groups * group, rows), jnp.int8)
+    codes = jnp.zeros((padded, rows), jnp.int8)
     scales = jnp.zeros((groups, rows), jnp.float32)
     begin = (columns, codes, scales, jnp.zeros_like(columns) if return_unrounded else None)
     left, codes, scales, rounded = jax.lax.fori_loop(0, groups, one_group, begin)
-    finite = jnp.isfinite(weight).all() & jnp.isfinite(left).all()
-    if hessian is not None:
-        finite &= jnp.isfinite(hessian).all()
-    scales = jnp.where(finite, scales, jnp.nan)
-    return codes[:width].T, scales.T.astype(jnp.bfloat16), rounded[:width].T if return_unrounded else None
+    return codes, scales, rounded, left

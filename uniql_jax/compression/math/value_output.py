@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.finite import first_nonfinite
 from uniql_jax.compression.math.order import tail_loss
 from uniql_jax.compression.settings import VALUE_OUTPUTS
@@ -63,14 +64,14 @@ def within_values(v: Float[np.ndarray, "d h"], o: Float[np.ndarray, "d n"]) -> F
     return kept / np.where(norms == 0, 1.0, norms)
 
 
-@functools.partial(jax.jit, static_argnames="hidden")
+@functools.partial(jit, static_argnames="hidden")
 def _weighed(basis: Float[Array, "g d n"], metric: Float[Array, "h h"], hidden: int) -> Float[Array, "g d d"]:
     """basis (I x metric) basis^T, the metric repeated for every query head."""
     heads = basis.reshape(*basis.shape[:2], -1, hidden)
     return jnp.einsum("gdmh,hk,gemk->gde", heads, metric, heads, precision="highest")
 
 
-@jax.jit
+@jit
 def _apply(matrix: Float[Array, "g d d"], basis: Float[Array, "g d n"]) -> Float[Array, "g d n"]:
     return jnp.matmul(matrix, basis, precision="highest")
 
@@ -193,7 +194,7 @@ def published(
     return zt, jnp.einsum("grd,dgmh->rgmh", zt, grouped, precision="highest").reshape(o.shape)
 
 
-@jax.jit
+@jit
 def _carried(v: Float[Array, "d g h"], gram_x: Float[Array, "h h"]) -> Float[Array, "g d d"]:
     """Gram of the values, from that of V's input."""
     found = jnp.einsum("dgh,hk,egk->gde", v, gram_x, v, precision="highest")
@@ -242,6 +243,7 @@ def sort_value_output(
     return change, jnp.einsum("grk,kgh->rgh", change, v, precision="highest"), new_o
 
 
+@jit
 def rank_loss(
     change: Float[Array, "g d d"], new_o: Float[Array, "d n h"], gram_out: Float[Array, "g d d"], metric: Array
 ) -> Float[Array, " d+1"]:

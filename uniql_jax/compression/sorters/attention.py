@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from uniql_jax import elastic
+from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.math.gram import gram
 from uniql_jax.compression.math.order import tail_loss
 from uniql_jax.compression.math.rope_pairs import order_pairs
 from uniql_jax.compression.math.value_output import rank_loss, sort_value_output
 from uniql_jax.compression.settings import CompressionSettings
-from uniql_jax.compression.sorters.base import Block, Sorted, Sorter, Statistics, Taps
+from uniql_jax.compression.sorters.base import Block, Seed, Sorted, Sorter, Statistics, Taps
 from uniql_jax.config import ModelConfig
 from uniql_jax.model.layers import attention
 from uniql_jax.model.layers.context import Context
@@ -60,7 +62,20 @@ def _statistics(
     }
 
 
-def _sort(config: ModelConfig, leaves: Block, stats: Statistics, options: CompressionSettings, seed: int) -> Sorted:
+def _sort(config: ModelConfig, leaves: Block, stats: Statistics, options: CompressionSettings, seed: Seed) -> Sorted:
+    out, losses = _sort_pairs(config, leaves, stats, options, seed)
+    metric = stats["fisher"] if options.output_metric else None
+    change, out["v"], out["o"] = sort_value_output(
+        leaves["v"], leaves["o"], stats["gram_out"], stats["gram_x"], options.value_output, seed, metric
+    )
+    losses["vo"] = rank_loss(change, out["o"], stats["gram_out"], stats["fisher"])
+    return out, losses
+
+
+@functools.partial(jit, static_argnames=("config", "options"))
+def _sort_pairs(
+    config: ModelConfig, leaves: Block, stats: Statistics, options: CompressionSettings, seed: Seed
+) -> Sorted:
     out, losses = dict(leaves), {}
     for axis, (features, entries, width) in _parts(config).items():
         gate_fisher = stats["gate_fisher"][:, entries, entries]
@@ -76,11 +91,6 @@ def _sort(config: ModelConfig, leaves: Block, stats: Statistics, options: Compre
         out = elastic.reorder(config, "attention", out, axis, by_head)
         ordered = jax.vmap(lambda loss, index: loss[index][:, index])(gate_fisher, order.T)
         losses[axis] = tail_loss(ordered).sum(0)
-    metric = stats["fisher"] if options.output_metric else None
-    change, out["v"], out["o"] = sort_value_output(
-        leaves["v"], leaves["o"], stats["gram_out"], stats["gram_x"], options.value_output, seed, metric
-    )
-    losses["vo"] = rank_loss(change, out["o"], stats["gram_out"], stats["fisher"])
     return out, losses
 
 

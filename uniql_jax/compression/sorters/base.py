@@ -11,6 +11,7 @@ from uniql_jax.config import ModelConfig
 
 Block = Mapping[str, Any]
 Taps = Mapping[str, Array]
+Seed = int | Array
 Statistics = dict[str, Array]
 Sorted = tuple[dict[str, Any], dict[str, Array]]
 

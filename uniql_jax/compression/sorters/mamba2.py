@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -9,11 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from uniql_jax import elastic
+from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.math.gram import gram
 from uniql_jax.compression.math.order import tail_loss
 from uniql_jax.compression.math.ssm import order_head_channels, order_states
 from uniql_jax.compression.settings import CompressionSettings
-from uniql_jax.compression.sorters.base import Block, Sorted, Sorter, Statistics, Taps
+from uniql_jax.compression.sorters.base import Block, Seed, Sorted, Sorter, Statistics, Taps
 from uniql_jax.config import ModelConfig
 from uniql_jax.model.layers import mamba2
 from uniql_jax.model.layers.context import Context
@@ -60,7 +62,8 @@ def _statistics(
     return stats
 
 
-def _sort(config: ModelConfig, leaves: Block, stats: Statistics, options: CompressionSettings, seed: int) -> Sorted:
+@functools.partial(jit, static_argnames=("config", "options"))
+def _sort(config: ModelConfig, leaves: Block, stats: Statistics, options: CompressionSettings, seed: Seed) -> Sorted:
     ssm = mamba2.ssm_of(config)
     states = order_states(stats["step_b"], stats["square_c"], options.state_score, seed, stats["state_fisher"])
     out = elastic.reorder(config, "mamba2", leaves, "ssm_state", {"mamba_group": states})

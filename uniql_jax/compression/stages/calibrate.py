@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows, layer_name
+from uniql_jax.compression.artifacts import LayerStore, layer_name
 from uniql_jax.compression.contract import DenseModel, Progress
 from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.sorters.base import Statistics
 from uniql_jax.compression.sorting import final_gram, layer_forward, layer_statistics, loss_gradient
+from uniql_jax.compression.streams import StreamStore, Windows
 from uniql_jax.model.causal_lm import embed
 
 FORWARD, GRADIENT = "forward", "gradient"
@@ -30,14 +31,14 @@ class Calibration(NamedTuple):
     final_gram: Float[Array, "h h"]
 
 
-def read_ahead(source: DenseModel, indices: Sequence[int]) -> Iterator[tuple[int, Layer]]:
+def read_ahead(read: Callable[[int], Layer], indices: Sequence[int]) -> Iterator[tuple[int, Layer]]:
     """(index, layer) on the device; the next layer is read while this one is worked on."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(source.device_layer, indices[0]) if indices else None
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
+        coming = pool.submit(read, indices[0]) if indices else None
         for index, after in zip(indices, [*indices[1:], None], strict=True):
             assert coming is not None
             layer = coming.result()
-            coming = pool.submit(source.device_layer, after) if after is not None else None
+            coming = pool.submit(read, after) if after is not None else None
             yield index, layer
 
 
@@ -56,11 +57,12 @@ def forward_sweep(
         known = next((i for i in range(count) if not store.has(layer_name(i))), count)
         start = streams.nearest(FORWARD, known)
         if start is None:
-            start, xs = 0, [embed(top, batch, jnp.float32) for batch in windows.batches]
+            start, xs = 0, [embed(top, batch, streams.dtype) for batch in windows.batches]
             streams.save(FORWARD, 0, xs)
+            streams.hold(FORWARD, 0, xs)
         else:
             xs = streams.load(FORWARD, start)
-        layers = read_ahead(source, range(start, count))
+        layers = read_ahead(source.device_layer, range(start, count))
         for index in progress(range(count), "calibrate"):
             if index < start:
                 continue
@@ -71,6 +73,7 @@ def forward_sweep(
                 cosine += part
             check_finite(xs, f"layer {i}: the residual stream after it")
             streams.save(FORWARD, i + 1, xs)
+            streams.hold(FORWARD, i + 1, xs)
             store.save(layer_name(i), {}, {"influence": 1.0 - float(cosine) / windows.tokens})
         gram = sum(final_gram(x, config.norm_eps) for x in xs) / windows.tokens
         influence = [store.record(layer_name(i))["influence"] for i in range(count)]
@@ -97,7 +100,7 @@ def backward_sweep(
         pairs = zip(_stream(source, streams, count), windows.batches, strict=True)
         gradients = [loss_gradient(top, x, tokens, config.norm_eps) for x, tokens in pairs]
         streams.save(GRADIENT, count, gradients)
-    for i, layer in read_ahead(source, range(after - 1, -1, -1)):
+    for i, layer in read_ahead(source.device_layer, range(after - 1, -1, -1)):
         stats, before = None, []
         for x, gradient in zip(_stream(source, streams, i), gradients, strict=True):
             gradient, found = layer_statistics(config, config.pattern[i], layer, x, gradient, thorough)
@@ -107,6 +110,7 @@ def backward_sweep(
         check_finite(means, f"layer {i}: the statistic")
         check_finite(before, f"layer {i}: the gradient of the loss before it")
         kept = streams.save(GRADIENT, i, before)
+        streams.release(FORWARD, i + 1)
         if i <= start:
             yield i, layer, means
         gradients = before
@@ -121,7 +125,7 @@ def _stream(source: DenseModel, streams: StreamStore, index: int) -> list[Float[
         start = streams.nearest(FORWARD, index)
         assert start is not None, "the stream before layer 0 is always kept"
         xs = streams.load(FORWARD, start)
-        for j, layer in read_ahead(source, range(start, index)):
+        for j, layer in read_ahead(source.device_layer, range(start, index)):
             xs = [layer_forward(source.config, source.config.pattern[j], layer, x)[0] for x in xs]
-            streams.hold(FORWARD, j + 1, xs)
+            streams.hold(FORWARD, j + 1, xs, always=True)
     return streams.load(FORWARD, index)

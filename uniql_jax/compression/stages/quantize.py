@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from uniql_jax import elastic
 from uniql_jax.checkpoint import reachable_bias, stored
-from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows, flatten, layer_name
+from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
 from uniql_jax.compression.contract import Progress
 from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.packing import Packed, pack_leaf, pack_together
@@ -30,9 +30,10 @@ from uniql_jax.compression.refit import (
 )
 from uniql_jax.compression.refit import refit as refitted
 from uniql_jax.compression.settings import CompressionSettings
-from uniql_jax.compression.stages.calibrate import Calibration, Top
+from uniql_jax.compression.stages.calibrate import Calibration, Top, read_ahead
 from uniql_jax.compression.stages.rotate import Rotation, rotated_layer, rotated_top
 from uniql_jax.compression.stored import TOP, StoredLayers, matrix_dtype
+from uniql_jax.compression.streams import StreamStore, Windows
 from uniql_jax.config import ModelConfig
 from uniql_jax.model.causal_lm import embed
 from uniql_jax.plan import Plan, groups
@@ -98,10 +99,12 @@ def quantize(
     running = None
     if settings.packed or settings.refit is not None:
         running = _resume(config, plan, top, layers, q, windows, settings, stored_layers, streams, start)
-    for i in progress(range(count), "quantize" if settings.packed else "finish"):
-        if i < start:
+    dense_layers = read_ahead(layers.layer, range(start, count))
+    for index in progress(range(count), "quantize" if settings.packed else "finish"):
+        if index < start:
             continue
-        original = rotated_layer(layers.layer(i), q)
+        i, layer = next(dense_layers)
+        original = rotated_layer(layer, q)
         finished, offsets = {}, {}
         for kind in config.pattern[i]:
             finished[kind], offsets[kind] = _finish_block(
@@ -150,11 +153,11 @@ def _resume(
     at = streams.nearest(FINISHED, start)
     if at is None:
         at, table = 0, finished.top()["embed"]
-        x = [embed({"embed": table}, batch, jnp.float32) for batch in windows.batches]
+        x = [embed({"embed": table}, batch, streams.dtype) for batch in windows.batches]
         unpruned = None
         if keep is not None:
             table = top["embed"] if q is None else top["embed"] @ q
-            unpruned = [embed({"embed": table}, batch, jnp.float32) for batch in windows.batches]
+            unpruned = [embed({"embed": table}, batch, streams.dtype) for batch in windows.batches]
         running = Streams(x, unpruned, keep)
         _save(streams, 0, running)
     else:

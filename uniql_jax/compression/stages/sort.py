@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows, flatten, layer_name
+from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
 from uniql_jax.compression.contract import DenseModel, Progress
 from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.sorting import sort_layer
 from uniql_jax.compression.stages.calibrate import Top, backward_sweep
+from uniql_jax.compression.streams import StreamStore, Windows
 
 
 def sort(

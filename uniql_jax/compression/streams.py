@@ -1,0 +1,143 @@
+"""Calibration windows in batches, and their residual streams between layers: on disk, in memory, or computed again."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from uniql_jax.compression.artifacts import write_whole
+from uniql_jax.compression.writer import Writer
+
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+Future = concurrent.futures.Future
+Stream = Sequence[Float[Array, "b t h"]]
+
+
+class Windows:
+    """Calibration windows in batches of a bounded number of tokens; what is computed per batch is summed or joined."""
+
+    def __init__(self, tokens: Int[np.ndarray, "n t"], batch_tokens: int):
+        size = max(1, batch_tokens // tokens.shape[1])
+        self.tokens = tokens.size
+        self.batches = [jnp.asarray(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+
+    @property
+    def ends(self) -> list[int]:
+        """Where each batch ends among the windows."""
+        return np.cumsum([len(batch) for batch in self.batches]).tolist()
+
+
+class StreamStore:
+    """Residual streams (and their gradients) of all calibration windows between layers, one array [b, t, hidden] a
+    batch.
+
+    Every `interval`-th one is written to disk, where it outlives a kill. `hold` keeps others in memory, on the device
+    while `device_bytes` lasts and then on the host while `host_bytes` does; what is nowhere is computed again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        windows: Windows,
+        interval: int = 1,
+        dtype: str = "float32",
+        writer: Writer | None = None,
+        device_bytes: int = 0,
+        host_bytes: int = 0,
+    ):
+        self.folder, self.windows, self.interval, self.dtype = folder, windows, interval, DTYPES[dtype]
+        self._writer = writer
+        self._room = {"device": device_bytes, "host": host_bytes}
+        self._held: dict[tuple[str, int], tuple[str, Stream | Future[Any]]] = {}
+        self._pending: dict[Path, Future[Any]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, name: str, index: int) -> Path:
+        return self.folder / f"{name}_{index:05d}.npy"
+
+    def has(self, name: str, index: int) -> bool:
+        """Whether the stream is at hand."""
+        path = self._path(name, index)
+        return (name, index) in self._held or path in self._pending or path.is_file()
+
+    def save(self, name: str, index: int, value: Stream) -> bool:
+        """Write the stream before layer `index` to disk if the interval says so; whether it is written."""
+        path = self._path(name, index)
+        if index % self.interval:
+            return False
+        if path not in self._pending and not path.is_file():
+            if self._writer is None:
+                self._write(path, list(value))
+            else:
+                self._pending[path] = self._writer.submit(self._write, path, list(value))
+        return True
+
+    def hold(self, name: str, index: int, value: Stream, *, always: bool = False) -> None:
+        """Keep a stream in memory until it is dropped, if there is room, or `always`."""
+        size = sum(part.size for part in value) * self.dtype.itemsize
+        place = next((place for place, room in self._room.items() if room >= size), "device" if always else None)
+        if place is None or (name, index) in self._held:
+            return
+        self._room[place] -= size
+        kept: Stream | Future[Any] = list(value)
+        if place == "host":
+            kept = _to_host(value) if self._writer is None else self._writer.submit(_to_host, list(value))
+        self._held[name, index] = place, kept
+
+    def load(self, name: str, index: int) -> list[Float[Array, "b t h"]]:
+        """The stream in batches, on the device."""
+        if (name, index) in self._held:
+            _, kept = self._held[name, index]
+            return [jnp.asarray(part) for part in (kept.result() if isinstance(kept, Future) else kept)]
+        path = self._path(name, index)
+        if path in self._pending:
+            self._pending[path].result()
+        value = np.load(path, mmap_mode="r").view(self.dtype)
+        return [jnp.asarray(part) for part in np.split(value, self.windows.ends[:-1])]
+
+    def nearest(self, name: str, index: int) -> int | None:
+        """The last index up to `index` whose stream is at hand."""
+        return next((i for i in range(index, -1, -1) if self.has(name, i)), None)
+
+    def release(self, name: str, index: int) -> None:
+        """Forget what memory holds of a stream; a file of it stays."""
+        place, kept = self._held.pop((name, index), ("", ()))
+        if place:
+            parts = kept.result() if isinstance(kept, Future) else kept
+            self._room[place] += sum(part.size for part in parts) * self.dtype.itemsize
+
+    def drop(self, name: str, indices: Sequence[int]) -> None:
+        """Forget streams, where they are there; files go once all that was handed to the writer before is written."""
+        for index in indices:
+            self.release(name, index)
+            path = self._path(name, index)
+            if self._pending.pop(path, None) is None and not path.is_file():
+                continue
+            if self._writer is None:
+                path.unlink()
+            else:
+                self._writer.submit(path.unlink, True)
+
+    def _write(self, path: Path, value: Stream) -> None:
+        shape = (sum(len(part) for part in value), *value[0].shape[1:])
+        bits = np.dtype(f"u{self.dtype.itemsize}")  # numpy's files know no bfloat16
+
+        def fill(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                header = {"descr": np.lib.format.dtype_to_descr(bits), "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in value:
+                    file.write(np.asarray(part, self.dtype).view(bits).data)
+
+        write_whole(path, fill)
+
+
+def _to_host(value: Stream) -> list[Any]:
+    return [np.asarray(part) for part in value]
