@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import os
 import re
-import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
 from uniql_jax.convert.gguf import GgufReader
 from uniql_jax.convert.megatron import MegatronReader
-from uniql_jax.errors import UserError
+from uniql_jax.errors import CheckpointWarning, UserError
 from uniql_jax.files import UNREADABLE, ShardReader, copy_side_files, read_json
 
 Leaves = dict[str, Float[np.ndarray, "..."]]
@@ -213,7 +213,7 @@ def open_tensors(
             raise UserError(f"{name}: tensor {tensor!r} is {kind}; we read unquantized weights only")
     if foreign:
         skipped = f"skipped tensors that a {config.model_type} model does not have: {_some(foreign)}"
-        print(f"warning: {name}: {skipped}", file=sys.stderr, flush=True)
+        warnings.warn(f"{name}: {skipped}", CheckpointWarning, stacklevel=2)
     return Source(name, config, dict(hf_config), reader, table, write_side_files)
 
 
