@@ -62,7 +62,7 @@ class Source:
             leaves: Leaves = {}
             for row in tables.rows_of(self.config, self.table, kind):
                 leaves.update(self._read(row, index))
-            layer[kind] = _complete(self.config, kind, leaves)
+            layer[kind] = _complete(self.config, kind, leaves, f"{self.name}: layers.{index}.{kind}")
         return layer
 
     def device_layer(self, index: int) -> dict[str, dict[str, Array]]:
@@ -257,13 +257,13 @@ def _device_layer(
     return layer
 
 
-def _complete(config: ModelConfig, kind: str, leaves: Leaves) -> Leaves:
+def _complete(config: ModelConfig, kind: str, leaves: Leaves, where: str) -> Leaves:
     """Add the leaves that follow from others or from the config, drop the raw ones, and put them in our order."""
     wanted = elastic.leaves(config, kind)
     if "v_bias" in leaves:
         v_bias = np.repeat(leaves["v_bias"].astype(np.float64), config.query_groups, axis=1)  # [vo, head]
         folded = np.tensordot(v_bias, leaves["o"].astype(np.float64), 2)
-        leaves["o_bias"] = cast("o_bias", folded + leaves.get("o_bias", 0.0), np.float32)
+        leaves["o_bias"] = cast(f"{where}.o_bias", folded + leaves.get("o_bias", 0.0), np.float32)
     if "inv_freq" in wanted and config.rope is not None:
         shape = elastic.shape(config, wanted["inv_freq"])
         leaves["inv_freq"] = np.ascontiguousarray(np.broadcast_to(config.rope.inv_freq()[:, None], shape))

@@ -132,7 +132,10 @@ def write(checkpoint: Checkpoint, out: str, result: recover.Result, options: Rec
         for i in range(len(checkpoint.config.pattern)):
             layer = lora.merge_layer(i, checkpoint.layer(i), factors, options.alpha)
             table = {kind: elastic.BLOCKS[kind] for kind in layer}
-            kept = {k: {n: stored(table[k][n], value, dtype) for n, value in b.items()} for k, b in layer.items()}
+            kept = {
+                k: {n: stored(table[k][n], value, dtype, f"layers.{i}.{k}.{n}") for n, value in b.items()}
+                for k, b in layer.items()
+            }
             writer.add_layer(i, {k: reachable_bias(checkpoint.config, k, block) for k, block in kept.items()})
         writer.finish(checkpoint.folder)
 

@@ -174,14 +174,14 @@ def _finish_top(
     norm, gram, dtype = top["norm"], calibration.final_gram, matrix_dtype(settings)
     turned = rotated_top(top, q)
     if not settings.packed:
-        return {name: stored(elastic.TOP[name], value, dtype) for name, value in turned.items()}, {}
+        return {name: stored(elastic.TOP[name], value, dtype, name) for name, value in turned.items()}, {}
     if q is None:
         read = norm[:, None] * gram * norm
     elif "head" in turned:
         read = q.T @ gram @ q
     else:
         read = q.T @ (norm[:, None] * gram * norm) @ q
-    out: dict[str, Any] = {n: stored(elastic.TOP[n], value, dtype) for n, value in turned.items() if n != "head"}
+    out: dict[str, Any] = {n: stored(elastic.TOP[n], value, dtype, n) for n, value in turned.items() if n != "head"}
     if "head" in turned:
         hessians = {"head": read, "embed": None}
     else:
@@ -230,7 +230,7 @@ def _finish_block(
             take(name, value)
     for name, leaf in leaves.items():
         if leaf.contract != "first" and name not in reading:
-            done[name] = stored(leaf, original[name], dtype)
+            done[name] = stored(leaf, original[name], dtype, f"layers.{index}.{kind}.{name}")
     working = dict(original) | {name: dense(value) for name, value in done.items()}
     for name, leaf in leaves.items():
         if leaf.contract == "first":
@@ -238,7 +238,7 @@ def _finish_block(
             if settings.packed:
                 take(name, pack_leaf(leaf, weight, gram, settings, group[leaf.dims[0]], offsets))
             else:
-                done[name] = stored(leaf, weight, dtype)
+                done[name] = stored(leaf, weight, dtype, f"layers.{index}.{kind}.{name}")
     return reachable_bias(config, kind, done), before
 
 
