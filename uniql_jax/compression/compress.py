@@ -9,7 +9,7 @@ from pathlib import Path
 from uniql_jax import data
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.compression import pipeline
-from uniql_jax.compression.contract import Progress, RecoveryData, Report
+from uniql_jax.compression.contract import Inputs, Progress, RecoveryData, Report
 from uniql_jax.compression.describe import describe
 from uniql_jax.compression.estimate import disk_bytes
 from uniql_jax.compression.inputs import manifest_of
@@ -95,10 +95,8 @@ def compress(
         say(describe(source, out, settings, resources, windows, recovery))
         manifest = manifest_of(source, windows.tokens, settings, recovery, progress)
         work.begin(manifest)
-        provenance = {"calibration": windows.description}
-        return pipeline.run(
-            work, source, windows.tokens, settings, resources, recovery, manifest, overwrite, provenance, progress
-        )
+        inputs = Inputs(source, windows.tokens, settings, resources, recovery)
+        return pipeline.run(work, inputs, manifest, overwrite, {"calibration": windows.description}, progress)
 
 
 def _check_arguments(

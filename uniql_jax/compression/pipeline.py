@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from uniql_jax.compression.artifacts import LayerStore, Windows
-from uniql_jax.compression.contract import Gains, Progress, RecoveryData, Report, Source
+from uniql_jax.compression.artifacts import StreamStore, Windows
+from uniql_jax.compression.contract import Gains, Inputs, Progress, RecoveryData, Report, SortedModel, Source
 from uniql_jax.compression.estimate import disk_bytes, stream_bytes
 from uniql_jax.compression.inputs import manifest_of
 from uniql_jax.compression.settings import PRECISIONS, CompressionSettings, Resources
@@ -22,7 +22,6 @@ from uniql_jax.compression.stages.calibrate import Calibration, Top, forward_swe
 from uniql_jax.compression.stages.plan import plan as make
 from uniql_jax.compression.stages.quantize import quantize
 from uniql_jax.compression.stages.recover import recover
-from uniql_jax.compression.stages.rotate import rotation
 from uniql_jax.compression.stages.sort import sort
 from uniql_jax.compression.stages.tune import tune
 from uniql_jax.compression.stages.write import write
@@ -30,7 +29,6 @@ from uniql_jax.compression.stored import StoredLayers
 from uniql_jax.compression.workspace import Workspace, workspace
 from uniql_jax.manifest import Manifest
 from uniql_jax.outputs import check_space
-from uniql_jax.plan import Plan
 from uniql_jax.version import __version__
 
 
@@ -71,55 +69,58 @@ def compress(
         UserError: when `out` exists, another process or another run's work is in the way, an input has changed since
             the run that is resumed, the disk is too small, or a value is not finite.
     """
-    settings, resources = settings or CompressionSettings(), resources or Resources()
+    inputs = Inputs(source, tokens, settings or CompressionSettings(), resources or Resources(), recovery)
     with workspace(out, resume, overwrite) as work:
         if not work.started:
-            tuned = recovery is not None and recovery.tuning is not None
-            check_space(work.folder, disk_bytes(source.config, settings, resources, tokens.size, tuned))
-        manifest = manifest_of(source, tokens, settings, recovery, progress)
+            tuned = inputs.tuning is not None
+            needed = disk_bytes(source.config, inputs.settings, inputs.resources, tokens.size, tuned)
+            check_space(work.folder, needed)
+        manifest = manifest_of(source, tokens, inputs.settings, recovery, progress)
         work.begin(manifest)
-        return run(work, source, tokens, settings, resources, recovery, manifest, overwrite, provenance or {}, progress)
+        return run(work, inputs, manifest, overwrite, provenance or {}, progress)
 
 
 def run(
     work: Workspace,
-    source: Source,
-    tokens: Int[np.ndarray, "n t"],
-    settings: CompressionSettings,
-    resources: Resources,
-    recovery: RecoveryData | None,
+    inputs: Inputs,
     manifest: Manifest,
     overwrite: bool,
     provenance: Mapping[str, Any],
     progress: Progress,
 ) -> Report:
-    """All stages in a workspace whose inputs are known to be the manifest's."""
-    config, layers = source.config, work.layers("sorted")
+    """All stages in a workspace whose inputs are known to be the manifest's.
+
+    Args:
+        work: the claimed work folder, begun with `manifest`.
+        inputs: what the run is made from.
+        manifest: of the inputs; goes into the checkpoint.
+        overwrite: replace the output, if it is a model folder, at the very end.
+        provenance: what the checkpoint says of where it comes from.
+        progress: called with the items of each stage and its name.
+
+    Returns:
+        What was done.
+    """
+    source, settings, recovery = inputs.source, inputs.settings, inputs.recovery
     top = {name: jnp.asarray(value, jnp.float32) for name, value in source.top().items()}
     # Statistics and what is solved from them want float32 products; training wants fast ones.
     with jax.default_matmul_precision(matmul_precision(settings)):
-        calibration, plan = _sorted(work, source, top, tokens, settings, resources, layers, progress)
-    gained, tuned, dense = None, None, layers
+        calibration, original = _sorted(work, inputs, top, progress)
+    gained, tuned, model = None, None, original
     if recovery is not None:
-        dense = work.layers("recovered")
-        gained = recover(config, plan, top, layers, recovery, work.folder / "recover", dense, progress)
-    tuning = recovery is not None and recovery.tuning is not None
-    finished, unrounded = work.layers("quantized"), work.layers("unrounded") if tuning else None
+        model = original._replace(layers=work.layers("recovered"))
+        gained = recover(original, recovery, work.folder / "recover", model.layers, progress)
+    finished, unrounded = work.layers("quantized"), work.layers("unrounded") if inputs.tuning else None
     with jax.default_matmul_precision(matmul_precision(settings)):
-        windows = Windows(tokens, resources.batch_tokens)
-        streams = work.streams(windows, stream_interval(source, tokens, resources))
-        q = rotation(config, settings)
-        quantize(
-            config, plan, top, calibration, dense, q, windows, settings, finished, unrounded, streams, progress
-        )  # fmt: skip
-    stored = StoredLayers(config, settings, finished)
-    if recovery is not None and recovery.tuning is not None and unrounded is not None:
+        quantize(model, calibration, settings, finished, unrounded, _streams(work, inputs), progress)
+    stored = StoredLayers(source.config, settings, finished)
+    if recovery is not None and inputs.tuning is not None and unrounded is not None:
         store = work.layers("tuned")
-        teacher = layers if recovery.tuning.teacher == "original" else dense
-        tuned = tune(plan, top, teacher, stored, unrounded, recovery, work.folder / "tune", store, progress)
-        stored = StoredLayers(config, settings, store)
+        teacher = original if inputs.tuning.teacher == "original" else model
+        tuned = tune(teacher, stored, unrounded, recovery, work.folder / "tune", store, progress)
+        stored = StoredLayers(source.config, settings, store)
     section = {
-        "plan": plan.to_json(),
+        "plan": original.plan.to_json(),
         "influence": list(calibration.influence),
         "options": dataclasses.asdict(settings),
         "provenance": _provenance(source, provenance, recovery, gained, tuned),
@@ -127,35 +128,28 @@ def run(
     }
     size = write(work.folder / "checkpoint", source, stored, section)
     work.publish(work.folder / "checkpoint", overwrite)
-    return Report(plan, calibration.influence, size, gained, tuned)
+    return Report(original.plan, calibration.influence, size, gained, tuned)
 
 
-def _sorted(
-    work: Workspace,
-    source: Source,
-    top: Top,
-    tokens: Int[np.ndarray, "n t"],
-    settings: CompressionSettings,
-    resources: Resources,
-    layers: LayerStore,
-    progress: Progress,
-) -> tuple[Calibration, Plan]:
-    """Calibrate, sort into `layers`, plan."""
-    windows = Windows(tokens, resources.batch_tokens)
-    streams = work.streams(windows, stream_interval(source, tokens, resources))
-    calibration = forward_sweep(source, top, windows, work.layers("calibration"), streams, progress)
-    sort(source, top, windows, settings, layers, streams, progress)
-    return calibration, make(source.config, calibration, layers, settings)
+def _sorted(work: Workspace, inputs: Inputs, top: Top, progress: Progress) -> tuple[Calibration, SortedModel]:
+    """Calibrate, sort, plan."""
+    source, settings, layers = inputs.source, inputs.settings, work.layers("sorted")
+    streams = _streams(work, inputs)
+    calibration = forward_sweep(source, top, work.layers("calibration"), streams, progress)
+    sort(source, top, settings, layers, streams, progress)
+    return calibration, SortedModel(source.config, make(source.config, calibration, layers, settings), top, layers)
+
+
+def _streams(work: Workspace, inputs: Inputs) -> StreamStore:
+    """The store of streams, which keeps as many of them as `Resources.stream_bytes` allows."""
+    needed = stream_bytes(inputs.source.config, inputs.tokens.size)
+    interval = max(1, math.ceil(needed / max(1, inputs.resources.stream_bytes)))
+    return work.streams(Windows(inputs.tokens, inputs.resources.batch_tokens), interval)
 
 
 def matmul_precision(settings: CompressionSettings) -> str:
     """What `jax.default_matmul_precision` takes for the settings on this device."""
     return "highest" if jax.default_backend() == "cpu" else PRECISIONS[settings.precision]
-
-
-def stream_interval(source: Source, tokens: Int[np.ndarray, "n t"], resources: Resources) -> int:
-    """Every how many layers the streams are kept on disk."""
-    return max(1, math.ceil(stream_bytes(source.config, tokens.size) / max(1, resources.stream_bytes)))
 
 
 def _provenance(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows, layer_name
+from uniql_jax.compression.artifacts import LayerStore, StreamStore, layer_name
 from uniql_jax.compression.contract import DenseModel, Progress
 from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.sorters.base import Statistics
@@ -42,7 +42,7 @@ def read_ahead(source: DenseModel, indices: Sequence[int]) -> Iterator[tuple[int
 
 
 def forward_sweep(
-    source: DenseModel, top: Top, windows: Windows, store: LayerStore, streams: StreamStore, progress: Progress
+    source: DenseModel, top: Top, store: LayerStore, streams: StreamStore, progress: Progress
 ) -> Calibration:
     """Run the calibration windows through the model, keeping the stream before every layer.
 
@@ -51,7 +51,7 @@ def forward_sweep(
     Raises:
         UserError: naming the layer, when a stream is no longer finite.
     """
-    config, count = source.config, len(source.config.pattern)
+    config, count, windows = source.config, len(source.config.pattern), streams.windows
     if not store.has(SUMMARY):
         known = next((i for i in range(count) if not store.has(layer_name(i))), count)
         start = streams.nearest(FORWARD, known)
@@ -80,7 +80,7 @@ def forward_sweep(
 
 
 def backward_sweep(
-    source: DenseModel, top: Top, windows: Windows, streams: StreamStore, start: int, thorough: bool = False
+    source: DenseModel, top: Top, streams: StreamStore, start: int, thorough: bool = False
 ) -> Iterator[tuple[int, Layer, dict[str, Statistics]]]:
     """(index, layer, mean statistics) of the layers `start`, `start` - 1, ... 0, each read once.
 
@@ -89,7 +89,7 @@ def backward_sweep(
     Raises:
         UserError: naming the layer and the statistic, when one is not finite.
     """
-    config, count = source.config, len(source.config.pattern)
+    config, count, windows = source.config, len(source.config.pattern), streams.windows
     after = next(i for i in range(start + 1, count + 1) if i == count or streams.has(GRADIENT, i))
     if streams.has(GRADIENT, after):
         gradients = streams.load(GRADIENT, after)

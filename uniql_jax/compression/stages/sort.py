@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows, flatten, layer_name
+from uniql_jax.compression.artifacts import LayerStore, StreamStore, flatten, layer_name
 from uniql_jax.compression.contract import DenseModel, Progress
 from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.settings import CompressionSettings
@@ -15,7 +15,6 @@ from uniql_jax.compression.stages.calibrate import Top, backward_sweep
 def sort(
     source: DenseModel,
     top: Top,
-    windows: Windows,
     settings: CompressionSettings,
     store: LayerStore,
     streams: StreamStore,
@@ -33,7 +32,7 @@ def sort(
     todo = [i for i in down if not store.has(layer_name(i))]
     if not todo:
         return
-    layers = backward_sweep(source, top, windows, streams, todo[0], settings.thorough)
+    layers = backward_sweep(source, top, streams, todo[0], settings.thorough)
     for index in progress(down, "sort"):
         if index > todo[0]:
             continue
