@@ -85,7 +85,7 @@ def compress(
         _check_finished(out, manifest_of(source, windows.tokens, settings, recovery, progress))
         say(f"{out} is whole already: nothing to resume")
         return None
-    with workspace(out, resume, overwrite, ckpt) as work:
+    with workspace(out, resume, overwrite, ckpt, (*calib, *recover)) as work:
         tuned = recover_tune is not None
         if not work.started:  # what a started run still needs is less, and unknown
             check_space(work.folder, disk_bytes(source.config, settings, resources, 0, tuned))

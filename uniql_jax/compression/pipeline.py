@@ -70,7 +70,7 @@ def compress(
             the run that is resumed, the disk is too small, or a value is not finite.
     """
     inputs = Inputs(source, tokens, settings or CompressionSettings(), resources or Resources(), recovery)
-    with workspace(out, resume, overwrite) as work:
+    with workspace(out, resume, overwrite, source.name) as work:
         if not work.started:
             tuned = inputs.tuning is not None
             needed = disk_bytes(source.config, inputs.settings, inputs.resources, tokens.size, tuned)
