@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
-from uniql_jax.compression.contract import DenseModel, RecoveryData
+from uniql_jax.compression.contract import DenseModel, RecoveryData, SortedModel
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.sorting import sort_layer
 from uniql_jax.compression.stages.calibrate import Calibration, backward_sweep, forward_sweep
 from uniql_jax.compression.stages.plan import plan as make
 from uniql_jax.compression.stages.quantize import quantize
-from uniql_jax.compression.stages.rotate import rotation
 from uniql_jax.compression.stages.tune import tune
 from uniql_jax.compression.stages.write import write
 from uniql_jax.compression.stored import StoredLayers
@@ -45,9 +44,9 @@ def measure(source: DenseModel, tokens: np.ndarray, folder: Path, batch_tokens: 
     windows = Windows(tokens, batch_tokens)
     streams = StreamStore(folder / "streams", windows, 1)
     top = {name: jnp.asarray(value, jnp.float32) for name, value in source.top().items()}
-    calibration = forward_sweep(source, top, windows, LayerStore(folder / "calibration"), streams, _quiet)
+    calibration = forward_sweep(source, top, LayerStore(folder / "calibration"), streams, _quiet)
     last = len(source.config.pattern) - 1
-    layers = list(backward_sweep(source, top, windows, streams, last, thorough=True)) if backward else []
+    layers = list(backward_sweep(source, top, streams, last, thorough=True)) if backward else []
     return Measured(source, top, windows, calibration, layers)
 
 
@@ -76,10 +75,8 @@ def finish(
     """Rotate, refit and quantize the layers of a store."""
     config, done = measured.source.config, LayerStore(folder / "quantized")
     streams = StreamStore(folder / "streams", measured.windows, 1)
-    quantize(
-        config, plan, measured.top, measured.calibration, layers, rotation(config, settings), measured.windows,
-        settings, done, unrounded, streams, _quiet,
-    )  # fmt: skip
+    model = SortedModel(config, plan, measured.top, layers)
+    quantize(model, measured.calibration, settings, done, unrounded, streams, _quiet)
     return StoredLayers(config, settings, done), done
 
 
@@ -96,5 +93,6 @@ def tuned(
 ) -> tuple[StoredLayers, Any]:
     """Train on after quantizing; the layers that come of it, and what was gained."""
     store = LayerStore(folder / "tuned")
-    gains = tune(plan, measured.top, teacher, finished, unrounded, data, folder / "tune", store, progress)
+    model = SortedModel(measured.source.config, plan, measured.top, teacher)
+    gains = tune(model, finished, unrounded, data, folder / "tune", store, progress)
     return StoredLayers(measured.source.config, settings, store), gains

@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import os
 import re
-import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
 from uniql_jax.convert.gguf import GgufReader
 from uniql_jax.convert.megatron import MegatronReader
-from uniql_jax.errors import UserError
+from uniql_jax.errors import CheckpointWarning, UserError
 from uniql_jax.files import UNREADABLE, ShardReader, copy_side_files, read_json
 
 Leaves = dict[str, Float[np.ndarray, "..."]]
@@ -62,7 +62,7 @@ class Source:
             leaves: Leaves = {}
             for row in tables.rows_of(self.config, self.table, kind):
                 leaves.update(self._read(row, index))
-            layer[kind] = _complete(self.config, kind, leaves)
+            layer[kind] = _complete(self.config, kind, leaves, f"{self.name}: layers.{index}.{kind}")
         return layer
 
     def device_layer(self, index: int) -> dict[str, dict[str, Array]]:
@@ -213,7 +213,7 @@ def open_tensors(
             raise UserError(f"{name}: tensor {tensor!r} is {kind}; we read unquantized weights only")
     if foreign:
         skipped = f"skipped tensors that a {config.model_type} model does not have: {_some(foreign)}"
-        print(f"warning: {name}: {skipped}", file=sys.stderr, flush=True)
+        warnings.warn(f"{name}: {skipped}", CheckpointWarning, stacklevel=2)
     return Source(name, config, dict(hf_config), reader, table, write_side_files)
 
 
@@ -257,13 +257,13 @@ def _device_layer(
     return layer
 
 
-def _complete(config: ModelConfig, kind: str, leaves: Leaves) -> Leaves:
+def _complete(config: ModelConfig, kind: str, leaves: Leaves, where: str) -> Leaves:
     """Add the leaves that follow from others or from the config, drop the raw ones, and put them in our order."""
     wanted = elastic.leaves(config, kind)
     if "v_bias" in leaves:
         v_bias = np.repeat(leaves["v_bias"].astype(np.float64), config.query_groups, axis=1)  # [vo, head]
         folded = np.tensordot(v_bias, leaves["o"].astype(np.float64), 2)
-        leaves["o_bias"] = cast("o_bias", folded + leaves.get("o_bias", 0.0), np.float32)
+        leaves["o_bias"] = cast(f"{where}.o_bias", folded + leaves.get("o_bias", 0.0), np.float32)
     if "inv_freq" in wanted and config.rope is not None:
         shape = elastic.shape(config, wanted["inv_freq"])
         leaves["inv_freq"] = np.ascontiguousarray(np.broadcast_to(config.rope.inv_freq()[:, None], shape))

@@ -47,6 +47,9 @@ ARCHITECTURES = {
     "nemotron_h": "NemotronHForCausalLM",
 }
 """The classes that stock runtimes serve a family with."""
+RESCALED = ("mamba2", "nemotron_h")
+"""Families whose config has `rescale_prenorm_residual`. It concerns new models alone, but some versions of transformers
+divide the output projections of a mamba2 that they load by the root of its depth where it is true."""
 RESIDUAL = 1e-5
 """A value bias stands for an output bias when it misses no more than this part of it (float32 rounding)."""
 
@@ -159,6 +162,8 @@ def hf_form(
     hf = {key: value for key, value in hf_config.items() if key not in UNTRUE} | {"tie_word_embeddings": tied}
     if "architectures" in hf:
         hf["architectures"] = [ARCHITECTURES[config.model_type]]
+    if config.model_type in RESCALED:
+        hf["rescale_prenorm_residual"] = False
     for key in {"dtype", "torch_dtype"} & set(hf) or {"torch_dtype"}:
         hf[key] = dtype
     if o_bias_fits:

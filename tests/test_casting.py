@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 from tests.convert import common
 from uniql_jax.casting import all_finite, cast
+from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows, flatten, layer_name
+from uniql_jax.compression.contract import SortedModel
+from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.compression.stages.calibrate import Calibration
+from uniql_jax.compression.stages.quantize import quantize
+from uniql_jax.compression.stored import TOP, StoredLayers
 from uniql_jax.convert.from_hf import convert
 from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError
+from uniql_jax.plan import make_plan
 
 FORMATS = [np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 
@@ -80,6 +88,34 @@ def test_fingerprints_refuse_values_that_are_not_finite(tmp_path, rng):
         source = open_source(common.write(tmp_path / str(i), hf, tensors | {victim: broken}))
         with pytest.raises(UserError, match=f"'{victim}' holds NaN or infinity"):
             source.fingerprints()
+
+
+@pytest.mark.parametrize("name", ["embed", "layers.1.mlp.down", "layers.1.attention.q"])
+def test_compression_names_the_tensor_that_does_not_fit(tmp_path, rng, name):
+    """Between the largest bfloat16 and the largest float32, when it is finished and when it is read back."""
+    hf = common.hf_config("llama")
+    source = open_source(common.write(tmp_path / "m", hf, common.state_dict(hf, rng)))
+    top, layer = source.top(), source.layer(1)
+    victim = top["embed"] if name == "embed" else layer[name.split(".")[2]][name.split(".")[3]]
+    victim[(0,) * victim.ndim] = 3.4e38
+    layers, done = LayerStore(tmp_path / "dense"), LayerStore(tmp_path / "done")
+    layers.save(layer_name(0), flatten(source.layer(0)))
+    layers.save(layer_name(1), flatten(layer))
+    settings, refusal = CompressionSettings(bits=16), f"tensor '{name}' does not fit bfloat16"
+    model = SortedModel(
+        source.config,
+        make_plan(source.config, None),
+        {leaf: jnp.asarray(value) for leaf, value in top.items()},
+        layers,
+    )
+    calibration = Calibration((), jnp.eye(source.config.hidden_size))
+    streams = StreamStore(tmp_path / "streams", Windows(np.zeros((1, 4), np.int32), 4), 1)
+    with pytest.raises(UserError, match=refusal):
+        quantize(model, calibration, settings, done, None, streams, lambda items, _: items)
+    layers.save(TOP, top)
+    read = StoredLayers(source.config, settings, layers)
+    with pytest.raises(UserError, match=refusal):
+        read.top() if name == "embed" else read.layer(1)
 
 
 @pytest.mark.parametrize(

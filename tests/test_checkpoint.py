@@ -44,7 +44,7 @@ def _layer(bits: int, rng: np.random.Generator) -> dict[str, dict[str, Any]]:
     def draw(leaf: elastic.Leaf) -> Any:
         if bits < 16 and leaf.contract:
             return _packed(leaf, bits, rng)
-        return stored(leaf, rng.standard_normal(elastic.shape(CONFIG, leaf)), _float(bits))
+        return stored(leaf, rng.standard_normal(elastic.shape(CONFIG, leaf)), _float(bits), "leaf")
 
     return {
         kind: {name: draw(leaf) for name, leaf in elastic.leaves(CONFIG, kind).items()} for kind in CONFIG.pattern[0]
@@ -63,7 +63,7 @@ def _write(folder: Path, bits: int, rng: np.random.Generator, planned: bool = Tr
         {
             "embed": _packed(embed, bits, rng)
             if bits < 16
-            else stored(embed, rng.standard_normal((320, 32)), _float(bits))
+            else stored(embed, rng.standard_normal((320, 32)), _float(bits), "embed")
         }
     )
     writer.add_top({"norm": np.ones(32, np.float32)})

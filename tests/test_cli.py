@@ -18,6 +18,7 @@ import pytest
 from uniql_jax import commands, console
 from uniql_jax.commands import cli
 from uniql_jax.errors import UserError
+from uniql_jax.outputs import check_output_files
 from uniql_jax.plan import MAX_PRUNE_RATE
 
 ROOT = Path(__file__).parents[1]
@@ -347,15 +348,20 @@ def test_files_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_output_files_are_checked_before_the_work(tmp_path: Path) -> None:
     there = tmp_path / "there.json"
     there.write_text("mine")
-    console.check_output_file(None)
-    console.check_output_file(tmp_path / "new.json")
-    console.check_output_file(there, overwrite=True)
+    check_output_files([None, tmp_path / "new.json"], inputs=[None, tmp_path, "demo"])
+    check_output_files([there], overwrite=True, inputs=[tmp_path / "other", "sotu:before-1980"])
     with pytest.raises(UserError, match="--overwrite"):
-        console.check_output_file(there)
+        check_output_files([there])
     with pytest.raises(UserError, match="folder of"):
-        console.check_output_file(tmp_path / "none" / "new.json")
+        check_output_files([tmp_path / "none" / "new.json"])
     with pytest.raises(UserError, match="is a folder"):
-        console.check_output_file(tmp_path, overwrite=True)
+        check_output_files([tmp_path], overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for source in (there, tmp_path, tmp_path / "link"):
+        with pytest.raises(UserError, match="a file of the input"):
+            check_output_files([None, there], overwrite=True, inputs=["demo", source])
+    with pytest.raises(UserError, match="two outputs"):
+        check_output_files([tmp_path / "a.png", tmp_path / "link" / "a.png"])
 
 
 @pytest.mark.parametrize("module", ["train.finetune", "train.own_text", "convert.from_hf", "convert.to_hf"])

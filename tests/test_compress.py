@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +20,7 @@ from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.commands import cli
 from uniql_jax.commands import compress as command
 from uniql_jax.compression import compress, describe, estimate, pipeline
-from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.compression.settings import PRECISIONS, CompressionSettings
 from uniql_jax.convert.source import open_source
 
 QUICK = ("--rounding", "nearest", "--no-rotate")
@@ -43,11 +45,12 @@ def test_a_run_plans_works_and_says_what_next(
 ) -> None:
     out = tmp_path / "out"
     argv = ("--ckpt", hf_folder("llama-2-7b"), "--out", out, "--calib", calib, "--calib-windows", "8", *QUICK)
-    assert _run(*argv, "--calib-length", "32", "--uniform", "--seed", "3") == 0
+    assert _run(*argv, "--calib-length", "32", "--uniform", "--seed", "3", "--precision", "tf32") == 0
     shown = capsys.readouterr().out
     checkpoint = open_checkpoint(out)
     assert (
-        checkpoint.meta["options"] | {"rounding": "nearest", "rotate": False, "plan": "uniform", "seed": 3}
+        checkpoint.meta["options"]
+        | {"rounding": "nearest", "rotate": False, "plan": "uniform", "seed": 3, "precision": "tf32"}
         == (checkpoint.meta["options"])
     )
     assert "8 windows of 32 tokens" in checkpoint.meta["provenance"]["calibration"]
@@ -61,13 +64,24 @@ def test_a_run_plans_works_and_says_what_next(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["calib.npy", "out"]
 
     before = (out / "model.safetensors").stat().st_mtime_ns
-    assert _run(*argv, "--calib-length", "32", "--uniform", "--seed", "3", "--resume") == 0
+    assert _run(*argv, "--calib-length", "32", "--uniform", "--seed", "3", "--precision", "tf32", "--resume") == 0
     assert "nothing to resume" in capsys.readouterr().out
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     assert _run(*argv, "--calib-length", "32", "--seed", "4", "--resume") == 2  # another run's result stays
     error = capsys.readouterr().err
     assert "--overwrite" in error
     assert "setting seed" in error
+    assert 'setting precision ("tf32" -> "float32")' in error
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU multiplies as it is asked to")
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_cpu_multiplies_in_float32_at_any_precision(name: str, rng: np.random.Generator) -> None:
+    x, y = (rng.standard_normal((33, 65)).astype(np.float32) for _ in range(2))
+    with jax.default_matmul_precision(pipeline.matmul_precision(CompressionSettings(precision=name))):
+        found = jnp.asarray(x) @ jnp.asarray(y).T
+    exact = x.astype(np.float64) @ y.T.astype(np.float64)
+    assert np.abs(found - exact).max() < 1e-5  # TF32 would miss it by 1e-3
 
 
 def test_recovery_does_what_the_plan_says(

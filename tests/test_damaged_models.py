@@ -76,7 +76,9 @@ class Case:
     def exported(self) -> Path:
         """Our own pruned checkpoint as a dense model: every V/O pair of it has lost ranks."""
         out = self.folder / "exported"
-        to_hf.export(str(self.made.checkpoint(self.family, CompressionSettings(bits=32))), str(out), 0.35, "float32")
+        to_hf.export(
+            str(self.made.checkpoint(self.family, CompressionSettings(bits=32))), str(out), 0.35, dtype="float32"
+        )
         return out
 
     def error(self, source: Path, bits: int) -> float:

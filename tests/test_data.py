@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
@@ -365,19 +366,38 @@ def test_evaluation_windows(tmp_path: Path) -> None:
         data.evaluation_windows([spec], None, 10, 1, vocab_size=100)
 
 
-def test_a_long_source_is_thinned_evenly(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_long_source_is_thinned_evenly() -> None:
     document = "".join(f"{i} words\n" for i in range(40_000))
     pieces = data._pieces([document, "end"])
-    assert "".join(pieces) == document + "end"
-    assert max(map(len, pieces)) <= data.PIECE
-    assert all(p.endswith("\n") for p in pieces[:-1])
-    assert "".join(data._pieces(["x" * 250_001])) == "x" * 250_001
-    many = [f"{i:04d}" * 2500 for i in range(100)]
+    assert "".join(piece.text for piece in pieces) == document + "end"
+    assert max(len(piece.text) for piece in pieces) <= data.PIECE
+    assert all(piece.text.endswith("\n") for piece in pieces[:-1])
+    assert "".join(piece.text for piece in data._pieces(["x" * 250_001])) == "x" * 250_001
+    many = data._pieces(f"{i:04d}" * 2500 for i in range(100))
     kept = data._thin(many, 200_000)
     assert len(kept) == 20
     assert kept[0] == many[0]
     assert kept[-1] in many[90:]
     assert data._thin(many[:3], 10**9) == many[:3]
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> $A </s>", "<s> <s> $A"])
+def test_a_cut_document_has_the_special_tokens_of_a_whole_one(
+    template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Truth: what the tokenizer itself makes of the document, uncut."""
+    tokenizer = tiny.tokenizer()
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    texts = ["".join(f"{i} {line}\n" for i in range(9) for line in tiny.LINES), "short", "@" * 500, "</s> <s>a"]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    monkeypatch.setattr(data, "PIECE", 200)  # more than two lines
+    assert len(data._pieces(texts)) > 12
+    found, _ = data._stream(str(tmp_path), tokenizer, 8, None, tiny.VOCAB, lambda item: True)
+    np.testing.assert_array_equal(found, [i for text in texts for i in tokenizer(text)["input_ids"]])
+    thinned, _ = data._stream(str(tmp_path), tokenizer, 8, 400, tiny.VOCAB, lambda item: True)
+    assert np.isin(thinned, 0).sum() <= template.count("<s>") * len(texts) + 1  # the last text holds one
 
 
 # ------------------------------------------------------------------------------------------------ tokenizer

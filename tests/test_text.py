@@ -224,7 +224,7 @@ def test_chat_prompts() -> None:
 def test_a_template_that_fails(template: str) -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(UserError, match="chat template of this checkpoint fails") as refusal:
+    with pytest.raises(UserError, match="chat template does not take these messages") as refusal:
         runtime.prompt_ids(tokenizer, "hi", chat=True)
     assert "\n" not in str(refusal.value)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from uniql_jax.chat_template import render_chat
 from uniql_jax.errors import UserError
-from uniql_jax.tokenizer import load_tokenizer, render_chat
+from uniql_jax.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_chat_templates_that_fail(folder, template):
     tokenizer = load_tokenizer(folder)
     assert tokenizer is not None
     tokenizer.chat_template = template
-    with pytest.raises(UserError, match="chat template of this checkpoint fails") as error:
+    with pytest.raises(UserError, match="chat template does not take these messages") as error:
         render_chat(tokenizer, [{"role": "user", "content": "hi"}])
     assert "\n" not in str(error.value)
 
@@ -127,4 +128,4 @@ def test_chat_is_rendered(folder):
         render_chat(tokenizer, [])
     tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}{{ add_generation_prompt }}"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert render_chat(tokenizer, turns, add_generation_prompt=True) == "<a><b>True"
+    assert render_chat(tokenizer, turns, prompt=True) == "<a><b>True"

@@ -214,7 +214,8 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     chosen = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(PretrainSettings)}
     options = dataclasses.replace(DEFAULTS, **{name: value for name, value in chosen.items() if value is not None})
-    check_output(args.out, args.overwrite and not args.prepare_only)
+    texts = [*args.data, *(args.eval or ())]
+    check_output(args.out, args.overwrite and not args.prepare_only, texts=texts)
     hf_config = read_config(args.config)
     if args.vocab:
         hf_config["vocab_size"] = args.vocab

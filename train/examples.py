@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from uniql_jax import data, rows
+from uniql_jax.chat_template import render_chat, without_bos
 from uniql_jax.documents import Item, read_source
 from uniql_jax.errors import UserError
 
@@ -99,7 +100,7 @@ def encode(items: Sequence[Item], tokenizer: Any, length: int, end: int | None, 
 
 def encode_task(task: rows.Task, tokenizer: Any, end: int | None) -> tuple[list[int], list[bool]]:
     """Token ids of a task, and which of them are its answer or end."""
-    start = list(tokenizer(rows.without_bos(tokenizer, task.prompt))["input_ids"])
+    start = list(tokenizer(without_bos(tokenizer, task.prompt))["input_ids"])
     eos = getattr(tokenizer, "eos_token_id", None)
     if len(start) > 1 and start[-1] == eos and not task.prompt.endswith(tokenizer.eos_token):
         start.pop()  # some tokenizers end every text, and here it goes on
@@ -114,13 +115,13 @@ def encode_chat(chat: rows.Chat, tokenizer: Any, where: str) -> tuple[list[int],
     Raises:
         UserError: there is no template, or one that writes turns differently once others follow.
     """
-    text = rows.render_chat(tokenizer, chat.messages, where)
+    text = render_chat(tokenizer, chat.messages, where)
     spans = []
     for i, message in enumerate(chat.messages):
         if i < chat.first or message["role"] != "assistant":
             continue
-        before = rows.render_chat(tokenizer, chat.messages[:i], where, prompt=True)
-        after = rows.render_chat(tokenizer, chat.messages[: i + 1], where)
+        before = render_chat(tokenizer, chat.messages[:i], where, prompt=True)
+        after = render_chat(tokenizer, chat.messages[: i + 1], where)
         if not (text.startswith(after) and after.startswith(before)):
             raise UserError(
                 f"{where}: the chat template does not write message {i + 1} where generation would begin, so its "

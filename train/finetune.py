@@ -16,13 +16,13 @@ from uniql_jax import console, elastic
 from uniql_jax.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, reachable_bias, stored
 from uniql_jax.errors import UserError
 from uniql_jax.locking import hold_lock
-from uniql_jax.outputs import check_output, check_space, staged_output
+from uniql_jax.outputs import check_output, check_space, output_path, staged_output
 from uniql_jax.tokenizer import load_tokenizer
 from uniql_jax.train import examples, lora, recover
 from uniql_jax.train.examples import Examples
 from uniql_jax.train.loop import data_mesh, memory_bytes
 from uniql_jax.train.settings import RecoverySettings, resolved
-from uniql_jax.train.work import check_work_folder, disk_errors
+from uniql_jax.train.work import RUN, check_work_folder, disk_errors, has_state, state_bytes
 from uniql_jax.version import __version__
 
 
@@ -41,13 +41,21 @@ def open_trainable(folder: str) -> Checkpoint:
 
 def work_folder(out: str) -> Path:
     """Where a run keeps what is done."""
-    target = Path(out).expanduser().absolute()
+    target = output_path(out)
     return target.with_name(f"{target.name}.partial")
 
 
-def refuse_early(out: str, resume: bool, overwrite: bool) -> None:
-    """Raise UserError for what stands in the way at `out`, before anything long begins."""
-    check_output(out, overwrite)
+def refuse_early(ckpt: str, out: str, texts: Sequence[str], resume: bool, overwrite: bool) -> None:
+    """Raise UserError for what stands in the way at `out`, before anything long begins.
+
+    Args:
+        ckpt: the checkpoint to train; neither it nor `out` may lie inside the other.
+        out: folder to create.
+        texts: what to train on and to validate with; none of it may lie inside `out`.
+        resume: whether an unfinished run may be there.
+        overwrite: whether a model folder may be there.
+    """
+    check_output(out, overwrite, ckpt, texts)
     check_work_folder(work_folder(out), resume)
 
 
@@ -125,14 +133,17 @@ def write(checkpoint: Checkpoint, out: str, result: recover.Result, options: Rec
         "loss_after": {f"{rate:g}": loss for rate, loss in result.after.items()},
     }
     provenance = {**(checkpoint.meta.get("provenance") or {}), "recovery": note}
-    with staged_output(out, overwrite) as staging:
+    with staged_output(out, overwrite, checkpoint.folder) as staging:
         check_space(staging, checkpoint.weight_bytes(0.0))
         writer = CheckpointWriter(staging, checkpoint.hf_config, checkpoint.meta | {"provenance": provenance})
         writer.add_top(checkpoint.top())
         for i in range(len(checkpoint.config.pattern)):
             layer = lora.merge_layer(i, checkpoint.layer(i), factors, options.alpha)
             table = {kind: elastic.BLOCKS[kind] for kind in layer}
-            kept = {k: {n: stored(table[k][n], value, dtype) for n, value in b.items()} for k, b in layer.items()}
+            kept = {
+                k: {n: stored(table[k][n], value, dtype, f"layers.{i}.{k}.{n}") for n, value in b.items()}
+                for k, b in layer.items()
+            }
             writer.add_layer(i, {k: reachable_bias(checkpoint.config, k, block) for k, block in kept.items()})
         writer.finish(checkpoint.folder)
 
@@ -159,8 +170,16 @@ def finetune(
     folder = work_folder(out)
     config, plan, top = checkpoint.config, checkpoint.plan, checkpoint.top()
     layers = [checkpoint.layer(i) for i in range(len(config.pattern))]
+    fresh = not (folder / RUN).exists()
+    if fresh:  # what a started run still needs is less
+        check_space(folder, state_bytes(config, options) + checkpoint.weight_bytes(0.0))
     with hold_lock(folder):
-        result = recover.train(config, layers, top, plan, training, validation, options, folder, progress)
+        try:
+            result = recover.train(config, layers, top, plan, training, validation, options, folder, progress)
+        except UserError:
+            if fresh and not has_state(folder):  # there is nothing to go on from
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         try:
             with disk_errors(Path(out)):
                 write(checkpoint, out, result, options, overwrite)

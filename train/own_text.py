@@ -26,6 +26,8 @@ from uniql_jax.tokenizer import load_tokenizer
 from uniql_jax.version import __version__
 
 BATCH = 64
+ROWS = "rows.npy"
+"""What is done so far, in the work folder."""
 EVERY = 30
 """Batches after which what is done is kept on disk, at least."""
 
@@ -125,9 +127,9 @@ def kept(folder: Path, made_from: Manifest) -> Int[np.ndarray, "have length"] | 
         return None
     before.require(made_from, folder)
     try:
-        return np.load(folder / "rows.npy") if (folder / "rows.npy").exists() else None
+        return np.load(folder / ROWS) if (folder / ROWS).exists() else None
     except (OSError, ValueError, EOFError):
-        raise UserError(f"{folder / 'rows.npy'} cannot be read; remove {folder} to start anew") from None
+        raise UserError(f"{folder / ROWS} cannot be read; remove {folder} to start anew") from None
 
 
 if __name__ == "__main__":

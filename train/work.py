@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.locking import LOCK, OWNER
 from uniql_jax.manifest import Manifest, hash_array, hash_json, settings_entries
+from uniql_jax.outputs import check_space
 from uniql_jax.plan import Plan
 from uniql_jax.train import lora
 from uniql_jax.train.examples import Examples
@@ -26,6 +28,7 @@ from uniql_jax.version import __version__
 
 LOG = "log.jsonl"
 RUN = "run.json"
+RESUME = "; what is done so far is kept: mend the disk and add --resume"
 FREE_SETTINGS = ("accumulate", "remat")
 """Settings that say how a step is computed, not what: a run may be resumed with others."""
 DISK = re.compile(r"no space left|read-only file system|permission denied|file too large|disk quota", re.IGNORECASE)
@@ -51,9 +54,29 @@ def check_work_folder(folder: Path, resume: bool) -> None:
         raise UserError(f"{folder} is needed for the work and holds something else; move it away")
 
 
+def state_bytes(config: ModelConfig, options: RecoverySettings) -> int:
+    """About what the states of a run take on the disk: the newest, the one before, and one that is being written."""
+    trained, _ = lora.planned(config, options.rank)
+    copies = 5  # factors, three numbers of the optimizer for each, and the best factors so far
+    return 3 * 4 * copies * trained
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a work folder holds a state that a run could go on from."""
+    return any(place.name.isdigit() for part in (folder, folder / "adapt") for place in (part / "state").glob("*"))
+
+
 @contextlib.contextmanager
-def disk_errors(place: Path) -> Iterator[None]:
-    """Turn a disk that cannot be written into a UserError of one line."""
+def disk_errors(place: Path, kept: bool = True) -> Iterator[None]:
+    """Turn a disk that cannot be written into a UserError of one line.
+
+    Args:
+        place: what is being written.
+        kept: whether there is work that a resumed run would go on from.
+    """
+    log = logging.getLogger("absl")  # orbax logs what its threads raise, before it raises it here
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     except UserError:
@@ -63,10 +86,10 @@ def disk_errors(place: Path) -> Iterator[None]:
         found = DISK.search(str(error))
         if reason is None and found is None:
             raise
-        raise UserError(
-            f"cannot write {place}: {reason or (found and found[0].lower())}; what is done so far is kept: mend the "
-            "disk and add --resume"
-        ) from None
+        advice = RESUME if kept else ""
+        raise UserError(f"cannot write {place}: {reason or (found and found[0].lower())}{advice}") from None
+    finally:
+        log.setLevel(level)
 
 
 def manifest(
@@ -135,7 +158,7 @@ class Saved:
         import orbax.checkpoint as ocp  # slow to import
 
         self._args, self.folder = ocp.args, folder
-        with disk_errors(folder):
+        with disk_errors(folder, has_state(folder)):
             folder.mkdir(parents=True, exist_ok=True)
             kept = Manifest.load(folder / RUN)
             if kept is None:
@@ -155,9 +178,14 @@ class Saved:
         Raises:
             UserError: the disk cannot be written.
         """
-        kept, noted = self._args.StandardSave(arrays), self._args.JsonSave(dict(notes))
-        with disk_errors(self.folder):
-            self._manager.save(step, args=self._args.Composite(arrays=kept, notes=noted))
+        state, noted = self._args.StandardSave(arrays), self._args.JsonSave(dict(notes))
+        kept = has_state(self.folder)
+        try:  # tensorstore's threads print what they raise on a full disk, so better not to begin
+            check_space(self.folder, sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
+        except UserError as error:
+            raise UserError(f"{error}{RESUME if kept else ''}") from None
+        with disk_errors(self.folder, kept):
+            self._manager.save(step, args=self._args.Composite(arrays=state, notes=noted))
             _sync(self.folder / "state" / str(step))
 
     def load(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from uniql_jax import config as model_config
 from uniql_jax import elastic
@@ -232,8 +233,18 @@ class CheckpointWriter:
         return self._shards.total_bytes
 
 
-def stored(leaf: elastic.Leaf, value: Any, dtype: Any, name: str = "(unnamed)") -> np.ndarray:
-    """How a dense leaf is kept on disk: matrices in `dtype`, vectors in float32; UserError where that overflows."""
+def stored(leaf: elastic.Leaf, value: Any, dtype: Any, name: str) -> Shaped[np.ndarray, "..."]:
+    """How a dense leaf is kept on disk: matrices in `dtype`, vectors in float32.
+
+    Args:
+        leaf: the row of `elastic.BLOCKS` or `elastic.TOP` that describes it.
+        value: its numbers.
+        dtype: of matrices.
+        name: of the tensor, for the message.
+
+    Raises:
+        UserError: naming the tensor, where a finite value lies beyond the range of the format.
+    """
     return cast(name, value, dtype if leaf.contract else np.float32)
 
 

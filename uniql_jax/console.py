@@ -52,24 +52,6 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def check_output_file(path: str | Path | None, overwrite: bool = False) -> None:
-    """Refuse, before long work, an output file that exists already or whose folder does not.
-
-    Raises UserError.
-    """
-    if path is None:
-        return
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file in it")
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already; choose another name or add --overwrite")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"the folder of {path} does not exist")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise UserError(f"no permission to write {path}")
-
-
 def write_whole(path: str | Path, data: str | bytes) -> None:
     """Write a temporary file in the same folder and rename it, so that a half-written one is never seen.
 

@@ -118,8 +118,7 @@ def _stream(
         pieces = _pieces(documents_of(source, spec, tokenizer))
         if budget is not None:
             pieces = _thin(pieces, budget)
-        encoded = tokenizer(pieces, return_attention_mask=False, verbose=False)["input_ids"]
-        ids = np.concatenate([np.asarray(row, np.int64) for row in encoded])
+        ids = _token_ids(tokenizer, pieces)
     if ids.size == 0:
         raise UserError(f"{spec} holds no tokens")
     low, high = int(ids.min()), int(ids.max())
@@ -146,21 +145,48 @@ def _token_file(path: Path) -> Int[np.ndarray, "samples length"]:
     return ids
 
 
-def _pieces(documents: Iterable[str]) -> list[str]:
+class _Piece(NamedTuple):
+    """A part of a document, and whether the document begins and ends with it."""
+
+    text: str
+    begins: bool
+    ends: bool
+
+
+def _pieces(documents: Iterable[str]) -> list[_Piece]:
     """Cut long documents at line ends (anywhere if a line is longer still)."""
     pieces = []
     for document in documents:
+        begins = True
         while len(document) > PIECE:
             cut = document.rfind("\n", PIECE // 2, PIECE) + 1 or PIECE
-            pieces.append(document[:cut])
-            document = document[cut:]
-        pieces.append(document)
+            pieces.append(_Piece(document[:cut], begins, False))
+            document, begins = document[cut:], False
+        pieces.append(_Piece(document, begins, True))
     return pieces
 
 
-def _thin(pieces: list[str], characters: int) -> list[str]:
+def _token_ids(tokenizer: Any, pieces: Sequence[_Piece]) -> Int[np.ndarray, " tokens"]:
+    """Tokens of all pieces end to end; special ones (BOS, EOS) stand at the ends of documents, never at a cut."""
+    before, after = _special_ends(tokenizer)
+    texts = [piece.text for piece in pieces]
+    found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    rows = []
+    for piece, ids in zip(pieces, found, strict=True):
+        rows += [before if piece.begins else [], ids, after if piece.ends else []]
+    return np.concatenate([np.asarray(row, np.int64) for row in rows])
+
+
+def _special_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and after a text by default."""
+    text, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    start = next((i for i in range(len(whole)) if text and whole[i : i + len(text)] == text), len(whole))
+    return whole[:start], whole[start + len(text) :]
+
+
+def _thin(pieces: list[_Piece], characters: int) -> list[_Piece]:
     """Evenly spaced pieces, about `characters` in all."""
-    skip = max(1.0, sum(map(len, pieces)) / max(characters, PIECE))
+    skip = max(1.0, sum(len(piece.text) for piece in pieces) / max(characters, PIECE))
     return [pieces[int(i * skip)] for i in range(max(1, int(len(pieces) / skip)))]
 
 

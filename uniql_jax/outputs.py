@@ -1,4 +1,4 @@
-"""Output folders that appear whole: refused early if they cannot be written, then staged, synced and swapped in."""
+"""Outputs, refused early if they cannot be written; folders appear whole: they are staged, synced and swapped in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from uniql_jax.errors import UserError
@@ -37,13 +37,14 @@ def output_path(out: Place) -> Path:
         raise UserError(f"{text!r} is not a name for an output folder: {error}") from None
 
 
-def check_output(out: Place, overwrite: bool = False, source: Place | None = None) -> None:
+def check_output(out: Place, overwrite: bool = False, source: Place | None = None, texts: Iterable[Place] = ()) -> None:
     """Refuse, before any work, an output folder that could not be put in place at the end.
 
     Args:
         out: folder to create; it need not have a parent yet.
         overwrite: whether a model folder (one with config.json) or an empty folder may be replaced.
         source: what the output is made from; neither may lie inside the other.
+        texts: what else is read; it may not lie inside `out`, which would be replaced.
 
     Raises:
         UserError: `out` exists and may not be replaced, cannot be written, has too long a name, or would overwrite
@@ -55,6 +56,8 @@ def check_output(out: Place, overwrite: bool = False, source: Place | None = Non
         raise UserError(f"{out} is the working folder or holds it; name a new folder")
     if source is not None:
         _check_apart(target, source)
+    for text in texts:
+        _check_spared(target, text)
     _check_parent(target)
     if os.path.lexists(target):
         _check_replaceable(target, overwrite)
@@ -73,16 +76,56 @@ def _short(target: Path) -> str:
 
 
 def _check_apart(target: Path, source: Place) -> None:
-    origin = Path(source).expanduser()
-    if not origin.exists():  # a hub id, or a name of its own
-        return
-    origin, place = origin.resolve(), Path(os.path.realpath(target))
-    if place == origin:
-        raise UserError(f"{target} is the input itself; name another folder")
-    if place.is_relative_to(origin):
+    _check_spared(target, source)
+    origin = _existing(source)
+    if origin is not None and Path(os.path.realpath(target)).is_relative_to(origin):
         raise UserError(f"{target} lies inside the input {source}; name a folder outside it")
-    if origin.is_relative_to(place):
+
+
+def _check_spared(target: Path, source: Place) -> None:
+    origin, place = _existing(source), Path(os.path.realpath(target))
+    if origin == place:
+        raise UserError(f"{target} is the input itself; name another folder")
+    if origin is not None and origin.is_relative_to(place):
         raise UserError(f"the input {source} lies inside {target}; name another folder")
+
+
+def _existing(source: Place) -> Path | None:
+    """Where an input lies; None for a hub id, or a name of its own."""
+    path = os.path.expanduser(source)
+    return Path(os.path.realpath(path)) if os.path.exists(path) else None
+
+
+def check_output_files(
+    paths: Iterable[Place | None], overwrite: bool = False, inputs: Iterable[Place | None] = ()
+) -> None:
+    """Refuse, before long work, output files that exist already, whose folder does not, or that are inputs.
+
+    Args:
+        paths: files to write; None is no file.
+        overwrite: whether files that exist may be replaced.
+        inputs: what is read; neither one of them nor a file in one of them is replaced. None is no input.
+
+    Raises:
+        UserError: one line that says which.
+    """
+    seen = set()
+    for path in (Path(path) for path in paths if path is not None):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a file in it")
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} exists already; choose another name or add --overwrite")
+        for name in inputs if path.exists() else ():
+            origin = None if name is None else _existing(name)
+            if origin is not None and path.resolve().is_relative_to(origin):
+                raise UserError(f"{path} is a file of the input {name} and is not replaced; choose another name")
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"the folder of {path} does not exist")
+        if not os.access(path.absolute().parent, os.W_OK):
+            raise UserError(f"no permission to write {path}")
+        if path.resolve() in seen:
+            raise UserError(f"{path} is named for two outputs; choose another name for one of them")
+        seen.add(path.resolve())
 
 
 def _check_parent(target: Path) -> None:

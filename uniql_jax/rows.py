@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from uniql_jax.chat_template import render_chat, without_bos
 from uniql_jax.errors import UserError
 
 ROLES = {
@@ -172,21 +173,6 @@ def _kind(value: Any) -> str:
     return "a list" if isinstance(value, list) else "an object" if isinstance(value, Mapping) else type(value).__name__
 
 
-def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], where: str, *, prompt: bool = False) -> str:
-    """Messages as the tokenizer's chat template writes them; with `prompt`, up to where the assistant goes on.
-
-    Raises:
-        UserError: there is no template, or it does not take these messages.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"{where} holds messages, and the model's tokenizer has no chat template to write them with")
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-    except Exception as error:  # a template is a program of the model's: it may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{where}: the model's chat template does not take these messages: {reason}") from None
-
-
 def document(content: Content, tokenizer: Any | None, where: str) -> str:
     """A row as plain text; a chat as the tokenizer's template writes it, or its contents where there is none."""
     if isinstance(content, Text):
@@ -197,11 +183,3 @@ def document(content: Content, tokenizer: Any | None, where: str) -> str:
         return "\n\n".join(message["content"] for message in content.messages)
     text = render_chat(tokenizer, content.messages, where)
     return without_bos(tokenizer, text)
-
-
-def without_bos(tokenizer: Any, text: str) -> str:
-    """Text without the BOS that a template wrote, where the tokenizer puts one in front itself."""
-    bos = getattr(tokenizer, "bos_token", None)
-    if bos and text.startswith(bos) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        return text[len(bos) :]
-    return text

@@ -1,11 +1,10 @@
-"""Tokenizers of checkpoint folders: loading them, and rendering chats, with one-line errors for damaged files."""
+"""Tokenizers of checkpoint folders: loading them, with one-line errors for damaged files."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,28 +68,6 @@ def source_tokenizer(source: Source) -> Any | None:
         return load_tokenizer(folder, source.name)
 
 
-def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-    """The text that a model's chat template makes of messages; templates run in jinja's sandbox.
-
-    Args:
-      tokenizer: one that `load_tokenizer` gave.
-      messages: role and content of each turn.
-      options: further arguments of `apply_chat_template`, such as add_generation_prompt.
-
-    Raises:
-      UserError: there is no template, or it cannot be parsed, or it refuses these messages.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("this checkpoint has no chat template; leave chat off")
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
-    except Exception as error:  # a template is a program: it may raise anything
-        raise UserError(f"the chat template of this checkpoint fails: {_reason(error)}") from None
-    if not isinstance(text, str):
-        raise UserError("the chat template of this checkpoint makes no text")
-    return text
-
-
 def _check_json(path: Path, shown: str) -> None:
     if not path.exists():
         return
@@ -106,7 +83,6 @@ def _check_json(path: Path, shown: str) -> None:
         raise UserError(f"{shown} is not a JSON object")
 
 
-def _reason(error: BaseException, folder: Path | None = None, shown: str = "") -> str:
+def _reason(error: BaseException, folder: Path, shown: str) -> str:
     """The first line of an error, with the user's own name for the folder."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-    return text if folder is None else text.replace(str(folder), shown)
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].replace(str(folder), shown)

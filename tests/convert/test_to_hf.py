@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import published
 from tests.convert import common
 from uniql_jax import config as configs
 from uniql_jax import elastic
@@ -211,6 +212,22 @@ def test_stock_transformers_runs_the_export(tmp_path, rng):
             with torch.no_grad():
                 logits.append(model(tokens).logits.numpy())
         assert relative(logits[1], logits[0]) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["mamba2-8b", "nemotron-h-8b"])
+@pytest.mark.parametrize("given", [{"rescale_prenorm_residual": True}, {}])
+def test_transformers_does_not_rescale_what_it_loads(tmp_path, rng, name, given):
+    transformers = pytest.importorskip("transformers")
+    hf = {k: v for k, v in published.shrunk(name).items() if k != "rescale_prenorm_residual"} | given
+    tensors = folder(tmp_path / "hub", hf, rng)
+    from_hf_command.main([str(tmp_path / "hub"), str(tmp_path / "ours")])
+    export_command.main([str(tmp_path / "ours"), str(tmp_path / "back")])
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["rescale_prenorm_residual"] is False
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
+    loaded = {key.replace("model.", "backbone."): value for key, value in loaded.items()}  # files name it backbone
+    assert set(loaded) == set(tensors)
+    for tensor, value in tensors.items():
+        np.testing.assert_array_equal(loaded[tensor].float().numpy(), value, err_msg=tensor)
 
 
 def test_source_of_an_export_is_a_model_again(tmp_path, rng):

@@ -105,7 +105,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         ("no such text", ("--ckpt", ckpt, "--out", tmp_path / "out", "--data", tmp_path / "none.txt")),
         ("from 2 to 256", ("--ckpt", ckpt, *tail, "--length", "1000")),
         ("does not divide", ("--ckpt", ckpt, *tail, "--batch", "4", "--accumulate", "3")),
-        ("exists", ("--ckpt", ckpt, "--out", ckpt, "--data", text)),
+        ("the input itself", ("--ckpt", ckpt, "--out", ckpt, "--data", text)),
+        ("exists", ("--ckpt", ckpt, "--out", bare, "--data", text)),
         ("distribution of rates", ("--ckpt", ckpt, *tail, "--rates", "sometimes")),
     ]
     for message, argv in cases:

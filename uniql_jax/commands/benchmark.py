@@ -9,6 +9,7 @@ from uniql_jax import console
 from uniql_jax.commands import cli
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation.published import PARTS, published
+from uniql_jax.outputs import check_output_files
 
 EXAMPLES = f"""\
 examples:
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if args.bits is not None and args.ckpt is not None:
         raise UserError("--bits goes with --config: a checkpoint has bits of its own")
-    console.check_output_file(args.json, args.overwrite)
+    check_output_files([args.json], args.overwrite, [args.ckpt, args.config])
     cli.use_compilation_cache(args.compilation_cache)
     from tqdm import tqdm
 

@@ -13,13 +13,14 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from uniql_jax.errors import UserError
+from uniql_jax.errors import CheckpointWarning, UserError
 from uniql_jax.limits import MAX_PRUNE_RATE
 
 T = TypeVar("T")
@@ -117,12 +118,30 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errn
 
 def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     try:
-        code = main(argv) or 0
+        with _warnings_as_lines():
+            code = main(argv) or 0
     except SystemExit as stop:  # --help and --version
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     if sys.stdout is not None:
         sys.stdout.flush()
     return code
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Show our own warnings as one line each, without the line of code that raised them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CheckpointWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            if issubclass(category, CheckpointWarning):
+                tqdm.write(" ".join(f"warning: {message}".split()), file=sys.stderr)  # above a progress bar
+            else:
+                others(message, category, *place)
+
+        warnings.showwarning = show
+        yield
 
 
 class _Terminated(BaseException):

@@ -210,6 +210,12 @@ def parser() -> cli.Parser:
     method.add_argument(
         "--state-score", choices=choices.STATE_SCORES, default=DEFAULTS.state_score, help="order of SSM states"
     )
+    method.add_argument(
+        "--precision", choices=tuple(choices.PRECISIONS), default=DEFAULTS.precision,
+        help="how a GPU multiplies activations and gathers their statistics: in float32, in three products of bfloat16 "
+        "parts (as good but for the last bits, faster on tensor cores), or in TF32 (10 bits of mantissa, fastest); it "
+        "decides the exact bytes of the result, but a CPU always takes float32",
+    )  # fmt: skip
     plan = method.add_mutually_exclusive_group()
     # no default: argparse distinguishes two options of a group only when they differ from it
     plan.add_argument(
@@ -239,6 +245,7 @@ def main(argv: list[str]) -> None:
         rotate=DEFAULTS.rotate and not args.no_rotate,
         rounding=args.rounding,
         refit=args.refit,
+        precision=args.precision,
     )
     recover_settings = dataclasses.replace(
         RECOVERY,

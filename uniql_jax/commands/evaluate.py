@@ -8,6 +8,7 @@ from uniql_jax import console
 from uniql_jax.commands import cli
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation import plot
+from uniql_jax.outputs import check_output_files
 
 
 def parser() -> cli.Parser:
@@ -65,8 +66,8 @@ def main(argv: list[str]) -> None:
     for option, value in (("--window", args.window), ("--max-tokens", args.max_tokens)):
         if value is not None and value < 2:
             raise UserError(f"{option} must be at least 2: the first token is not predicted")
-    for path in (args.json, args.plot):
-        console.check_output_file(path, args.overwrite)
+    inputs = [args.ckpt, args.baseline, *(args.text or []), *(args.tasks or [])]
+    check_output_files([args.json, args.plot], args.overwrite, inputs)
     if args.plot:
         plot.require_matplotlib()
     from tqdm import tqdm

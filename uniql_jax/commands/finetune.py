@@ -117,7 +117,8 @@ def main(argv: list[str]) -> None:
     from uniql_jax.train import finetune
 
     options = options_of(args)
-    finetune.refuse_early(args.out, args.resume, args.overwrite)
+    texts = [*args.data, *(args.validation or [])]
+    finetune.refuse_early(args.ckpt, args.out, texts, args.resume, args.overwrite)
     checkpoint = finetune.open_trainable(args.ckpt)
     training, validation = finetune.load_examples(
         checkpoint, args.data, args.validation, args.length, args.examples, options

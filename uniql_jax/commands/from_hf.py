@@ -17,6 +17,13 @@ def parser() -> cli.Parser:
 def main(argv: list[str]) -> None:
     """Run the command; raises UserError."""
     args = parser().parse_args(argv)
-    from uniql_jax.convert.from_hf import convert  # here: `--help` and argument errors need none of this
+    from uniql_jax import console  # here: `--help` and argument errors need none of this
+    from uniql_jax.convert.from_hf import convert
 
-    convert(args.checkpoint, args.out, args.overwrite)
+    convert(
+        args.checkpoint,
+        args.out,
+        args.overwrite,
+        say=lambda text: print(text, flush=True),
+        progress=console.progress,
+    )

@@ -50,9 +50,10 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     from uniql_jax import console  # here: `--help` and argument errors need none of this
     from uniql_jax.evaluation.describe import describe_checkpoint
+    from uniql_jax.outputs import check_output_files
 
-    for file in (args.json if args.json != "-" else None, args.plot):
-        console.check_output_file(file, args.overwrite)
+    files = [args.json if args.json != "-" else None, args.plot]
+    check_output_files(files, args.overwrite, [args.checkpoint])
     if args.plot:
         from uniql_jax.evaluation.plot import require_matplotlib
 

@@ -58,20 +58,28 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{args.out} must end in .npy, by which calibration and training know token ids")
     if args.length < 2:
         raise UserError("--length must be at least 2 tokens")
-    from uniql_jax import console  # here, and below: `--help` and argument errors need no JAX
-    from uniql_jax.locking import hold_lock
-    from uniql_jax.train.own_text import open_model
+    from uniql_jax.locking import hold_lock  # here, and below: `--help` and argument errors need no JAX
+    from uniql_jax.outputs import check_output_files, check_space
+    from uniql_jax.train.own_text import ROWS, open_model
     from uniql_jax.train.work import check_work_folder
 
-    console.check_output_file(out, args.overwrite)
+    check_output_files([out], args.overwrite, [args.ckpt])
     folder = out.with_name(f"{out.name}.partial")
     check_work_folder(folder, args.resume)
     model = open_model(args.ckpt)
     limit = model.config.max_position
     if args.length > limit:
         raise UserError(f"--length must be at most {limit} tokens, the model's limit")
+    fresh = not folder.exists()
+    if fresh:
+        check_space(out, 2 * 4 * args.windows * args.length)  # FILE, and what is kept on the way
     with hold_lock(folder):
-        sample = _write(args, model, out, folder)
+        try:
+            sample = _write(args, model, out, folder)
+        except UserError:
+            if fresh and not (folder / ROWS).exists():  # there is nothing to go on from
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         shutil.rmtree(folder, ignore_errors=True)
     command = f"python -m uniql_jax.compress --ckpt {args.ckpt} --out elastic --recover {args.out} --recover-distill 1"
     print(f"\n{sample}Next:\n  {command}")
@@ -81,7 +89,7 @@ def _write(args: argparse.Namespace, model: CausalLM, out: Path, folder: Path) -
     """Write the windows, keeping what is done in `folder`; returns the beginning of one."""
     from uniql_jax import console
     from uniql_jax.model.causal_lm import cache_bytes
-    from uniql_jax.train.own_text import beginnings, kept, manifest, npy_bytes, own_text, tokenizer_of
+    from uniql_jax.train.own_text import ROWS, beginnings, kept, manifest, npy_bytes, own_text, tokenizer_of
 
     tokenizer = tokenizer_of(args.ckpt, model)
     starts = beginnings(model.config.vocab_size, tokenizer, model.config.eos_ids)
@@ -105,7 +113,7 @@ def _write(args: argparse.Namespace, model: CausalLM, out: Path, folder: Path) -
         seed=args.seed,
         done=done,
         progress=lambda batches: console.progress(batches, "write"),
-        keep=lambda rows: console.write_whole(folder / "rows.npy", npy_bytes(rows)),
+        keep=lambda rows: console.write_whole(folder / ROWS, npy_bytes(rows)),
     )
     console.write_whole(out, npy_bytes(rows))
     return "" if tokenizer is None else f"  {tokenizer.decode(rows[0][:40])!r} ...\n\n"

@@ -10,7 +10,7 @@ from uniql_jax import data
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.compression import pipeline
 from uniql_jax.compression.budget import lay_out
-from uniql_jax.compression.contract import Progress, RecoveryData, Report
+from uniql_jax.compression.contract import Inputs, Progress, RecoveryData, Report
 from uniql_jax.compression.describe import describe
 from uniql_jax.compression.inputs import manifest_of
 from uniql_jax.compression.settings import LENGTH, RECOVER_LENGTH, WINDOWS, CompressionSettings, Resources
@@ -85,7 +85,7 @@ def compress(
         _check_finished(out, manifest_of(source, windows.tokens, settings, recovery, progress))
         say(f"{out} is whole already: nothing to resume")
         return None
-    with workspace(out, resume, overwrite, ckpt) as work:
+    with workspace(out, resume, overwrite, ckpt, (*calib, *recover)) as work:
         tuned = recover_tune is not None
         if not work.started:  # what a started run still needs is less, and unknown
             check_space(work.folder, lay_out(source.config, settings, resources, (0, 0), tuned).disk)
@@ -96,10 +96,8 @@ def compress(
         say(describe(source, out, settings, budget, windows, recovery))
         manifest = manifest_of(source, windows.tokens, settings, recovery, progress)
         work.begin(manifest)
-        provenance = {"calibration": windows.description}
-        return pipeline.run(
-            work, source, windows.tokens, settings, budget, recovery, manifest, overwrite, provenance, progress
-        )
+        inputs = Inputs(source, windows.tokens, settings, budget, recovery)
+        return pipeline.run(work, inputs, manifest, overwrite, {"calibration": windows.description}, progress)
 
 
 def _check_arguments(

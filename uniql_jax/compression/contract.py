@@ -5,8 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from uniql_jax.compression.artifacts import LayerStore
+from uniql_jax.compression.budget import Budget
+from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.config import ModelConfig
 from uniql_jax.plan import Plan
 from uniql_jax.train.examples import Examples
@@ -71,6 +77,34 @@ class RecoveryData:
     validation: Examples
     settings: RecoverySettings
     tuning: RecoverySettings | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """All that a run is made from: the model, calibration windows without padding, settings, and what it may train on.
+
+    `budget` does not change the result.
+    """
+
+    source: Source
+    tokens: Int[np.ndarray, "n t"]
+    settings: CompressionSettings
+    budget: Budget
+    recovery: RecoveryData | None = None
+
+    @property
+    def tuning(self) -> RecoverySettings | None:
+        """How to train on after quantizing; None: not at all."""
+        return None if self.recovery is None else self.recovery.tuning
+
+
+class SortedModel(NamedTuple):
+    """A model as the stages after sorting take it: dense `layers` of full size, and the plan of what goes first."""
+
+    config: ModelConfig
+    plan: Plan
+    top: Mapping[str, Float[Array, "..."]]
+    layers: LayerStore
 
 
 @dataclasses.dataclass(frozen=True)

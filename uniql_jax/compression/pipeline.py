@@ -12,25 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from uniql_jax.compression.artifacts import LayerStore
-from uniql_jax.compression.budget import Budget, lay_out
-from uniql_jax.compression.contract import Gains, Progress, RecoveryData, Report, Source
+from uniql_jax.compression.budget import lay_out
+from uniql_jax.compression.contract import Gains, Inputs, Progress, RecoveryData, Report, SortedModel, Source
 from uniql_jax.compression.inputs import manifest_of
 from uniql_jax.compression.settings import PRECISIONS, CompressionSettings, Resources
 from uniql_jax.compression.stages.calibrate import Calibration, Top, forward_sweep
 from uniql_jax.compression.stages.plan import plan as make
 from uniql_jax.compression.stages.quantize import quantize
 from uniql_jax.compression.stages.recover import recover
-from uniql_jax.compression.stages.rotate import rotation
 from uniql_jax.compression.stages.sort import sort
 from uniql_jax.compression.stages.tune import tune
 from uniql_jax.compression.stages.write import write
 from uniql_jax.compression.stored import StoredLayers
-from uniql_jax.compression.streams import Windows
+from uniql_jax.compression.streams import StreamStore, Windows
 from uniql_jax.compression.workspace import Workspace, workspace
 from uniql_jax.manifest import Manifest
 from uniql_jax.outputs import check_space
-from uniql_jax.plan import Plan
 from uniql_jax.version import __version__
 
 
@@ -71,56 +68,59 @@ def compress(
         UserError: when `out` exists, another process or another run's work is in the way, an input has changed since
             the run that is resumed, the disk is too small, or a value is not finite.
     """
-    settings, resources = settings or CompressionSettings(), resources or Resources()
-    with workspace(out, resume, overwrite) as work:
+    settings = settings or CompressionSettings()
+    with workspace(out, resume, overwrite, source.name) as work:
         tuned = recovery is not None and recovery.tuning is not None
-        budget = lay_out(source.config, settings, resources, tokens.shape, tuned)
+        budget = lay_out(source.config, settings, resources or Resources(), tokens.shape, tuned)
         if not work.started:
             check_space(work.folder, budget.disk)
         manifest = manifest_of(source, tokens, settings, recovery, progress)
         work.begin(manifest)
-        return run(work, source, tokens, settings, budget, recovery, manifest, overwrite, provenance or {}, progress)
+        inputs = Inputs(source, tokens, settings, budget, recovery)
+        return run(work, inputs, manifest, overwrite, provenance or {}, progress)
 
 
 def run(
     work: Workspace,
-    source: Source,
-    tokens: Int[np.ndarray, "n t"],
-    settings: CompressionSettings,
-    budget: Budget,
-    recovery: RecoveryData | None,
+    inputs: Inputs,
     manifest: Manifest,
     overwrite: bool,
     provenance: Mapping[str, Any],
     progress: Progress,
 ) -> Report:
-    """All stages in a workspace whose inputs are known to be the manifest's."""
-    config, layers = source.config, work.layers("sorted")
+    """All stages in a workspace whose inputs are known to be the manifest's.
+
+    Args:
+        work: the claimed work folder, begun with `manifest`.
+        inputs: what the run is made from.
+        manifest: of the inputs; goes into the checkpoint.
+        overwrite: replace the output, if it is a model folder, at the very end.
+        provenance: what the checkpoint says of where it comes from.
+        progress: called with the items of each stage and its name.
+
+    Returns:
+        What was done.
+    """
+    source, settings, recovery = inputs.source, inputs.settings, inputs.recovery
     top = {name: jnp.asarray(value, jnp.float32) for name, value in source.top().items()}
     # Statistics and what is solved from them want float32 products; training wants fast ones.
     with jax.default_matmul_precision(matmul_precision(settings)):
-        calibration, plan = _sorted(work, source, top, tokens, settings, budget, layers, progress)
-    gained, tuned, dense = None, None, layers
+        calibration, original = _sorted(work, inputs, top, progress)
+    gained, tuned, model = None, None, original
     if recovery is not None:
-        dense = work.layers("recovered")
-        gained = recover(config, plan, top, layers, recovery, work.folder / "recover", dense, progress)
-    tuning = recovery is not None and recovery.tuning is not None
-    finished, unrounded = work.layers("quantized"), work.layers("unrounded") if tuning else None
+        model = original._replace(layers=work.layers("recovered"))
+        gained = recover(original, recovery, work.folder / "recover", model.layers, progress)
+    finished, unrounded = work.layers("quantized"), work.layers("unrounded") if inputs.tuning else None
     with jax.default_matmul_precision(matmul_precision(settings)):
-        windows = Windows(tokens, budget.batch_tokens)
-        streams = work.streams(windows, settings.stream_dtype, budget)
-        q = rotation(config, settings)
-        quantize(
-            config, plan, top, calibration, dense, q, windows, settings, finished, unrounded, streams, progress
-        )  # fmt: skip
-    stored = StoredLayers(config, settings, finished)
-    if recovery is not None and recovery.tuning is not None and unrounded is not None:
+        quantize(model, calibration, settings, finished, unrounded, _streams(work, inputs), progress)
+    stored = StoredLayers(source.config, settings, finished)
+    if recovery is not None and inputs.tuning is not None and unrounded is not None:
         store = work.layers("tuned")
-        teacher = layers if recovery.tuning.teacher == "original" else dense
-        tuned = tune(plan, top, teacher, stored, unrounded, recovery, work.folder / "tune", store, progress)
-        stored = StoredLayers(config, settings, store)
+        teacher = original if inputs.tuning.teacher == "original" else model
+        tuned = tune(teacher, stored, unrounded, recovery, work.folder / "tune", store, progress)
+        stored = StoredLayers(source.config, settings, store)
     section = {
-        "plan": plan.to_json(),
+        "plan": original.plan.to_json(),
         "influence": list(calibration.influence),
         "options": dataclasses.asdict(settings),
         "provenance": _provenance(source, provenance, recovery, gained, tuned),
@@ -128,25 +128,22 @@ def run(
     }
     size = write(work.folder / "checkpoint", source, stored, section)
     work.publish(work.folder / "checkpoint", overwrite)
-    return Report(plan, calibration.influence, size, gained, tuned)
+    return Report(original.plan, calibration.influence, size, gained, tuned)
 
 
-def _sorted(
-    work: Workspace,
-    source: Source,
-    top: Top,
-    tokens: Int[np.ndarray, "n t"],
-    settings: CompressionSettings,
-    budget: Budget,
-    layers: LayerStore,
-    progress: Progress,
-) -> tuple[Calibration, Plan]:
-    """Calibrate, sort into `layers`, plan."""
-    windows = Windows(tokens, budget.batch_tokens)
-    streams = work.streams(windows, settings.stream_dtype, budget)
-    calibration = forward_sweep(source, top, windows, work.layers("calibration"), streams, progress)
-    sort(source, top, windows, settings, layers, streams, progress)
-    return calibration, make(source.config, calibration, layers, settings)
+def _sorted(work: Workspace, inputs: Inputs, top: Top, progress: Progress) -> tuple[Calibration, SortedModel]:
+    """Calibrate, sort, plan."""
+    source, settings, layers = inputs.source, inputs.settings, work.layers("sorted")
+    streams = _streams(work, inputs)
+    calibration = forward_sweep(source, top, work.layers("calibration"), streams, progress)
+    sort(source, top, settings, layers, streams, progress)
+    return calibration, SortedModel(source.config, make(source.config, calibration, layers, settings), top, layers)
+
+
+def _streams(work: Workspace, inputs: Inputs) -> StreamStore:
+    """The store of streams, as the budget lays it out."""
+    budget = inputs.budget
+    return work.streams(Windows(inputs.tokens, budget.batch_tokens), inputs.settings.stream_dtype, budget)
 
 
 def matmul_precision(settings: CompressionSettings) -> str:

@@ -35,13 +35,15 @@ class StoredLayers:
     def layer(self, index: int) -> dict[str, dict[str, Any]]:
         """One layer, {kind: {leaf: value}}."""
         found = unflatten(self.store.load(layer_name(index)))
-        return {kind: self._leaves(block, elastic.BLOCKS[kind]) for kind, block in found.items()}
+        return {
+            kind: self._leaves(block, elastic.BLOCKS[kind], f"layers.{index}.{kind}.") for kind, block in found.items()
+        }
 
     def top(self) -> dict[str, Any]:
         """Embedding, final norm and head."""
-        return self._leaves(self.store.load(TOP), elastic.TOP)
+        return self._leaves(self.store.load(TOP), elastic.TOP, "")
 
-    def _leaves(self, tensors: Mapping[str, Any], table: Mapping[str, elastic.Leaf]) -> dict[str, Any]:
+    def _leaves(self, tensors: Mapping[str, Any], table: Mapping[str, elastic.Leaf], prefix: str) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for key, value in tensors.items():
             name, _, part = key.partition(".")
@@ -50,5 +52,5 @@ class StoredLayers:
             if part == "data":
                 out[name] = packed(self.config, self.meta, table[name], value, tensors[f"{name}.scale"])
             else:
-                out[name] = stored(table[name], value, self.dtype)
+                out[name] = stored(table[name], value, self.dtype, f"{prefix}{name}")
         return out

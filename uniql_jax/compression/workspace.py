@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from uniql_jax.compression.artifacts import LayerStore
@@ -65,14 +65,23 @@ class Workspace:
 
 
 @contextlib.contextmanager
-def workspace(out: str | Path, resume: bool, overwrite: bool, source: str | Path | None = None) -> Iterator[Workspace]:
+def workspace(
+    out: str | Path, resume: bool, overwrite: bool, source: str | Path | None = None, texts: Sequence[str] = ()
+) -> Iterator[Workspace]:
     """Claim the work folder of `out`; a run that cannot start leaves nothing behind.
 
+    Args:
+        out: folder to create.
+        resume: whether to go on with an unfinished run.
+        overwrite: whether `out` may be a model folder, which is replaced.
+        source: the model; neither it nor `out` may lie inside the other.
+        texts: what else is read; none of it may lie inside `out`.
+
     Raises:
-        UserError: when `out` cannot be written or overlaps `source`, when another process works there, when an
+        UserError: when `out` cannot be written or overlaps an input, when another process works there, when an
             unfinished run is there and `resume` is False, or when the disk refuses to write.
     """
-    check_output(out, overwrite, source)
+    check_output(out, overwrite, source, texts)
     target, folder = output_path(out), work_folder(out)
     _check_ours(folder)
     made = _missing_parents(folder)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from uniql_jax.chat_template import render_chat
 from uniql_jax.errors import UserError
-from uniql_jax.tokenizer import TOKENIZER_FILES, load_tokenizer, render_chat
+from uniql_jax.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 REPLACEMENT = "\ufffd"
 SHORTEST_WINDOW = 16
@@ -95,7 +96,7 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
 
     Raises UserError when there is no template, or when it refuses these messages.
     """
-    return render_chat(tokenizer, messages, add_generation_prompt=True)
+    return render_chat(tokenizer, messages, prompt=True)
 
 
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool = False) -> Int[np.ndarray, " t"]:

@@ -15,7 +15,7 @@ from uniql_jax.compression.contract import DenseModel, Progress
 from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.sorters.base import Statistics
 from uniql_jax.compression.sorting import final_gram, layer_forward, layer_statistics, loss_gradient
-from uniql_jax.compression.streams import StreamStore, Windows
+from uniql_jax.compression.streams import StreamStore
 from uniql_jax.model.causal_lm import embed
 
 FORWARD, GRADIENT = "forward", "gradient"
@@ -43,7 +43,7 @@ def read_ahead(read: Callable[[int], Layer], indices: Sequence[int]) -> Iterator
 
 
 def forward_sweep(
-    source: DenseModel, top: Top, windows: Windows, store: LayerStore, streams: StreamStore, progress: Progress
+    source: DenseModel, top: Top, store: LayerStore, streams: StreamStore, progress: Progress
 ) -> Calibration:
     """Run the calibration windows through the model, keeping the stream before every layer.
 
@@ -52,7 +52,7 @@ def forward_sweep(
     Raises:
         UserError: naming the layer, when a stream is no longer finite.
     """
-    config, count = source.config, len(source.config.pattern)
+    config, count, windows = source.config, len(source.config.pattern), streams.windows
     if not store.has(SUMMARY):
         known = next((i for i in range(count) if not store.has(layer_name(i))), count)
         start = streams.nearest(FORWARD, known)
@@ -83,7 +83,7 @@ def forward_sweep(
 
 
 def backward_sweep(
-    source: DenseModel, top: Top, windows: Windows, streams: StreamStore, start: int, thorough: bool = False
+    source: DenseModel, top: Top, streams: StreamStore, start: int, thorough: bool = False
 ) -> Iterator[tuple[int, Layer, dict[str, Statistics]]]:
     """(index, layer, mean statistics) of the layers `start`, `start` - 1, ... 0, each read once.
 
@@ -92,7 +92,7 @@ def backward_sweep(
     Raises:
         UserError: naming the layer and the statistic, when one is not finite.
     """
-    config, count = source.config, len(source.config.pattern)
+    config, count, windows = source.config, len(source.config.pattern), streams.windows
     after = next(i for i in range(start + 1, count + 1) if i == count or streams.has(GRADIENT, i))
     if streams.has(GRADIENT, after):
         gradients = streams.load(GRADIENT, after)

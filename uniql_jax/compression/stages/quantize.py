@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from uniql_jax import elastic
 from uniql_jax.checkpoint import reachable_bias, stored
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
-from uniql_jax.compression.contract import Progress
+from uniql_jax.compression.contract import Progress, SortedModel
 from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.packing import Packed, pack_leaf, pack_together
 from uniql_jax.compression.refit import (
@@ -31,12 +31,12 @@ from uniql_jax.compression.refit import (
 from uniql_jax.compression.refit import refit as refitted
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.stages.calibrate import Calibration, Top, read_ahead
-from uniql_jax.compression.stages.rotate import Rotation, rotated_layer, rotated_top
+from uniql_jax.compression.stages.rotate import Rotation, rotated_layer, rotated_top, rotation
 from uniql_jax.compression.stored import TOP, StoredLayers, matrix_dtype
-from uniql_jax.compression.streams import StreamStore, Windows
+from uniql_jax.compression.streams import StreamStore
 from uniql_jax.config import ModelConfig
 from uniql_jax.model.causal_lm import embed
-from uniql_jax.plan import Plan, groups
+from uniql_jax.plan import groups
 from uniql_jax.weights.quantized import dense
 
 Block = Mapping[str, Any]
@@ -65,30 +65,34 @@ class Streams(NamedTuple):
 
 
 def quantize(
-    config: ModelConfig,
-    plan: Plan,
-    top: Top,
+    model: SortedModel,
     calibration: Calibration,
-    layers: LayerStore,
-    q: Rotation,
-    windows: Windows,
     settings: CompressionSettings,
     done: LayerStore,
     unrounded: LayerStore | None,
     streams: StreamStore,
     progress: Progress,
 ) -> None:
-    """Write every layer of the dense store `layers`, rotated by `q`, in its stored form into `done`.
+    """Rotate every layer and write it in its stored form.
 
-    unrounded: a store that gets what was rounded as well, in steps, for tuning. Goes on after the layers that an
-    earlier run finished; nothing is computed when all are there.
+    Goes on after the layers that an earlier run finished; nothing is computed when all are there.
+
+    Args:
+        model: dense layers, the leaves outside them, and the plan.
+        calibration: what the head reads.
+        settings: bits, rotation, rounding and refit.
+        done: gets the finished layers.
+        unrounded: gets what was rounded as well, in steps, for tuning; None: nobody wants it.
+        streams: keep what runs along, over the calibration windows.
+        progress: called with the layers.
 
     Raises:
         UserError: naming layer and tensor, when a finished weight or scale is not finite.
     """
+    config, q = model.config, rotation(model.config, settings)
     stored_layers, count = StoredLayers(config, settings, done), len(config.pattern)
     if not done.has(TOP):
-        finished, offsets = _finish_top(config, top, q, calibration, settings, unrounded is not None)
+        finished, offsets = _finish_top(config, model.top, q, calibration, settings, unrounded is not None)
         check_finite(finished, "outside the layers, quantized:")
         if unrounded is not None:
             unrounded.save(TOP, offsets)
@@ -98,8 +102,8 @@ def quantize(
         return
     running = None
     if settings.packed or settings.refit is not None:
-        running = _resume(config, plan, top, layers, q, windows, settings, stored_layers, streams, start)
-    dense_layers = read_ahead(layers.layer, range(start, count))
+        running = _resume(model, q, settings, stored_layers, streams, start)
+    dense_layers = read_ahead(model.layers.layer, range(start, count))
     for index in progress(range(count), "quantize" if settings.packed else "finish"):
         if index < start:
             continue
@@ -130,22 +134,18 @@ def _save(streams: StreamStore, index: int, running: Streams) -> None:
 
 
 def _resume(
-    config: ModelConfig,
-    plan: Plan,
-    top: Top,
-    layers: LayerStore,
+    model: SortedModel,
     q: Rotation,
-    windows: Windows,
     settings: CompressionSettings,
     finished: StoredLayers,
     streams: StreamStore,
     start: int,
 ) -> Streams:
     """The streams before layer `start`, from the nearest ones on disk."""
-    keep = None
+    config, windows, keep = model.config, streams.windows, None
     if settings.refit is not None:
         rates = refit_rates(windows.ends[-1], settings.refit)
-        per_window = keep_per_window(plan, rates.tolist())
+        per_window = keep_per_window(model.plan, rates.tolist())
         keep = [
             tuple({axis: sizes[low:high] for axis, sizes in layer.items()} for layer in per_window)
             for low, high in itertools.pairwise([0, *windows.ends])
@@ -156,7 +156,7 @@ def _resume(
         x = [embed({"embed": table}, batch, streams.dtype) for batch in windows.batches]
         unpruned = None
         if keep is not None:
-            table = top["embed"] if q is None else top["embed"] @ q
+            table = model.top["embed"] if q is None else model.top["embed"] @ q
             unpruned = [embed({"embed": table}, batch, streams.dtype) for batch in windows.batches]
         running = Streams(x, unpruned, keep)
         _save(streams, 0, running)
@@ -164,7 +164,7 @@ def _resume(
         unpruned = streams.load(UNPRUNED, at) if keep is not None else None
         running = Streams(streams.load(FINISHED, at), unpruned, keep)
     for i in range(at, start):
-        original, done = rotated_layer(layers.layer(i), q), finished.layer(i)
+        original, done = rotated_layer(model.layers.layer(i), q), finished.layer(i)
         for kind in config.pattern[i]:
             running = running.after(config, i, kind, done[kind], original[kind])
     return running
@@ -177,14 +177,14 @@ def _finish_top(
     norm, gram, dtype = top["norm"], calibration.final_gram, matrix_dtype(settings)
     turned = rotated_top(top, q)
     if not settings.packed:
-        return {name: stored(elastic.TOP[name], value, dtype) for name, value in turned.items()}, {}
+        return {name: stored(elastic.TOP[name], value, dtype, name) for name, value in turned.items()}, {}
     if q is None:
         read = norm[:, None] * gram * norm
     elif "head" in turned:
         read = q.T @ gram @ q
     else:
         read = q.T @ (norm[:, None] * gram * norm) @ q
-    out: dict[str, Any] = {n: stored(elastic.TOP[n], value, dtype) for n, value in turned.items() if n != "head"}
+    out: dict[str, Any] = {n: stored(elastic.TOP[n], value, dtype, n) for n, value in turned.items() if n != "head"}
     if "head" in turned:
         hessians = {"head": read, "embed": None}
     else:
@@ -233,7 +233,7 @@ def _finish_block(
             take(name, value)
     for name, leaf in leaves.items():
         if leaf.contract != "first" and name not in reading:
-            done[name] = stored(leaf, original[name], dtype)
+            done[name] = stored(leaf, original[name], dtype, f"layers.{index}.{kind}.{name}")
     working = dict(original) | {name: dense(value) for name, value in done.items()}
     for name, leaf in leaves.items():
         if leaf.contract == "first":
@@ -241,7 +241,7 @@ def _finish_block(
             if settings.packed:
                 take(name, pack_leaf(leaf, weight, gram, settings, group[leaf.dims[0]], offsets))
             else:
-                done[name] = stored(leaf, weight, dtype)
+                done[name] = stored(leaf, weight, dtype, f"layers.{index}.{kind}.{name}")
     return reachable_bias(config, kind, done), before
 
 

@@ -7,39 +7,34 @@ from pathlib import Path
 import jax
 
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
-from uniql_jax.compression.contract import Gains, Progress, RecoveryData
+from uniql_jax.compression.contract import Gains, Progress, RecoveryData, SortedModel
 from uniql_jax.compression.finite import check_finite
-from uniql_jax.compression.stages.calibrate import Top
-from uniql_jax.config import ModelConfig
-from uniql_jax.plan import Plan
 from uniql_jax.train import recover as training
 from uniql_jax.train.lora import merge_layer
 
 SUMMARY = "summary"
 
 
-def recover(
-    config: ModelConfig,
-    plan: Plan,
-    top: Top,
-    sorted_layers: LayerStore,
-    data: RecoveryData,
-    folder: Path,
-    store: LayerStore,
-    progress: Progress,
-) -> Gains:
-    """Train on the sorted layers and keep every layer with what was trained merged in, in `store`.
+def recover(model: SortedModel, data: RecoveryData, folder: Path, store: LayerStore, progress: Progress) -> Gains:
+    """Train on the sorted layers and keep every layer with what was trained merged in.
 
-    `folder` keeps the state of the training. Nothing is done again where the store holds all layers already.
+    Nothing is done again where the store holds all layers already.
+
+    Args:
+        model: what to train.
+        data: examples and settings.
+        folder: keeps the state of the training.
+        store: gets the merged layers.
+        progress: called with the steps.
 
     Raises:
         UserError: when the loss or a merged weight is not finite.
     """
     if not store.has(SUMMARY):
-        layers = [jax.device_get(sorted_layers.layer(i)) for i in range(len(config.pattern))]
+        layers = [jax.device_get(model.layers.layer(i)) for i in range(len(model.config.pattern))]
         result = training.train(
-            config, layers, jax.device_get(top), plan, data.train, data.validation, data.settings, folder,
-            lambda steps: progress(steps, "recover"),
+            model.config, layers, jax.device_get(model.top), model.plan, data.train, data.validation, data.settings,
+            folder, lambda steps: progress(steps, "recover"),
         )  # fmt: skip
         factors = jax.device_get(result.factors)
         for i, layer in enumerate(layers):

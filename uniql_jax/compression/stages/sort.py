@@ -10,13 +10,12 @@ from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.sorting import sort_layer
 from uniql_jax.compression.stages.calibrate import Top, backward_sweep
-from uniql_jax.compression.streams import StreamStore, Windows
+from uniql_jax.compression.streams import StreamStore
 
 
 def sort(
     source: DenseModel,
     top: Top,
-    windows: Windows,
     settings: CompressionSettings,
     store: LayerStore,
     streams: StreamStore,
@@ -34,7 +33,7 @@ def sort(
     todo = [i for i in down if not store.has(layer_name(i))]
     if not todo:
         return
-    layers = backward_sweep(source, top, windows, streams, todo[0], settings.thorough)
+    layers = backward_sweep(source, top, streams, todo[0], settings.thorough)
     for index in progress(down, "sort"):
         if index > todo[0]:
             continue

@@ -9,12 +9,10 @@ from typing import Any
 import jax
 
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name, unflatten
-from uniql_jax.compression.contract import Gains, Progress, RecoveryData
+from uniql_jax.compression.contract import Gains, Progress, RecoveryData, SortedModel
 from uniql_jax.compression.finite import check_finite
-from uniql_jax.compression.stages.calibrate import Top
 from uniql_jax.compression.stages.recover import SUMMARY
 from uniql_jax.compression.stored import TOP, StoredLayers
-from uniql_jax.plan import Plan
 from uniql_jax.train import recover as training
 from uniql_jax.train.lora import packed_layer, packed_top
 from uniql_jax.weights.fake_quantized import from_quantized
@@ -22,9 +20,7 @@ from uniql_jax.weights.quantized import QuantizedArray
 
 
 def tune(
-    plan: Plan,
-    top: Top,
-    teacher_layers: LayerStore,
+    teacher: SortedModel,
     quantized: StoredLayers,
     unrounded: LayerStore,
     data: RecoveryData,
@@ -34,8 +30,16 @@ def tune(
 ) -> Gains:
     """Train the packed model; the integers that come of it go into `store`.
 
-    teacher_layers: the unpruned dense model to distill from, the original or what recovery made of it; unrounded: what
-    was rounded to the packed integers, in steps. Nothing is done again where the store is whole already.
+    Nothing is done again where the store is whole already.
+
+    Args:
+        teacher: the unpruned dense model to distill from, the original or what recovery made of it.
+        quantized: the packed layers.
+        unrounded: what was rounded to the packed integers, in steps.
+        data: examples and settings.
+        folder: keeps the state of the training.
+        store: gets the tuned layers.
+        progress: called with the steps.
 
     Raises:
         UserError: when the loss or a tuned scale is not finite.
@@ -51,12 +55,12 @@ def tune(
             packed = quantized.layer(i).items()
             layers.append({kind: _trainable(block, before.get(kind, {})) for kind, block in packed})
         tops = _trainable(quantized.top(), unrounded.load(TOP))
-        teacher = None
+        dense = None
         if settings.distill:
-            teacher = [jax.device_get(teacher_layers.layer(i)) for i in range(count)], jax.device_get(dict(top))
+            dense = [jax.device_get(teacher.layers.layer(i)) for i in range(count)], jax.device_get(dict(teacher.top))
         result = training.train(
-            config, layers, tops, plan, data.train, data.validation, settings, folder,
-            lambda steps: progress(steps, "tune"), teacher=teacher,
+            config, layers, tops, teacher.plan, data.train, data.validation, settings, folder,
+            lambda steps: progress(steps, "tune"), teacher=dense,
         )  # fmt: skip
         factors = jax.device_get(result.factors)
         for i, layer in enumerate(layers):
