@@ -9,12 +9,13 @@ import pytest
 
 from tests.convert import common
 from uniql_jax.casting import all_finite, cast
-from uniql_jax.compression.artifacts import LayerStore, StreamStore, Windows, flatten, layer_name
+from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
 from uniql_jax.compression.contract import SortedModel
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.stages.calibrate import Calibration
 from uniql_jax.compression.stages.quantize import quantize
 from uniql_jax.compression.stored import TOP, StoredLayers
+from uniql_jax.compression.streams import StreamStore, Windows
 from uniql_jax.convert.from_hf import convert
 from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError

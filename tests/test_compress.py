@@ -71,7 +71,7 @@ def test_a_run_plans_works_and_says_what_next(
     error = capsys.readouterr().err
     assert "--overwrite" in error
     assert "setting seed" in error
-    assert 'setting precision ("tf32" -> "float32")' in error
+    assert 'setting precision ("tf32" -> "bf16x3")' in error
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU multiplies as it is asked to")
@@ -84,6 +84,7 @@ def test_a_cpu_multiplies_in_float32_at_any_precision(name: str, rng: np.random.
     assert np.abs(found - exact).max() < 1e-5  # TF32 would miss it by 1e-3
 
 
+@pytest.mark.slow
 def test_recovery_does_what_the_plan_says(
     hf_folder: Folder, calib: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,9 +191,9 @@ def test_estimates_of_real_models(name: str) -> None:
     assert cut == pytest.approx(0.35 * 2 * counting.prunable_count(config), rel=0.01)
     assert 0.4 < counting.prunable_count(config) / params < 1
     assert estimate.work(config, four, 65536) > estimate.work(config, sixteen, 65536) > 2 * params * 65536 * 0.4
-    parts = estimate.memory_parts(config, 128, 512)
+    parts = estimate.memory_parts(config, four, 128, 512, 16384)
     assert all(size > 0 for size in parts.values())
-    assert sum(parts.values()) < 40e9
+    assert sum(parts.values()) < 60e9
 
 
 @pytest.mark.parametrize("bits", [4, 16])

@@ -104,6 +104,11 @@ def case(
     return Case(compressed.made(tmp_path_factory, seed), request.param, tmp_path, compressed.tokens(rng, 6, 32))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [f if f in ("llama-grouped-tied", "nemotron_h") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
+    indirect=True,
+)
 def test_without_quantization_nothing_is_lost(case: Case) -> None:
     for name, source in case.sources.items():
         assert case.error(source, 32) < 1e-4, name

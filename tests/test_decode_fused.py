@@ -96,7 +96,12 @@ def distance(got: Any, want: Any) -> float:
 MORE = [pytest.param(0.0, 1, True, marks=pytest.mark.slow), pytest.param(0.25, 1, False, marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("family", SIZES)
+OFTEN = ("llama", "mamba2")
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in SIZES]
+)
 @pytest.mark.parametrize(("rate", "batch", "tiles"), [(0.25, 3, True), *MORE])
 def test_fused_decode_is_decode(
     family: str, rate: float, batch: int, tiles: bool, monkeypatch: pytest.MonkeyPatch

@@ -422,7 +422,7 @@ def test_command_as_a_program(folder: Path) -> None:
         assert part in plan
 
 
-@pytest.mark.parametrize("new", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("new", [1, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4, 9))])
 def test_several_tokens_a_call_are_the_same_tokens(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, new: int
 ) -> None:

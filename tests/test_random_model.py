@@ -151,7 +151,7 @@ def test_a_config_of_ones_own(tmp_path: Path) -> None:
     ("text", "says"),
     [
         (None, "llama-3.1-8b"),
-        ("{", "not a JSON object"),
+        ("{", "not readable JSON"),
         ("[1]", "not a JSON object"),
         ('{"model_type": "gpt_neox"}', "gpt_neox"),
         ('{"model_type": "llama", "vocab_size": 9, "hidden_size": "many"}', "hidden_size"),

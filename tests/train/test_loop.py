@@ -147,7 +147,11 @@ def test_prompts_and_padding_are_not_learnt(rng: np.random.Generator) -> None:
     assert examples.learn.sum() == len(picked) < examples.valid.sum()
 
 
-@pytest.mark.parametrize("changes", [{"accumulate": 4}, {"remat": "products"}, {"remat": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"accumulate": 4}, pytest.param({"remat": "products"}, marks=pytest.mark.slow), {"remat": "all"}],
+    ids=str,
+)
 def test_parts_and_remat_change_nothing(changes: dict[str, Any], rng: np.random.Generator) -> None:
     model = cases.model("llama", rng, num_hidden_layers=1)
     factors, examples = _factors(model, rng), _instructions(rng)

@@ -60,6 +60,7 @@ def test_it_learns_far_below_the_unigram_entropy(family: str, rng: np.random.Gen
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_every_family_is_written_as_its_own_checkpoint(family: str, rng: np.random.Generator, tmp_path: Path) -> None:
     """What is read back from the file computes what was trained, rounded as the file rounds it."""
@@ -107,6 +108,7 @@ def test_batches_follow_from_seed_and_step_alone(rng: np.random.Generator) -> No
     np.testing.assert_array_equal(np.diff(batches[0], axis=1), 1)
 
 
+@pytest.mark.slow
 def test_bfloat16_activations_train_float32_parameters(rng: np.random.Generator) -> None:
     config = tiny.config(vocab_size=40, num_hidden_layers=1)
     options = dataclasses.replace(QUICK, steps=60, compute="bfloat16")

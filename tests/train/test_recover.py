@@ -116,6 +116,7 @@ def test_killed_and_resumed_is_never_killed(rng: np.random.Generator, tmp_path: 
         recover.train(**other, folder=broken)
 
 
+@pytest.mark.slow
 def test_what_adapts_first_is_the_start_and_the_teacher(rng: np.random.Generator, tmp_path: Path) -> None:
     """Steps at rate 0 come first; then nothing pulls the unpruned model back to what it was. A kill in either half, and
     going on, is the run that was not killed.

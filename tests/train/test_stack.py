@@ -17,7 +17,7 @@ from uniql_jax.weights.lora import LoraArray
 
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
-@pytest.mark.parametrize("remat", ["none", "products"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("products", marks=pytest.mark.slow)])
 def test_the_trainers_forward_is_the_models(family: str, remat: str, rng: np.random.Generator) -> None:
     model = cases.model(family, rng)
     assert model.plan is not None
