@@ -198,9 +198,3 @@ def test_where_a_measurement_came_from(tmp_path: Path, monkeypatch: pytest.Monke
     assert str(tmp_path) not in str(found)
     assert found["versions"]["jax"] == jax.__version__
     assert found["device"]
-
-
-def test_decode_steps_in_a_chain(model: CausalLM) -> None:
-    found = timing.decode_step_seconds(model, 16, 1, 3, repeats=2)
-    assert found.repeats == 2
-    assert 0 < found.low <= found.median <= found.high

@@ -217,11 +217,6 @@ class Bench:
         return {name: vars(self)[name] for name in ("prefill", "step", "loop") if name in vars(self)}
 
 
-def decode_step_seconds(model: CausalLM, cache_len: int, batch: int, steps: int, repeats: int = 5) -> Timing:
-    """Seconds per decode step after `cache_len` tokens, `steps` (at least 1) of them chained through the cache."""
-    return Bench(model, batch, cache_len, steps + 1, repeats).tpot_step(read=False)
-
-
 def device_bytes(tree: Any) -> int:
     """Bytes of all arrays in a tree."""
     return sum(int(leaf.nbytes) for leaf in jax.tree.leaves(tree))
