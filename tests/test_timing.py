@@ -19,7 +19,8 @@ from uniql_jax import config as model_config
 from uniql_jax.evaluation import timing
 from uniql_jax.evaluation.random_model import random_model
 from uniql_jax.evaluation.timing import Bench, Timing
-from uniql_jax.model.causal_lm import CausalLM, cache_bytes
+from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.model.decoding import cache_bytes
 from uniql_jax.runtime import generation as runtime
 
 pytestmark = pytest.mark.usefixtures("ahead_of_time")

@@ -25,7 +25,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from uniql_jax.model.cache import Cache
-from uniql_jax.model.causal_lm import CausalLM, cache_bytes
+from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.model.decoding import cache_bytes
 from uniql_jax.pallas_kernels import dispatch
 from uniql_jax.runtime import generation as runtime
 
