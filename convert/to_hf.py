@@ -48,8 +48,7 @@ ARCHITECTURES = {
 }
 """The classes that stock runtimes serve a family with."""
 RESCALED = ("mamba2", "nemotron_h")
-"""Families whose config has `rescale_prenorm_residual`. It concerns new models alone, but some versions of transformers
-divide the output projections of a mamba2 that they load by the root of its depth where it is true."""
+"""Families with `rescale_prenorm_residual`: where it is true, transformers divides out_proj of a mamba2 that it loads."""
 RESIDUAL = 1e-5
 """A value bias stands for an output bias when it misses no more than this part of it (float32 rounding)."""
 
@@ -57,7 +56,17 @@ RESIDUAL = 1e-5
 def original_pairs(config: ModelConfig, inv_freq: Float[np.ndarray, "kept kv_head"]) -> Int[np.ndarray, "kept kv_head"]:
     """Where each kept RoPE pair stood before sorting, read off its frequency; each place is given out once.
 
-    Pairs with equal frequencies are interchangeable. Raises ValueError for a frequency the model does not have.
+    Pairs with equal frequencies are interchangeable.
+
+    Args:
+        config: the model.
+        inv_freq: frequencies of the kept pairs, float32.
+
+    Returns:
+        The original index of every pair.
+
+    Raises:
+        ValueError: a frequency that the model does not have.
     """
     assert config.rope is not None
     places: dict[float, list[int]] = {}
@@ -78,8 +87,18 @@ def layer_to_hf(
 ) -> Tensors:
     """One layer's leaves at their kept sizes -> its dense HF tensors by name, float32, zeros for what was cut.
 
-    `layer` is {kind: {leaf: array or QuantizedArray}}; `table` is the family's own unless given. ValueError when the
-    family has no output bias and o_bias cannot be carried by a value bias (only possible where no V rank was cut).
+    Args:
+        config: the model.
+        i: index of the layer.
+        layer: {kind: {leaf: array or QuantizedArray}}.
+        table: which tensor is which leaf; None: the family's own.
+
+    Returns:
+        {name: tensor}.
+
+    Raises:
+        ValueError: the family has no output bias and o_bias cannot be carried by a value bias (only possible where no
+            V rank was cut).
     """
     table = table or tables.TABLES[config.model_type]
     tensors: Tensors = {}
@@ -141,6 +160,14 @@ def top_to_hf(config: ModelConfig, top: Mapping[str, Any], table: tuple[tables.R
 
     A `head_in` matrix (rotated models apply it to the normed stream x) is multiplied into the head:
     (x @ head_in) @ head.T = x @ (head @ head_in.T).T.
+
+    Args:
+        config: the model.
+        top: {leaf: array or QuantizedArray}.
+        table: which tensor is which leaf; None: the family's own.
+
+    Returns:
+        {name: tensor}.
     """
     leaves = {name: np.asarray(dense(value)) for name, value in top.items()}
     head_in = leaves.pop("head_in", None)
@@ -158,6 +185,16 @@ def hf_form(
 
     Where a family's form has no place for o_bias, the model is written as a llama with attention_bias, which computes
     the same and has one.
+
+    Args:
+        config: the model.
+        hf_config: config.json of the original.
+        tied: whether the embedding serves as the head.
+        o_bias_fits: see `o_bias_fits`.
+        dtype: number format that is written.
+
+    Returns:
+        The config, without what holds for the original's files alone, and which tensor is which leaf.
     """
     hf = {key: value for key, value in hf_config.items() if key not in UNTRUE} | {"tie_word_embeddings": tied}
     if "architectures" in hf:
@@ -175,7 +212,12 @@ def hf_form(
 
 
 def o_bias_fits(checkpoint: Checkpoint, keep: Sequence[Mapping[str, int]]) -> bool:
-    """Whether the family's own form can carry every layer's o_bias exactly (`keep` as Checkpoint.keep gives it)."""
+    """Whether the family's own form can carry every layer's o_bias exactly.
+
+    Args:
+        checkpoint: the elastic checkpoint.
+        keep: kept sizes of every layer, as `Checkpoint.keep` gives them.
+    """
     config = checkpoint.config
     table = tables.TABLES[config.model_type]
     for i, kinds in enumerate(config.pattern):

@@ -29,8 +29,3 @@ def in_blocks(x: Float[Array, "count k"]) -> Float[Array, "blocks columns 8 32"]
     count, k = x.shape
     x = jnp.pad(x, ((0, -count % 8), (0, 0)))
     return x.reshape(-1, 8, k // BLOCK, BLOCK).transpose(2, 0, 1, 3)
-
-
-def from_blocks(x: Float[Array, "blocks columns 8 32"], count: int) -> Float[Array, "count k"]:
-    """Inverse of `in_blocks` for `count` rows."""
-    return x.transpose(1, 2, 0, 3).reshape(-1, x.shape[0] * BLOCK)[:count]

@@ -90,3 +90,10 @@ def relative(got: jnp.ndarray, want: np.ndarray) -> float:
     """Norm of the difference over the norm of what is wanted, in float64."""
     difference = np.asarray(got).astype(np.float64) - want
     return float(np.linalg.norm(difference) / np.linalg.norm(want))
+
+
+def from_blocks(x: jax.Array, count: int) -> np.ndarray:
+    """`count` rows of a matrix in blocks (pallas_kernels/blocks.py), element by element as that file describes them."""
+    k = 32 * x.shape[0]
+    row, column = np.meshgrid(np.arange(count), np.arange(k), indexing="ij")
+    return np.asarray(x)[column // 32, row // 8, row % 8, column % 32]

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import uniql_jax
 from tests import published, reference
-from uniql_jax.model.causal_lm import CausalLM, decode, init_cache, prefill
+from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.model.decoding import decode, init_cache, prefill
 
 FAMILIES = ["llama-3.1-8b", "qwen2.5-0.5b", "mamba2-8b", "bamba-9b-v2", "nemotron-h-8b"]
 MOST = 1.5

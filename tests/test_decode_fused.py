@@ -12,7 +12,8 @@ import pytest
 from tests import published
 from uniql_jax import config as model_config
 from uniql_jax.evaluation.random_model import random_model
-from uniql_jax.model.causal_lm import CausalLM, decode, init_cache, prefill
+from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.model.decoding import decode, init_cache, prefill
 from uniql_jax.model.layers import fused
 from uniql_jax.weights.quantized import QuantizedArray
 

@@ -16,7 +16,7 @@ from uniql_jax.checkpoint import CheckpointWriter, open_checkpoint
 from uniql_jax.commands import inspect as command
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation.describe import RATES, describe_checkpoint
-from uniql_jax.model.causal_lm import init_cache
+from uniql_jax.model.decoding import init_cache
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -15,7 +15,8 @@ import pytest
 
 import uniql_jax
 from tests import published, reference
-from uniql_jax.model.causal_lm import CausalLM, decode, init_cache, prefill
+from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.model.decoding import decode, init_cache, prefill
 
 NAMES = sorted(published.ALL)
 # mamba2-130m differs from the others in what one forward pass shows: a single group, a tied head.

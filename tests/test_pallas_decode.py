@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import pallas_cases
 from tests.pallas_cases import nvidia
-from uniql_jax.pallas_kernels import blocks, compat
+from uniql_jax.pallas_kernels import compat
 from uniql_jax.pallas_kernels.attention import decode, decode_pallas
 from uniql_jax.pallas_kernels.attention.decode import Caches, Place, Token
 from uniql_jax.pallas_kernels.attention.decode_pallas import Settings
@@ -135,7 +136,7 @@ def test_blocked_output(batch: int, rng: np.random.Generator) -> None:
     done = decode_pallas.counters(batch, 2)
     plain, _, _ = decode_pallas.attend(*arguments, done, scale=0.3)
     blocked, _, _ = decode_pallas.attend(*arguments, done, scale=0.3, blocked=True)
-    np.testing.assert_array_equal(blocks.from_blocks(blocked, batch), plain)
+    np.testing.assert_array_equal(pallas_cases.from_blocks(blocked, batch), plain)
 
 
 def test_refusals(rng: np.random.Generator) -> None:

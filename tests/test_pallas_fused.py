@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import pallas_cases
 from uniql_jax.pallas_kernels import blocks, packing
 from uniql_jax.pallas_kernels.dequant_matmul import fused, tiling
 from uniql_jax.pallas_kernels.dequant_matmul.fused import Job, Stream
@@ -49,13 +50,13 @@ def close(got: jax.Array, want: np.ndarray, bound: float = 8e-3) -> None:
 
 def plain(x: jax.Array, count: int) -> jax.Array:
     """An output that may be in blocks, as a matrix."""
-    return x if x.ndim == 2 else blocks.from_blocks(x, count)
+    return x if x.ndim == 2 else pallas_cases.from_blocks(x, count)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 11, 16])
 def test_blocks_invert(count: int, rng: np.random.Generator) -> None:
     x = normal(rng, count, 256)
-    assert (blocks.from_blocks(blocks.in_blocks(x), count) == x).all()
+    assert (pallas_cases.from_blocks(blocks.in_blocks(x), count) == x).all()
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(5, marks=pytest.mark.slow), 12])

@@ -250,6 +250,11 @@ def test_every_shipped_table_says_where_it_is_from_and_can_run(on_hopper: None) 
             assert row["us"] > 0
 
 
+def _chosen(weight: Weight, count: int, gpu: str) -> tuned.Choice:
+    """The first choice."""
+    return tuned.choices(weight, count, gpu)[0]
+
+
 @pytest.mark.parametrize("layout", ["last", "first", "rows", "groups"])
 @pytest.mark.parametrize("gpu", [H100, "an unknown GPU"])
 @pytest.mark.parametrize("capability", [8.0, 9.0])
@@ -261,47 +266,47 @@ def test_every_size_has_a_kernel(layout: str, gpu: str, capability: float, monke
         weight = Weight(layout, features, groups, 128)
         for count in (1, 2, 8, 9, 16):
             few = ("mma", "dot", "cluster") if hopper and count > 1 else ("mma", "dot")
-            assert tuned.choose(weight, count, gpu)[0] in few
+            assert _chosen(weight, count, gpu)[0] in few
         for count in (17, 64):
             some = ("wgmma", "cluster") if features <= 8192 else ("dot", "wgmma", "cluster")
-            assert tuned.choose(weight, count, gpu)[0] in (some if hopper else ("dot",))
+            assert _chosen(weight, count, gpu)[0] in (some if hopper else ("dot",))
         for count in (100, 256):
-            assert tuned.choose(weight, count, gpu)[0] in (("wgmma",) if hopper else ("dot", "dense", "dequantize"))
+            assert _chosen(weight, count, gpu)[0] in (("wgmma",) if hopper else ("dot", "dense", "dequantize"))
         for count in (257, 2048, 10**5):
             others = ("dense", "dequantize", "dot") if gpu == H100 else ("dense", "dequantize")
-            assert tuned.choose(weight, count, gpu)[0] in (("wgmma",) if hopper else others)
+            assert _chosen(weight, count, gpu)[0] in (("wgmma",) if hopper else others)
 
 
 def test_wgmma_is_for_tiles_of_hopper_alone(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = Weight("groups", 4096, 32, 128)
     for gpu in (H100, "an unknown GPU"):
-        assert tuned.choose(weight, 2048, gpu)[0] == "wgmma"
+        assert _chosen(weight, 2048, gpu)[0] == "wgmma"
         # Behind it stands what was best without it.
         behind = [kernel for kernel, _ in tuned.choices(weight, 2048, gpu)[1:]]
         assert set(behind) == {"dequantize"}
         for other in (Weight("first", 4096, 32, 128), Weight("last", 4096, 32, 128), Weight("groups", 4096, 32, 64)):
-            assert tuned.choose(other, 2048, gpu)[0] in ("dense", "dequantize")
+            assert _chosen(other, 2048, gpu)[0] in ("dense", "dequantize")
     # A CPU, older and newer GPUs, a JAX without Mosaic GPU.
     for capability in (0.0, 8.0, 8.9, 10.0, 12.0):
         monkeypatch.setattr(compat, "capability", lambda capability=capability: capability)
-        assert tuned.choose(weight, 2048, H100) == ("dequantize", dequantize.Settings(groups=4, warps=4))
+        assert _chosen(weight, 2048, H100) == ("dequantize", dequantize.Settings(groups=4, warps=4))
     monkeypatch.setattr(compat, "capability", lambda: 9.0)
     monkeypatch.setattr(common, "plgpu", None)
-    assert tuned.choose(weight, 2048, H100)[0] == "dequantize"
+    assert _chosen(weight, 2048, H100)[0] == "dequantize"
 
 
 def test_few_rows_share_the_contraction_of_narrow_weights_alone(on_hopper: None) -> None:
     """On a Hopper GPU of which no table says anything."""
     for features, groups in ((28672, 32), (128256, 32)):
         weight = Weight("rows", features, groups, 128)
-        kernels = [tuned.choose(weight, count, "an unknown GPU")[0] for count in (1, 8, 16, 32, 33)]
+        kernels = [_chosen(weight, count, "an unknown GPU")[0] for count in (1, 8, 16, 32, 33)]
         assert kernels == ["mma", "mma", "mma", "dot", "wgmma"]
     for features, groups in ((4096, 112), (4096, 32), (6144, 32), (4096, 91), (3968, 32)):
         weight = Weight("groups", features, groups, 128)
-        kernels = [tuned.choose(weight, count, "an unknown GPU")[0] for count in (1, 4, 5, 16, 65, 256)]
+        kernels = [_chosen(weight, count, "an unknown GPU")[0] for count in (1, 4, 5, 16, 65, 256)]
         assert kernels == ["mma", "mma", "cluster", "cluster", "wgmma", "wgmma"]
-        assert [tuned.choose(weight, count, H100)[0] for count in (1, 4, 5, 16)] == ["mma", "mma", "cluster", "cluster"]
-        assert tuned.choose(weight, 64, "an unknown GPU")[0] in ("cluster", "wgmma")
+        assert [_chosen(weight, count, H100)[0] for count in (1, 4, 5, 16)] == ["mma", "mma", "cluster", "cluster"]
+        assert _chosen(weight, 64, "an unknown GPU")[0] in ("cluster", "wgmma")
 
 
 def test_a_measured_cut_serves_the_same_programs_only(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +317,7 @@ def test_a_measured_cut_serves_the_same_programs_only(on_hopper: None, monkeypat
     for features, count, same in ((4096, 2048, True), (4090, 1800, True), (4096, 300, False), (3000, 2048, False)):
         weight = Weight("groups", features, 32, 128)
         cut = measured if same else cuts.wgmma_cut(weight, count)
-        assert tuned.choose(weight, count, H100) == ("wgmma", cut)
+        assert _chosen(weight, count, H100) == ("wgmma", cut)
     # Sixteen tiles of the weight would leave most of the GPU alone.
     assert cuts.wgmma_cut(Weight("groups", 2048, 32, 128), 64).split > 1
     assert cuts.wgmma_cut(Weight("groups", 2048, 1, 128), 64).split == 1
@@ -324,19 +329,19 @@ def test_a_measured_cut_serves_the_same_programs_only(on_hopper: None, monkeypat
         weight = Weight("groups", features, groups, 128)
         cut = own if same else cuts.cluster_cut(weight, count)
         assert cuts.cluster_cut(weight, count) != own
-        assert tuned.choose(weight, count, H100) == ("cluster", cut)
+        assert _chosen(weight, count, H100) == ("cluster", cut)
 
 
 def test_another_shapes_kernel_comes_after_hoppers_rule(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     row = dict(order="rows", k=4096, n=6144, count=32, kernel="dot", settings={})
     monkeypatch.setattr(tuned, "table", lambda kind: [row])
-    assert tuned.choose(Weight("rows", 6144, 32, 128), 32, "x") == ("dot", dot.Settings())
+    assert _chosen(Weight("rows", 6144, 32, 128), 32, "x") == ("dot", dot.Settings())
     pruned = tuned.choices(Weight("rows", 4096, 32, 128), 32, "x")
     assert [kernel for kernel, _ in pruned[:2]] == ["cluster", "dot"]
     # The rule has no say: many outputs, another order.
-    assert tuned.choose(Weight("rows", 9000, 32, 128), 32, "x") == ("dot", dot.Settings())
+    assert _chosen(Weight("rows", 9000, 32, 128), 32, "x") == ("dot", dot.Settings())
     monkeypatch.setattr(tuned, "table", lambda kind: [row | dict(order="last")])
-    assert tuned.choose(Weight("last", 4096, 32, 128), 32, "x") == ("dot", dot.Settings())
+    assert _chosen(Weight("last", 4096, 32, 128), 32, "x") == ("dot", dot.Settings())
 
 
 def test_the_nearest_row_serves_until_it_is_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,18 +351,18 @@ def test_the_nearest_row_serves_until_it_is_too_far(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         tuned, "table", lambda kind: [row(4096, 4096, 8, 1), row(4096, 28672, 8, 2), row(4096, 64, 32, 4)]
     )
-    assert tuned.choose(Weight("last", 18648, 32, 128), 3, "x") == ("dot", dot.Settings(warps=2))
-    assert tuned.choose(Weight("last", 3000, 30, 128), 8, "x") == ("dot", dot.Settings(warps=1))
+    assert _chosen(Weight("last", 18648, 32, 128), 3, "x") == ("dot", dot.Settings(warps=2))
+    assert _chosen(Weight("last", 3000, 30, 128), 8, "x") == ("dot", dot.Settings(warps=1))
     # Another layout, more rows of x than any row's, another size altogether: the rule.
     for weight, count in (
         (Weight("first", 4096, 32, 128), 8),
         (Weight("last", 64, 32, 128), 33),
         (Weight("last", 4096, 2, 128), 8),
     ):
-        assert tuned.choose(weight, count, "x") == tuned.by_rule(weight, count)
+        assert _chosen(weight, count, "x") == tuned.by_rule(weight, count)
     # What the nearest row's kernel cannot do goes to the rule, and to dot where the rule's cannot either.
     monkeypatch.setattr(tuned, "table", lambda kind: [row(4096, 4096, 8, 1) | {"kernel": "mma", "settings": {}}])
-    assert tuned.choose(Weight("last", 4096, 32, 112), 8, "x")[0] == "dot"
+    assert _chosen(Weight("last", 4096, 32, 112), 8, "x")[0] == "dot"
 
 
 def test_a_kernel_that_is_wrong_here_is_not_used(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from tests import tiny
 from tests.pallas_cases import relative
-from uniql_jax.model.causal_lm import decode, init_cache, prefill
+from uniql_jax.model.decoding import decode, init_cache, prefill
 from uniql_jax.model.layers.context import full_context
 
 

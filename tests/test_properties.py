@@ -21,7 +21,8 @@ from uniql_jax import elastic
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.convert import to_hf
-from uniql_jax.model.causal_lm import CausalLM, decode, hidden_states, init_cache, logits, prefill
+from uniql_jax.model.causal_lm import CausalLM, hidden_states, logits
+from uniql_jax.model.decoding import decode, init_cache, prefill
 from uniql_jax.weights.quantized import QuantizedArray, dense
 
 DENSE, FULL = CompressionSettings(bits=32), CompressionSettings(bits=4)

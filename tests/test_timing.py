@@ -19,7 +19,8 @@ from uniql_jax import config as model_config
 from uniql_jax.evaluation import timing
 from uniql_jax.evaluation.random_model import random_model
 from uniql_jax.evaluation.timing import Bench, Timing
-from uniql_jax.model.causal_lm import CausalLM, cache_bytes
+from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.model.decoding import cache_bytes
 from uniql_jax.runtime import generation as runtime
 
 pytestmark = pytest.mark.usefixtures("ahead_of_time")
@@ -198,9 +199,3 @@ def test_where_a_measurement_came_from(tmp_path: Path, monkeypatch: pytest.Monke
     assert str(tmp_path) not in str(found)
     assert found["versions"]["jax"] == jax.__version__
     assert found["device"]
-
-
-def test_decode_steps_in_a_chain(model: CausalLM) -> None:
-    found = timing.decode_step_seconds(model, 16, 1, 3, repeats=2)
-    assert found.repeats == 2
-    assert 0 < found.low <= found.median <= found.high

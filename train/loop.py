@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
-from uniql_jax.model.causal_lm import CausalLM, embed, logits
+from uniql_jax.model.causal_lm import embed
 from uniql_jax.model.layers.context import full_context
 from uniql_jax.train import lora, stack
 from uniql_jax.train.examples import Examples
@@ -181,19 +181,6 @@ class Trainer:
         context = full_context(valid, padded=False)
         x = embed(frozen["top"], tokens, self.dtype)
         return stack.apply_runs(self.config, layers, x, context, keep, options.remat)
-
-    def forward(
-        self,
-        factors: Factors | None,
-        frozen: Mapping[str, Any],
-        tokens: Int[Array, "b t"],
-        valid: Bool[Array, "b t"],
-        keep: tuple[elastic.Keep, ...] | None,
-    ) -> Float[Array, "b t vocab"]:
-        """Logits, float32, of what `hidden` gives without dropout."""
-        frozen = self.with_tables(factors, frozen)
-        model = CausalLM(self.config, {**frozen["top"], "layers": []}, dtype=self.dtype)
-        return logits(model, self.hidden(factors, frozen, tokens, valid, keep))
 
     def loss_sum(
         self,

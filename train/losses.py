@@ -43,20 +43,6 @@ def divergence(logits: Float[Array, "*b vocab"], teacher: Float[Array, "*b vocab
     return jnp.sum(jnp.exp(target) * (target - student), axis=-1)
 
 
-def distillation_loss(
-    logits: Float[Array, "b t vocab"], teacher: Float[Array, "b t vocab"], weights: Float[Array, "b t"] | None = None
-) -> Float[Array, ""]:
-    """Sum over weighted positions of KL(teacher || model), nats; weights as for `next_token_loss`.
-
-    Each position is counted by the token that it predicts. The teacher gets no gradient.
-    """
-    apart = divergence(logits[:, :-1], teacher[:, :-1])
-    if weights is None:
-        return jnp.sum(apart)
-    weight = weights[:, 1:].astype(jnp.float32)
-    return jnp.sum(jnp.where(weight > 0, apart, 0.0) * weight)
-
-
 @jax.custom_vjp
 def head_product(x: Float[Array, "*b h"], head: Float[Array, "vocab h"]) -> Float[Array, "*b vocab"]:
     """x @ head.T in float32; the backward multiplies in x's dtype."""

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from uniql_jax.checkpoint import is_elastic
 from uniql_jax.errors import UserError
 from uniql_jax.manifest import Manifest, hash_array, settings_entries
-from uniql_jax.model.causal_lm import CausalLM, decode, init_cache, prefill
+from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.model.decoding import decode, init_cache, prefill
 from uniql_jax.runtime import loading
 from uniql_jax.tokenizer import load_tokenizer
 from uniql_jax.version import __version__

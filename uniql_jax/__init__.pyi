@@ -5,11 +5,11 @@ from .convert.to_hf import export as export
 from .errors import UserError as UserError
 from .evaluation.evaluate import evaluate as evaluate
 from .model.causal_lm import CausalLM as CausalLM
-from .model.causal_lm import decode as decode
 from .model.causal_lm import forward as forward
-from .model.causal_lm import init_cache as init_cache
-from .model.causal_lm import prefill as prefill
 from .model.causal_lm import prune as prune
+from .model.decoding import decode as decode
+from .model.decoding import init_cache as init_cache
+from .model.decoding import prefill as prefill
 from .runtime.generation import generate as generate
 from .runtime.generation import generate_tokens as generate_tokens
 from .runtime.loading import load as load

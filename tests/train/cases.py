@@ -12,9 +12,10 @@ from tests import tiny
 from tools.initialize import complete, initialize
 from uniql_jax import config as model_config
 from uniql_jax.convert import tables
-from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.model.causal_lm import CausalLM, logits
 from uniql_jax.plan import make_plan
 from uniql_jax.train import lora
+from uniql_jax.train.loop import Trainer
 
 VOCAB = 64
 SSM = {"num_hidden_layers": 2, "tie_word_embeddings": True, "hidden_size": 32, "vocab_size": VOCAB}
@@ -55,6 +56,20 @@ def _spread(value: Any, rng: np.random.Generator) -> jax.Array:
     noise = rng.standard_normal(value.shape).astype(np.float32)
     matrix = value.ndim > 1 and value.std() > 0  # norms are ones, biases zeros
     return jnp.asarray(noise * 1.5 / max(value.shape[-1], 4) ** 0.5 if matrix else value + 0.2 * noise)
+
+
+def trainer_logits(
+    trainer: Trainer, factors: lora.Factors | None, tokens: np.ndarray, valid: np.ndarray, keep: Any
+) -> jax.Array:
+    """Logits of what a trainer trains at masked sizes, without dropout."""
+
+    @jax.jit
+    def run(factors: Any, frozen: Any, tokens: jax.Array, valid: jax.Array, keep: Any) -> jax.Array:
+        frozen = trainer.with_tables(factors, frozen)
+        model = CausalLM(trainer.config, {**frozen["top"], "layers": []}, dtype=trainer.dtype)
+        return logits(model, trainer.hidden(factors, frozen, tokens, valid, keep))
+
+    return run(factors, trainer.frozen, jnp.asarray(tokens), jnp.asarray(valid), keep)
 
 
 def factors(config: model_config.ModelConfig, rng: np.random.Generator, rank: int = 4) -> lora.Factors:

@@ -134,13 +134,8 @@ def test_prompts_and_padding_are_not_learnt(rng: np.random.Generator) -> None:
     assert same_loss == pytest.approx(loss, rel=1e-6)
     assert _largest(same, gradients) < 1e-5
     # the mean over the answers alone, from the logits
-    scores = jax.jit(trainer.forward)(
-        factors,
-        trainer.frozen,
-        jnp.asarray(examples.tokens),
-        jnp.asarray(examples.valid),
-        rates.keep_arrays(model.plan, 0.15),
-    )
+    keep = rates.keep_arrays(model.plan, 0.15)
+    scores = cases.trainer_logits(trainer, factors, examples.tokens, examples.valid, keep)
     log_p = np.asarray(jax.nn.log_softmax(scores))
     picked = [log_p[b, i - 1, examples.tokens[b, i]] for b in range(8) for i in range(1, 20) if examples.learn[b, i]]
     assert loss == pytest.approx(-np.mean(picked), rel=1e-5)

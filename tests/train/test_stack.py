@@ -27,7 +27,7 @@ def test_the_trainers_forward_is_the_models(family: str, remat: str, rng: np.ran
     keep = rates.keep_arrays(model.plan, 0.25)
     together = stack.stack_factors(model.config, factors)
     assert len(together) <= len(factors)
-    found = jax.jit(trainer.forward)(together, trainer.frozen, tokens, jnp.ones(tokens.shape, bool), keep)
+    found = cases.trainer_logits(trainer, together, tokens, np.ones(tokens.shape, bool), keep)
     attached = lora.attach(model.params["layers"], factors, trainer.options.alpha)
     plain = CausalLM(model.config, dict(model.params) | {"layers": attached}, model.plan)
     assert jax.tree.structure(stack.unstack_factors(model.config, together)) == jax.tree.structure(factors)

@@ -59,7 +59,7 @@ The checkpoint holds every prune rate from 0 to {MAX_PRUNE_RATE}: the rate is ch
 def summary(out: str | Path) -> str:
     """Sizes of a finished checkpoint at each rate, and the commands to go on with."""
     from uniql_jax.checkpoint import open_checkpoint
-    from uniql_jax.model.causal_lm import cache_bytes
+    from uniql_jax.model.decoding import cache_bytes
 
     checkpoint = open_checkpoint(Path(out).expanduser())
     plan = checkpoint.plan

@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
 def _write(args: argparse.Namespace, model: CausalLM, out: Path, folder: Path) -> str:
     """Write the windows, keeping what is done in `folder`; returns the beginning of one."""
     from uniql_jax import console
-    from uniql_jax.model.causal_lm import cache_bytes
+    from uniql_jax.model.decoding import cache_bytes
     from uniql_jax.train.own_text import ROWS, beginnings, kept, manifest, npy_bytes, own_text, tokenizer_of
 
     tokenizer = tokenizer_of(args.ckpt, model)

@@ -74,7 +74,7 @@ def rate_for_budget(weight_bytes: Callable[[float], int], budget: int, limit: fl
 
 def cache_size(checkpoint: Any, rate: float, prompt: int, new: int) -> int:
     """Bytes of the cache for a prompt of so many tokens and `new` more, padding included."""
-    from uniql_jax.model.causal_lm import cache_bytes
+    from uniql_jax.model.decoding import cache_bytes
     from uniql_jax.runtime.generation import bucket, room
     from uniql_jax.runtime.loading import default_dtype
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from uniql_jax import elastic
 from uniql_jax.checkpoint import Checkpoint, open_checkpoint
-from uniql_jax.model.causal_lm import cache_bytes
+from uniql_jax.model.decoding import cache_bytes
 
 RATES = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
 CONTEXT = 4096

@@ -25,7 +25,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from uniql_jax.model.cache import Cache
-from uniql_jax.model.causal_lm import CausalLM, cache_bytes
+from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.model.decoding import cache_bytes
 from uniql_jax.pallas_kernels import dispatch
 from uniql_jax.runtime import generation as runtime
 
@@ -215,11 +216,6 @@ class Bench:
     def compiled(self) -> dict[str, Program]:
         """Programs compiled so far."""
         return {name: vars(self)[name] for name in ("prefill", "step", "loop") if name in vars(self)}
-
-
-def decode_step_seconds(model: CausalLM, cache_len: int, batch: int, steps: int, repeats: int = 5) -> Timing:
-    """Seconds per decode step after `cache_len` tokens, `steps` (at least 1) of them chained through the cache."""
-    return Bench(model, batch, cache_len, steps + 1, repeats).tpot_step(read=False)
 
 
 def device_bytes(tree: Any) -> int:

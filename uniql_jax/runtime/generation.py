@@ -18,7 +18,8 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from uniql_jax.errors import UserError
 from uniql_jax.model.cache import Cache
-from uniql_jax.model.causal_lm import CausalLM, decode, init_cache, prefill
+from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.model.decoding import decode, init_cache, prefill
 from uniql_jax.runtime.prompts import check_prompt, stop_ids, token_array
 from uniql_jax.runtime.sampling import (
     NOT_FINITE,

@@ -16,7 +16,14 @@ from uniql_jax.model.causal_lm import CausalLM
 def stop_ids(model: CausalLM) -> tuple[int, ...]:
     """Ids that end a text: the config's, and those of generation_config.json in the model's folder.
 
-    Raises UserError when that file cannot be used. Ids outside the vocabulary, which no model makes, are left out.
+    Args:
+        model: with the folder that it came from, if any.
+
+    Returns:
+        Sorted ids; those outside the vocabulary, which no model makes, are left out.
+
+    Raises:
+        UserError: that file cannot be used.
     """
     found = {int(i) for i in model.config.eos_ids}
     folder = getattr(model, "folder", None)
@@ -40,7 +47,17 @@ def _generation_config_ids(path: Path) -> list[int]:
 
 
 def token_array(tokens: Any) -> np.ndarray:
-    """Token ids of any array or nested sequence. Raises UserError for rows of several lengths."""
+    """Token ids of any array or nested sequence.
+
+    Args:
+        tokens: NumPy or JAX array, or nested lists.
+
+    Returns:
+        The same as an array, of int32 where it is empty.
+
+    Raises:
+        UserError: rows have several lengths.
+    """
     try:
         found = np.asarray(tokens)
     except ValueError:  # rows of several lengths
@@ -49,7 +66,18 @@ def token_array(tokens: Any) -> np.ndarray:
 
 
 def check_prompt(config: ModelConfig, tokens: np.ndarray, mask: np.ndarray, max_new_tokens: int) -> None:
-    """Raises UserError for token ids [batch, length] and their mask that a model cannot continue."""
+    """Refuse prompts that a model cannot continue.
+
+    Args:
+        config: of the model.
+        tokens: token ids [batch, length].
+        mask: 1 on tokens and 0 on padding, [batch, length].
+        max_new_tokens: how many shall follow.
+
+    Raises:
+        UserError: ids of the wrong shape or kind or outside the vocabulary, padding that is not on the left, an empty
+            prompt, or more tokens than the model takes.
+    """
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"a prompt must be integer token ids, not {tokens.dtype} of shape {tokens.shape}")
     if tokens.size == 0:

@@ -52,9 +52,16 @@ def _identity(folder: str) -> tuple:
 
 
 def folder_tokenizer(folder: str | None) -> Any | None:
-    """The tokenizer of a model's folder, loaded once for as long as its files stay the same; None when it has none.
+    """The tokenizer of a model's folder, loaded once for as long as its files stay the same.
 
-    Raises UserError when the files cannot be used, or were replaced since the model was loaded (see `Folder`).
+    Args:
+        folder: a `Folder`, or any path; None for a model that came from no folder.
+
+    Returns:
+        A transformers tokenizer; None when the folder has none.
+
+    Raises:
+        UserError: the files cannot be used, or were replaced since the model was loaded (see `Folder`).
     """
     if folder is None:
         return None
@@ -73,10 +80,16 @@ def _load(folder: str, identity: tuple) -> Any | None:
 
 
 def encode(tokenizer: Any, text: str, add_special_tokens: bool | None = None) -> list[int]:
-    """Token ids of a text; special tokens as the tokenizer adds them by default, but no second BOS to a text that
-    begins with one.
+    """Token ids of a text.
 
-    Raises UserError for text that is not Unicode.
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: what to encode.
+        add_special_tokens: None adds them as the tokenizer does by default, but no second BOS to a text that begins
+            with one.
+
+    Raises:
+        UserError: the text is not Unicode.
     """
     try:
         text.encode("utf-8")
@@ -92,15 +105,32 @@ def encode(tokenizer: Any, text: str, add_special_tokens: bool | None = None) ->
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
-    """Messages ({"role", "content"}) in the chat template, ready for the assistant's answer.
+    """Messages in the chat template, ready for the assistant's answer.
 
-    Raises UserError when there is no template, or when it refuses these messages.
+    Args:
+        tokenizer: a transformers tokenizer.
+        messages: {"role", "content"} of each turn.
+
+    Raises:
+        UserError: there is no template, or it refuses these messages.
     """
     return render_chat(tokenizer, messages, prompt=True)
 
 
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool = False) -> Int[np.ndarray, " t"]:
-    """Token ids of a prompt, int32 [length]; `chat` applies the chat template with the prompt as the user's turn."""
+    """Token ids of a prompt.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompt: the text.
+        chat: whether the chat template is applied, with the prompt as the user's turn.
+
+    Returns:
+        int32 [length].
+
+    Raises:
+        UserError: as `encode` and `chat_text` do.
+    """
     if not chat:
         return np.asarray(encode(tokenizer, prompt), np.int32)
     # a chat template writes its own special tokens
@@ -113,9 +143,17 @@ def prompt_ids(tokenizer: Any, prompt: str, chat: bool = False) -> Int[np.ndarra
 def decode_stream(tokenizer: Any, tokens: Iterator[int], context: Sequence[int] = ()) -> Iterator[str]:
     """Text of tokens as they arrive; joined, it is the tokenizer's text of context and tokens less that of the context.
 
-    `context` holds the ids before the first one. A piece waits until no later token can change it: until a character
-    whose bytes span tokens is whole, and, with byte fallback, until a run of byte tokens ends, all of which the decoder
-    would take back for one byte too many. Characters that are never finished are dropped at the end.
+    A piece waits until no later token can change it: until a character whose bytes span tokens is whole, and, with byte
+    fallback, until a run of byte tokens ends, all of which the decoder would take back for one byte too many.
+    Characters that are never finished are dropped at the end.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        tokens: ids as they are made.
+        context: the ids before the first one.
+
+    Yields:
+        Text, never empty.
     """
     probe = _byte_token(tokenizer)
 

@@ -11,9 +11,16 @@ from uniql_jax.compression.settings import MLP_SCORES
 
 
 def leverage(gram: Float[Array, "i i"], ridge: float = 1e-2) -> Float[Array, " i"]:
-    """Ridge leverage scores diag(C (C + lambda I)^-1) in [0, 1], lambda = ridge * mean diagonal (the paper's score).
+    """Ridge leverage scores diag(C (C + lambda I)^-1), the score of UniQL (section 3).
 
     From one Cholesky factorization: 1 - lambda * ||column of L^-1||^2. A Gram matrix of zeros scores zero.
+
+    Args:
+        gram: Gram matrix C, float32.
+        ridge: lambda as a part of the mean of C's diagonal.
+
+    Returns:
+        A score in [0, 1] for every channel.
     """
     gram = unit_peak(gram)
     mean = jnp.mean(jnp.diagonal(gram))

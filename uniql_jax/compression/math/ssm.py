@@ -48,7 +48,15 @@ def order_states(
 
 
 def per_head(matrix: Float[Array, "w w"], heads: int) -> Float[Array, "heads hd hd"]:
-    """The blocks of a matrix over [channel, head] that pair channels of one head."""
+    """The blocks of a matrix over [channel, head] that pair channels of one head.
+
+    Args:
+        matrix: rows and columns are channels, the head index being the fastest.
+        heads: number of heads.
+
+    Returns:
+        One matrix over the channels of each head.
+    """
     channels = matrix.shape[0] // heads
     return jnp.einsum("inkn->nik", matrix.reshape(channels, heads, channels, heads))
 

@@ -1,0 +1,32 @@
+"""Which tensor of a GGUF file is which of our leaves: the tables of Hugging Face files under the names of llama.cpp."""
+
+from __future__ import annotations
+
+from uniql_jax.convert.tables import LLAMA, Part, Row
+
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def _renamed(row: Row) -> Row:
+    stem, ending = row.name.removeprefix("model.layers.{layer}.").rsplit(".", 1)
+    layer = "" if row.kind == "top" else "blk.{layer}."
+    # llama.cpp rotates neighbouring rows, so its files keep the two dimensions of a pair together
+    parts = tuple(Part(p.leaf, tuple(dim.replace("pair qk", "qk pair") for dim in p.dims)) for p in row.parts)
+    return Row(f"{layer}{_NAMES[stem]}.{ending}", row.kind, parts)
+
+
+TABLES: dict[str, tuple[Row, ...]] = {"llama": tuple(_renamed(row) for row in LLAMA)}
+"""By GGUF's general.architecture."""

@@ -1,0 +1,72 @@
+"""Blocks completed from what a checkpoint holds: value biases folded into o_bias, RoPE frequencies from the config."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from uniql_jax import elastic
+from uniql_jax.casting import cast
+from uniql_jax.config import ModelConfig
+from uniql_jax.convert import tables
+
+Leaves = dict[str, Float[np.ndarray, "..."]]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "table"))
+def complete_on_device(
+    config: ModelConfig, table: tuple[tables.Row, ...], raw: dict[str, dict[str, Array]]
+) -> dict[str, dict[str, Array]]:
+    """A layer from its foreign tensors, laid out, widened and completed on the device.
+
+    Args:
+        config: the model.
+        table: which tensor is which leaf.
+        raw: {kind: {name of the row: tensor as stored}}.
+
+    Returns:
+        {kind: {leaf: array}}, float32.
+    """
+    layer = {}
+    for kind, tensors in raw.items():
+        leaves: dict[str, Array] = {}
+        for row in tables.rows_of(config, table, kind):
+            found = tables.laid_out(config, row, tensors[row.name])
+            leaves.update({name: value.astype(jnp.float32) for name, value in found.items()})
+        wanted = elastic.leaves(config, kind)
+        if "v_bias" in leaves:
+            v_bias = jnp.repeat(leaves["v_bias"], config.query_groups, axis=1)  # [vo, head]
+            folded = jnp.einsum("vn,vnh->h", v_bias, leaves["o"], precision="highest")
+            leaves["o_bias"] = folded + leaves.get("o_bias", 0.0)
+        if "inv_freq" in wanted and config.rope is not None:
+            shape = elastic.shape(config, wanted["inv_freq"])
+            leaves["inv_freq"] = jnp.broadcast_to(config.rope.inv_freq()[:, None], shape)
+        layer[kind] = {name: leaves[name] for name in wanted}
+    return layer
+
+
+def complete(config: ModelConfig, kind: str, leaves: Leaves, where: str) -> Leaves:
+    """Add the leaves that follow from others or from the config, drop the raw ones, and put them in our order.
+
+    Args:
+        config: the model.
+        kind: of the block.
+        leaves: those that its tensors hold, float32.
+        where: names the block, for errors.
+
+    Raises:
+        UserError: a folded bias lies beyond the range of float32.
+    """
+    wanted = elastic.leaves(config, kind)
+    if "v_bias" in leaves:
+        v_bias = np.repeat(leaves["v_bias"].astype(np.float64), config.query_groups, axis=1)  # [vo, head]
+        folded = np.tensordot(v_bias, leaves["o"].astype(np.float64), 2)
+        leaves["o_bias"] = cast(f"{where}.o_bias", folded + leaves.get("o_bias", 0.0), np.float32)
+    if "inv_freq" in wanted and config.rope is not None:
+        shape = elastic.shape(config, wanted["inv_freq"])
+        leaves["inv_freq"] = np.ascontiguousarray(np.broadcast_to(config.rope.inv_freq()[:, None], shape))
+    return {name: leaves[name] for name in wanted}
