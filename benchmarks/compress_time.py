@@ -1,6 +1,6 @@
 """How long the whole pass takes at a published size, stage by stage: random weights, written to disk, compressed.
 
-    python benchmarks/compress_time.py --config llama-3.1-8b --windows 128 --length 512 --json record.json
+    python benchmarks/compress_time.py --config llama-3.1-8b --windows 128 --length 512 2048 --json record.json
     python benchmarks/compress_time.py --config llama-3.1-8b --layers 4 --precision float32 bf16x3 tf32
 
 The source is a Hugging Face folder of bfloat16 tensors in the published shapes, made once per call; calibration tokens
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import resource
 import shutil
@@ -23,7 +24,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -50,14 +50,14 @@ def write_source(name: str, layers: int | None, folder: Path) -> int:
     config = from_hf(hf)
     folder.mkdir(parents=True)
     writer = ShardWriter(folder)
-    draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    draw = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
     for number, (tensor, shape) in enumerate(tables.expected(config, tables.TABLES[config.model_type]).items()):
-        value = np.asarray(draw(jax.random.key(number), shape, jnp.float32))
+        value = draw(jax.random.key(number), shape)
         if len(shape) == 1:
             value = 1 + 0.02 * value  # norms, steps and decays near one
         else:
             value = value * (shape[-1] ** -0.5 if shape[-1] > 8 else 0.3)
-        writer.add(tensor, value.astype(ml_dtypes.bfloat16))
+        writer.add(tensor, np.asarray(value.astype(jnp.bfloat16)))
     writer.finish()
     (folder / "config.json").write_text(json.dumps(hf))
     return writer.total_bytes
@@ -96,12 +96,14 @@ class Timeline:
         return found
 
 
-def measure(source: Path, calib: Path, args: argparse.Namespace, precision: str, work: Path) -> dict[str, Any]:
+def measure(
+    source: Path, calib: Path, args: argparse.Namespace, precision: str, length: int, work: Path
+) -> dict[str, Any]:
     """One run of the pass; its timeline and peaks."""
     timeline = Timeline()
     shutil.rmtree(work / "out", ignore_errors=True)
     report = compress(
-        str(source), work / "out", calib=[str(calib)], calib_windows=args.windows, calib_length=args.length,
+        str(source), work / "out", calib=[str(calib)], calib_windows=args.windows, calib_length=length,
         settings=dataclasses.replace(CompressionSettings(), bits=args.bits, precision=precision),
         resources=Resources(batch_tokens=args.batch_tokens),
         progress=timeline, say=lambda text: print(text, flush=True),
@@ -110,7 +112,7 @@ def measure(source: Path, calib: Path, args: argparse.Namespace, precision: str,
     stats = jax.devices()[0].memory_stats() or {}
     assert report is not None
     return {
-        "precision": precision, "seconds": round(seconds, 1), "stages": timeline.rows(), "bytes": report.bytes,
+        "precision": precision, "length": length, "seconds": round(seconds, 1), "stages": timeline.rows(), "bytes": report.bytes,
         "device_peak": stats.get("peak_bytes_in_use"),
         "host_peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }  # fmt: skip
@@ -122,7 +124,7 @@ def main() -> None:
     parser.add_argument("--config", default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, help="the first N layers alone")
     parser.add_argument("--windows", type=int, default=128)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--length", type=int, nargs="+", default=[512])
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["bf16x3"])
@@ -135,17 +137,20 @@ def main() -> None:
         size = write_source(args.config, args.layers, work / "source")
         print(f"source: {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
         vocabulary = json.loads((work / "source" / "config.json").read_text())["vocab_size"]
-        tokens = np.random.default_rng(0).integers(3, vocabulary, (args.windows, args.length)).astype(np.int32)
-        np.save(work / "calib.npy", tokens)
-        for precision in args.precision:
-            rows.append(measure(work / "source", work / "calib.npy", args, precision, work))
+        for precision, length in itertools.product(args.precision, args.length):
+            tokens = np.random.default_rng(0).integers(3, vocabulary, (args.windows, length)).astype(np.int32)
+            np.save(work / "calib.npy", tokens)
+            rows.append(measure(work / "source", work / "calib.npy", args, precision, length, work))
+            print(f"{rows[-1]['seconds']} s", flush=True)
             if args.json:
                 record = {"environment": environment(sys.argv), "settings": vars(args) | {"json": str(args.json)}}
                 record["settings"]["work"] = None
                 console.write_whole(args.json, json.dumps(record | {"rows": rows}, indent=1, default=str) + "\n")
     for row in rows:
         device, host = (row["device_peak"] or 0) / 2**30, row["host_peak"] / 2**30
-        print(f"\n{args.config} {row['precision']}: {row['seconds']} s, {row['bytes'] / 1e9:.2f} GB of weights")
+        print(
+            f"\n{args.config} {args.windows} x {row['length']} {row['precision']}: {row['seconds']} s, {row['bytes'] / 1e9:.2f} GB of weights"
+        )
         print(f"peaks: device {device:.1f} GiB, host {host:.1f} GiB")
         print(console.table([list(stage.values()) for stage in row["stages"]], list(row["stages"][0])))
 

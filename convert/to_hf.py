@@ -48,7 +48,7 @@ ARCHITECTURES = {
 }
 """The classes that stock runtimes serve a family with."""
 RESCALED = ("mamba2", "nemotron_h")
-"""Families with `rescale_prenorm_residual`: where it is true, transformers divides out_proj of a mamba2 that it loads."""
+"""Families with `rescale_prenorm_residual`: where it is true, transformers divides out_proj of what it loads."""
 RESIDUAL = 1e-5
 """A value bias stands for an output bias when it misses no more than this part of it (float32 rounding)."""
 
