@@ -112,7 +112,8 @@ def measure(
     stats = jax.devices()[0].memory_stats() or {}
     assert report is not None
     return {
-        "precision": precision, "length": length, "seconds": round(seconds, 1), "stages": timeline.rows(), "bytes": report.bytes,
+        "precision": precision, "length": length, "seconds": round(seconds, 1), "stages": timeline.rows(),
+        "bytes": report.bytes,
         "device_peak": stats.get("peak_bytes_in_use"),
         "host_peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }  # fmt: skip
@@ -148,9 +149,8 @@ def main() -> None:
                 console.write_whole(args.json, json.dumps(record | {"rows": rows}, indent=1, default=str) + "\n")
     for row in rows:
         device, host = (row["device_peak"] or 0) / 2**30, row["host_peak"] / 2**30
-        print(
-            f"\n{args.config} {args.windows} x {row['length']} {row['precision']}: {row['seconds']} s, {row['bytes'] / 1e9:.2f} GB of weights"
-        )
+        name = f"{args.config} {args.windows} x {row['length']} {row['precision']}"
+        print(f"\n{name}: {row['seconds']} s, {row['bytes'] / 1e9:.2f} GB of weights")
         print(f"peaks: device {device:.1f} GiB, host {host:.1f} GiB")
         print(console.table([list(stage.values()) for stage in row["stages"]], list(row["stages"][0])))
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
@@ -43,7 +42,7 @@ def measure(source: DenseModel, tokens: np.ndarray, folder: Path, batch_tokens: 
     """Both calibration sweeps, with the statistics that every score wants; the first alone without `backward`."""
     windows = Windows(tokens, batch_tokens)
     streams = StreamStore(folder / "streams", windows, 1)
-    top = {name: jnp.asarray(value, jnp.float32) for name, value in source.top().items()}
+    top = source.device_top()
     calibration = forward_sweep(source, top, LayerStore(folder / "calibration"), streams, _quiet)
     last = len(source.config.pattern) - 1
     layers = list(backward_sweep(source, top, streams, last, thorough=True)) if backward else []

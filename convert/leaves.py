@@ -17,6 +17,22 @@ from uniql_jax.convert import tables
 Leaves = dict[str, Float[np.ndarray, "..."]]
 
 
+def _widened(
+    config: ModelConfig, table: tuple[tables.Row, ...], kind: str, tensors: dict[str, Array]
+) -> dict[str, Array]:
+    leaves: dict[str, Array] = {}
+    for row in tables.rows_of(config, table, kind):
+        found = tables.laid_out(config, row, tensors[row.name])
+        leaves.update({name: value.astype(jnp.float32) for name, value in found.items()})
+    return leaves
+
+
+@functools.partial(jax.jit, static_argnames=("config", "table"))
+def top_on_device(config: ModelConfig, table: tuple[tables.Row, ...], raw: dict[str, Array]) -> dict[str, Array]:
+    """Embedding, norm and head, float32, from their foreign tensors {name of the row: tensor as stored}."""
+    return _widened(config, table, "top", raw)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "table"))
 def complete_on_device(
     config: ModelConfig, table: tuple[tables.Row, ...], raw: dict[str, dict[str, Array]]
@@ -33,10 +49,7 @@ def complete_on_device(
     """
     layer = {}
     for kind, tensors in raw.items():
-        leaves: dict[str, Array] = {}
-        for row in tables.rows_of(config, table, kind):
-            found = tables.laid_out(config, row, tensors[row.name])
-            leaves.update({name: value.astype(jnp.float32) for name, value in found.items()})
+        leaves = _widened(config, table, kind, tensors)
         wanted = elastic.leaves(config, kind)
         if "v_bias" in leaves:
             v_bias = jnp.repeat(leaves["v_bias"], config.query_groups, axis=1)  # [vo, head]

@@ -21,7 +21,7 @@ from uniql_jax.casting import cast, check_finite
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import gguf_tables, tables
 from uniql_jax.convert.gguf import GgufReader
-from uniql_jax.convert.leaves import Leaves, complete, complete_on_device
+from uniql_jax.convert.leaves import Leaves, complete, complete_on_device, top_on_device
 from uniql_jax.convert.locate import demo_file, download
 from uniql_jax.convert.megatron import MegatronReader
 from uniql_jax.errors import CheckpointWarning, UserError
@@ -63,7 +63,7 @@ class Source:
         kinds = self.config.pattern[index]
         raw = {
             kind: {
-                row.name: jnp.asarray(self.reader.read(row.name.format(layer=index)))
+                row.name: self._on_device(row.name.format(layer=index))
                 for row in tables.rows_of(self.config, self.table, kind)
             }
             for kind in kinds
@@ -75,19 +75,38 @@ class Source:
         leaves: Leaves = {}
         for row in tables.rows_of(self.config, self.table, "top"):
             leaves.update(self._read(row))
+        self._check_spare_heads()
+        return leaves
+
+    def device_top(self) -> dict[str, Array]:
+        """`top` on the device: tensors travel as they are stored, and are widened there."""
+        self._check_spare_heads()
+        rows = tables.rows_of(self.config, self.table, "top")
+        return top_on_device(self.config, self.table, {row.name: self._on_device(row.name) for row in rows})
+
+    def _on_device(self, name: str) -> Array:
+        value = self.reader.read(name)
+        return jnp.asarray(cast(name, value, np.float32) if value.dtype == np.float64 else value)
+
+    def _check_spare_heads(self) -> None:
+        """A head that a tied checkpoint holds as well must be its embedding."""
         for row in _spare_heads(self.config, self.table):
-            if row.name in self.reader.names() and not np.array_equal(self._read(row)["head"], leaves["embed"]):
+            if row.name not in self.reader.names():
+                continue
+            embedding = next(
+                other.name for other in tables.rows_of(self.config, self.table, "top") if other.parts[0].leaf == "embed"
+            )
+            if not np.array_equal(self.reader.read(row.name), self.reader.read(embedding)):
                 raise UserError(
                     f"{self.name}: tensor {row.name!r} differs from the embedding, though the config says they are tied"
                 )
-        return leaves
 
-    def fingerprints(self, progress: Progress | None = None, threads: int = 4) -> dict[str, str]:
+    def fingerprints(self, progress: Progress | None = None, threads: int | None = None) -> dict[str, str]:
         """Read every tensor once, as stored: refuse NaN and infinity, and identify what each layer holds.
 
         Args:
             progress: Wraps the names of the parts as they finish, like `console.progress`.
-            threads: Parts that are read and hashed at the same time.
+            threads: Parts that are read and hashed at the same time; None is one a core, 16 at most.
 
         Returns:
             {"top": digest, "layer 0": digest, ...}: 32 hexadecimal digits of SHA-256 over the names, dtypes, shapes
@@ -99,7 +118,7 @@ class Source:
         parts = {"top": self._names("top")}
         for i, kinds in enumerate(self.config.pattern):
             parts[f"layer {i}"] = [name for kind in kinds for name in self._names(kind, i)]
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        with concurrent.futures.ThreadPoolExecutor(threads or min(16, os.cpu_count() or 4)) as pool:
             found = {part: pool.submit(self._fingerprint, names) for part, names in parts.items()}
             try:
                 return {part: found[part].result() for part in (progress or _plain)(parts, "check", len(parts))}

@@ -157,12 +157,17 @@ def _check_model(folder: Path, target: Path) -> None:
         raise UserError(f"{target} has no config.json, so it is no model; --overwrite replaces models only")
 
 
-def check_space(path: Place, count: int) -> None:
-    """Raise UserError unless the disk that holds `path` (which need not exist yet) has room for `count` bytes."""
+def free_space(path: Place) -> int:
+    """Free bytes of the disk that holds `path`, which need not exist yet."""
     place = Path(path).absolute()
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
+    return shutil.disk_usage(place).free
+
+
+def check_space(path: Place, count: int) -> None:
+    """Raise UserError unless the disk that holds `path` (which need not exist yet) has room for `count` bytes."""
+    free = free_space(path)
     if count > free:
         raise UserError(f"no space for {path}: it needs {count / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free")
 

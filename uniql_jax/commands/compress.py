@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from uniql_jax import console
 from uniql_jax.commands import cli
 from uniql_jax.compression import settings as choices
-from uniql_jax.compression.settings import LENGTH, RECOVER_LENGTH, WINDOWS, CompressionSettings
+from uniql_jax.compression.settings import LENGTH, RECOVER_LENGTH, WINDOWS, CompressionSettings, Resources
 from uniql_jax.limits import MAX_PRUNE_RATE
 from uniql_jax.train.settings import RecoverySettings, alpha_of, distribution
 
@@ -122,6 +122,17 @@ def parser() -> cli.Parser:
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run of the same settings")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR, if it is a model, once all is done")
     parser.add_argument("--seed", type=cli.natural_int, default=DEFAULTS.seed, metavar="N", help="windows and rotation")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan (sizes, memory, disk, time) and end")
+    parser.add_argument("--log", metavar="FILE", help="append one JSON line a layer: seconds, losses, errors, peaks")
+    limits = parser.add_argument_group("limits (obeyed by smaller batches and by computing again, or refused at once)")
+    for name, what in (("device-memory", "the accelerator"), ("host-memory", "the host"), ("disk", "DIR.partial")):
+        limits.add_argument(
+            f"--max-{name}",
+            type=cli.memory_size,
+            metavar="SIZE",
+            help=f"of {what}: 22GiB, 500MB (default: what is free)",
+        )
+    cli.add_compilation_cache(parser)
     calibration = parser.add_argument_group("calibration text")
     calibration.add_argument(
         "--calib", nargs="+", metavar="TEXT", help="text or token ids, of more than one kind is best"
@@ -216,6 +227,10 @@ def parser() -> cli.Parser:
         "parts (as good but for the last bits, faster on tensor cores), or in TF32 (10 bits of mantissa, fastest); it "
         "decides the exact bytes of the result, but a CPU always takes float32",
     )  # fmt: skip
+    method.add_argument(
+        "--stream-dtype", choices=choices.STREAM_DTYPES, default=DEFAULTS.stream_dtype,
+        help="of the calibration windows between layers; float32 takes twice the memory and disk",
+    )  # fmt: skip
     plan = method.add_mutually_exclusive_group()
     # no default: argparse distinguishes two options of a group only when they differ from it
     plan.add_argument(
@@ -246,7 +261,12 @@ def main(argv: list[str]) -> None:
         rounding=args.rounding,
         refit=args.refit,
         precision=args.precision,
+        stream_dtype=args.stream_dtype,
     )
+    resources = Resources(
+        max_device_memory=args.max_device_memory, max_host_memory=args.max_host_memory, max_disk=args.max_disk
+    )
+    cli.use_compilation_cache(args.compilation_cache)
     recover_settings = dataclasses.replace(
         RECOVERY,
         steps=args.recover_steps,
@@ -268,12 +288,15 @@ def main(argv: list[str]) -> None:
         calib_windows=args.calib_windows,
         calib_length=args.calib_length,
         settings=settings,
+        resources=resources,
         recover=args.recover,
         recover_settings=recover_settings,
         recover_length=args.recover_length,
         recover_tune=args.recover_tune,
         resume=args.resume,
         overwrite=args.overwrite,
+        dry_run=args.dry_run,
+        log=args.log,
         progress=console.progress,
         say=lambda text: print(text, flush=True),
     )
@@ -281,4 +304,5 @@ def main(argv: list[str]) -> None:
         print(f"\n{args.out}: {console.format_bytes(report.bytes)} in {format_seconds(time.perf_counter() - start)}\n")
         if report.recovered is not None:
             print(gains(report.recovered, report.tuned) + "\n")
-    print(summary(args.out))
+    if not args.dry_run:
+        print(summary(args.out))

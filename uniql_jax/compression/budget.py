@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,8 +60,17 @@ def lay_out(
     resources: Resources,
     shape: tuple[int, ...],
     tuned: bool = False,
+    free_disk: int | None = None,
 ) -> Budget:
     """The layout of a run with calibration windows of this shape [windows, length] that stays within its limits.
+
+    Args:
+        config: the model.
+        settings: of the run.
+        resources: its limits.
+        shape: windows and tokens of each.
+        tuned: whether it trains on after quantizing.
+        free_disk: bytes; streams are computed again rather than written where they would not fit.
 
     Raises:
         UserError: when no layout does, with what the smallest would take.
@@ -93,13 +103,12 @@ def lay_out(
     on_host = 0 if total is None else max(0, host // 2 - base)
     wanted = one * (count + 1)
     on_device, on_host = min(on_device, wanted), min(on_host, max(0, wanted - on_device))
+    most = min(resources.max_disk or sys.maxsize, free_disk or sys.maxsize)
     interval = resources.stream_interval or max(1, math.isqrt(count))
     if resources.stream_interval is None:
         # Streams between two on disk are computed again together, so memory must hold them.
         interval = max(1, min(interval, (on_device + on_host) // max(1, one)))
-        while resources.max_disk and interval < count:
-            if disk_bytes(config, settings, interval, windows * length, tuned) <= resources.max_disk:
-                break
+        while interval < count and disk_bytes(config, settings, interval, windows * length, tuned) > most:
             interval += 1
     disk = disk_bytes(config, settings, interval, windows * length, tuned)
     if resources.max_disk and disk > resources.max_disk:

@@ -13,13 +13,14 @@ from uniql_jax.compression.budget import lay_out
 from uniql_jax.compression.contract import Inputs, Progress, RecoveryData, Report
 from uniql_jax.compression.describe import describe
 from uniql_jax.compression.inputs import manifest_of
+from uniql_jax.compression.log import log_file
 from uniql_jax.compression.settings import LENGTH, RECOVER_LENGTH, WINDOWS, CompressionSettings, Resources
 from uniql_jax.compression.workspace import remove_leftover, workspace
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert.source import Source, open_source
 from uniql_jax.errors import UserError
 from uniql_jax.manifest import Manifest
-from uniql_jax.outputs import check_space
+from uniql_jax.outputs import check_space, free_space
 from uniql_jax.tokenizer import source_tokenizer
 from uniql_jax.train import examples
 from uniql_jax.train.loop import resolved
@@ -41,6 +42,8 @@ def compress(
     recover_tune: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    dry_run: bool = False,
+    log: str | Path | None = None,
     progress: Progress = lambda items, _: items,
     say: Callable[[str], object] = lambda text: None,
 ) -> Report | None:
@@ -62,11 +65,14 @@ def compress(
         recover_tune: further steps after quantizing, with every weight rounded as it is stored.
         resume: go on with an unfinished run of the very same inputs.
         overwrite: replace `out`, if it is a model folder, once all is done.
+        dry_run: say the plan, and end.
+        log: file that gets one JSON line a layer (uniql_jax/compression/log.py); None: OUT.partial/log.jsonl, while the
+            run lasts.
         progress: called with the items of each stage and its name.
         say: gets the plan before the work.
 
     Returns:
-        What was done; None when `resume` finds a checkpoint from the very same inputs.
+        What was done; None when `resume` finds a checkpoint from the very same inputs, and for a dry run.
 
     Raises:
         UserError: for bad input; nothing is left behind by a run that cannot start.
@@ -88,16 +94,20 @@ def compress(
     with workspace(out, resume, overwrite, ckpt, (*calib, *recover)) as work:
         tuned = recover_tune is not None
         if not work.started:  # what a started run still needs is less, and unknown
-            check_space(work.folder, lay_out(source.config, settings, resources, (0, 0), tuned).disk)
+            smallest = lay_out(source.config, settings, resources, (0, 0), tuned, free_space(work.folder))
+            check_space(work.folder, smallest.disk)
         windows, recovery = read()
-        budget = lay_out(source.config, settings, resources, windows.tokens.shape, tuned)
+        budget = lay_out(source.config, settings, resources, windows.tokens.shape, tuned, free_space(work.folder))
         if not work.started:
             check_space(work.folder, budget.disk)
         say(describe(source, out, settings, budget, windows, recovery))
+        if dry_run:
+            return None
         manifest = manifest_of(source, windows.tokens, settings, recovery, progress)
         work.begin(manifest)
         inputs = Inputs(source, windows.tokens, settings, budget, recovery)
-        return pipeline.run(work, inputs, manifest, overwrite, {"calibration": windows.description}, progress)
+        with log_file(Path(log) if log is not None else work.folder / "log.jsonl"):
+            return pipeline.run(work, inputs, manifest, overwrite, {"calibration": windows.description}, progress)
 
 
 def _check_arguments(

@@ -53,6 +53,10 @@ class DenseModel(Protocol):
         """Embedding, final norm and head where untied."""
         ...
 
+    def device_top(self) -> dict[str, Any]:
+        """`top` as float32 arrays on the device."""
+        ...
+
     def write_side_files(self, folder: Path, /) -> None:
         """Tokenizer and the like."""
         ...

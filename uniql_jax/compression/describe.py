@@ -9,7 +9,7 @@ import jax
 from uniql_jax import console, data, elastic
 from uniql_jax.compression.budget import Budget
 from uniql_jax.compression.contract import RecoveryData, Source
-from uniql_jax.compression.estimate import estimated_bytes, speed, work
+from uniql_jax.compression.estimate import estimated_bytes, pace, seconds, work
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.workspace import work_folder
 from uniql_jax.counting import parameter_count, prunable_count
@@ -56,6 +56,7 @@ def describe(
     sizes = elastic.sizes(config)
     held = budget.device_streams + budget.host_streams
     memory = budget.device | ({"streams of all layers": held} if held else {})
+    speeds = pace(options, work_folder(out))
     bits = f"{options.bits} bits"
     if options.packed:
         how = [options.rounding, "rotated" if options.rotate else "not rotated"]
@@ -86,8 +87,8 @@ def describe(
         ),
         (
             "time",
-            f"roughly {format_seconds(work(config, options, count * length) / speed())} "
-            f"on {jax.devices()[0].device_kind}, compilation aside",
+            f"about {format_seconds(seconds(work(config, options, count * length, budget.interval), speeds))} "
+            f"on {jax.devices()[0].device_kind}" + (", recovery aside" if recover else ""),
         ),
     ]
     small = [f"{counts[axis]} by {units[axis]}" for axis in axes if units[axis] < min(LIKED[axis], sizes[axis])]

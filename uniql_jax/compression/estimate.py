@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from uniql_jax import elastic
-from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.compression.compiling import jit
+from uniql_jax.compression.settings import PRECISIONS, CompressionSettings
 from uniql_jax.config import ModelConfig
 from uniql_jax.counting import block_parameters, parameter_count
 from uniql_jax.plan import groups
+
+# From recorded runs (benchmarks/results/compress-*.json): parts of a large product's speed that the stages reach, the
+# seconds that a kind of block takes to compile, and those that starting, reading and writing take.
+PRODUCTS_SHARE, SOLVES_SHARE, HOST_SHARE = 0.6, 0.5, 0.3
+GPU_PROGRAM, CPU_PROGRAM, FIXED = 25.0, 8.0, 5.0
 
 
 def _blocks(config: ModelConfig) -> Iterator[str]:
@@ -75,35 +85,123 @@ def disk_bytes(
 ) -> int:
     """Bytes the work folder may reach: streams, sorted and finished layers, the checkpoint, and where layers are tuned
     what was rounded, and they once more.
+
+    Sorted leaves stay in the source's bfloat16 but for V and O, which get another basis; float32 sources take more.
     """
-    layers = 4 * parameter_count(config) + 2 * estimated_bytes(config, options)
+    turned = sum(
+        math.prod(elastic.shape(config, leaf))
+        for kind in _blocks(config)
+        for name, leaf in elastic.leaves(config, kind).items()
+        if kind == "attention" and name in ("v", "o")
+    )
+    layers = 2 * sum(block_parameters(config, kind) for kind in _blocks(config)) + 2 * turned
+    layers += 2 * estimated_bytes(config, options)
     layers += (2 * parameter_count(config) + estimated_bytes(config, options)) * tuned
     return layers + stream_bytes(config, options, tokens) * (len(config.pattern) // interval + 4)
 
 
-def work(config: ModelConfig, options: CompressionSettings, tokens: int) -> float:
-    """Floating point operations of a run, roughly: passes of the calibration tokens, Gram matrices, GPTQ."""
-    hidden, total = config.hidden_size, 0.0
+class Work(NamedTuple):
+    """Floating point operations of a run, by the kind of arithmetic; and what has its own pace.
+
+    products: of activations with weights and each other. solves: factorizations, GPTQ, in float32. columns: steps of
+    loops over columns. host: float64 on the host. written: bytes to disk. programs: kinds of blocks, each compiled.
+    """
+
+    products: float
+    solves: float
+    columns: float
+    host: float
+    written: float
+    programs: int
+
+
+def work(config: ModelConfig, options: CompressionSettings, tokens: int, interval: int = 1) -> Work:
+    """What a run computes and writes, without recovery."""
+    hidden, products, solves, columns, host = config.hidden_size, 0.0, 0.0, 0.0, 0.0
     for kind in _blocks(config):
         params, width = block_parameters(config, kind), output_width(config, kind)
         once = 2 * params * tokens
-        total += 4 * once + 2 * tokens * (hidden**2 + 2 * width**2)  # once forward, once forward and back
+        # once forward, once forward and back, and the Gram matrices of what is read, written and felt
+        products += 4 * once + 2 * tokens * (2 * hidden**2 + 2 * width**2)
+        solves += 2 * width * hidden * (width + hidden)
+        columns += width
+        if kind == "attention":
+            host += 16 * width * hidden * config.head_dim
         if options.packed:
-            total += 2 * once + 2 * tokens * (hidden**2 + width**2)
+            products += 2 * once + 2 * tokens * (hidden**2 + width**2)
             reading = params / hidden - width
-            total += 2 * reading * hidden * (hidden + 500) + 2 * hidden * width * (width + 500)  # 500: scale search
-            total += 4 * (hidden**3 + width**3)
+            solves += 2 * reading * hidden**2 + 2 * hidden * width**2 + 2 * (hidden**3 + width**3)
+            solves += 300 * params  # scale search
+            columns += hidden + width
         if options.refit is not None:
-            total += 3 * once + 2 * tokens * (width**2 + width * hidden)
-    return total + 2 * config.vocab_size * hidden * (hidden + 500) * options.packed
+            products += 3 * once + 2 * tokens * (width**2 + width * hidden)
+    if options.packed:
+        solves += 2 * config.vocab_size * hidden * (hidden + 300)
+        columns += hidden
+    products += 6 * config.vocab_size * hidden * tokens  # logits and their gradient
+    written = disk_bytes(config, options, interval, tokens) + 3 * stream_bytes(config, options, tokens)
+    return Work(products, solves, columns, host, written, len({*_blocks(config)}))
 
 
-def speed() -> float:
-    """Floating point operations a second that this device reaches in a run, from one small matrix product."""
-    size = 1024
+class Pace(NamedTuple):
+    """What this machine does in a second (`columns`, `program`: seconds of one)."""
+
+    products: float
+    solves: float
+    columns: float
+    host: float
+    disk: float
+    program: float
+
+
+def pace(options: CompressionSettings, folder: Path) -> Pace:
+    """Measured on the machine in a second or two; what is not measured is in proportion, from recorded runs."""
+    cpu = jax.default_backend() == "cpu"
+    precision = "highest" if cpu else PRECISIONS[options.precision]
+    fast = _product_speed(1024 if cpu else 8192, precision)
+    exact = fast if cpu else _product_speed(4096, "highest")
+    start = time.perf_counter()
+    wide = np.ones((768, 768))
+    for _ in range(4):
+        wide = wide @ wide / 768
+    host = 4 * 2 * 768**3 / (time.perf_counter() - start)
+    return Pace(
+        products=PRODUCTS_SHARE * fast,
+        solves=SOLVES_SHARE * exact,
+        columns=4e-6 if cpu else 3e-5,
+        host=HOST_SHARE * host,
+        disk=_disk_speed(folder),
+        program=CPU_PROGRAM if cpu else GPU_PROGRAM,
+    )
+
+
+def seconds(work: Work, pace: Pace) -> float:
+    """How long a run takes; writing goes on behind the computing, and counts where it is slower."""
+    computing = work.products / pace.products + work.solves / pace.solves + work.columns * pace.columns
+    computing += work.host / pace.host
+    return FIXED + work.programs * pace.program + max(computing, work.written / pace.disk)
+
+
+def _product_speed(size: int, precision: str) -> float:
     x = jnp.ones((size, size), jnp.float32)
-    product = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
+    product = jit(lambda a: jnp.matmul(a, a, precision=precision))
     jax.block_until_ready(product(x))
     start = time.perf_counter()
     jax.block_until_ready(product(x))
-    return 0.25 * 2 * size**3 / (time.perf_counter() - start)  # much of a run is bound by memory
+    return 2 * size**3 / (time.perf_counter() - start)
+
+
+def _disk_speed(folder: Path, size: int = 64 * 2**20) -> float:
+    """Bytes a second that a file in the folder takes, until they are on the disk."""
+    path = folder / ".speed"
+    start = time.perf_counter()
+    try:
+        with path.open("wb") as file:
+            file.write(b"0" * size)
+            file.flush()
+            os.fsync(file.fileno())
+        return size / (time.perf_counter() - start)
+    except OSError:
+        return 2.0**29
+    finally:
+        path.unlink(missing_ok=True)

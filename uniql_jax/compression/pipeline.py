@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -27,7 +26,7 @@ from uniql_jax.compression.stored import StoredLayers
 from uniql_jax.compression.streams import StreamStore, Windows
 from uniql_jax.compression.workspace import Workspace, workspace
 from uniql_jax.manifest import Manifest
-from uniql_jax.outputs import check_space
+from uniql_jax.outputs import check_space, free_space
 from uniql_jax.version import __version__
 
 
@@ -71,7 +70,9 @@ def compress(
     settings = settings or CompressionSettings()
     with workspace(out, resume, overwrite, source.name) as work:
         tuned = recovery is not None and recovery.tuning is not None
-        budget = lay_out(source.config, settings, resources or Resources(), tokens.shape, tuned)
+        budget = lay_out(
+            source.config, settings, resources or Resources(), tokens.shape, tuned, free_space(work.folder)
+        )
         if not work.started:
             check_space(work.folder, budget.disk)
         manifest = manifest_of(source, tokens, settings, recovery, progress)
@@ -102,7 +103,7 @@ def run(
         What was done.
     """
     source, settings, recovery = inputs.source, inputs.settings, inputs.recovery
-    top = {name: jnp.asarray(value, jnp.float32) for name, value in source.top().items()}
+    top = source.device_top()
     # Statistics and what is solved from them want float32 products; training wants fast ones.
     with jax.default_matmul_precision(matmul_precision(settings)):
         calibration, original = _sorted(work, inputs, top, progress)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from uniql_jax.compression.artifacts import LayerStore, layer_name
 from uniql_jax.compression.contract import DenseModel, Progress
 from uniql_jax.compression.finite import check_finite
+from uniql_jax.compression.log import Clock
 from uniql_jax.compression.sorters.base import Statistics
 from uniql_jax.compression.sorting import final_gram, layer_forward, layer_statistics, loss_gradient
 from uniql_jax.compression.streams import StreamStore
@@ -62,7 +63,7 @@ def forward_sweep(
             streams.hold(FORWARD, 0, xs)
         else:
             xs = streams.load(FORWARD, start)
-        layers = read_ahead(source.device_layer, range(start, count))
+        layers, clock = read_ahead(source.device_layer, range(start, count)), Clock()
         for index in progress(range(count), "calibrate"):
             if index < start:
                 continue
@@ -74,7 +75,9 @@ def forward_sweep(
             check_finite(xs, f"layer {i}: the residual stream after it")
             streams.save(FORWARD, i + 1, xs)
             streams.hold(FORWARD, i + 1, xs)
-            store.save(layer_name(i), {}, {"influence": 1.0 - float(cosine) / windows.tokens})
+            influence = 1.0 - float(cosine) / windows.tokens
+            store.save(layer_name(i), {}, {"influence": influence})
+            clock.line("calibrate", i, influence=influence)
         gram = sum(final_gram(x, config.norm_eps) for x in xs) / windows.tokens
         influence = [store.record(layer_name(i))["influence"] for i in range(count)]
         store.save(SUMMARY, {"gram": gram}, {"influence": influence})

@@ -15,8 +15,10 @@ from jaxtyping import Array, Float
 from uniql_jax import elastic
 from uniql_jax.checkpoint import reachable_bias, stored
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
+from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.contract import Progress, SortedModel
 from uniql_jax.compression.finite import check_finite
+from uniql_jax.compression.log import Clock
 from uniql_jax.compression.packing import Packed, pack_leaf, pack_together
 from uniql_jax.compression.refit import (
     Keep,
@@ -37,7 +39,7 @@ from uniql_jax.compression.streams import StreamStore
 from uniql_jax.config import ModelConfig
 from uniql_jax.model.causal_lm import embed
 from uniql_jax.plan import groups
-from uniql_jax.weights.quantized import dense
+from uniql_jax.weights.quantized import QuantizedArray, dense
 
 Block = Mapping[str, Any]
 FINISHED, UNPRUNED = "finished", "unpruned"
@@ -103,7 +105,7 @@ def quantize(
     running = None
     if settings.packed or settings.refit is not None:
         running = _resume(model, q, settings, stored_layers, streams, start)
-    dense_layers = read_ahead(model.layers.layer, range(start, count))
+    dense_layers, clock = read_ahead(model.layers.layer, range(start, count)), Clock()
     for index in progress(range(count), "quantize" if settings.packed else "finish"):
         if index < start:
             continue
@@ -122,9 +124,24 @@ def quantize(
         if running is not None:
             _save(streams, i + 1, running)
         done.save(layer_name(i), flatten(finished))
+        error = _relative_error(finished, {kind: dict(original[kind]) for kind in finished})
+        clock.line("quantize", i, relative_error=round(float(error), 5))
         for name in (FINISHED, UNPRUNED):
             last = streams.nearest(name, i + 1)
             streams.drop(name, range(last or 0))
+
+
+@jit
+def _relative_error(finished: Mapping[str, Block], original: Mapping[str, Block]) -> Float[Array, ""]:
+    """Norm of what quantizing changed in a layer's packed leaves over their norm."""
+    pairs = [
+        (dense(value).astype(jnp.float32), original[kind][name])
+        for kind, block in finished.items()
+        for name, value in block.items()
+        if isinstance(value, QuantizedArray)
+    ]
+    change = sum(jnp.sum(jnp.square(after - before)) for after, before in pairs)
+    return jnp.sqrt(change / sum(jnp.sum(jnp.square(before)) for _, before in pairs)) if pairs else jnp.zeros(())
 
 
 def _save(streams: StreamStore, index: int, running: Streams) -> None:

@@ -7,10 +7,12 @@ import numpy as np
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
 from uniql_jax.compression.contract import DenseModel, Progress
 from uniql_jax.compression.finite import check_finite
+from uniql_jax.compression.log import Clock
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.sorting import sort_layer
 from uniql_jax.compression.stages.calibrate import Top, backward_sweep
 from uniql_jax.compression.streams import StreamStore
+from uniql_jax.limits import MAX_PRUNE_RATE
 
 
 def sort(
@@ -33,7 +35,7 @@ def sort(
     todo = [i for i in down if not store.has(layer_name(i))]
     if not todo:
         return
-    layers = backward_sweep(source, top, streams, todo[0], settings.thorough)
+    layers, clock = backward_sweep(source, top, streams, todo[0], settings.thorough), Clock()
     for index in progress(down, "sort"):
         if index > todo[0]:
             continue
@@ -42,3 +44,5 @@ def sort(
         check_finite((done, losses), f"layer {i}, sorted:")
         record = {axis: np.asarray(loss).tolist() for axis, loss in losses.items()}
         store.save(layer_name(i), flatten(done), record)
+        most = {axis: loss[round((1 - MAX_PRUNE_RATE) * (len(loss) - 1))] for axis, loss in record.items()}
+        clock.line("sort", i, **{f"loss_{axis}_at_{MAX_PRUNE_RATE}": loss for axis, loss in most.items()})
