@@ -19,7 +19,7 @@ SHARE = 0.9
 """Of a device's memory that is planned for: allocators need room."""
 HOST_BASE = 2 * 2**30
 """What Python, JAX and the compiled programs take of the host."""
-BATCHES = (32768, 16384, 8192, 4096, 2048, 1024, 512, 256, 128)
+BATCHES = (16384, 8192, 4096, 2048, 1024, 512, 256, 128)
 """Tokens of a batch, the largest that fits is taken; a CPU gains nothing above CPU_BATCH."""
 CPU_BATCH = 4096
 

@@ -17,7 +17,7 @@ from uniql_jax.compression.writer import Writer
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 Future = concurrent.futures.Future
-Stream = Sequence[Float[Array, "b t h"]]
+Stream = Sequence[Float[Array, "_ t h"]]
 
 
 class Windows:
@@ -91,7 +91,7 @@ class StreamStore:
             kept = _to_host(value) if self._writer is None else self._writer.submit(_to_host, list(value))
         self._held[name, index] = place, kept
 
-    def load(self, name: str, index: int) -> list[Float[Array, "b t h"]]:
+    def load(self, name: str, index: int) -> list[Float[Array, "_ t h"]]:
         """The stream in batches, on the device."""
         if (name, index) in self._held:
             _, kept = self._held[name, index]

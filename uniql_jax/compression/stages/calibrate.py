@@ -122,7 +122,7 @@ def backward_sweep(
             streams.drop(FORWARD, range(i, count + 1))
 
 
-def _stream(source: DenseModel, streams: StreamStore, index: int) -> list[Float[Array, "b t h"]]:
+def _stream(source: DenseModel, streams: StreamStore, index: int) -> list[Float[Array, "_ t h"]]:
     """The stream before layer `index`, computed again from the nearest one on disk where it was not kept."""
     if not streams.has(FORWARD, index):
         start = streams.nearest(FORWARD, index)

@@ -50,8 +50,8 @@ class Streams(NamedTuple):
     model's and the kept sizes at which each window is seen, per batch and layer.
     """
 
-    x: list[Float[Array, "b t h"]]
-    unpruned: list[Float[Array, "b t h"]] | None = None
+    x: list[Float[Array, "_ t h"]]
+    unpruned: list[Float[Array, "_ t h"]] | None = None
     keep: list[tuple[Keep, ...]] | None = None
 
     def kept(self, index: int) -> list[Keep | None]:

@@ -1,0 +1,87 @@
+"""What a run may take: batches, streams and intervals follow the limits, or the run is refused before it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import pytest
+
+from uniql_jax.compression import budget
+from uniql_jax.compression.budget import BATCHES, Budget, lay_out
+from uniql_jax.compression.estimate import stream_bytes
+from uniql_jax.compression.settings import CompressionSettings, Resources
+from uniql_jax.errors import UserError
+from uniql_jax.evaluation.random_model import read_config
+
+GIB = 2**30
+SETTINGS = CompressionSettings()
+MODELS = ("llama-3.1-8b", "qwen2.5-7b", "mamba2-8b", "nemotron-h-8b", "bamba-9b-v2", "smollm2-135m")
+
+
+@pytest.fixture(params=[None, 80 * GIB], ids=["cpu", "gpu"])
+def total(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
+    """A machine with 128 GiB of memory, and the memory of its accelerator."""
+    monkeypatch.setattr(budget, "device_limit", lambda: request.param)
+    monkeypatch.setattr(budget, "available_host", lambda: 128 * GIB)
+    return request.param
+
+
+def _laid_out(model: str, shape: tuple[int, int] = (128, 2048), free_disk: int | None = None, **limits: int) -> Budget:
+    return lay_out(read_config(model), SETTINGS, Resources(**limits), shape, free_disk=free_disk)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_whole_machine_is_enough(model: str, total: int | None) -> None:
+    found = _laid_out(model)
+    assert sum(found.device.values()) + found.device_streams <= (total or 128 * GIB)
+    assert found.batch_tokens in BATCHES
+    assert found.interval >= 1
+    config = read_config(model)
+    segment = found.interval * stream_bytes(config, SETTINGS, 128 * 2048)
+    assert found.interval == 1 or segment <= found.device_streams + found.host_streams
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_less_memory_means_smaller_batches_and_fewer_streams(model: str, total: int | None) -> None:
+    limit = "max_host_memory" if total is None else "max_device_memory"
+    laid = []
+    for size in (100, 64, 40, 32, 24, 16, 8, 4, 2, 1):
+        with contextlib.suppress(UserError):
+            laid.append((size, _laid_out(model, (64, 512), **{limit: size * GIB})))
+    assert [size for size, _ in laid] == [100, 64, 40, 32, 24, 16, 8, 4, 2, 1][: len(laid)]
+    assert laid
+    for (size, more), (_, less) in itertools.pairwise([*laid, laid[-1]]):
+        assert sum(more.device.values()) + more.device_streams <= size * GIB
+        assert less.batch_tokens <= more.batch_tokens
+
+
+def test_a_small_gpu_takes_8b(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "device_limit", lambda: 80 * GIB)
+    monkeypatch.setattr(budget, "available_host", lambda: 128 * GIB)
+    found = _laid_out("llama-3.1-8b", (128, 512), max_device_memory=22 * GIB, max_host_memory=24 * GIB)
+    assert sum(found.device.values()) + found.device_streams <= 22 * GIB
+    assert found.host <= 24 * GIB
+
+
+def test_what_cannot_fit_is_refused(total: int | None) -> None:
+    limit = "max_host_memory" if total is None else "max_device_memory"
+    with pytest.raises(UserError, match="--calib-windows"):
+        _laid_out("llama-3.1-8b", **{limit: GIB})
+    with pytest.raises(UserError, match="--max-disk"):
+        _laid_out("llama-3.1-8b", max_disk=GIB)
+
+
+def test_a_small_disk_means_that_more_is_computed_again(total: int | None) -> None:
+    usual = _laid_out("llama-3.1-8b")
+    for limits in ({"max_disk": usual.disk - 1}, {"free_disk": usual.disk - 1}):
+        found = _laid_out("llama-3.1-8b", **limits)
+        assert found.interval > usual.interval
+        assert found.disk < usual.disk
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_stream_takes_its_dtypes_bytes(dtype: str) -> None:
+    config = read_config("smollm2-135m")
+    size = stream_bytes(config, CompressionSettings(stream_dtype=dtype), 1000)
+    assert size == {"bfloat16": 2, "float32": 4}[dtype] * 1000 * config.hidden_size
