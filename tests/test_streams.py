@@ -91,21 +91,28 @@ def test_an_error_of_writing_reaches_the_work(tmp_path: Path) -> None:
     def fail() -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"), Writer() as writer:
-        writer.submit(fail)
-        writer.flush()
-    with pytest.raises(OSError, match="No space"), Writer(ahead=1) as writer:
-        for _ in range(20):
-            writer.submit(fail)
+    def submit(ahead: int, times: int) -> None:
+        with Writer(ahead) as writer:
+            for _ in range(times):
+                writer.submit(fail)
+
+    for ahead, times in ((4, 1), (1, 20)):
+        with pytest.raises(OSError, match="No space"):
+            submit(ahead, times)
 
 
 def test_what_has_not_begun_is_dropped_after_an_error(tmp_path: Path) -> None:
     gate, seen = threading.Event(), []
-    with pytest.raises(RuntimeError, match="mine"), Writer(ahead=10) as writer:
-        writer.submit(gate.wait)
-        writer.submit(seen.append, 1)
-        threading.Timer(0.05, gate.set).start()
-        raise RuntimeError("mine")
+
+    def run() -> None:
+        with Writer(ahead=10) as writer:
+            writer.submit(gate.wait)
+            writer.submit(seen.append, 1)
+            threading.Timer(0.05, gate.set).start()
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        run()
     assert seen == []
 
 
