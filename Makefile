@@ -83,7 +83,7 @@ notebook: $(VENV)/.notebook
 	$(BIN)/python -m pytest -o addopts= -p no:cacheprovider --nbmake --nbmake-timeout 900 examples/quickstart.ipynb
 
 clean:
-	rm -rf $(VENV) $(VENV)-next site .import_linter_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-next site .jax_cache .import_linter_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.venv:

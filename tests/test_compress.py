@@ -190,7 +190,12 @@ def test_estimates_of_real_models(name: str) -> None:
     cut = estimate.estimated_bytes(config, sixteen) - estimate.estimated_bytes(config, sixteen, 0.35)
     assert cut == pytest.approx(0.35 * 2 * counting.prunable_count(config), rel=0.01)
     assert 0.4 < counting.prunable_count(config) / params < 1
-    assert estimate.work(config, four, 65536) > estimate.work(config, sixteen, 65536) > 2 * params * 65536 * 0.4
+    packed, dense = estimate.work(config, four, 65536), estimate.work(config, sixteen, 65536)
+    assert packed.solves > dense.solves
+    assert packed.products > dense.products > 2 * params * 65536 * 0.4
+    pace = estimate.Pace(1e14, 1e13, 1e-5, 1e10, 1e9, 10.0)
+    times = [estimate.seconds(estimate.work(config, four, tokens), pace) for tokens in (65536, 262144)]
+    assert 0 < times[0] < times[1] < 4 * times[0]
     parts = estimate.memory_parts(config, four, 128, 512, 16384)
     assert all(size > 0 for size in parts.values())
     assert sum(parts.values()) < 60e9

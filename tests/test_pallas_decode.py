@@ -105,7 +105,7 @@ def test_on_a_gpu(shape: tuple[int, ...], split: int | None, rng: np.random.Gene
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", list(BOUND))
-@pytest.mark.parametrize("split", [1, 4])
+@pytest.mark.parametrize("split", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_the_kernel_is_the_specification(
     shape: tuple[int, ...], dtype: str, split: int, rng: np.random.Generator
 ) -> None:

@@ -60,7 +60,7 @@ def test_blocks_invert(count: int, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(5, marks=pytest.mark.slow), 12])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("biased", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("layout", ["rows", "last"])
 def test_read_takes_several_weights(count: int, biased: bool, layout: str, rng: np.random.Generator) -> None:
     drawn = [draw(rng, layout, features, 3) for features in (40, 16, 23)]
