@@ -68,7 +68,11 @@ class Watch:
         self.again: list[str] = []
 
     def look(self) -> int:
-        for path in [*self.folder.glob("*/*.safetensors"), *self.folder.glob("*/state/[0-9]*")]:
+        try:
+            paths = [*self.folder.glob("*/*.safetensors"), *self.folder.glob("*/state/[0-9]*")]
+        except FileNotFoundError:  # a folder went while it was listed: the run is ending
+            return len(self.seen)
+        for path in paths:
             name = str(path.relative_to(self.folder))
             if path.parent.name == "checkpoint" or not (path.name.isdigit() or path.suffix == ".safetensors"):
                 continue
