@@ -22,6 +22,7 @@ from uniql_jax.commands import compress as command
 from uniql_jax.compression import compress, describe, estimate, pipeline
 from uniql_jax.compression.settings import PRECISIONS, CompressionSettings
 from uniql_jax.convert.source import open_source
+from uniql_jax.errors import UserError
 
 QUICK = ("--rounding", "nearest", "--no-rotate")
 Folder = Callable[[str], Path]
@@ -219,3 +220,16 @@ def test_estimated_bytes_are_those_of_the_file(
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (80, "80 s"), (600, "10 min"), (7200, "2.0 h")])
 def test_times_for_people(seconds: float, text: str) -> None:
     assert describe.format_seconds(seconds) == text
+
+
+def test_a_log_that_cannot_be_written_leaves_nothing(
+    hf_folder: Folder, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    np.save(tmp_path / "calib.npy", rng.integers(3, 256, (2, 16)).astype(np.int32))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match="cannot write"):
+        compress.compress(
+            str(hf_folder("smollm2-135m")), tmp_path / "out", calib=[str(tmp_path / "calib.npy")], calib_windows=2,
+            calib_length=16, log=tmp_path / "missing" / "log.jsonl",
+        )  # fmt: skip
+    assert sorted(tmp_path.iterdir()) == before

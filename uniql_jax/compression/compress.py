@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -103,10 +104,14 @@ def compress(
         say(describe(source, out, settings, budget, windows, recovery))
         if dry_run:
             return None
-        manifest = manifest_of(source, windows.tokens, settings, recovery, progress)
-        work.begin(manifest)
-        inputs = Inputs(source, windows.tokens, settings, budget, recovery)
-        with log_file(Path(log) if log is not None else work.folder / "log.jsonl"):
+        with contextlib.ExitStack() as files:
+            if log is not None:  # refused before anything is kept
+                files.enter_context(log_file(Path(log)))
+            manifest = manifest_of(source, windows.tokens, settings, recovery, progress)
+            work.begin(manifest)
+            if log is None:
+                files.enter_context(log_file(work.folder / "log.jsonl"))
+            inputs = Inputs(source, windows.tokens, settings, budget, recovery)
             return pipeline.run(work, inputs, manifest, overwrite, {"calibration": windows.description}, progress)
 
 

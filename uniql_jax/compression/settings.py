@@ -35,7 +35,8 @@ REFIT_RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
 
 @dataclasses.dataclass(frozen=True)
 class CompressionSettings:
-    """How to compress. The defaults are the winners of the recorded comparison in benchmarks/.
+    """How to compress. The defaults are the winners of the recorded comparison in benchmarks/; but for `precision` and
+    `stream_dtype`, which were chosen for their speed and are not compared there yet.
 
     bits: 4 or 8 (packed), 16 or 32 (kept as floats). `rotate` and `rounding` matter below 16 bits only.
     refit: None, or the share of calibration windows that the nested refit sees unpruned; the others are seen at the
