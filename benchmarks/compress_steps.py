@@ -8,6 +8,7 @@ Random weights; each step is waited for. The first call compiles. XLA's options 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ from uniql_jax.compression.artifacts import LayerStore, flatten
 from uniql_jax.compression.packing import pack_leaf, pack_together
 from uniql_jax.compression.settings import PRECISIONS, CompressionSettings
 from uniql_jax.compression.sorters import SORTERS
+from uniql_jax.compression.streams import StreamStore, Windows
 from uniql_jax.config import ModelConfig
 from uniql_jax.evaluation.random_model import read_config
 from uniql_jax.evaluation.timing import environment
@@ -69,29 +71,37 @@ def steps(config: ModelConfig, kinds: tuple[str, ...], args: argparse.Namespace,
     layer = random_layer(config, kinds)
     per_batch = max(1, args.batch_tokens // args.length)
     xs = [
-        jax.random.normal(jax.random.key(i), (min(per_batch, args.windows - i), args.length, config.hidden_size))
+        jax.random.normal(
+            jax.random.key(i), (min(per_batch, args.windows - i), args.length, config.hidden_size), jnp.bfloat16
+        )
         for i in range(0, args.windows, per_batch)
     ]
     tokens = args.windows * args.length
     timed("forward, all windows", lambda: [sorting.layer_forward(config, kinds, layer, x) for x in xs], rows)
     found = timed(
         "statistics, all windows",
-        lambda: refit.total(sorting.layer_statistics(config, kinds, layer, x, 0.1 * x)[1] for x in xs),
+        lambda: functools.reduce(
+            lambda stats, x: sorting.layer_statistics(config, kinds, layer, x, 0.1 * x, stats)[1],
+            xs,
+            sorting.no_statistics(config, kinds, layer, xs[0].shape),
+        ),
         rows,
     )
     means = jax.tree.map(lambda value: value / tokens, found)
     for kind in kinds:
         timed(f"sort {kind}", lambda k=kind: SORTERS[k].sort(config, layer[k], means[k], settings, 0), rows)
     store = LayerStore(folder)
+    streams = StreamStore(folder / "streams", Windows(np.zeros((1, args.length), np.int32), args.length), parked=True)
     timed("save layer", lambda: store.save("layer", flatten(layer)), rows)
-    timed("stream to the host", lambda: [np.asarray(x + 1) for x in xs], rows)
-    timed("stream to the host, bfloat16", lambda: [np.asarray(x.astype(jnp.bfloat16)) for x in xs], rows)
+    timed("stream to NumPy", lambda: [np.asarray(x + 1) for x in xs], rows)
+    parked = timed("stream to the host and back", lambda: streams.mapped(lambda x: x, xs), rows)
+    timed("parked stream to NumPy", lambda: [np.asarray(x) for x in parked], rows)
     for kind in kinds:
         leaves, block, group = elastic.leaves(config, kind), layer[kind], groups(config)
         reading = {name: block[name] for name, leaf in leaves.items() if leaf.contract == "last"}
         hessian = timed(
             f"{kind}: Gram read",
-            lambda k=kind, b=block: refit.total(refit.read_gram(config, k, b, x) for x in xs),
+            lambda k=kind, b=block: streams.summed(lambda x: refit.read_gram(config, k, b, x), xs),
             rows,
         )
         timed(
@@ -104,7 +114,7 @@ def steps(config: ModelConfig, kinds: tuple[str, ...], args: argparse.Namespace,
         name = next(name for name, leaf in leaves.items() if leaf.contract == "first")
         hessian = timed(
             f"{kind}: Gram written",
-            lambda k=kind, b=block: refit.total(refit.hidden_gram(config, k, b, x, None) for x in xs),
+            lambda k=kind, b=block: streams.summed(lambda x: refit.hidden_gram(config, k, b, x, None), xs),
             rows,
         )
         timed(
@@ -124,7 +134,7 @@ def steps(config: ModelConfig, kinds: tuple[str, ...], args: argparse.Namespace,
             lambda: [sorting.loss_gradient(top, x, t, config.norm_eps) for x, t in zip(xs, ids, strict=True)],
             rows,
         )
-        leaf, hessian = elastic.TOP["head"], refit.total(sorting.final_gram(x, config.norm_eps) for x in xs)
+        leaf, hessian = elastic.TOP["head"], streams.summed(lambda x: sorting.final_gram(x, config.norm_eps), xs)
         timed("embedding", lambda: pack_leaf(elastic.TOP["embed"], embed, None, settings, 128).weight.data, rows)
         timed("GPTQ of the head", lambda: pack_leaf(leaf, embed, hessian, settings, 128).weight.data, rows)
     yield from rows

@@ -3,7 +3,7 @@
     python benchmarks/compress_time.py --config llama-3.1-8b --windows 128 --length 512 2048 --json record.json
     python benchmarks/compress_time.py --config llama-3.1-8b --layers 4 --precision float32 bf16x3 tf32
 
-The source is a Hugging Face folder of bfloat16 tensors in the published shapes, made once per call; calibration tokens
+The source is a Hugging Face folder of bfloat16 tensors in the published shapes; calibration tokens
 are random. Peaks are those of the device's allocator and of the process. Every row ends with its table.
 """
 
@@ -29,6 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from uniql_jax import console
+from uniql_jax.commands import cli
 from uniql_jax.compression.compress import compress
 from uniql_jax.compression.settings import PRECISIONS, CompressionSettings, Resources
 from uniql_jax.config import from_hf
@@ -105,8 +106,12 @@ def measure(
     report = compress(
         str(source), work / "out", calib=[str(calib)], calib_windows=args.windows, calib_length=length,
         settings=dataclasses.replace(CompressionSettings(), bits=args.bits, precision=precision),
-        resources=Resources(batch_tokens=args.batch_tokens),
-        progress=timeline, say=lambda text: print(text, flush=True),
+        resources=Resources(
+            batch_tokens=args.batch_tokens,
+            max_device_memory=args.max_device_memory,
+            max_host_memory=args.max_host_memory,
+        ),
+        log=args.log, progress=timeline, say=lambda text: print(text, flush=True),
     )  # fmt: skip
     seconds = time.perf_counter() - timeline.start
     stats = jax.devices()[0].memory_stats() or {}
@@ -128,24 +133,29 @@ def main() -> None:
     parser.add_argument("--length", type=int, nargs="+", default=[512])
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--batch-tokens", type=int)
+    parser.add_argument("--max-device-memory", type=cli.memory_size)
+    parser.add_argument("--max-host-memory", type=cli.memory_size)
+    parser.add_argument("--log", type=Path, help="file that gets a line per layer")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["bf16x3"])
+    parser.add_argument("--source", type=Path, help="folder of the source: written there once, and kept")
     parser.add_argument("--work", type=Path, help="folder for source and checkpoint (default: a temporary one)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as temporary:
         work, rows = Path(temporary), []
-        start = time.perf_counter()
-        size = write_source(args.config, args.layers, work / "source")
-        print(f"source: {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
-        vocabulary = json.loads((work / "source" / "config.json").read_text())["vocab_size"]
+        start, source = time.perf_counter(), args.source or work / "source"
+        if not (source / "config.json").is_file():
+            size = write_source(args.config, args.layers, source)
+            print(f"source: {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
+        vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
         for precision, length in itertools.product(args.precision, args.length):
             tokens = np.random.default_rng(0).integers(3, vocabulary, (args.windows, length)).astype(np.int32)
             np.save(work / "calib.npy", tokens)
-            rows.append(measure(work / "source", work / "calib.npy", args, precision, length, work))
+            rows.append(measure(source, work / "calib.npy", args, precision, length, work))
             print(f"{rows[-1]['seconds']} s", flush=True)
             if args.json:
-                record = {"environment": environment(sys.argv), "settings": vars(args) | {"json": str(args.json)}}
-                record["settings"]["work"] = None
+                record = {"environment": environment(sys.argv), "settings": dict(vars(args))}
+                record["settings"] |= {"work": None, "source": None, "log": None, "json": None}
                 console.write_whole(args.json, json.dumps(record | {"rows": rows}, indent=1, default=str) + "\n")
     for row in rows:
         device, host = (row["device_peak"] or 0) / 2**30, row["host_peak"] / 2**30

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -27,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.stages import compress, measure
 from uniql_jax import console, data
-from uniql_jax.compression.settings import CHANNEL_SCORES, STATE_SCORES, CompressionSettings
+from uniql_jax.compression import pipeline
+from uniql_jax.compression.settings import CHANNEL_SCORES, PRECISIONS, STATE_SCORES, CompressionSettings
 from uniql_jax.convert.source import open_source
 from uniql_jax.evaluation.timing import environment
 from uniql_jax.model.causal_lm import CausalLM, hidden_states, logits
@@ -121,7 +123,20 @@ def ssm() -> dict[str, CompressionSettings]:
     return rows
 
 
-TABLES = {"scores": scores, "refits": refits, "bits": bits, "ssm": ssm}
+def arithmetic() -> dict[str, CompressionSettings]:
+    """How the pass itself computes, at 4 and 16 bits: precision of products, type of the streams. For GPUs."""
+    rows = {}
+    for bits in (4, 16):
+        base = CompressionSettings(bits=bits)
+        rows[f"{bits} bits, float32, float32 streams"] = dataclasses.replace(
+            base, precision="float32", stream_dtype="float32"
+        )
+        for precision in PRECISIONS:
+            rows[f"{bits} bits, {precision}"] = dataclasses.replace(base, precision=precision)
+    return rows
+
+
+TABLES = {"scores": scores, "refits": refits, "bits": bits, "ssm": ssm, "arithmetic": arithmetic}
 
 
 @jax.jit
@@ -167,6 +182,10 @@ class Cached:
         """Embedding, norm, head."""
         return self._top
 
+    def device_top(self) -> Any:
+        """Those on the device."""
+        return jax.tree.map(jnp.asarray, self._top)
+
     def write_side_files(self, folder: Path) -> None:
         """Nothing: evaluation windows are tokens already."""
 
@@ -188,7 +207,8 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
 
-    source = Cached(open_source(args.ckpt))
+    opened = open_source(args.ckpt)
+    source = Cached(opened)
     vocab = source.config.vocab_size
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     calibration = data.token_windows(args.calib, tokenizer, args.length, args.windows, 0, vocab_size=vocab)
@@ -204,14 +224,19 @@ def main() -> None:
     print("original", {k: round(v, 3) for k, v in base.items()}, flush=True)
     rows = []
     work = tempfile.TemporaryDirectory()
-    measured = measure(source, calibration.tokens, Path(work.name), 16384 if jax.default_backend() != "cpu" else 4096)
+    batch = 16384 if jax.default_backend() != "cpu" else 4096
+    measured = functools.cache(lambda: measure(source, calibration.tokens, Path(work.name), batch))
     for table in args.table:
         for name, options in TABLES[table]().items():
             if not any(part in name for part in args.only) or ("ridge" in name and "ridge" not in "".join(args.only)):
                 continue
             start = time.time()
             with tempfile.TemporaryDirectory() as folder:
-                made, size = compress(measured, options, Path(folder))
+                if table == "arithmetic":
+                    out = Path(folder) / "out"
+                    made, size = out, pipeline.compress(opened, out, calibration.tokens, options).bytes
+                else:
+                    made, size = compress(measured(), options, Path(folder))
                 taken = time.time() - start
                 loaded = load(made, dtype=jnp.float32)
             params = jax.tree.map(

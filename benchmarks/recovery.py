@@ -115,6 +115,10 @@ class Sorted:
         """Embedding, norm, head."""
         return self.embeddings
 
+    def device_top(self) -> Any:
+        """Those on the device."""
+        return jax.tree.map(jnp.asarray, self.embeddings)
+
     def write_side_files(self, folder: Path) -> None:
         """Nothing: texts are tokens already."""
 

@@ -60,7 +60,7 @@ def test_memory_is_held_while_there_is_room(
     values = [_stream(windows, dtype, rng) for _ in range(4)]
     size = sum(part.nbytes for part in values[0])
     with Writer() as writer:
-        store = StreamStore(tmp_path, windows, 100, dtype, writer, device_bytes=size, host_bytes=size)
+        store = StreamStore(tmp_path, windows, 100, dtype, writer, held_bytes=2 * size)
         for i, value in enumerate(values):
             store.hold("x", i + 1, value)
         assert [store.has("x", i + 1) for i in range(4)] == [True, True, False, False]

@@ -17,9 +17,16 @@ from uniql_jax.errors import UserError
 
 SHARE = 0.9
 """Of a device's memory that is planned for: allocators need room."""
-HOST_BASE = 2 * 2**30
+HOST_BASE = {"cpu": 2**30, "gpu": 5 * 2**30}
 """What Python, JAX and the compiled programs take of the host."""
-BATCHES = (16384, 8192, 4096, 2048, 1024, 512, 256, 128)
+RUNNING = 5
+"""Streams in memory in addition to those that are held: before and after a layer, of values and gradients, and one on
+its way to the disk."""
+HELD = 0.8
+"""Of what is left of a device's memory, the share that holds streams: freed pieces do not always fit."""
+MOST_PARKED = 56 * 2**30
+"""JAX gives no more than 64 GiB of the memory that devices reach directly."""
+BATCHES = (8192, 4096, 2048, 1024, 512, 256, 128)
 """Tokens of a batch, the largest that fits is taken; a CPU gains nothing above CPU_BATCH."""
 CPU_BATCH = 4096
 
@@ -28,15 +35,16 @@ class Budget(NamedTuple):
     """How a run is laid out, and the bytes it is expected to take.
 
     batch_tokens: tokens of calibration windows worked on at a time. interval: every how many layers a stream is written
-    to disk. device_streams, host_streams: bytes of other streams held there.
+    to disk. held: bytes of other streams that are kept in memory. parked: whether streams are in the host's memory
+    rather than the device's. device, host: what is there at a time, by what it is for; a CPU has one memory.
     """
 
     batch_tokens: int
     interval: int
-    device_streams: int
-    host_streams: int
+    held: int
+    parked: bool
     device: dict[str, int]
-    host: int
+    host: dict[str, int]
     disk: int
 
 
@@ -75,45 +83,80 @@ def lay_out(
     Raises:
         UserError: when no layout does, with what the smallest would take.
     """
-    windows, length = shape
-    one = stream_bytes(config, settings, windows * length)
-    count = len(config.pattern)
-    total = device_limit()
-    host = min(resources.max_host_memory or available_host(), available_host())
-    device = host if total is None else int(SHARE * min(resources.max_device_memory or total, total))
-    if resources.batch_tokens is not None:
-        sizes: tuple[int, ...] = (resources.batch_tokens,)
-    else:
-        sizes = tuple(size for size in BATCHES if total is not None or size <= CPU_BATCH)
-        sizes = tuple(size for size in sizes if size >= length) or (length,)
-    batch, parts = 0, {}
-    for batch in sizes:
-        parts = memory_parts(config, settings, windows, length, batch)
-        if sum(parts.values()) <= device:
-            break
-    needed = sum(parts.values())
-    if needed > device and (resources.max_device_memory or resources.max_host_memory):
-        raise UserError(
-            f"the pass needs about {console.format_bytes(needed)} of memory for a layer of this model, "
-            f"{console.format_bytes(device)} may be used: fewer or shorter windows (--calib-windows, --calib-length) "
-            "need less"
-        )
-    base = HOST_BASE + 3 * parts["one layer"]
-    on_device = max(0, device - needed)
-    on_host = 0 if total is None else max(0, host // 2 - base)
-    wanted = one * (count + 1)
-    on_device, on_host = min(on_device, wanted), min(on_host, max(0, wanted - on_device))
+    tokens, count = shape[0] * shape[1], len(config.pattern)
+    one = stream_bytes(config, settings, tokens)
+    memory = _memory(config, settings, resources, shape[1], one)
     most = min(resources.max_disk or sys.maxsize, free_disk or sys.maxsize)
+    room, wanted = memory.held, one * (count + 1)
     interval = resources.stream_interval or max(1, math.isqrt(count))
     if resources.stream_interval is None:
         # Streams between two on disk are computed again together, so memory must hold them.
-        interval = max(1, min(interval, (on_device + on_host) // max(1, one)))
-        while interval < count and disk_bytes(config, settings, interval, windows * length, tuned) > most:
+        interval = max(1, min(interval, room // max(1, one)))
+        while interval < count and disk_bytes(config, settings, interval, tokens, tuned) > most:
             interval += 1
-    disk = disk_bytes(config, settings, interval, windows * length, tuned)
+    disk = disk_bytes(config, settings, interval, tokens, tuned)
     if resources.max_disk and disk > resources.max_disk:
         raise UserError(
             f"the pass needs {console.format_bytes(disk)} of disk, --max-disk allows "
             f"{console.format_bytes(resources.max_disk)}"
         )
-    return Budget(batch, interval, on_device, on_host, parts, base + on_host, disk)
+    # Where not all can be held, those that are computed again need their place.
+    held = wanted if room >= wanted else max(0, room - (interval - 1) * one)
+    place = memory.host if memory.parked or not memory.device else memory.device
+    place["held streams"] = min(room, wanted)
+    return Budget(memory.batch_tokens, interval, held, memory.parked, memory.device, memory.host, disk)
+
+
+class _Memory(NamedTuple):
+    """Where what goes: bytes on device and host, and what is left for streams that are held."""
+
+    batch_tokens: int
+    parked: bool
+    device: dict[str, int]
+    host: dict[str, int]
+    held: int
+
+
+def _memory(config: ModelConfig, settings: CompressionSettings, resources: Resources, length: int, one: int) -> _Memory:
+    """The largest batches that fit, and streams on the device if it has the room.
+
+    one: bytes of a stream. UserError when limits were given and nothing fits.
+    """
+    total = device_limit()
+    host = min(resources.max_host_memory or available_host(), available_host())
+    streams = RUNNING * one
+    if total is None:
+        room = host - HOST_BASE["cpu"] - streams
+    else:
+        room = int(SHARE * min(resources.max_device_memory or total, total))
+    usual = (size for size in BATCHES if size >= length and (total is not None or size <= CPU_BATCH))
+    batch, parts = 0, {}
+    for batch in (resources.batch_tokens,) if resources.batch_tokens else (*usual, length):
+        parts = memory_parts(config, settings, length, batch)
+        if sum(parts.values()) <= room:
+            break
+    left = room - sum(parts.values())
+    limited = bool(resources.max_device_memory or resources.max_host_memory)
+    if total is None:
+        _require(limited, "host", host - left, host)
+        base = {"programs": HOST_BASE["cpu"], **parts, "streams": streams}
+        return _Memory(batch, False, {}, base, max(0, left))
+    _require(limited, "device", room - left, room)
+    base = {"programs": HOST_BASE["gpu"], "layers": parts["layers"]}
+    if HELD * (left - streams) >= one:
+        base["streams"] = 2 * one  # on their way to the disk
+        _require(limited, "host", sum(base.values()), host)
+        return _Memory(batch, False, parts | {"streams": streams}, base, int(HELD * (left - streams)))
+    base["streams"] = streams
+    _require(limited, "host", sum(base.values()), host)
+    return _Memory(batch, True, parts, base, max(0, min(host, MOST_PARKED) - sum(base.values())))
+
+
+def _require(limited: bool, what: str, need: int, most: int) -> None:
+    """UserError where a limit was given and more is needed."""
+    if limited and need > most:
+        raise UserError(
+            f"the pass needs about {console.format_bytes(need)} of {what} memory for a layer of this model and the "
+            f"calibration windows, {console.format_bytes(most)} may be used: fewer or shorter windows "
+            "(--calib-windows, --calib-length) need less"
+        )

@@ -54,8 +54,6 @@ def describe(
     counts = COUNTS if config.rope else COUNTS | {"qk": COUNTS["qk_pass"]}
     units = {axis: axis_group_and_unit(config, axis)[1] for axis in axes}
     sizes = elastic.sizes(config)
-    held = budget.device_streams + budget.host_streams
-    memory = budget.device | ({"streams of all layers": held} if held else {})
     speeds = pace(options, work_folder(out))
     bits = f"{options.bits} bits"
     if options.packed:
@@ -80,11 +78,8 @@ def describe(
             f"{console.format_bytes(estimated_bytes(config, options, MAX_PRUNE_RATE))} at rate {MAX_PRUNE_RATE}",
         ),
         ("disk", f"up to {console.format_bytes(budget.disk)} in {work_folder(out).name} until it is whole"),
-        (
-            "memory",
-            f"about {console.format_bytes(sum(memory.values()))}: "
-            + ", ".join(f"{name} {console.format_bytes(size)}" for name, size in memory.items()),
-        ),
+        *([("device", _memory(budget.device))] if budget.device else []),
+        ("memory", _memory(budget.host)),
         (
             "time",
             f"about {format_seconds(seconds(work(config, options, count * length, budget.interval), speeds))} "
@@ -95,6 +90,12 @@ def describe(
     if small:
         rows.append(("note", f"a small model: it is cut finer than hardware likes ({', '.join(small)})"))
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def _memory(parts: dict[str, int]) -> str:
+    """Bytes of memory, in all and by what they are for."""
+    each = ", ".join(f"{name} {console.format_bytes(size)}" for name, size in parts.items() if size)
+    return f"about {console.format_bytes(sum(parts.values()))}: {each}"
 
 
 def _training(recover: RecoveryData, source: Source) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -16,8 +17,10 @@ import numpy as np
 from uniql_jax import elastic
 from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.settings import PRECISIONS, CompressionSettings
+from uniql_jax.compression.sorting import no_statistics
 from uniql_jax.config import ModelConfig
 from uniql_jax.counting import block_parameters, parameter_count
+from uniql_jax.pallas_kernels.ssd.reference import LONGEST_CHUNK
 from uniql_jax.plan import groups
 
 # From recorded runs (benchmarks/results/compress-*.json): parts of a large product's speed that the stages reach, the
@@ -55,24 +58,55 @@ def output_width(config: ModelConfig, kind: str) -> int:
     return max(math.prod(elastic.shape(config, leaf)[:-1]) for leaf in outputs)
 
 
-def memory_parts(
-    config: ModelConfig, settings: CompressionSettings, windows: int, length: int, batch_tokens: int
-) -> dict[str, int]:
-    """Bytes that a run holds at a time, by what they are for.
+def memory_parts(config: ModelConfig, settings: CompressionSettings, length: int, batch_tokens: int) -> dict[str, int]:
+    """Bytes that a run holds on the device at a time, by what they are for.
 
-    Float32 copies of a layer, its Gram matrices and those of that size that sorting or GPTQ add, the streams before and
-    after a layer and their gradients, the activations of one batch, the embedding and head.
+    Float32 copies of a layer (the next one, this one, the one before in its old and new order) and of its statistics
+    (sums, those of a batch, the one before) with what sorting and GPTQ make of them; the activations of one batch, the
+    embedding and head.
     """
     layer = max(sum(block_parameters(config, kind) for kind in kinds) for kinds in config.pattern)
     widest = max(config.hidden_size, *(output_width(config, kind) for kind in _blocks(config)))
-    batch = min(windows * length, max(batch_tokens, length))
+    statistics = max(statistics_bytes(config, kinds, settings.thorough) for kinds in {*config.pattern})
+    floats = max(activation_floats(config, kinds) for kinds in {*config.pattern})
     return {
-        "one layer": 4 * 2 * layer,
-        "its Gram matrices": 4 * 4 * widest**2,
-        "streams": 4 * stream_bytes(config, settings, windows * length),
-        "activations": 4 * batch * (10 * config.hidden_size + 6 * widest),
+        "layers": 4 * 4 * layer,
+        "statistics": 3 * statistics + 3 * 4 * widest**2,
+        "activations": 4 * max(batch_tokens, length) * floats,
         "embedding": 4 * config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2),
     }
+
+
+@functools.cache
+def statistics_bytes(config: ModelConfig, kinds: tuple[str, ...], thorough: bool) -> int:
+    """Bytes of a layer's statistics."""
+    layer = {
+        kind: {
+            name: jax.ShapeDtypeStruct(elastic.shape(config, leaf), np.float32)
+            for name, leaf in elastic.leaves(config, kind).items()
+        }
+        for kind in kinds
+    }
+    found = jax.eval_shape(
+        lambda layer: no_statistics(config, kinds, layer, (1, 8, config.hidden_size), thorough), layer
+    )
+    return sum(4 * value.size for value in jax.tree.leaves(found))
+
+
+def activation_floats(config: ModelConfig, kinds: tuple[str, ...]) -> int:
+    """Float32 numbers a token that going back through a layer holds, as the compiler reports them."""
+    count = 3 * config.hidden_size
+    for kind in kinds:
+        if kind == "attention":
+            count += 7 * config.heads * config.head_dim
+        elif kind == "mlp":
+            gated = "gate" in elastic.leaves(config, kind)
+            count += (6 if gated else 1) * config.intermediate_size
+        elif config.ssm is not None:
+            ssm = config.ssm
+            inner = ssm.heads * ssm.head_dim
+            count += 9 * inner + 11 * ssm.heads * min(ssm.chunk, LONGEST_CHUNK)
+    return count
 
 
 def stream_bytes(config: ModelConfig, settings: CompressionSettings, tokens: int) -> int:

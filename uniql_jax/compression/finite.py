@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from uniql_jax.errors import UserError
 
@@ -16,6 +16,12 @@ from uniql_jax.errors import UserError
 def _finite(leaves: list[Array]) -> Bool[Array, " leaves"]:
     """Whether each array holds finite values only: one reduction an array, one small result for all."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
+
+
+@jax.jit
+def peak(value: Float[Array, "..."]) -> Float[Array, ""]:
+    """The largest absolute value: one number that is not finite when any of the array is not."""
+    return jnp.max(jnp.abs(value))
 
 
 def first_nonfinite(tree: Any) -> str | None:
@@ -54,6 +60,7 @@ def check_finite(tree: Any, what: str) -> None:
     """
     name = first_nonfinite(tree)
     if name is not None:
+        what = f"{what} {name}".rstrip()
         raise UserError(
-            f"{what} {name} holds NaN or infinity: weights or activations of this model leave the range of float32"
+            f"{what} holds NaN or infinity: weights or activations of this model leave the range of float32"
         )

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from uniql_jax import elastic
+from uniql_jax.compression.compiling import matmul_precision
 from uniql_jax.compression.math.gptq import quantize
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.weights.fake_quantized import unrounded_steps
@@ -32,16 +34,17 @@ def _quantize_rows(
     group: int,
     return_unrounded: bool,
 ) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"] | None]:
-    codes, scale, rounded = quantize(
-        rows,
-        hessian,
-        bits=settings.bits,
-        group=group,
-        search=settings.scale_search,
-        propagate=settings.rounding == "gptq",
-        damping=settings.damping,
-        return_unrounded=return_unrounded,
-    )
+    with jax.default_matmul_precision(matmul_precision(settings, solves=True)):
+        codes, scale, rounded = quantize(
+            rows,
+            hessian,
+            bits=settings.bits,
+            group=group,
+            search=settings.scale_search,
+            propagate=settings.rounding == "gptq",
+            damping=settings.damping,
+            return_unrounded=return_unrounded,
+        )
     return codes, scale, None if rounded is None else unrounded_steps(rounded, codes, scale, group)
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Int
 
 from uniql_jax.compression.budget import lay_out
+from uniql_jax.compression.compiling import matmul_precision
 from uniql_jax.compression.contract import Gains, Inputs, Progress, RecoveryData, Report, SortedModel, Source
 from uniql_jax.compression.inputs import manifest_of
-from uniql_jax.compression.settings import PRECISIONS, CompressionSettings, Resources
+from uniql_jax.compression.settings import CompressionSettings, Resources
 from uniql_jax.compression.stages.calibrate import Calibration, Top, forward_sweep
 from uniql_jax.compression.stages.plan import plan as make
 from uniql_jax.compression.stages.quantize import quantize
@@ -145,11 +146,6 @@ def _streams(work: Workspace, inputs: Inputs) -> StreamStore:
     """The store of streams, as the budget lays it out."""
     budget = inputs.budget
     return work.streams(Windows(inputs.tokens, budget.batch_tokens), inputs.settings.stream_dtype, budget)
-
-
-def matmul_precision(settings: CompressionSettings) -> str:
-    """What `jax.default_matmul_precision` takes for the settings on this device."""
-    return "highest" if jax.default_backend() == "cpu" else PRECISIONS[settings.precision]
 
 
 def _provenance(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,11 +40,6 @@ def keep_per_window(plan: Plan, rates: Sequence[float]) -> tuple[Keep, ...]:
         {axis: np.asarray([by_rate[float(r)][i][axis] for r in rates], np.int32) for axis in kept}
         for i, kept in enumerate(plan.keep(0.0))
     )
-
-
-def total(parts: Iterable[Any]) -> Any:
-    """Sum of what batches give, arrays or tuples of arrays, holding one batch's at a time."""
-    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
 
 
 def _hidden(config: ModelConfig, kind: str, leaves: Block, x: Array, keep: Keep | None) -> Array:

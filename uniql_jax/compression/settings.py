@@ -21,9 +21,14 @@ VALUE_OUTPUTS = ("attention_output", "joint", "published", "random")
 PLANS = ("loss", "influence", "uniform")
 ROUNDINGS = ("gptq", "nearest")
 STREAM_DTYPES = ("bfloat16", "float32")
-PRECISIONS = {"float32": "highest", "bf16x3": "BF16_BF16_F32_X3", "tf32": "TF32_TF32_F32"}
+PRECISIONS = {
+    "float32": "highest",
+    "bf16x3": "BF16_BF16_F32_X3",
+    "tf32": "TF32_TF32_F32",
+    "bf16": "BF16_BF16_F32",
+}
 """How a GPU multiplies: in float32, in three products of bfloat16 parts (float32's accuracy but for the last bits), in
-TF32. A CPU always takes float32."""
+TF32, in bfloat16. A CPU always takes float32. What is solved from statistics takes bf16x3 at least."""
 BITS = (4, 8, 16)
 WINDOWS, LENGTH = 128, 512
 """Calibration windows, and tokens of each, where nothing else is asked for."""
@@ -61,7 +66,9 @@ class CompressionSettings:
     refit: float | None = None
     refit_ridge: float = 1e-2
     refit_target: str = "stream"  # stream | local
-    precision: str = "bf16x3"  # of products of activations and their statistics, on GPUs: float32 | bf16x3 | tf32
+    precision: str = (
+        "bf16x3"  # of products of activations and their statistics, on GPUs: float32 | bf16x3 | tf32 | bf16
+    )
     stream_dtype: str = "bfloat16"  # of the calibration windows between layers: bfloat16 | float32
 
     @property

@@ -48,18 +48,45 @@ def cosine(x: Float[Array, "*b h"], y: Float[Array, "*b h"]) -> Float[Array, "*b
     return jnp.where((of_x == 0) & (of_y == 0), 1.0, jnp.sum(x * y, axis=-1))
 
 
-@functools.partial(jit, static_argnames=("config", "kinds", "thorough"))
+@functools.partial(jit, static_argnames=("config", "kinds", "thorough"), donate_argnames=("stats",))
 def layer_statistics(
     config: ModelConfig,
     kinds: tuple[str, ...],
     layer: Mapping[str, Block],
     x: Float[Array, "b t h"],
     gradient: Float[Array, "b t h"],
+    stats: Mapping[str, Statistics],
     thorough: bool = False,
 ) -> tuple[Float[Array, "b t h"], dict[str, Statistics]]:
     """One batch back through a layer: gradient of the loss at its input from the one at its output, in its dtype, and
-    the summed float32 statistics of every block; `thorough` adds those that only other scores than the defaults need.
+    every block's float32 sums over tokens added to `stats`, whose memory is taken over; `thorough` adds those that only
+    other scores than the defaults need.
     """
+    gradient, found = _statistics(config, kinds, layer, x, gradient, thorough)
+    return gradient, jax.tree.map(jnp.add, stats, found)
+
+
+def no_statistics(
+    config: ModelConfig,
+    kinds: tuple[str, ...],
+    layer: Mapping[str, Block],
+    shape: tuple[int, ...],
+    thorough: bool = False,
+) -> dict[str, Statistics]:
+    """What `layer_statistics` begins with: zeros; `shape` is that of a batch."""
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    found = jax.eval_shape(lambda layer, x: _statistics(config, kinds, layer, x, x, thorough)[1], layer, x)
+    return jax.tree.map(lambda value: jnp.zeros(value.shape, value.dtype), found)
+
+
+def _statistics(
+    config: ModelConfig,
+    kinds: tuple[str, ...],
+    layer: Mapping[str, Block],
+    x: Float[Array, "b t h"],
+    gradient: Float[Array, "b t h"],
+    thorough: bool,
+) -> tuple[Float[Array, "b t h"], dict[str, Statistics]]:
     dtype = gradient.dtype
     x, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
     context = full_context(jnp.ones(x.shape[:2], bool), padded=False)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -38,8 +39,9 @@ class StreamStore:
     """Residual streams (and their gradients) of all calibration windows between layers, one array [b, t, hidden] a
     batch.
 
-    Every `interval`-th one is written to disk, where it outlives a kill. `hold` keeps others in memory, on the device
-    while `device_bytes` lasts and then on the host while `host_bytes` does; what is nowhere is computed again.
+    Every `interval`-th one is written to disk, where it outlives a kill. `hold` keeps others in memory while
+    `held_bytes` last; what is nowhere is computed again. With `parked` all are in the host's memory and pass through
+    the device batch by batch (`mapped`, `summed`).
     """
 
     def __init__(
@@ -49,13 +51,14 @@ class StreamStore:
         interval: int = 1,
         dtype: str = "float32",
         writer: Writer | None = None,
-        device_bytes: int = 0,
-        host_bytes: int = 0,
+        held_bytes: int = 0,
+        parked: bool = False,
     ):
         self.folder, self.windows, self.interval, self.dtype = folder, windows, interval, DTYPES[dtype]
         self._writer = writer
-        self._room = {"device": device_bytes, "host": host_bytes}
-        self._held: dict[tuple[str, int], tuple[str, Stream | Future[Any]]] = {}
+        self._room = held_bytes
+        self._host, self._device = (_memory("pinned_host"), _memory("device")) if parked else (None, None)
+        self._held: dict[tuple[str, int], Stream] = {}
         self._pending: dict[Path, Future[Any]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -81,37 +84,56 @@ class StreamStore:
 
     def hold(self, name: str, index: int, value: Stream, *, always: bool = False) -> None:
         """Keep a stream in memory until it is dropped, if there is room, or `always`."""
-        size = sum(part.size for part in value) * self.dtype.itemsize
-        place = next((place for place, room in self._room.items() if room >= size), "device" if always else None)
-        if place is None or (name, index) in self._held:
-            return
-        self._room[place] -= size
-        kept: Stream | Future[Any] = list(value)
-        if place == "host":
-            kept = _to_host(value) if self._writer is None else self._writer.submit(_to_host, list(value))
-        self._held[name, index] = place, kept
+        size = self._size(value)
+        if (name, index) not in self._held and (always or size <= self._room):
+            self._room -= size
+            self._held[name, index] = list(value)
 
     def load(self, name: str, index: int) -> list[Float[Array, "_ t h"]]:
-        """The stream in batches, on the device."""
+        """The stream in batches."""
         if (name, index) in self._held:
-            _, kept = self._held[name, index]
-            return [jnp.asarray(part) for part in (kept.result() if isinstance(kept, Future) else kept)]
+            return list(self._held[name, index])
         path = self._path(name, index)
         if path in self._pending:
             self._pending[path].result()
         value = np.load(path, mmap_mode="r").view(self.dtype)
-        return [jnp.asarray(part) for part in np.split(value, self.windows.ends[:-1])]
+        return [self.park(part) for part in np.split(value, self.windows.ends[:-1])]
 
     def nearest(self, name: str, index: int) -> int | None:
         """The last index up to `index` whose stream is at hand."""
         return next((i for i in range(index, -1, -1) if self.has(name, i)), None)
 
+    def park(self, part: Array | np.ndarray) -> Array:
+        """The batch where streams are: with `parked` a copy in host memory that the device reaches directly."""
+        return jnp.asarray(part) if self._host is None else jax.device_put(part, self._host)
+
+    def fetch(self, parts: Any) -> Any:
+        """A pytree of parked arrays, on the device."""
+        return parts if self._device is None else jax.device_put(parts, self._device)
+
+    def mapped(self, function: Callable[..., Array], *streams: Iterable[Any]) -> list[Array]:
+        """`function` of the batches of streams; the next batch comes while one is computed, no more are on the way."""
+        done: list[Array] = []
+        for parts in zip(*streams, strict=True):
+            done.append(self.park(function(*self.fetch(parts))))
+            jax.block_until_ready(done[-2:-1])
+        return done
+
+    def summed(self, function: Callable[..., Any], *streams: Iterable[Any]) -> Any:
+        """The sum of what `function` gives for the batches of streams: arrays, or pytrees of them."""
+        total = None
+        for parts in zip(*streams, strict=True):
+            found, before = function(*self.fetch(parts)), total
+            total = found if before is None else jax.tree.map(jnp.add, before, found)
+            jax.block_until_ready(before)
+        return total
+
     def release(self, name: str, index: int) -> None:
         """Forget what memory holds of a stream; a file of it stays."""
-        place, kept = self._held.pop((name, index), ("", ()))
-        if place:
-            parts = kept.result() if isinstance(kept, Future) else kept
-            self._room[place] += sum(part.size for part in parts) * self.dtype.itemsize
+        self._room += self._size(self._held.pop((name, index), ()))
+
+    def _size(self, value: Stream) -> int:
+        return sum(part.size for part in value) * self.dtype.itemsize
 
     def drop(self, name: str, indices: Sequence[int]) -> None:
         """Forget streams, where they are there; files go once all that was handed to the writer before is written."""
@@ -139,5 +161,9 @@ class StreamStore:
         write_whole(path, fill)
 
 
-def _to_host(value: Stream) -> list[Any]:
-    return [np.asarray(part) for part in value]
+def _memory(kind: str) -> jax.sharding.Sharding | None:
+    """A kind of the first device's memory; None where device and host share one."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu" or kind not in {memory.kind for memory in device.addressable_memories()}:
+        return None
+    return jax.sharding.SingleDeviceSharding(device, memory_kind=kind)

@@ -52,10 +52,7 @@ class Workspace:
 
     def streams(self, windows: Windows, dtype: str, budget: Budget) -> StreamStore:
         """The store of streams."""
-        return StreamStore(
-            self.folder / "streams", windows, budget.interval, dtype, self.writer,
-            budget.device_streams, budget.host_streams,
-        )  # fmt: skip
+        return StreamStore(self.folder / "streams", windows, budget.interval, dtype, self.writer, budget.held)
 
     def publish(self, staging: Path, overwrite: bool) -> None:
         """Put the finished checkpoint in its place and remove the work folder."""

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from uniql_jax.compression.artifacts import LayerStore, layer_name
+from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.contract import DenseModel, Progress
-from uniql_jax.compression.finite import check_finite
+from uniql_jax.compression.finite import check_finite, peak
 from uniql_jax.compression.log import Clock
 from uniql_jax.compression.sorters.base import Statistics
-from uniql_jax.compression.sorting import final_gram, layer_forward, layer_statistics, loss_gradient
-from uniql_jax.compression.streams import StreamStore
+from uniql_jax.compression.sorting import final_gram, layer_forward, layer_statistics, loss_gradient, no_statistics
+from uniql_jax.compression.streams import Stream, StreamStore
+from uniql_jax.config import ModelConfig
 from uniql_jax.model.causal_lm import embed
 
 FORWARD, GRADIENT = "forward", "gradient"
 SUMMARY = "final"
+Kinds = tuple[str, ...]
 Layer = dict[str, dict[str, Array]]
 Top = Mapping[str, Float[Array, "..."]]
 
@@ -58,7 +62,7 @@ def forward_sweep(
         known = next((i for i in range(count) if not store.has(layer_name(i))), count)
         start = streams.nearest(FORWARD, known)
         if start is None:
-            start, xs = 0, [embed(top, batch, streams.dtype) for batch in windows.batches]
+            start, xs = 0, streams.mapped(lambda batch: embed(top, batch, streams.dtype), windows.batches)
             streams.save(FORWARD, 0, xs)
             streams.hold(FORWARD, 0, xs)
         else:
@@ -68,17 +72,14 @@ def forward_sweep(
             if index < start:
                 continue
             i, layer = next(layers)
-            cosine = jnp.zeros(())
-            for b, x in enumerate(xs):
-                xs[b], part = layer_forward(config, config.pattern[i], layer, x)
-                cosine += part
-            check_finite(xs, f"layer {i}: the residual stream after it")
+            xs, cosine = _forward(config, config.pattern[i], layer, xs, streams)
+            check_finite(cosine, f"layer {i}: the residual stream after it")
             streams.save(FORWARD, i + 1, xs)
             streams.hold(FORWARD, i + 1, xs)
             influence = 1.0 - float(cosine) / windows.tokens
             store.save(layer_name(i), {}, {"influence": influence})
             clock.line("calibrate", i, influence=influence)
-        gram = sum(final_gram(x, config.norm_eps) for x in xs) / windows.tokens
+        gram = streams.summed(lambda x: final_gram(x, config.norm_eps), xs) / windows.tokens
         influence = [store.record(layer_name(i))["influence"] for i in range(count)]
         store.save(SUMMARY, {"gram": gram}, {"influence": influence})
     gram = jnp.asarray(store.load(SUMMARY)["gram"], jnp.float32)
@@ -90,7 +91,8 @@ def backward_sweep(
 ) -> Iterator[tuple[int, Layer, dict[str, Statistics]]]:
     """(index, layer, mean statistics) of the layers `start`, `start` - 1, ... 0, each read once.
 
-    What one item needed is dropped from the streams when the next one is asked for: by then its layer must be stored.
+    What one item needed is dropped from the streams when the next but one is asked for: by then its layer must be
+    stored.
 
     Raises:
         UserError: naming the layer and the statistic, when one is not finite.
@@ -100,26 +102,61 @@ def backward_sweep(
     if streams.has(GRADIENT, after):
         gradients = streams.load(GRADIENT, after)
     else:
-        pairs = zip(_stream(source, streams, count), windows.batches, strict=True)
-        gradients = [loss_gradient(top, x, tokens, config.norm_eps) for x, tokens in pairs]
+        xs = _stream(source, streams, count)
+        gradients = streams.mapped(
+            lambda x, tokens: loss_gradient(top, x, tokens, config.norm_eps), xs, windows.batches
+        )
         streams.save(GRADIENT, count, gradients)
+    outdated = None
     for i, layer in read_ahead(source.device_layer, range(after - 1, -1, -1)):
-        stats, before = None, []
-        for x, gradient in zip(_stream(source, streams, i), gradients, strict=True):
-            gradient, found = layer_statistics(config, config.pattern[i], layer, x, gradient, thorough)
-            before.append(gradient)
-            stats = found if stats is None else jax.tree.map(jnp.add, stats, found)
-        means: Any = jax.tree.map(lambda value: value / windows.tokens, stats)
+        xs = _stream(source, streams, i)
+        gradients, stats, peaks = _backward(config, config.pattern[i], layer, xs, gradients, streams, thorough)
+        means = mean(stats, windows.tokens)
         check_finite(means, f"layer {i}: the statistic")
-        check_finite(before, f"layer {i}: the gradient of the loss before it")
-        kept = streams.save(GRADIENT, i, before)
+        check_finite(peaks, f"layer {i}: the gradient of the loss before it, batch")
+        kept = streams.save(GRADIENT, i, gradients)
         streams.release(FORWARD, i + 1)
         if i <= start:
             yield i, layer, means
-        gradients = before
-        if kept:  # nothing above it will be needed again
-            streams.drop(GRADIENT, range(i + 1, count + 1))
-            streams.drop(FORWARD, range(i, count + 1))
+        if outdated is not None:  # nothing above it will be needed again
+            streams.drop(GRADIENT, range(outdated + 1, count + 1))
+            streams.drop(FORWARD, range(outdated, count + 1))
+        outdated = i if kept else None
+
+
+def _forward(
+    config: ModelConfig, kinds: Kinds, layer: Layer, xs: Stream, streams: StreamStore
+) -> tuple[list[Array], Array]:
+    """The stream after a layer, and the cosine between input and output summed over tokens."""
+    cosines = []
+
+    def forward(x: Array) -> Array:
+        y, cosine = layer_forward(config, kinds, layer, x)
+        cosines.append(cosine)
+        return y
+
+    return streams.mapped(forward, xs), sum(cosines, jnp.zeros(()))
+
+
+def _backward(
+    config: ModelConfig, kinds: Kinds, layer: Layer, xs: Stream, gradients: Stream, streams: StreamStore, thorough: bool
+) -> tuple[list[Array], dict[str, Statistics], list[Array]]:
+    """Gradients before a layer, its statistics summed over tokens, and the gradients' peaks."""
+    stats, peaks = no_statistics(config, kinds, layer, xs[0].shape, thorough), []
+
+    def backward(x: Array, gradient: Array) -> Array:
+        nonlocal stats
+        gradient, stats = layer_statistics(config, kinds, layer, x, gradient, stats, thorough)
+        peaks.append(peak(gradient))
+        return gradient
+
+    return streams.mapped(backward, xs, gradients), stats, peaks
+
+
+@functools.partial(jit, donate_argnums=0)
+def mean(stats: Any, tokens: int | Int[Array, ""]) -> Any:
+    """Means over tokens, in the memory of the sums."""
+    return jax.tree.map(lambda value: value / tokens, stats)
 
 
 def _stream(source: DenseModel, streams: StreamStore, index: int) -> list[Float[Array, "_ t h"]]:
@@ -129,6 +166,6 @@ def _stream(source: DenseModel, streams: StreamStore, index: int) -> list[Float[
         assert start is not None, "the stream before layer 0 is always kept"
         xs = streams.load(FORWARD, start)
         for j, layer in read_ahead(source.device_layer, range(start, index)):
-            xs = [layer_forward(source.config, source.config.pattern[j], layer, x)[0] for x in xs]
+            xs, _ = _forward(source.config, source.config.pattern[j], layer, xs, streams)
             streams.hold(FORWARD, j + 1, xs, always=True)
     return streams.load(FORWARD, index)

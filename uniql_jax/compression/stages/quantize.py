@@ -28,7 +28,6 @@ from uniql_jax.compression.refit import (
     keep_per_window,
     read_gram,
     refit_rates,
-    total,
 )
 from uniql_jax.compression.refit import refit as refitted
 from uniql_jax.compression.settings import CompressionSettings
@@ -47,9 +46,10 @@ FINISHED, UNPRUNED = "finished", "unpruned"
 
 class Streams(NamedTuple):
     """What runs along, one array [b, t, hidden] a batch: the finished model's stream, and for the refit the unpruned
-    model's and the kept sizes at which each window is seen, per batch and layer.
+    model's and the kept sizes at which each window is seen, per batch and layer. `store` keeps them.
     """
 
+    store: StreamStore
     x: list[Float[Array, "_ t h"]]
     unpruned: list[Float[Array, "_ t h"]] | None = None
     keep: list[tuple[Keep, ...]] | None = None
@@ -61,8 +61,10 @@ class Streams(NamedTuple):
     def after(self, config: ModelConfig, index: int, kind: str, finished: Block, original: Block) -> Streams:
         """Both streams after one block: finished, and as it was."""
         held = {name: dense(value) for name, value in finished.items()}
-        x = [advance(config, kind, held, x, keep) for x, keep in zip(self.x, self.kept(index), strict=True)]
-        unpruned = self.unpruned and [advance(config, kind, original, t, None) for t in self.unpruned]
+        x = self.store.mapped(lambda x, keep: advance(config, kind, held, x, keep), self.x, self.kept(index))
+        unpruned = self.unpruned and self.store.mapped(
+            lambda t: advance(config, kind, original, t, None), self.unpruned
+        )
         return self._replace(x=x, unpruned=unpruned)
 
 
@@ -170,16 +172,16 @@ def _resume(
     at = streams.nearest(FINISHED, start)
     if at is None:
         at, table = 0, finished.top()["embed"]
-        x = [embed({"embed": table}, batch, streams.dtype) for batch in windows.batches]
+        x = streams.mapped(lambda batch: embed({"embed": table}, batch, streams.dtype), windows.batches)
         unpruned = None
         if keep is not None:
             table = model.top["embed"] if q is None else model.top["embed"] @ q
-            unpruned = [embed({"embed": table}, batch, streams.dtype) for batch in windows.batches]
-        running = Streams(x, unpruned, keep)
+            unpruned = streams.mapped(lambda batch: embed({"embed": table}, batch, streams.dtype), windows.batches)
+        running = Streams(streams, x, unpruned, keep)
         _save(streams, 0, running)
     else:
         unpruned = streams.load(UNPRUNED, at) if keep is not None else None
-        running = Streams(streams.load(FINISHED, at), unpruned, keep)
+        running = Streams(streams, streams.load(FINISHED, at), unpruned, keep)
     for i in range(at, start):
         original, done = rotated_layer(model.layers.layer(i), q), finished.layer(i)
         for kind in config.pattern[i]:
@@ -243,7 +245,7 @@ def _finish_block(
     hessian = None
     if running is not None and settings.packed and (settings.rounding == "gptq" or settings.scale_search):
         tokens = sum(x.shape[0] * x.shape[1] for x in running.x)
-        hessian = total(read_gram(config, kind, original, x) for x in running.x) / tokens
+        hessian = running.store.summed(lambda x: read_gram(config, kind, original, x), running.x) / tokens
     reading = {name: original[name] for name, leaf in leaves.items() if settings.packed and leaf.contract == "last"}
     if reading:
         for name, value in pack_together(reading, hessian, settings, group["embed"], offsets).items():
@@ -280,14 +282,17 @@ def _output(
     tokens = sum(x.shape[0] * x.shape[1] for x in running.x)
     kept: Sequence[Keep | None] = running.kept(index)
     if running.unpruned is not None:
-        gram, cross = total(
-            hidden_gram_and_cross(config, kind, working, original, x, t, keep, settings.refit_target)
-            for x, t, keep in zip(running.x, running.unpruned, kept, strict=True)
+        target = settings.refit_target
+        gram, cross = running.store.summed(
+            lambda x, t, keep: hidden_gram_and_cross(config, kind, working, original, x, t, keep, target),
+            running.x,
+            running.unpruned,
+            kept,
         )
         gram, cross = gram / tokens, cross / tokens
         flat = weight.reshape(-1, weight.shape[-1])
         return refitted(gram, cross, flat, settings.refit_ridge).reshape(weight.shape), gram
     if not weighted:
         return weight, None
-    grams = (hidden_gram(config, kind, working, x, keep) for x, keep in zip(running.x, kept, strict=True))
-    return weight, total(grams) / tokens
+    gram = running.store.summed(lambda x, keep: hidden_gram(config, kind, working, x, keep), running.x, kept)
+    return weight, gram / tokens

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+
+import jax
 import numpy as np
 
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
+from uniql_jax.compression.compiling import matmul_precision
 from uniql_jax.compression.contract import DenseModel, Progress
 from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.log import Clock
 from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.compression.sorters.base import Statistics
 from uniql_jax.compression.sorting import sort_layer
-from uniql_jax.compression.stages.calibrate import Top, backward_sweep
+from uniql_jax.compression.stages.calibrate import Layer, Top, backward_sweep
 from uniql_jax.compression.streams import StreamStore
 from uniql_jax.limits import MAX_PRUNE_RATE
 
@@ -36,13 +41,26 @@ def sort(
     if not todo:
         return
     layers, clock = backward_sweep(source, top, streams, todo[0], settings.thorough), Clock()
-    for index in progress(down, "sort"):
-        if index > todo[0]:
-            continue
-        i, layer, means = next(layers)
-        done, losses = sort_layer(config, config.pattern[i], layer, means, settings, settings.seed + i)
-        check_finite((done, losses), f"layer {i}, sorted:")
+
+    def sorted_and_stored(i: int, layer: Layer, means: dict[str, Statistics]) -> None:
+        with jax.default_matmul_precision(matmul_precision(settings, solves=True)):
+            done, losses = sort_layer(config, config.pattern[i], layer, means, settings, settings.seed + i)
+            check_finite((done, losses), f"layer {i}, sorted:")
         record = {axis: np.asarray(loss).tolist() for axis, loss in losses.items()}
         store.save(layer_name(i), flatten(done), record)
         most = {axis: loss[round((1 - MAX_PRUNE_RATE) * (len(loss) - 1))] for axis, loss in record.items()}
         clock.line("sort", i, **{f"loss_{axis}_at_{MAX_PRUNE_RATE}": loss for axis, loss in most.items()})
+
+    # A layer is sorted, in part by the host, while the device gathers the statistics of the next one.
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sorter") as pool:
+        working = None
+        for index in progress(down, "sort"):
+            if index > todo[0]:
+                continue
+            found = next(layers)
+            if working is not None:
+                working.result()
+            working = pool.submit(sorted_and_stored, *found)
+            del found
+        if working is not None:
+            working.result()
