@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch-tokens", type=int, default=16384)
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16x3")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--top", action="store_true", help="embedding and head as well")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

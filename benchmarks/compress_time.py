@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--max-device-memory", type=cli.memory_size)
     parser.add_argument("--max-host-memory", type=cli.memory_size)
     parser.add_argument("--log", type=Path, help="file that gets a line per layer")
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["bf16x3"])
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["bf16"])
     parser.add_argument("--source", type=Path, help="folder of the source: written there once, and kept")
     parser.add_argument("--work", type=Path, help="folder for source and checkpoint (default: a temporary one)")
     parser.add_argument("--json", type=Path)

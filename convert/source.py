@@ -30,6 +30,9 @@ from uniql_jax.files import UNREADABLE, ShardReader, copy_side_files, read_json
 Reader = ShardReader | GgufReader | MegatronReader
 Progress = Callable[[Iterable[str], str, int], Iterable[str]]
 
+READERS = 4
+"""Tensors of a layer that are read at the same time."""
+
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -60,14 +63,13 @@ class Source:
 
     def device_layer(self, index: int) -> dict[str, dict[str, Array]]:
         """`layer` on the device: tensors travel as they are stored, and are widened and laid out there."""
-        kinds = self.config.pattern[index]
-        raw = {
-            kind: {
-                row.name: self._on_device(row.name.format(layer=index))
-                for row in tables.rows_of(self.config, self.table, kind)
+        rows = {kind: tables.rows_of(self.config, self.table, kind) for kind in self.config.pattern[index]}
+        with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+            read = {
+                kind: {row.name: pool.submit(self._on_device, row.name.format(layer=index)) for row in own}
+                for kind, own in rows.items()
             }
-            for kind in kinds
-        }
+            raw = {kind: {name: value.result() for name, value in own.items()} for kind, own in read.items()}
         return complete_on_device(self.config, self.table, raw)
 
     def top(self) -> Leaves:

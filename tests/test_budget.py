@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from uniql_jax import elastic
 from uniql_jax.compression import budget
 from uniql_jax.compression.budget import BATCHES, Budget, lay_out
-from uniql_jax.compression.estimate import stream_bytes
+from uniql_jax.compression.estimate import activation_floats, stream_bytes
 from uniql_jax.compression.settings import CompressionSettings, Resources
+from uniql_jax.compression.sorting import layer_statistics, no_statistics
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation.random_model import read_config
 
@@ -86,3 +91,25 @@ def test_a_stream_takes_its_dtypes_bytes(dtype: str) -> None:
     config = read_config("smollm2-135m")
     size = stream_bytes(config, CompressionSettings(stream_dtype=dtype), 1000)
     assert size == {"bfloat16": 2, "float32": 4}[dtype] * 1000 * config.hidden_size
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m", "mamba2-130m", pytest.param("llama-3.1-8b", marks=pytest.mark.slow)])
+def test_activations_are_those_that_the_compiler_plans(model: str) -> None:
+    """Going back through a layer is what takes most; shapes alone are compiled."""
+    config = read_config(model)
+    for kinds in {*config.pattern}:
+        layer = {
+            kind: {
+                name: jax.ShapeDtypeStruct(elastic.shape(config, leaf), jnp.float32)
+                for name, leaf in elastic.leaves(config, kind).items()
+            }
+            for kind in kinds
+        }
+        taken = {}
+        for count in (8, 16):
+            x = jax.ShapeDtypeStruct((count, 512, config.hidden_size), jnp.bfloat16)
+            stats = jax.eval_shape(partial(no_statistics, config, kinds, shape=x.shape), layer)
+            compiled = layer_statistics.lower(config, kinds, layer, x, x, stats).compile()
+            taken[count] = compiled.memory_analysis().temp_size_in_bytes
+        measured = (taken[16] - taken[8]) / (8 * 512)
+        assert 4 * activation_floats(config, kinds) == pytest.approx(measured, rel=0.25)

@@ -72,7 +72,7 @@ def test_a_run_plans_works_and_says_what_next(
     error = capsys.readouterr().err
     assert "--overwrite" in error
     assert "setting seed" in error
-    assert 'setting precision ("tf32" -> "bf16x3")' in error
+    assert 'setting precision ("tf32" -> "bf16")' in error
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU multiplies as it is asked to")

@@ -224,8 +224,8 @@ def parser() -> cli.Parser:
     method.add_argument(
         "--precision", choices=tuple(choices.PRECISIONS), default=DEFAULTS.precision,
         help="how a GPU multiplies activations and gathers their statistics: in float32, in three products of bfloat16 "
-        "parts (as good but for the last bits, faster on tensor cores), or in TF32 (10 bits of mantissa, fastest); it "
-        "decides the exact bytes of the result, but a CPU always takes float32",
+        "parts (as good but for the last bits), in TF32, or in bfloat16 (fastest); it decides the exact bytes of the "
+        "result, but a CPU always takes float32",
     )  # fmt: skip
     method.add_argument(
         "--stream-dtype", choices=choices.STREAM_DTYPES, default=DEFAULTS.stream_dtype,
