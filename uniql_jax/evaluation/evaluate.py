@@ -15,7 +15,7 @@ from uniql_jax import console, data
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation import plot, tasks
-from uniql_jax.evaluation.likelihood import BROKEN, rows_at_once, token_nll
+from uniql_jax.evaluation.likelihood import BROKEN, Masks, masks, rows_at_once, token_nll
 from uniql_jax.evaluation.timing import device_name, memory_limit
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.tokenizer import load_tokenizer
@@ -33,9 +33,11 @@ def perplexity(
     batch_size: int = 4,
     progress: Progress | None = None,
     desc: str = "perplexity",
+    keep: Masks | None = None,
 ) -> float:
     """exp of the mean negative log likelihood per predicted token (nats); a window's first token is not predicted.
 
+    keep: kept sizes, as `likelihood.masks` gives them; None: all that the model has.
     windows: int32 token ids without padding, of at least two tokens each. Memory for logits stays bounded whatever the
     window and the vocabulary. Raises UserError when the model's output is not finite.
     """
@@ -53,7 +55,7 @@ def perplexity(
         batch = windows[start : start + batch_size]
         # the last batch is filled up, so that one shape is compiled
         full = np.pad(batch, ((0, batch_size - len(batch)), (0, 0)))
-        total += float(np.asarray(token_nll(model, jnp.asarray(full), rows)[0], np.float64)[: len(batch)].sum())
+        total += float(np.asarray(token_nll(model, jnp.asarray(full), rows, keep)[0], np.float64)[: len(batch)].sum())
     mean = total / (count * (length - 1))
     if not math.isfinite(mean) or mean > 700:
         raise UserError(BROKEN)
@@ -122,21 +124,23 @@ def evaluate(
         say(found.description + lowered)
     reach = min(config.max_position, window or task_window(config))
 
-    def measure(model: CausalLM, rate: float | None, weight_bytes: int, kept: float, name: str) -> list[dict[str, Any]]:
+    def measure(
+        model: CausalLM, rate: float | None, weight_bytes: int, kept: float, name: str, keep: Masks | None = None
+    ) -> list[dict[str, Any]]:
         if model.config.vocab_size != vocabulary:
             raise UserError(f"the original has {model.config.vocab_size} tokens, the checkpoint {vocabulary}")
         found = [
             {
                 "source": text,
                 "metric": PERPLEXITY,
-                "value": perplexity(model, windows.tokens, batch_size, progress, f"{name}, {text}"),
+                "value": perplexity(model, windows.tokens, batch_size, progress, f"{name}, {text}", keep),
             }
             for text, windows in sources.items()
         ]
         if names:
             found += tasks.measure(
                 model, tokenizer, names, manager, window=reach, batch_tokens=batch_size * min(reach, WINDOW),
-                limit=limit, progress=progress, desc=f"{name}, tasks", say=say,
+                limit=limit, progress=progress, desc=f"{name}, tasks", say=say, keep=keep,
             )  # fmt: skip
         return [{"prune_rate": rate, **one, "weight_bytes": weight_bytes, "kept_fraction": kept} for one in found]
 
@@ -145,9 +149,11 @@ def evaluate(
         model = load_source(baseline)
         stored = sum(leaf.size for leaf in jax.tree.leaves(model.params)) * jnp.dtype(model.config.dtype).itemsize
         rows += measure(model, None, stored, 1.0, "original")
+    # The lowest rate holds all that the others keep: one model, and one program that masks the rest.
+    model = load(ckpt, min(sizes))
     for rate, stored in sizes.items():
-        model = load(ckpt, rate)
-        rows += measure(model, rate, stored, order.kept_fraction(rate) if order else 1.0, f"rate {rate:g}")
+        keep = masks(order, rate) if order and len(sizes) > 1 else None
+        rows += measure(model, rate, stored, order.kept_fraction(rate) if order else 1.0, f"rate {rate:g}", keep)
     return rows
 
 

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from uniql_jax import elastic
 from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM, hidden_states, logits
+from uniql_jax.plan import Plan
 from uniql_jax.runtime.sampling import NOT_FINITE
 
 LOGITS = 2**25
@@ -22,6 +24,8 @@ LEAST = 32
 """Tokens of the shortest shape that is compiled for continuations; longer ones double."""
 BROKEN = NOT_FINITE
 Pair = tuple[Sequence[int], Sequence[int]]
+Masks = tuple[elastic.Keep, ...]
+"""Kept sizes, one mapping a layer: the same result as a model loaded at them."""
 
 
 def rows_at_once(vocabulary: int, count: int) -> int:
@@ -29,14 +33,19 @@ def rows_at_once(vocabulary: int, count: int) -> int:
     return max(1, min(count, LOGITS // vocabulary))
 
 
+def masks(plan: Plan, rate: float) -> Masks:
+    """The kept sizes at a prune rate, as numbers that a compiled program takes: one program for all rates."""
+    return tuple({axis: jnp.int32(count) for axis, count in kept.items()} for kept in plan.keep(rate))
+
+
 @functools.partial(jax.jit, static_argnames="rows")
 def token_nll(
-    model: CausalLM, tokens: Int[Array, "b t"], rows: int
+    model: CausalLM, tokens: Int[Array, "b t"], rows: int, keep: Masks | None = None
 ) -> tuple[Float[Array, "b t-1"], Bool[Array, "b t-1"]]:
     """-log p(token | tokens before it in its row), nats, float32, of all tokens but the first, and whether none is
-    likelier; `rows` positions at a time.
+    likelier; `rows` positions at a time, at the sizes of `keep`.
     """
-    hidden = hidden_states(model, tokens)[:, :-1]
+    hidden = hidden_states(model, tokens, keep=keep)[:, :-1]
     batch, length, width = hidden.shape
     count = batch * length
     spare = -count % rows
@@ -59,6 +68,7 @@ def continuations(
     window: int,
     batch_tokens: int = 4096,
     progress: Callable[[Sequence[Any]], Iterable[Any]] = list,
+    keep: Masks | None = None,
 ) -> list[tuple[float, bool]]:
     """(log p of the continuation after its context, nats; whether every token of it is the likeliest) of every pair of
     token ids. Both have one token at least; of more tokens than `window` the last ones are seen.
@@ -86,7 +96,7 @@ def continuations(
         for place, i in enumerate(members):
             tokens[place, : len(whole[i])] = whole[i]
         rows = rows_at_once(model.config.vocab_size, size * (length - 1))
-        nll, first = (np.asarray(value) for value in token_nll(model, jnp.asarray(tokens), rows))
+        nll, first = (np.asarray(value) for value in token_nll(model, jnp.asarray(tokens), rows, keep))
         for place, i in enumerate(members):
             end = len(whole[i]) - 1
             part = slice(end - counts[i], end)

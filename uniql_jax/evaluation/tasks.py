@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from uniql_jax.errors import UserError
-from uniql_jax.evaluation.likelihood import continuations
+from uniql_jax.evaluation.likelihood import Masks, continuations
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.runtime.text import encode
 
@@ -39,6 +39,7 @@ def harness_model(
     progress: Progress | None = None,
     desc: str = "",
     say: Say = lambda line: None,
+    keep: Masks | None = None,
 ) -> Any:
     """The model as lm-eval's LM, which answers for likelihoods.
 
@@ -64,7 +65,7 @@ def harness_model(
             return encode(tokenizer, string, add_special_tokens)
 
         def _scores(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-            return continuations(model, pairs, window, batch_tokens, shown)
+            return continuations(model, pairs, window, batch_tokens, shown, keep)
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             for context, continuation in (request.args for request in requests):
@@ -193,14 +194,16 @@ def measure(
     progress: Progress | None = None,
     desc: str = "tasks",
     say: Say = lambda line: None,
+    keep: Masks | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows {"source": task, "metric", "value", "stderr"}, no examples in the prompt; `limit`: the first questions.
+    """Rows {"source": task, "metric", "value", "stderr"}, no examples in the prompt; `limit`: the first questions;
+    `keep`: the sizes at which the model answers.
 
     Raises UserError where what a task asks for is not a likelihood.
     """
     from lm_eval.evaluator import simple_evaluate  # slow to import
 
-    wrapped = harness_model(model, tokenizer, window, batch_tokens, progress, desc, say)
+    wrapped = harness_model(model, tokenizer, window, batch_tokens, progress, desc, say, keep)
     try:
         found: Any = simple_evaluate(
             wrapped, tasks=list(names), num_fewshot=0, limit=limit, task_manager=manager, log_samples=False,
