@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from uniql_jax import console, elastic
 from uniql_jax.compression import refit, sorting
 from uniql_jax.compression.artifacts import LayerStore, flatten
+from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.packing import pack_leaf, pack_together
 from uniql_jax.compression.settings import PRECISIONS, CompressionSettings
 from uniql_jax.compression.sorters import SORTERS
@@ -91,7 +92,8 @@ def steps(config: ModelConfig, kinds: tuple[str, ...], args: argparse.Namespace,
     for kind in kinds:
         timed(f"sort {kind}", lambda k=kind: SORTERS[k].sort(config, layer[k], means[k], settings, 0), rows)
     store = LayerStore(folder)
-    streams = StreamStore(folder / "streams", Windows(np.zeros((1, args.length), np.int32), args.length), parked=True)
+    windows, parked = Windows(np.zeros((1, args.length), np.int32), args.length), Devices(1, parked=True)
+    streams = StreamStore(folder / "streams", windows, devices=parked)
     timed("save layer", lambda: store.save("layer", flatten(layer)), rows)
     timed("stream to NumPy", lambda: [np.asarray(x + 1) for x in xs], rows)
     parked = timed("stream to the host and back", lambda: streams.mapped(lambda x: x, xs), rows)

@@ -124,8 +124,11 @@ def parser() -> cli.Parser:
     parser.add_argument("--seed", type=cli.natural_int, default=DEFAULTS.seed, metavar="N", help="windows and rotation")
     parser.add_argument("--dry-run", action="store_true", help="print the plan (sizes, memory, disk, time) and end")
     parser.add_argument("--log", metavar="FILE", help="append one JSON line a layer: seconds, losses, errors, peaks")
+    parser.add_argument(
+        "--devices", type=cli.positive_int, metavar="N", help="how many of this machine's GPUs work (default: all)"
+    )
     limits = parser.add_argument_group("limits (obeyed by smaller batches and by computing again, or refused at once)")
-    for name, what in (("device-memory", "the accelerator"), ("host-memory", "the host"), ("disk", "DIR.partial")):
+    for name, what in (("device-memory", "each accelerator"), ("host-memory", "the host"), ("disk", "DIR.partial")):
         limits.add_argument(
             f"--max-{name}",
             type=cli.memory_size,
@@ -264,7 +267,10 @@ def main(argv: list[str]) -> None:
         stream_dtype=args.stream_dtype,
     )
     resources = Resources(
-        max_device_memory=args.max_device_memory, max_host_memory=args.max_host_memory, max_disk=args.max_disk
+        devices=args.devices,
+        max_device_memory=args.max_device_memory,
+        max_host_memory=args.max_host_memory,
+        max_disk=args.max_disk,
     )
     cli.use_compilation_cache(args.compilation_cache)
     recover_settings = dataclasses.replace(

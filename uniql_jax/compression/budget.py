@@ -36,13 +36,15 @@ class Budget(NamedTuple):
 
     batch_tokens: tokens of calibration windows worked on at a time. interval: every how many layers a stream is written
     to disk. held: bytes of other streams that are kept in memory. parked: whether streams are in the host's memory
-    rather than the device's. device, host: what is there at a time, by what it is for; a CPU has one memory.
+    rather than the devices'. devices: how many work. device, host: what is in the memory of one, and
+    the host's, at a time, by what it is for; a CPU has one memory.
     """
 
     batch_tokens: int
     interval: int
     held: int
     parked: bool
+    devices: int
     device: dict[str, int]
     host: dict[str, int]
     disk: int
@@ -103,8 +105,8 @@ def lay_out(
     # Where not all can be held, those that are computed again need their place.
     held = wanted if room >= wanted else max(0, room - (interval - 1) * one)
     place = memory.host if memory.parked or not memory.device else memory.device
-    place["held streams"] = min(room, wanted)
-    return Budget(memory.batch_tokens, interval, held, memory.parked, memory.device, memory.host, disk)
+    place["held streams"] = min(room, wanted) // (memory.devices if place is memory.device else 1)
+    return Budget(memory.batch_tokens, interval, held, memory.parked, memory.devices, memory.device, memory.host, disk)
 
 
 class _Memory(NamedTuple):
@@ -112,6 +114,7 @@ class _Memory(NamedTuple):
 
     batch_tokens: int
     parked: bool
+    devices: int
     device: dict[str, int]
     host: dict[str, int]
     held: int
@@ -122,7 +125,7 @@ def _memory(config: ModelConfig, settings: CompressionSettings, resources: Resou
 
     one: bytes of a stream. UserError when limits were given and nothing fits.
     """
-    total = device_limit()
+    total, devices = device_limit(), len(jax.local_devices()[: resources.devices])
     host = min(resources.max_host_memory or available_host(), available_host())
     streams = RUNNING * one
     if total is None:
@@ -140,16 +143,17 @@ def _memory(config: ModelConfig, settings: CompressionSettings, resources: Resou
     if total is None:
         _require(limited, "host", host - left, host)
         base = {"programs": HOST_BASE["cpu"], **parts, "streams": streams}
-        return _Memory(batch, False, {}, base, max(0, left))
+        return _Memory(batch, False, devices, {}, base, max(0, left))
     _require(limited, "device", room - left, room)
     base = {"programs": HOST_BASE["gpu"], "layers": parts["layers"]}
-    if HELD * (left - streams) >= one:
+    share = streams // devices
+    if HELD * (left - share) * devices >= one:
         base["streams"] = 2 * one  # on their way to the disk
         _require(limited, "host", sum(base.values()), host)
-        return _Memory(batch, False, parts | {"streams": streams}, base, int(HELD * (left - streams)))
+        return _Memory(batch, False, devices, parts | {"streams": share}, base, int(HELD * (left - share)) * devices)
     base["streams"] = streams
     _require(limited, "host", sum(base.values()), host)
-    return _Memory(batch, True, parts, base, max(0, min(host, MOST_PARKED) - sum(base.values())))
+    return _Memory(batch, True, devices, parts, base, max(0, min(host, MOST_PARKED) - sum(base.values())))
 
 
 def _require(limited: bool, what: str, need: int, most: int) -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from uniql_jax import elastic
 from uniql_jax.compression.compiling import matmul_precision
+from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.math.gptq import quantize
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.weights.fake_quantized import unrounded_steps
@@ -33,9 +34,11 @@ def _quantize_rows(
     settings: CompressionSettings,
     group: int,
     return_unrounded: bool,
+    devices: Devices | None,
 ) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"] | None]:
     with jax.default_matmul_precision(matmul_precision(settings, solves=True)):
-        codes, scale, rounded = quantize(
+        codes, scale, rounded = (devices or Devices()).by_rows(
+            quantize,
             rows,
             hessian,
             bits=settings.bits,
@@ -55,6 +58,7 @@ def pack_leaf(
     settings: CompressionSettings,
     group: int,
     return_unrounded: bool = False,
+    devices: Devices | None = None,
 ) -> Packed:
     """Pack one matrix leaf.
 
@@ -65,13 +69,14 @@ def pack_leaf(
         settings: bits, rounding, scale search and damping.
         group: contracted weights that share a scale.
         return_unrounded: also return what was rounded.
+        devices: take some rows each; None: the first one takes all.
 
     Returns:
         The packed weight and, with `return_unrounded`, what was rounded to its integers.
     """
     width = value.shape[-1] if leaf.contract == "last" else int(np.prod(value.shape[:-1]))
     rows = value.reshape(-1, width) if leaf.contract == "last" else value.reshape(width, -1).T
-    codes, scale, unrounded = _quantize_rows(rows, hessian, settings, group, return_unrounded)
+    codes, scale, unrounded = _quantize_rows(rows, hessian, settings, group, return_unrounded, devices)
     weight = from_codes(codes, scale, bits=settings.bits, group=group, contract=str(leaf.contract), shape=value.shape)
     if unrounded is not None:
         unrounded = (unrounded if leaf.contract == "last" else unrounded.T).reshape(value.shape)
@@ -84,11 +89,12 @@ def pack_together(
     settings: CompressionSettings,
     group: int,
     return_unrounded: bool = False,
+    devices: Devices | None = None,
 ) -> dict[str, Packed]:
     """Pack matrices that contract the same input as their last dimension: one Hessian, one factorization for all."""
     flat = {name: value.reshape(-1, value.shape[-1]) for name, value in values.items()}
     codes, scales, unrounded = _quantize_rows(
-        jnp.concatenate(list(flat.values())), hessian, settings, group, return_unrounded
+        jnp.concatenate(list(flat.values())), hessian, settings, group, return_unrounded, devices
     )
     ends = np.cumsum([len(rows) for rows in flat.values()])
     done = {}

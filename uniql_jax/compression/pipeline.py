@@ -14,6 +14,7 @@ from jaxtyping import Int
 from uniql_jax.compression.budget import lay_out
 from uniql_jax.compression.compiling import matmul_precision
 from uniql_jax.compression.contract import Gains, Inputs, Progress, RecoveryData, Report, SortedModel, Source
+from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.inputs import manifest_of
 from uniql_jax.compression.settings import CompressionSettings, Resources
 from uniql_jax.compression.stages.calibrate import Calibration, Top, forward_sweep
@@ -145,7 +146,8 @@ def _sorted(work: Workspace, inputs: Inputs, top: Top, progress: Progress) -> tu
 def _streams(work: Workspace, inputs: Inputs) -> StreamStore:
     """The store of streams, as the budget lays it out."""
     budget = inputs.budget
-    return work.streams(Windows(inputs.tokens, budget.batch_tokens), inputs.settings.stream_dtype, budget)
+    windows = Windows(inputs.tokens, budget.batch_tokens, budget.devices)
+    return work.streams(windows, inputs.settings.stream_dtype, budget, Devices(budget.devices, budget.parked))
 
 
 def _provenance(

@@ -84,13 +84,15 @@ class CompressionSettings:
 class Resources:
     """What a run may use. None of it changes the result but for rounding, so a run may be resumed with others.
 
-    batch_tokens: tokens of calibration windows worked on at a time. stream_interval: every how many layers the stream
-    is written to disk, from where a killed run goes on. max_device_memory, max_host_memory, max_disk: bytes. None of
-    any: what this machine has, and what is fastest there.
+    batch_tokens: tokens of calibration windows that a device works on at a time. stream_interval: every how many layers
+    the stream is written to disk, from where a killed run goes on. devices: how many of this machine's work.
+    max_device_memory (of each), max_host_memory, max_disk: bytes. None of any: what this machine has, and what is
+    fastest there.
     """
 
     batch_tokens: int | None = None
     stream_interval: int | None = None
+    devices: int | None = None
     max_device_memory: int | None = None
     max_host_memory: int | None = None
     max_disk: int | None = None

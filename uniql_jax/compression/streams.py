@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.compression.artifacts import write_whole
+from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.writer import Writer
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
@@ -22,10 +23,10 @@ Stream = Sequence[Float[Array, "_ t h"]]
 
 
 class Windows:
-    """Calibration windows in batches of a bounded number of tokens; what is computed per batch is summed or joined."""
+    """Calibration windows in batches, of a bounded number of tokens a device, whose results are summed or joined."""
 
-    def __init__(self, tokens: Int[np.ndarray, "n t"], batch_tokens: int):
-        size = max(1, batch_tokens // tokens.shape[1])
+    def __init__(self, tokens: Int[np.ndarray, "n t"], batch_tokens: int, devices: int = 1):
+        size = devices * max(1, batch_tokens // tokens.shape[1])
         self.tokens = tokens.size
         self.batches = [jnp.asarray(tokens[i : i + size]) for i in range(0, len(tokens), size)]
 
@@ -40,8 +41,7 @@ class StreamStore:
     batch.
 
     Every `interval`-th one is written to disk, where it outlives a kill. `hold` keeps others in memory while
-    `held_bytes` last; what is nowhere is computed again. With `parked` all are in the host's memory and pass through
-    the device batch by batch (`mapped`, `summed`).
+    `held_bytes` last; what is nowhere is computed again. `mapped` and `summed` pass them through the devices.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class StreamStore:
         dtype: str = "float32",
         writer: Writer | None = None,
         held_bytes: int = 0,
-        parked: bool = False,
+        devices: Devices | None = None,
     ):
         self.folder, self.windows, self.interval, self.dtype = folder, windows, interval, DTYPES[dtype]
         self._writer = writer
         self._room = held_bytes
-        self._host, self._device = (_memory("pinned_host"), _memory("device")) if parked else (None, None)
+        self.devices = devices or Devices()
         self._held: dict[tuple[str, int], Stream] = {}
         self._pending: dict[Path, Future[Any]] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,25 +97,17 @@ class StreamStore:
         if path in self._pending:
             self._pending[path].result()
         value = np.load(path, mmap_mode="r").view(self.dtype)
-        return [self.park(part) for part in np.split(value, self.windows.ends[:-1])]
+        return [self.devices.park(part) for part in np.split(value, self.windows.ends[:-1])]
 
     def nearest(self, name: str, index: int) -> int | None:
         """The last index up to `index` whose stream is at hand."""
         return next((i for i in range(index, -1, -1) if self.has(name, i)), None)
 
-    def park(self, part: Array | np.ndarray) -> Array:
-        """The batch where streams are: with `parked` a copy in host memory that the device reaches directly."""
-        return jnp.asarray(part) if self._host is None else jax.device_put(part, self._host)
-
-    def fetch(self, parts: Any) -> Any:
-        """A pytree of parked arrays, on the device."""
-        return parts if self._device is None else jax.device_put(parts, self._device)
-
     def mapped(self, function: Callable[..., Array], *streams: Iterable[Any]) -> list[Array]:
         """`function` of the batches of streams; the next batch comes while one is computed, no more are on the way."""
         done: list[Array] = []
         for parts in zip(*streams, strict=True):
-            done.append(self.park(function(*self.fetch(parts))))
+            done.append(self.devices.park(function(*self.devices.fetch(parts))))
             jax.block_until_ready(done[-2:-1])
         return done
 
@@ -123,7 +115,7 @@ class StreamStore:
         """The sum of what `function` gives for the batches of streams: arrays, or pytrees of them."""
         total = None
         for parts in zip(*streams, strict=True):
-            found, before = function(*self.fetch(parts)), total
+            found, before = function(*self.devices.fetch(parts)), total
             total = found if before is None else jax.tree.map(jnp.add, before, found)
             jax.block_until_ready(before)
         return total
@@ -159,11 +151,3 @@ class StreamStore:
                     file.write(np.asarray(part, self.dtype).view(bits).data)
 
         write_whole(path, fill)
-
-
-def _memory(kind: str) -> jax.sharding.Sharding | None:
-    """A kind of the first device's memory; None where device and host share one."""
-    device = jax.local_devices()[0]
-    if device.platform == "cpu" or kind not in {memory.kind for memory in device.addressable_memories()}:
-        return None
-    return jax.sharding.SingleDeviceSharding(device, memory_kind=kind)

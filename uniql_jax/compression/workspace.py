@@ -11,6 +11,7 @@ from pathlib import Path
 
 from uniql_jax.compression.artifacts import LayerStore
 from uniql_jax.compression.budget import Budget
+from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.streams import StreamStore, Windows
 from uniql_jax.compression.writer import Writer
 from uniql_jax.errors import UserError
@@ -50,9 +51,9 @@ class Workspace:
         """A store of layers."""
         return LayerStore(self.folder / name, self.writer)
 
-    def streams(self, windows: Windows, dtype: str, budget: Budget) -> StreamStore:
+    def streams(self, windows: Windows, dtype: str, budget: Budget, devices: Devices) -> StreamStore:
         """The store of streams."""
-        return StreamStore(self.folder / "streams", windows, budget.interval, dtype, self.writer, budget.held)
+        return StreamStore(self.folder / "streams", windows, budget.interval, dtype, self.writer, budget.held, devices)
 
     def publish(self, staging: Path, overwrite: bool) -> None:
         """Put the finished checkpoint in its place and remove the work folder."""

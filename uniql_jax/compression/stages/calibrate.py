@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from uniql_jax.compression.artifacts import LayerStore, layer_name
 from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.contract import DenseModel, Progress
+from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.finite import check_finite, peak
 from uniql_jax.compression.log import Clock
 from uniql_jax.compression.sorters.base import Statistics
@@ -36,14 +37,18 @@ class Calibration(NamedTuple):
     final_gram: Float[Array, "h h"]
 
 
-def read_ahead(read: Callable[[int], Layer], indices: Sequence[int]) -> Iterator[tuple[int, Layer]]:
-    """(index, layer) on the device; the next layer is read while this one is worked on."""
+def read_ahead(read: Callable[[int], Layer], indices: Sequence[int], devices: Devices) -> Iterator[tuple[int, Layer]]:
+    """(index, layer) on every device; the next layer is read while this one is worked on."""
+
+    def place(index: int) -> Layer:
+        return devices.everywhere(read(index))
+
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
-        coming = pool.submit(read, indices[0]) if indices else None
+        coming = pool.submit(place, indices[0]) if indices else None
         for index, after in zip(indices, [*indices[1:], None], strict=True):
             assert coming is not None
             layer = coming.result()
-            coming = pool.submit(read, after) if after is not None else None
+            coming = pool.submit(place, after) if after is not None else None
             yield index, layer
 
 
@@ -58,6 +63,7 @@ def forward_sweep(
         UserError: naming the layer, when a stream is no longer finite.
     """
     config, count, windows = source.config, len(source.config.pattern), streams.windows
+    top = streams.devices.everywhere(top)
     if not store.has(SUMMARY):
         known = next((i for i in range(count) if not store.has(layer_name(i))), count)
         start = streams.nearest(FORWARD, known)
@@ -67,7 +73,7 @@ def forward_sweep(
             streams.hold(FORWARD, 0, xs)
         else:
             xs = streams.load(FORWARD, start)
-        layers, clock = read_ahead(source.device_layer, range(start, count)), Clock()
+        layers, clock = read_ahead(source.device_layer, range(start, count), streams.devices), Clock()
         for index in progress(range(count), "calibrate"):
             if index < start:
                 continue
@@ -81,7 +87,7 @@ def forward_sweep(
             clock.line("calibrate", i, influence=influence)
         gram = streams.summed(lambda x: final_gram(x, config.norm_eps), xs) / windows.tokens
         influence = [store.record(layer_name(i))["influence"] for i in range(count)]
-        store.save(SUMMARY, {"gram": gram}, {"influence": influence})
+        store.save(SUMMARY, {"gram": streams.devices.on(0, gram)}, {"influence": influence})
     gram = jnp.asarray(store.load(SUMMARY)["gram"], jnp.float32)
     return Calibration(tuple(store.record(SUMMARY)["influence"]), gram)
 
@@ -98,6 +104,7 @@ def backward_sweep(
         UserError: naming the layer and the statistic, when one is not finite.
     """
     config, count, windows = source.config, len(source.config.pattern), streams.windows
+    top = streams.devices.everywhere(top)
     after = next(i for i in range(start + 1, count + 1) if i == count or streams.has(GRADIENT, i))
     if streams.has(GRADIENT, after):
         gradients = streams.load(GRADIENT, after)
@@ -108,7 +115,7 @@ def backward_sweep(
         )
         streams.save(GRADIENT, count, gradients)
     outdated = None
-    for i, layer in read_ahead(source.device_layer, range(after - 1, -1, -1)):
+    for i, layer in read_ahead(source.device_layer, range(after - 1, -1, -1), streams.devices):
         xs = _stream(source, streams, i)
         gradients, stats, peaks = _backward(config, config.pattern[i], layer, xs, gradients, streams, thorough)
         means = mean(stats, windows.tokens)
@@ -142,7 +149,7 @@ def _backward(
     config: ModelConfig, kinds: Kinds, layer: Layer, xs: Stream, gradients: Stream, streams: StreamStore, thorough: bool
 ) -> tuple[list[Array], dict[str, Statistics], list[Array]]:
     """Gradients before a layer, its statistics summed over tokens, and the gradients' peaks."""
-    stats, peaks = no_statistics(config, kinds, layer, xs[0].shape, thorough), []
+    stats, peaks = streams.devices.everywhere(no_statistics(config, kinds, layer, xs[0].shape, thorough)), []
 
     def backward(x: Array, gradient: Array) -> Array:
         nonlocal stats
@@ -165,7 +172,7 @@ def _stream(source: DenseModel, streams: StreamStore, index: int) -> list[Float[
         start = streams.nearest(FORWARD, index)
         assert start is not None, "the stream before layer 0 is always kept"
         xs = streams.load(FORWARD, start)
-        for j, layer in read_ahead(source.device_layer, range(start, index)):
+        for j, layer in read_ahead(source.device_layer, range(start, index), streams.devices):
             xs, _ = _forward(source.config, source.config.pattern[j], layer, xs, streams)
             streams.hold(FORWARD, j + 1, xs, always=True)
     return streams.load(FORWARD, index)

@@ -17,6 +17,7 @@ from uniql_jax.checkpoint import reachable_bias, stored
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
 from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.contract import Progress, SortedModel
+from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.log import Clock
 from uniql_jax.compression.packing import Packed, pack_leaf, pack_together
@@ -96,18 +97,20 @@ def quantize(
     config, q = model.config, rotation(model.config, settings)
     stored_layers, count = StoredLayers(config, settings, done), len(config.pattern)
     if not done.has(TOP):
-        finished, offsets = _finish_top(config, model.top, q, calibration, settings, unrounded is not None)
+        finished, offsets = _finish_top(
+            config, model.top, q, calibration, settings, unrounded is not None, streams.devices
+        )
         check_finite(finished, "outside the layers, quantized:")
         if unrounded is not None:
-            unrounded.save(TOP, offsets)
-        done.save(TOP, finished)
+            unrounded.save(TOP, streams.devices.on(0, offsets))
+        done.save(TOP, streams.devices.on(0, finished))
     start = next((i for i in range(count) if not done.has(layer_name(i))), count)
     if start == count:
         return
     running = None
     if settings.packed or settings.refit is not None:
         running = _resume(model, q, settings, stored_layers, streams, start)
-    dense_layers, clock = read_ahead(model.layers.layer, range(start, count)), Clock()
+    dense_layers, clock = read_ahead(model.layers.layer, range(start, count), streams.devices), Clock()
     for index in progress(range(count), "quantize" if settings.packed else "finish"):
         if index < start:
             continue
@@ -116,16 +119,16 @@ def quantize(
         finished, offsets = {}, {}
         for kind in config.pattern[i]:
             finished[kind], offsets[kind] = _finish_block(
-                config, i, kind, original[kind], running, settings, unrounded is not None
+                config, i, kind, original[kind], running, settings, unrounded is not None, streams.devices
             )
             if running is not None:
                 running = running.after(config, i, kind, finished[kind], original[kind])
         check_finite(finished, f"layer {i}, quantized:")
         if unrounded is not None:
-            unrounded.save(layer_name(i), flatten(offsets))
+            unrounded.save(layer_name(i), flatten(streams.devices.on(0, offsets)))
         if running is not None:
             _save(streams, i + 1, running)
-        done.save(layer_name(i), flatten(finished))
+        done.save(layer_name(i), flatten(streams.devices.on(0, finished)))
         error = _relative_error(finished, {kind: dict(original[kind]) for kind in finished})
         clock.line("quantize", i, relative_error=round(float(error), 5))
         for name in (FINISHED, UNPRUNED):
@@ -190,7 +193,13 @@ def _resume(
 
 
 def _finish_top(
-    config: ModelConfig, top: Top, q: Rotation, calibration: Calibration, settings: CompressionSettings, offsets: bool
+    config: ModelConfig,
+    top: Top,
+    q: Rotation,
+    calibration: Calibration,
+    settings: CompressionSettings,
+    offsets: bool,
+    devices: Devices,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Embedding, norm and head as they will be stored, and with `offsets` what was rounded, in steps."""
     norm, gram, dtype = top["norm"], calibration.final_gram, matrix_dtype(settings)
@@ -212,7 +221,7 @@ def _finish_top(
         hessians = {"embed": read / scale + settings.embed_mix * jnp.eye(read.shape[0])}
     before = {}
     for name, hessian in hessians.items():
-        done = pack_leaf(elastic.TOP[name], turned[name], hessian, settings, groups(config)["embed"], offsets)
+        done = pack_leaf(elastic.TOP[name], turned[name], hessian, settings, groups(config)["embed"], offsets, devices)
         out[name] = done.weight
         if done.unrounded is not None:
             before[name] = done.unrounded
@@ -227,6 +236,7 @@ def _finish_block(
     running: Streams | None,
     settings: CompressionSettings,
     offsets: bool,
+    devices: Devices,
 ) -> tuple[dict[str, Any], dict[str, Array]]:
     """A block in its stored form, and with `offsets` what its packed leaves were before rounding, in steps.
 
@@ -248,7 +258,7 @@ def _finish_block(
         hessian = running.store.summed(lambda x: read_gram(config, kind, original, x), running.x) / tokens
     reading = {name: original[name] for name, leaf in leaves.items() if settings.packed and leaf.contract == "last"}
     if reading:
-        for name, value in pack_together(reading, hessian, settings, group["embed"], offsets).items():
+        for name, value in pack_together(reading, hessian, settings, group["embed"], offsets, devices).items():
             take(name, value)
     for name, leaf in leaves.items():
         if leaf.contract != "first" and name not in reading:
@@ -258,7 +268,7 @@ def _finish_block(
         if leaf.contract == "first":
             weight, gram = _output(config, index, kind, original, working, name, running, settings, hessian is not None)
             if settings.packed:
-                take(name, pack_leaf(leaf, weight, gram, settings, group[leaf.dims[0]], offsets))
+                take(name, pack_leaf(leaf, weight, gram, settings, group[leaf.dims[0]], offsets, devices))
             else:
                 done[name] = stored(leaf, weight, dtype, f"layers.{index}.{kind}.{name}")
     return reachable_bias(config, kind, done), before

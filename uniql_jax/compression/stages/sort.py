@@ -51,7 +51,7 @@ def sort(
         most = {axis: loss[round((1 - MAX_PRUNE_RATE) * (len(loss) - 1))] for axis, loss in record.items()}
         clock.line("sort", i, **{f"loss_{axis}_at_{MAX_PRUNE_RATE}": loss for axis, loss in most.items()})
 
-    # A layer is sorted, in part by the host, while the device gathers the statistics of the next one.
+    # A layer is sorted, in part by the host, while the devices gather the statistics of the next one.
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sorter") as pool:
         working = None
         for index in progress(down, "sort"):
@@ -60,7 +60,7 @@ def sort(
             found = next(layers)
             if working is not None:
                 working.result()
-            working = pool.submit(sorted_and_stored, *found)
+            working = pool.submit(sorted_and_stored, found[0], *streams.devices.on(found[0], found[1:]))
             del found
         if working is not None:
             working.result()
