@@ -24,6 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import published_sorting
 from uniql_jax import console, elastic
 from uniql_jax.compression import refit, sorting
 from uniql_jax.compression.artifacts import LayerStore, flatten
@@ -40,15 +41,15 @@ from uniql_jax.plan import groups
 Row = tuple[str, float, float]
 
 
-def timed(name: str, call: Callable[[], Any], rows: list[Row]) -> Any:
-    """Call twice, wait, note both; returns what the second gave."""
+def timed(name: str, call: Callable[[], Any], rows: list[Row], calls: int = 2) -> Any:
+    """Call twice (where that takes too long once, compiling included), wait, note both; returns what the last gave."""
     seconds, out = [], None
-    for _ in range(2):
+    for _ in range(calls):
         start = time.perf_counter()
         out = jax.block_until_ready(call())
         seconds.append(time.perf_counter() - start)
-    rows.append((name, *seconds))
-    print(f"{name:32} {seconds[0]:8.2f} {seconds[1]:8.3f}", flush=True)
+    rows.append((name, seconds[0], seconds[-1]))
+    print(f"{name:32} {seconds[0]:8.2f} {seconds[-1]:8.3f}", flush=True)
     return out
 
 
@@ -63,6 +64,38 @@ def random_layer(config: ModelConfig, kinds: tuple[str, ...]) -> dict[str, dict[
             value = value * config.hidden_size**-0.5 if leaf.contract else 1 + 0.02 * value
             layer[kind][name] = value.astype(jnp.bfloat16).astype(jnp.float32)
     return layer
+
+
+def published(config: ModelConfig, layer: Any, means: Any, rate: float, rows: list[Row]) -> None:
+    """The same decisions by pseudo-inverses and square roots of whole Gram matrices, once and for one prune rate."""
+
+    def kept(width: int) -> int:
+        return round((1 - rate) * width)
+
+    if "mlp" in layer:
+        gram, down = means["mlp"]["gram"], layer["mlp"]["down"]
+        for hermitian in (True, False):
+            timed(
+                f"published: mlp, {'eigenvalues' if hermitian else 'singular values'}",
+                lambda h=hermitian: published_sorting.nystroem_mlp(gram, down, kept(len(gram)), h),
+                rows,
+                calls=1 + hermitian,
+            )
+    if "attention" in layer:
+        stats, block = means["attention"], layer["attention"]
+        size = config.head_dim
+        timed(
+            "published: query and key",
+            lambda: published_sorting.cr_pairs(stats["gram_q"], stats["gram_k"], kept(size)),
+            rows,
+        )
+        value = block["v"].transpose(1, 0, 2)  # [vo, kv head, h] -> [kv head, vo, h]
+        output = block["o"].transpose(1, 0, 2).reshape(config.kv_heads, config.query_groups, size, -1)
+        timed(
+            "published: value and output",
+            lambda: published_sorting.svd_value_output(stats["gram_x"], value, output, kept(size)),
+            rows,
+        )
 
 
 def steps(config: ModelConfig, kinds: tuple[str, ...], args: argparse.Namespace, folder: Path) -> Iterator[Row]:
@@ -91,6 +124,8 @@ def steps(config: ModelConfig, kinds: tuple[str, ...], args: argparse.Namespace,
     means = jax.tree.map(lambda value: value / tokens, found)
     for kind in kinds:
         timed(f"sort {kind}", lambda k=kind: SORTERS[k].sort(config, layer[k], means[k], settings, 0), rows)
+    if args.published is not None:
+        published(config, layer, means, args.published, rows)
     store = LayerStore(folder)
     windows, parked = Windows(np.zeros((1, args.length), np.int32), args.length), Devices(1, parked=True)
     streams = StreamStore(folder / "streams", windows, devices=parked)
@@ -149,6 +184,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch-tokens", type=int, default=16384)
+    parser.add_argument(
+        "--published", type=float, metavar="RATE", help="time the published way to sort as well, at this prune rate"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--top", action="store_true", help="embedding and head as well")
     parser.add_argument("--json", type=Path)
