@@ -6,6 +6,7 @@ fresh ones.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import warnings
 import zlib
@@ -19,11 +20,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Tiny models run in no time and compile in minutes: leave LLVM's optimizations out. (On a GPU they make the kernels.)
 # Processes of the suite, commands that it starts, and the next run share what is compiled.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0" if os.environ["JAX_PLATFORMS"] == "cpu" else "")
+
+
+def _xla_flags() -> str:
+    """Tiny models run in no time and compile in minutes: leave optimizations out. (On a GPU they make the kernels.)"""
+    if os.environ["JAX_PLATFORMS"] != "cpu":
+        return ""
+    release = tuple(map(int, importlib.metadata.version("jax").split(".")[:2]))
+    # XLA ends a process whose flags it does not know; this one went after JAX 0.10.
+    return "--xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_emitters=false" * (release < (0, 11))
+
+
+os.environ.setdefault("XLA_FLAGS", _xla_flags())
 
 import numpy as np
 import pytest
