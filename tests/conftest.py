@@ -6,6 +6,7 @@ fresh ones.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import warnings
@@ -129,11 +130,13 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory, seed: int) -> Callable[[
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs() -> Iterator[None]:
-    """A file's compiled programs are of no use to the next, and a process may map only so many regions of memory."""
+    """A file's compiled programs are of no use to the next: gigabytes, and a process may map only so many regions."""
     yield
     import jax
 
     jax.clear_caches()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what is freed
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
