@@ -82,7 +82,7 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 notebook: $(VENV)/.notebook
-	$(BIN)/python -m pytest -o addopts= -p no:cacheprovider --nbmake --nbmake-timeout 900 examples/quickstart.ipynb
+	$(BIN)/python -m pytest -o addopts= -p no:cacheprovider -o faulthandler_timeout=0 --nbmake --nbmake-timeout 900 examples/quickstart.ipynb
 
 clean:
 	rm -rf $(VENV) $(VENV)-next site .jax_cache .import_linter_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -44,7 +44,7 @@ def by_definition(model: CausalLM, context: list[int], continuation: list[int]) 
     row = [*context, *continuation]
     filled = jnp.asarray([row + [0] * (64 - len(row))])  # of one length: compiled once; nothing looks behind itself
     logits = np.asarray(whole_logits(model, filled), np.float64)[0, len(context) - 1 : len(row) - 1]
-    log_chances = logits - np.asarray(jax.nn.logsumexp(logits, axis=-1))[:, None]
+    log_chances = logits - np.logaddexp.reduce(logits, axis=-1)[:, None]
     return float(log_chances[np.arange(len(continuation)), continuation].sum()), bool(
         (logits.argmax(-1) == continuation).all()
     )
