@@ -23,7 +23,9 @@ NEXT_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,checkpoint generate plan p
 ARGS   ?=
 
 BIN := $(VENV)/bin
-# --no-compile: bytecode is made on first import, for what is imported, instead of for everything at once.
+# --no-compile: bytecode is made on first import, for what is imported, instead of for everything at once; so it must be
+# kept, or every process compiles its libraries anew, for ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check
 
 .PHONY: help demo test test-slow test-gpu test-packaging test-llamacpp test-next lint format types imports docs notebook clean
@@ -80,7 +82,7 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 notebook: $(VENV)/.notebook
-	$(BIN)/python -m pytest -o addopts= -p no:cacheprovider --nbmake --nbmake-timeout 900 examples/quickstart.ipynb
+	$(BIN)/python -m pytest -o addopts= -p no:cacheprovider -o faulthandler_timeout=0 --nbmake --nbmake-timeout 900 examples/quickstart.ipynb
 
 clean:
 	rm -rf $(VENV) $(VENV)-next site .jax_cache .import_linter_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

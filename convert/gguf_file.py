@@ -57,7 +57,8 @@ class Tensor:
         if self.kind.name in ("F32", "F16"):
             return data.view("<f4" if self.kind.name == "F32" else "<f2").astype(np.float32).reshape(self.shape)
         try:
-            value = gguf.quants.dequantize(data.reshape(*self.shape[:-1], -1), self.kind)
+            with np.errstate(over="ignore", invalid="ignore"):  # of damaged scales; use of the weights refuses them
+                value = gguf.quants.dequantize(data.reshape(*self.shape[:-1], -1), self.kind)
         except NotImplementedError:
             raise UserError(
                 f"tensor {name!r} of {self.path} is stored as {self.kind.name}, which is not supported"

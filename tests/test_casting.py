@@ -39,6 +39,21 @@ def test_cast_is_the_plain_cast_or_a_refusal(rng, source, target):
         cast("w", value, target)
 
 
+@pytest.mark.parametrize("source", FORMATS, ids=str)
+@pytest.mark.parametrize("target", FORMATS, ids=str)
+def test_nan_of_any_kind_is_cast_without_a_word(source, target):
+    """Quiet or signalling, of either sign; and infinity stays what it is."""
+    infinity = np.full(4, np.inf, source).view(f"u{source.itemsize}")
+    quiet = np.full(1, np.nan, source).view(f"u{source.itemsize}")[0] & ~infinity[0]
+    bits = infinity + np.array([0, 1, quiet, quiet + 1], infinity.dtype)
+    sign = infinity.dtype.type(1) << infinity.dtype.type(8 * source.itemsize - 1)
+    for value in (bits.view(source), (bits | sign).view(source)):
+        found = cast("w", value, target)
+        with np.errstate(invalid="ignore"):  # bfloat16's own isnan says so
+            assert np.isinf(found[:1]).all()
+            assert np.isnan(found[1:]).all()
+
+
 def test_the_advice_names_formats_that_hold_the_value():
     for largest, target, advice in [(1e5, "float16", "bfloat16 or float32"), (3.4e38, "bfloat16", "use float32")]:
         with pytest.raises(UserError, match=advice):

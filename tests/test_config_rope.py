@@ -144,6 +144,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}}, "differs by layer"),
     (scaled({"type": "linear"}, factor=2.0, partial_rotary_factor=0.5), "partial_rotary_factor"),
     *(({"rope_parameters": PLAIN | {"partial_rotary_factor": bad}}, "partial_rotary|rope_") for bad in BAD_NUMBERS),
+    # each number fits float32, but not what comes of it
+    *(({"rope_theta": theta}, "beyond float32") for theta in (1e-45, 1e-320)),
+    *((scaled(base, factor=1e-320), "beyond float32") for base in ({"type": "linear"}, LLAMA3, YARN)),
+    (scaled(YARN, attention_factor=1e38), "beyond float32"),
+    (scaled({"type": "linear"}, factor=1e-39), "beyond float32"),
 ]  # fmt: skip
 
 

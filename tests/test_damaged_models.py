@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ def _a_head(o: np.ndarray, shared: int, size: int) -> None:
 
 DAMAGES: dict[str, Damage] = {"a channel": _dead_channel, "half a head": _half_a_head, "a head": _a_head}
 """All of one key/value head, in every layer."""
+_forward = jax.jit(lambda model, tokens: model(tokens))
 FAMILIES = ["qwen2", "llama-multihead", "llama-grouped-tied", "bamba", "nemotron_h"]
 
 
@@ -88,8 +90,8 @@ class Case:
         checkpoint = open_checkpoint(out)
         for i, keep in enumerate(checkpoint.keep(0.0)):
             assert first_nonfinite(checkpoint.layer(i, keep)) is None
-        wanted = uniql_jax.load_source(str(source), dtype=jnp.float32)(jnp.asarray(self.tokens))
-        got = uniql_jax.load(out, 0.0, dtype=jnp.float32)(jnp.asarray(self.tokens))
+        wanted = _forward(uniql_jax.load_source(str(source), dtype=jnp.float32), self.tokens)
+        got = _forward(uniql_jax.load(out, 0.0, dtype=jnp.float32), self.tokens)
         return reference.relative_error(np.asarray(got), np.asarray(wanted))
 
 

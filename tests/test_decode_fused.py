@@ -80,8 +80,9 @@ def run(model: CausalLM, batch: int) -> tuple[np.ndarray, Any]:
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(rng.integers(0, 200, (batch, 6)), jnp.int32)
     mask = jnp.asarray(np.arange(6) >= np.arange(batch)[:, None] % 3, jnp.int32)
-    _, cache = prefill(model, tokens, mask, init_cache(model, batch, 12))
-    step = jax.jit(lambda *arguments: decode(*arguments))  # a function of its own is traced anew
+    # functions of their own are traced anew
+    _, cache = jax.jit(lambda *arguments: prefill(*arguments))(model, tokens, mask, init_cache(model, batch, 12))
+    step = jax.jit(lambda *arguments: decode(*arguments))
     found = []
     for token in rng.integers(0, 200, (3, batch)):
         logits, cache = step(model, jnp.asarray(token, jnp.int32), cache)

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,12 +22,13 @@ from uniql_jax.errors import UserError
 from uniql_jax.evaluation import evaluate, likelihood, plot
 from uniql_jax.model.causal_lm import CausalLM
 
+_forward = jax.jit(lambda model, tokens: model(tokens))
 KEYS = {"prune_rate", "source", "metric", "value", "weight_bytes", "kept_fraction"}
 
 
 def perplexity_by_definition(model: CausalLM, windows: np.ndarray) -> float:
     """In float64 from full logits."""
-    logits = np.asarray(model(jnp.asarray(windows)), np.float64)[:, :-1]
+    logits = np.asarray(_forward(model, jnp.asarray(windows)), np.float64)[:, :-1]
     logits -= logits.max(-1, keepdims=True)
     log_chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return float(np.exp(-np.take_along_axis(log_chances, windows[:, 1:, None], axis=-1).mean()))

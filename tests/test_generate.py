@@ -394,13 +394,21 @@ def test_command_without_tokenizer_or_prompt(
     assert "nowhere" in capsys.readouterr().err
 
 
+WITHOUT_TORCH = """
+import importlib.util, runpy
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
+runpy.run_module("uniql_jax.generate", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_command_as_a_program(folder: Path) -> None:
-    """Nothing but the text on stdout, nothing but the plan on stderr."""
+    """Nothing but the text on stdout, nothing but the plan on stderr, also where there is no PyTorch."""
     done = subprocess.run(
         [
             sys.executable,
-            "-m",
-            "uniql_jax.generate",
+            "-c",
+            WITHOUT_TORCH,
             "--ckpt",
             str(folder),
             "--prompt",

@@ -84,6 +84,7 @@ def test_kernel_lowers_for_nvidia_gpus(rng: np.random.Generator, monkeypatch: py
     call = jax.jit(
         lambda t: embed(t, case.data, case.scale, dtype=jnp.bfloat16, implementation="pallas", **options(case))
     )
+    tokens = jnp.zeros((2, 3), jnp.int32)
     with nvidia():
-        lowered = call.trace(jnp.zeros((2, 3), jnp.int32)).lower(lowering_platforms=("cuda",))
+        lowered = call.trace(tokens).lower(lowering_platforms=("cuda",))
     assert "triton" in lowered.as_text()

@@ -36,6 +36,18 @@ SPARED = "mamba2-tied-biased"
 FAMILY = pytest.mark.parametrize(
     "family", [pytest.param(name, marks=pytest.mark.slow) if name == SPARED else name for name in sorted(FAMILIES)]
 )
+SLOW = pytest.mark.slow
+
+
+def _product(*chosen: tuple[bool, tuple[float, ...]]) -> pytest.MarkDecorator:
+    """A family meets every way of storing and every rate, each rate in one of the two ways; all pairs when slow."""
+    others = [(not packed, rates) for packed, rates in chosen]
+    names = {False: "32 bits", True: "4 bits"}
+    cases = [pytest.param(*case, id=f"{names[case[0]]} {case[1]}") for case in chosen]
+    cases += [pytest.param(*case, id=f"{names[case[0]]} {case[1]}", marks=SLOW) for case in others]
+    return pytest.mark.parametrize(("packed", "rates"), cases)
+
+
 BATCH, LENGTH = 2, 40  # one shape for all, so that a model at a rate compiles once
 
 
@@ -123,22 +135,24 @@ def test_sorted_at_rate_0_is_the_original(family: str, made: Made, rng: np.rando
 # ------------------------------------------------------------------------------- 2. masked = sliced
 
 
-@KINDS
+@_product((False, RATES[1::2]), (True, RATES[::2]))
 @FAMILY
-def test_masked_equals_sliced(family: str, packed: bool, made: Made, rng: np.random.Generator) -> None:
+def test_masked_equals_sliced(
+    family: str, packed: bool, rates: tuple[float, ...], made: Made, rng: np.random.Generator
+) -> None:
     """Masks with traced sizes and prefixes give the same logits."""
     folder = made.checkpoint(family, _options(family, packed))
     full, plan = _dense(folder), open_checkpoint(folder).plan
     assert plan is not None
     tokens = _tokens(rng)
     whole, compiled = _logits(full, tokens), _jitted()["masked"]._cache_size()
-    for rate in RATES:
+    for rate in rates:
         sliced = _logits(_dense(folder, rate), tokens)
         assert reference.relative_error(sliced, whole) > 1e-3  # the cut is felt, so the test can fail
         masked = np.asarray(_jitted()["masked"](full, tokens, _traced(plan.keep(rate))))
         assert reference.relative_error(masked, sliced) < 1e-5
     assert _jitted()["masked"]._cache_size() <= compiled + 1  # one compilation serves all rates
-    traced = np.asarray(_jitted()["forward"](full, tokens, prune_rate=RATES[-1]))
+    traced = np.asarray(_jitted()["forward"](full, tokens, prune_rate=rates[-1]))
     assert reference.relative_error(traced, sliced) < 1e-6
 
 
@@ -243,13 +257,15 @@ def test_only_kept_bytes_are_read(packed: bool, made: Made) -> None:
 # ------------------------------------------------------------------------------- 4. export = model
 
 
-@KINDS
+@_product((False, (0.0, 0.15)), (True, (0.35,)))
 @EVERY
-def test_export_is_the_model(family: str, packed: bool, made: Made, rng: np.random.Generator, tmp_path: Path) -> None:
+def test_export_is_the_model(
+    family: str, packed: bool, rates: tuple[float, ...], made: Made, rng: np.random.Generator, tmp_path: Path
+) -> None:
     """Stock transformers runs what we write, at any rate, and gives our logits."""
     folder = made.checkpoint(family, _options(family, packed))
     tokens = _tokens(rng)
-    for rate in (0.0, 0.15, 0.35):
+    for rate in rates:
         out = tmp_path / f"hf-{rate}"
         to_hf.export(str(folder), str(out), rate, dtype="float32")
         theirs = reference.load(out)

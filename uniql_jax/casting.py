@@ -61,11 +61,11 @@ def cast(name: str, value: Any, dtype: Any) -> Float[np.ndarray, "..."]:
     value, target = np.asarray(value), np.dtype(dtype)
     if value.dtype == target:
         return value
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # invalid: a signalling NaN becomes a quiet one
         out = value.astype(target)
-    if not _may_overflow(value.dtype, target) or all_finite(out):
-        return out
-    lost = np.isfinite(value) & ~np.isfinite(out)
+        if not _may_overflow(value.dtype, target) or all_finite(out):
+            return out
+        lost = np.isfinite(value) & ~np.isfinite(out)
     if lost.any():
         largest = float(np.max(np.abs(value[lost].astype(np.float64))))
         wider = [other for other in ("bfloat16", "float32") if largest <= _largest(np.dtype(other))]

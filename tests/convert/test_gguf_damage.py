@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import numpy as np
 import pytest
 
 from tests.convert import gguf_files
+from uniql_jax.convert.gguf_file import Tensor
 from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError
 
@@ -205,6 +207,17 @@ def test_random_bytes_in_the_header(tmp_path, rng, fields, cases):
         path.write_bytes(damaged if case % 5 else damaged[: rng.integers(begin)])
         lines.append(refused(path, write=False))
     assert any(lines)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in gguf.GGMLQuantizationType if kind in gguf.GGML_QUANT_SIZES])
+def test_random_bytes_are_some_numbers(tmp_path, rng, kind):
+    """Scales may be NaN or infinity: whatever comes of them is left to those who use the weights."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    data = rng.integers(0, 256, (4096, size), np.uint8)
+    (tmp_path / "data").write_bytes(data.tobytes())
+    tensor = Tensor(tmp_path / "data", 0, data.size, (4096, block), kind)
+    with contextlib.suppress(UserError):  # a kind that is not supported
+        assert tensor.read("w").shape == (4096, block)
 
 
 def test_endless_arrays_end(tmp_path, rng):

@@ -284,7 +284,8 @@ print(json.dumps(out))
 
 
 def test_eight_devices_do_what_one_does() -> None:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -63,9 +63,13 @@ def test_it_wins_back_what_pruning_costs(rng: np.random.Generator, tmp_path: Pat
     merged = CausalLM(config, dict(model.params) | {"layers": jax.tree.map(jnp.asarray, layers)}, model.plan)
     held = jnp.asarray(_walk(rng))
 
+    @jax.jit
+    def mean_loss(pruned: CausalLM) -> jax.Array:
+        log_p = jax.nn.log_softmax(pruned(held))[:, :-1]
+        return -jnp.take_along_axis(log_p, held[:, 1:, None], 2).mean()
+
     def loss(model: CausalLM, rate: float) -> float:
-        log_p = jax.nn.log_softmax(prune(model, rate)(held))[:, :-1]
-        return -float(jnp.take_along_axis(log_p, held[:, 1:, None], 2).mean())
+        return float(mean_loss(prune(model, rate)))
 
     whole = loss(model, 0.0)
     for rate in (0.25, 0.35):

@@ -82,6 +82,7 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     2: a UserError, or a disk that cannot be written; 1: out of memory; 129, 130, 143: SIGHUP, Ctrl-C, SIGTERM, each of
     which unwinds the stack, so that nothing is left behind. A reader of stdout who leaves is no error.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # its advice is to install PyTorch; none is needed
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? for what it lacks

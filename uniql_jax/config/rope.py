@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from uniql_jax.config.keys import number, refuse, shown, whole
 from uniql_jax.config.types import ConfigError, Rope
 
@@ -38,7 +40,7 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, max_position: int, partial: 
     theta = number("rope_theta", theta, above=1.0 if scaling == "yarn" else 0.0)
     rope = Rope(theta=theta, dim=_rotating(hf, parameters, head_dim, partial, scaling), scaling=scaling)
     if scaling == "default":
-        return rope
+        return _finite("rope_theta", rope)
 
     def wanted(key: str) -> float:
         if key not in parameters:
@@ -62,7 +64,20 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, max_position: int, partial: 
         settings |= _yarn(where, parameters, settings["factor"])
         if rope.dim != head_dim and settings["attention_factor"] != 1.0:
             raise ConfigError("yarn with an attention factor is supported for heads that rotate whole only")
-    return Rope(theta, rope.dim, scaling, **settings)
+    return _finite(where, Rope(theta, rope.dim, scaling, **settings))
+
+
+def _finite(where: str, rope: Rope) -> Rope:
+    """The same, refused where float32 cannot hold what comes of its numbers, each of which it can."""
+    try:
+        with np.errstate(all="raise", under="ignore"):
+            fits = np.isfinite(rope.inv_freq()).all() and np.isfinite(np.square(np.float32(rope.attention_factor)))
+    except (ArithmeticError, ValueError):
+        fits = False
+    if not fits:
+        values = f"rope_theta {rope.theta:g}, factor {rope.factor:g}, attention factor {rope.attention_factor:g}"
+        raise ConfigError(f"{where} in config.json gives a rotary embedding beyond float32 ({values})")
+    return rope
 
 
 def _parameters(hf: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
