@@ -5,9 +5,8 @@ The finished model's stream runs along, and with the nested refit the unpruned m
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -23,50 +22,22 @@ from uniql_jax.compression.log import Clock
 from uniql_jax.compression.packing import Packed, pack_leaf, pack_together
 from uniql_jax.compression.refit import (
     Keep,
-    advance,
     hidden_gram,
     hidden_gram_and_cross,
-    keep_per_window,
     read_gram,
-    refit_rates,
 )
 from uniql_jax.compression.refit import refit as refitted
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.stages.calibrate import Calibration, Top, read_ahead
 from uniql_jax.compression.stages.rotate import Rotation, rotated_layer, rotated_top, rotation
+from uniql_jax.compression.stages.running import Streams, resume
 from uniql_jax.compression.stored import TOP, StoredLayers, matrix_dtype
 from uniql_jax.compression.streams import StreamStore
 from uniql_jax.config import ModelConfig
-from uniql_jax.model.causal_lm import embed
 from uniql_jax.plan import groups
 from uniql_jax.weights.quantized import QuantizedArray, dense
 
 Block = Mapping[str, Any]
-FINISHED, UNPRUNED = "finished", "unpruned"
-
-
-class Streams(NamedTuple):
-    """What runs along, one array [b, t, hidden] a batch: the finished model's stream, and for the refit the unpruned
-    model's and the kept sizes at which each window is seen, per batch and layer. `store` keeps them.
-    """
-
-    store: StreamStore
-    x: list[Float[Array, "_ t h"]]
-    unpruned: list[Float[Array, "_ t h"]] | None = None
-    keep: list[tuple[Keep, ...]] | None = None
-
-    def kept(self, index: int) -> list[Keep | None]:
-        """Kept sizes at layer `index`, per batch."""
-        return [None] * len(self.x) if self.keep is None else [batch[index] for batch in self.keep]
-
-    def after(self, config: ModelConfig, index: int, kind: str, finished: Block, original: Block) -> Streams:
-        """Both streams after one block: finished, and as it was."""
-        held = {name: dense(value) for name, value in finished.items()}
-        x = self.store.mapped(lambda x, keep: advance(config, kind, held, x, keep), self.x, self.kept(index))
-        unpruned = self.unpruned and self.store.mapped(
-            lambda t: advance(config, kind, original, t, None), self.unpruned
-        )
-        return self._replace(x=x, unpruned=unpruned)
 
 
 def quantize(
@@ -109,7 +80,7 @@ def quantize(
         return
     running = None
     if settings.packed or settings.refit is not None:
-        running = _resume(model, q, settings, stored_layers, streams, start)
+        running = resume(model, q, settings, stored_layers, streams, start)
     dense_layers, clock = read_ahead(model.layers.layer, range(start, count), streams.devices), Clock()
     for index in progress(range(count), "quantize" if settings.packed else "finish"):
         if index < start:
@@ -127,13 +98,12 @@ def quantize(
         if unrounded is not None:
             unrounded.save(layer_name(i), flatten(streams.devices.on(0, offsets)))
         if running is not None:
-            _save(streams, i + 1, running)
+            running.save(i + 1)
         done.save(layer_name(i), flatten(streams.devices.on(0, finished)))
         error = _relative_error(finished, {kind: dict(original[kind]) for kind in finished})
         clock.line("quantize", i, relative_error=round(float(error), 5))
-        for name in (FINISHED, UNPRUNED):
-            last = streams.nearest(name, i + 1)
-            streams.drop(name, range(last or 0))
+        if running is not None:
+            running.drop_before(i + 1)
 
 
 @jit
@@ -147,49 +117,6 @@ def _relative_error(finished: Mapping[str, Block], original: Mapping[str, Block]
     ]
     change = sum(jnp.sum(jnp.square(after - before)) for after, before in pairs)
     return jnp.sqrt(change / sum(jnp.sum(jnp.square(before)) for _, before in pairs)) if pairs else jnp.zeros(())
-
-
-def _save(streams: StreamStore, index: int, running: Streams) -> None:
-    if running.unpruned is not None:
-        streams.save(UNPRUNED, index, running.unpruned)
-    streams.save(FINISHED, index, running.x)
-
-
-def _resume(
-    model: SortedModel,
-    q: Rotation,
-    settings: CompressionSettings,
-    finished: StoredLayers,
-    streams: StreamStore,
-    start: int,
-) -> Streams:
-    """The streams before layer `start`, from the nearest ones on disk."""
-    config, windows, keep = model.config, streams.windows, None
-    if settings.refit is not None:
-        rates = refit_rates(windows.ends[-1], settings.refit)
-        per_window = keep_per_window(model.plan, rates.tolist())
-        keep = [
-            tuple({axis: sizes[low:high] for axis, sizes in layer.items()} for layer in per_window)
-            for low, high in itertools.pairwise([0, *windows.ends])
-        ]
-    at = streams.nearest(FINISHED, start)
-    if at is None:
-        at, table = 0, finished.top()["embed"]
-        x = streams.mapped(lambda batch: embed({"embed": table}, batch, streams.dtype), windows.batches)
-        unpruned = None
-        if keep is not None:
-            table = model.top["embed"] if q is None else model.top["embed"] @ q
-            unpruned = streams.mapped(lambda batch: embed({"embed": table}, batch, streams.dtype), windows.batches)
-        running = Streams(streams, x, unpruned, keep)
-        _save(streams, 0, running)
-    else:
-        unpruned = streams.load(UNPRUNED, at) if keep is not None else None
-        running = Streams(streams, streams.load(FINISHED, at), unpruned, keep)
-    for i in range(at, start):
-        original, done = rotated_layer(model.layers.layer(i), q), finished.layer(i)
-        for kind in config.pattern[i]:
-            running = running.after(config, i, kind, done[kind], original[kind])
-    return running
 
 
 def _finish_top(
