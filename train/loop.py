@@ -34,13 +34,17 @@ Batch = Mapping[str, Array]
 """tokens int32, valid and learn bool, each [microbatches, rows, length]."""
 
 
-def memory_bytes(config: ModelConfig, options: RecoverySettings) -> int:
-    """About what weights, factors and optimizer take on each device; activations come on top."""
+SPREAD = 2**20
+"""Arrays of so many numbers are shared out among the devices; smaller ones are on each."""
+
+
+def memory_bytes(config: ModelConfig, options: RecoverySettings, devices: int = 1) -> int:
+    """About what weights, factors and optimizer take on each of so many devices; activations come on top."""
     trained, frozen = lora.planned(config, options.rank)
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
     # factors, their gradients and three numbers of the optimizer for each, the best state, what came of `adapt`
     copies = 6 + bool(options.adapt)
-    return jnp.dtype(options.compute).itemsize * (frozen + tables) + 4 * copies * trained
+    return (jnp.dtype(options.compute).itemsize * (frozen + tables) + 4 * copies * trained) // devices
 
 
 def data_mesh(rows: int) -> Mesh:
@@ -49,13 +53,25 @@ def data_mesh(rows: int) -> Mesh:
     return Mesh(np.asarray(devices[: math.gcd(rows, len(devices))]), ("data",))
 
 
+def sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """Where an array of weights, factors or optimizer state lies: shared out along its longest axis that divides among
+    the devices, but the first one, which counts stacked layers; on every device if it is small or none divides.
+    """
+    axes = [axis for axis in range(1, len(shape)) if shape[axis] % mesh.size == 0]
+    if mesh.size == 1 or math.prod(shape) < SPREAD or not axes:
+        return NamedSharding(mesh, PartitionSpec())
+    longest = max(axes, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*("data" if axis == longest else None for axis in range(len(shape)))))
+
+
 class Trainer:
     """The frozen model, placed once, and the compiled functions that work on LoRA factors.
 
-    `layers` and `top` are dense leaves; matrices are held in `options.compute`, vectors in float32, a copy on every
-    device of the mesh, layers of one kind stacked; batches are split over the mesh along their rows. Matrices may be
-    FakeQuantizedArrays instead, which train as they will be stored. `teacher`: layers and top to distill from, where
-    that is not the unpruned model itself.
+    `layers` and `top` are dense leaves; matrices are held in `options.compute`, vectors in float32, layers of one kind
+    stacked. Batches are split over the mesh along their rows; large arrays (weights, factors, optimizer) are shared out
+    over it, and a device gathers a layer's when it computes with it. Matrices may be FakeQuantizedArrays instead, which
+    train as they will be stored. `teacher`: layers and top to distill from, where that is not the unpruned model
+    itself.
     """
 
     def __init__(
@@ -77,7 +93,7 @@ class Trainer:
         self._compile(options, steps)
 
     def _place_model(self, layers: Sequence[lora.Layer], top: Mapping[str, Any]) -> dict[str, Any]:
-        return self.everywhere(
+        return self.spread(
             {
                 "top": {name: self._cast(elastic.TOP[name], value) for name, value in top.items()},
                 "runs": [self._cast_run(stack.stack(layers, run)) for run in stack.runs(self.config)],
@@ -90,8 +106,9 @@ class Trainer:
         options = resolved(options, self.config)
         self.options, self.rows = options, options.batch // options.accumulate
         self.optimizer = optimizer(options, steps)
-        copies = NamedSharding(self.mesh, PartitionSpec())
-        self._step = jax.jit(self._train, donate_argnums=(0, 1), out_shardings=(copies, copies, copies))
+        places = jax.tree.map(lambda value: value.sharding, self._planned())
+        loss = NamedSharding(self.mesh, PartitionSpec())
+        self._step = jax.jit(self._train, donate_argnums=(0, 1), out_shardings=(*places, loss))
         self._evaluate = jax.jit(self._losses)
 
     def variant(self, options: RecoverySettings, steps: int) -> Trainer:
@@ -105,7 +122,7 @@ class Trainer:
 
     def start_from(self, factors: Factors) -> None:
         """Begin with these factors, single ones, and take the unpruned model that they make for the original."""
-        self.frozen["adapted"] = self.everywhere(stack.stack_factors(self.config, factors))
+        self.frozen["adapted"] = self.spread(stack.stack_factors(self.config, factors))
 
     def _cast(self, leaf: elastic.Leaf, value: Any) -> np.ndarray | Array | FakeQuantizedArray:
         if isinstance(value, FakeQuantizedArray):
@@ -120,9 +137,9 @@ class Trainer:
             for kind, block in stacked.items()
         }
 
-    def everywhere(self, tree: Any) -> Any:
-        """A copy of every array on every device of the mesh."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+    def spread(self, tree: Any) -> Any:
+        """Every array where `sharding` says."""
+        return jax.tree.map(lambda value: jax.device_put(value, sharding(self.mesh, value.shape)), tree)
 
     def place(self, examples: Examples, rows: Int[np.ndarray, " rows"], parts: int) -> dict[str, Array]:
         """Rows of the examples as a batch [parts, rows / parts, length], split over the mesh.
@@ -141,13 +158,28 @@ class Trainer:
         factors = self.fresh()
         if "adapted" in self.frozen:
             factors = jax.tree.map(jnp.copy, self.frozen["adapted"])  # a step consumes what it starts from
-        return factors, self.everywhere(self.optimizer.init(factors))
+        return factors, self.spread(self.optimizer.init(factors))
 
     def fresh(self) -> Factors:
         """Factors that change nothing."""
+        return self.spread(self._fresh())
+
+    def _fresh(self) -> Factors:
         tables = [name for name, value in self.frozen["top"].items() if isinstance(value, FakeQuantizedArray)]
         single = lora.init_factors(self.config, self.options.rank, self.options.seed, tables)
-        return self.everywhere(stack.stack_factors(self.config, single))
+        return stack.stack_factors(self.config, single)
+
+    def _planned(self) -> tuple[Any, Any]:
+        """Factors and optimizer state as shapes, and where they lie."""
+
+        def made() -> tuple[Any, Any]:
+            factors = self._fresh()
+            return factors, self.optimizer.init(factors)
+
+        return jax.tree.map(
+            lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding(self.mesh, value.shape)),
+            jax.eval_shape(made),
+        )
 
     # ------------------------------------------------------------------------------------------ traced
 
@@ -180,6 +212,8 @@ class Trainer:
         # Padding is on the right: no real token sees it, and attention needs no mask for it.
         context = full_context(valid, padded=False)
         x = embed(frozen["top"], tokens, self.dtype)
+        if self.mesh.size > 1:
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec("data")))
         return stack.apply_runs(self.config, layers, x, context, keep, options.remat)
 
     def loss_sum(
@@ -266,7 +300,7 @@ class Trainer:
 
     def lower(self, batch: Batch, keep: tuple[elastic.Keep, ...]) -> jax.stages.Lowered:
         """The step's program for such a batch, traced and not yet compiled; to measure, or to compile beforehand."""
-        factors, state = jax.eval_shape(self.init)
+        factors, state = self._planned()
         return self._step.lower(factors, state, self.frozen, batch, keep, jnp.int32(0))
 
     def evaluate(self, factors: Factors, batches: Sequence[Batch], keep: tuple[elastic.Keep, ...]) -> float:

@@ -14,7 +14,7 @@ from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.workspace import work_folder
 from uniql_jax.counting import parameter_count, prunable_count
 from uniql_jax.plan import MAX_PRUNE_RATE, axis_group_and_unit, groups
-from uniql_jax.train.loop import memory_bytes, resolved
+from uniql_jax.train.loop import data_mesh, memory_bytes, resolved
 from uniql_jax.train.lora import described
 from uniql_jax.weights.quantized import TARGET_GROUP
 
@@ -100,11 +100,12 @@ def _memory(parts: dict[str, int]) -> str:
 
 def _training(recover: RecoveryData, source: Source) -> str:
     options, length = resolved(recover.settings, source.config), recover.train.tokens.shape[1]
+    memory = memory_bytes(source.config, options, data_mesh(options.batch // options.accumulate).size)
     return (
         f"{options.planned_steps(len(recover.train))} steps of {options.batch} x {length} tokens at drawn rates, "
         f"{described(options.rank)}, learning rate {options.lr:.2g}"
         + (f", the unpruned model's predictions weighing {options.distill:.0%}" if options.distill else "")
-        + f", about {console.format_bytes(memory_bytes(source.config, options))} a device and the activations, "
+        + f", about {console.format_bytes(memory)} a device and the activations, "
         f"on {recover.train.description}; {len(recover.validation)} held-out examples validate"
         + (f"; {recover.tuning.steps} steps more after quantizing" if recover.tuning else "")
     )
