@@ -86,7 +86,7 @@ def compare(llama_cpp, path, tmp_path, rng, count, special=SPECIAL):
         assert ours(text).input_ids == theirs.ids(text), repr(text)
 
 
-LEADERS = {split: pre for pre, split in reversed(gguf_tokenizer._PRE.items())}
+LEADERS = {split: pre for pre, split in reversed(gguf_tokenizer.SPLITS.items())}
 
 
 @pytest.mark.parametrize("pre", [None, *sorted(LEADERS.values())])
@@ -96,7 +96,7 @@ def test_byte_level_splits(llama_cpp, tmp_path, rng, pre):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pre", sorted(gguf_tokenizer._PRE.keys() - LEADERS.values()))
+@pytest.mark.parametrize("pre", sorted(gguf_tokenizer.SPLITS.keys() - LEADERS.values()))
 def test_other_names_of_splits(llama_cpp, tmp_path, rng, pre):
     path = gguf_files.write(tmp_path / "m.gguf", gguf_files.byte_level() | {"tokenizer.ggml.pre": pre}, rng)
     compare(llama_cpp, path, tmp_path, rng, 50)

@@ -1,0 +1,339 @@
+"""Our elastic checkpoint, at any prune rate, as a GGUF file for llama.cpp, in the integers and scales that it has.
+
+Blocks of 32 take 4 bits as Q4_0 and 8 bits as Q8_0, without rounding anything again. What such blocks cannot hold
+exactly leaves as F16 or F32, which can. MLP channels leave at their true width, layer by layer (architecture `deci`);
+attention keeps its shape, with zeros for what was cut, since llama.cpp has one head size and one set of RoPE
+frequencies for a whole model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from uniql_jax import console, elastic
+from uniql_jax.checkpoint import Checkpoint, open_checkpoint
+from uniql_jax.config import ModelConfig, Rope
+from uniql_jax.convert import gguf_tables, tables
+from uniql_jax.convert.exporting import Planned, Request, staged_file, table
+from uniql_jax.convert.gguf_vocabulary import Vocabulary, read_vocabulary
+from uniql_jax.convert.integers import Blocks, integers, scales
+from uniql_jax.convert.to_hf import full_size
+from uniql_jax.errors import UserError
+from uniql_jax.files import copy_side_files
+from uniql_jax.outputs import check_output, check_output_files, check_space, staged_output
+from uniql_jax.plan import check_rate
+from uniql_jax.weights.protocol import dense
+from uniql_jax.weights.quantized import QuantizedArray
+
+FAMILIES = ("llama", "qwen2")
+BLOCK = 32
+PACKED = {4: "Q4_0", 8: "Q8_0"}
+BYTES = {"Q4_0": 18 / 32, "Q8_0": 34 / 32, "F16": 2, "BF16": 2, "F32": 4}
+"""Bytes of a weight."""
+DENSE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+HEAD = "output.weight"
+MATRICES = {4: "F16", 8: "F16", 16: "BF16", 32: "F32"}
+"""By the checkpoint's bits: what holds a head that the rotation was multiplied into."""
+ENTRY = "model.gguf"
+TABLE = gguf_tables.TABLES["llama"]
+
+Widths = Mapping[str, Blocks]
+"""Contracted dimension, embed or ffn -> how it is laid out in blocks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One rate of a checkpoint as the tensors of a GGUF file."""
+
+    checkpoint: Checkpoint
+    rate: float
+
+    @property
+    def config(self) -> ModelConfig:
+        """The unpruned model."""
+        return self.checkpoint.config
+
+    def widths(self, layer: int | None = None) -> Widths:
+        """The dimensions that may be padded, in a layer or outside them."""
+        groups = self.checkpoint.meta.get("groups") or {}
+        width, embed = self.config.hidden_size, groups.get("embed", BLOCK)
+        found = {"embed": Blocks(width, embed if "embed" in groups else width, BLOCK if "embed" in groups else 1)}
+        if layer is not None:
+            kept = self.checkpoint.keep(self.rate)[layer]["ffn"]
+            found["ffn"] = Blocks(kept, groups.get("ffn", kept), BLOCK if "ffn" in groups else 1)
+        return found
+
+    @property
+    def ffn(self) -> list[int]:
+        """Width of the MLP of every layer, with zeros."""
+        return [self.widths(i)["ffn"].total for i in range(len(self.config.pattern))]
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name: `llama` has one MLP width for all layers, `deci` one for each."""
+        return "llama" if len(set(self.ffn)) == 1 else "deci"
+
+    def parts(self) -> Iterator[tuple[str, int | None, str, Mapping[str, Any]]]:
+        """(prefix of leaves, layer, kind, leaves) of everything, the embedding first."""
+        top = dict(self.checkpoint.top())
+        yield "", None, "top", top
+        for i, keep in enumerate(self.checkpoint.keep(self.rate)):
+            layer = self.checkpoint.layer(i, keep)
+            for kind in self.config.pattern[i]:
+                yield f"layers.{i}.{kind}.", i, kind, layer[kind]
+
+    def plan(self) -> Iterator[tuple[Planned, tuple[int, ...]]]:
+        """Every tensor in the order of `tensors`, with its shape; only scales are looked at."""
+        for _, i, kind, leaves in self.parts():
+            widths, sizes = self.widths(i), self._sizes(i)
+            for row in self._rows(kind, leaves):
+                name, leaf = row.name.format(layer=i), row.parts[0].leaf
+                shape = tuple(math.prod(sizes[d] for d in dim.split()) for dim in row.parts[0].dims)
+                if name == HEAD and "head_in" in leaves:
+                    type_, why = MATRICES[self.checkpoint.bits], "the head times what undoes the rotation"
+                else:
+                    type_, why = stored_as(tables.leaf_of(kind, leaf), leaves[leaf], widths)
+                yield Planned(name, type_, int(math.prod(shape) * BYTES[type_]), why), shape
+        if (factors := rope_factors(self.config)) is not None:
+            yield Planned("rope_freqs.weight", "F32", factors.nbytes), factors.shape
+
+    def _sizes(self, layer: int | None) -> dict[str, int]:
+        return elastic.sizes(self.config) | {dim: blocks.total for dim, blocks in self.widths(layer).items()}
+
+    def _rows(self, kind: str, leaves: Mapping[str, Any]) -> Iterator[tables.Row]:
+        has = {*leaves, *(("head",) if "head_in" in leaves else ())}
+        return (row for row in TABLE if row.kind == kind and row.parts[0].leaf in has)
+
+    def tensors(self, types: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
+        """Name and content, as bytes of blocks or as floats, of every tensor in its planned type."""
+        for _, i, kind, leaves in self.parts():
+            if "head_in" in leaves:
+                leaves = _with_head(leaves)
+            names = {row.parts[0].leaf: row.name.format(layer=i) for row in self._rows(kind, leaves)}
+            layout = _Layout(self.config, kind, self.widths(i), leaves.get("inv_freq"))
+            packed = {leaf: leaves[leaf] for leaf, name in names.items() if types[name] in PACKED.values()}
+            floats = {leaf: np.asarray(dense(leaves[leaf])) for leaf in names if leaf not in packed}
+            made = layout.blocks(packed) | layout.dense(floats)
+            for leaf, name in names.items():
+                value = made[leaf]
+                yield name, value if leaf in packed else _as_type(value, types[name])
+        if (factors := rope_factors(self.config)) is not None:
+            yield "rope_freqs.weight", factors
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Leaves of a block at their kept sizes -> tensors of llama.cpp's shapes."""
+
+    config: ModelConfig
+    kind: str
+    widths: Widths
+    inv_freq: Any
+
+    def dense(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Floats; norm weights make up for the mean over more entries."""
+        padded = {name: self._pad(name, value) for name, value in values.items()}
+        embed = self.widths["embed"]
+        if "norm" in padded:
+            padded["norm"] = padded["norm"] * np.float32(math.sqrt(embed.width / embed.total))
+        return self._foreign(padded, {dim: blocks.total for dim, blocks in self.widths.items()})
+
+    def blocks(self, weights: Mapping[str, QuantizedArray]) -> dict[str, np.ndarray]:
+        """Q4_0 and Q8_0: a float16 scale and 32 integers a block, bytes [rows, bytes of a row]."""
+        found = {}
+        for name, weight in weights.items():
+            codes = self._pad(name, integers(weight))
+            leaf = tables.leaf_of(self.kind, name)
+            contracted = leaf.dims[-1] if leaf.contract == "last" else leaf.dims[0]
+            scale = self._pad(name, scales(weight), contracted)
+            sizes = {dim: blocks.total for dim, blocks in self.widths.items()}
+            codes = self._foreign({name: codes}, sizes)[name]
+            scale = self._foreign({name: scale}, sizes | {contracted: sizes[contracted] // BLOCK})[name]
+            found[name] = encoded(codes, scale, weight.bits)
+        return found
+
+    def _pad(self, name: str, value: np.ndarray, blocks_of: str = "") -> np.ndarray:
+        for axis, dim in enumerate(tables.leaf_of(self.kind, name).dims):
+            if dim in self.widths:
+                width = self.widths[dim]
+                value = width.per_block(value, axis) if dim == blocks_of else width.pad(value, axis)
+        return value
+
+    def _foreign(self, values: dict[str, np.ndarray], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+        config = dataclasses.replace(
+            self.config,
+            hidden_size=sizes["embed"],
+            intermediate_size=sizes.get("ffn", self.config.intermediate_size),
+        )
+        full = values
+        if self.kind != "top":
+            order = {} if self.inv_freq is None else {"inv_freq": np.asarray(self.inv_freq)}
+            full = full_size(config, self.kind, order | values)
+        rows = {row.parts[0].leaf: row for row in TABLE if row.kind == self.kind}
+        return {name: tables.from_leaves(config, rows[name], full) for name in values}
+
+
+def stored_as(leaf: elastic.Leaf, value: Any, widths: Widths) -> tuple[str, str]:
+    """The smallest type that holds a leaf exactly, and why it is not one of the checkpoint's own bits.
+
+    Args:
+        leaf: the row of `elastic.BLOCKS` or `elastic.TOP`.
+        value: an array or QuantizedArray.
+        widths: contracted dimensions that can be laid out in blocks.
+    """
+    if leaf.contract is None:
+        return "F32", ""
+    if not isinstance(value, QuantizedArray):
+        return DENSE[np.dtype(value.dtype).name], ""
+    scale = scales(value)
+    with np.errstate(over="ignore"):
+        in_range = bool((scale.astype(np.float16).astype(np.float32) == scale).all())
+    contracted = leaf.dims[-1] if leaf.contract == "last" else leaf.dims[0]
+    blocks = widths.get(contracted)
+    if in_range and blocks is not None and blocks.exact:
+        return PACKED[value.bits], ""
+    why = "a scale beyond float16" if not in_range else f"groups of {value.group} along {contracted}"
+    # three bits of an integer and eight of its scale are the eleven of float16
+    fits = in_range and value.bits == 4 and float(scale.max(initial=0.0)) * 8 <= float(np.finfo(np.float16).max)
+    return "F16" if fits else "F32", why
+
+
+def encoded(
+    codes: Float[np.ndarray, "rows width"], scale: Float[np.ndarray, "rows blocks"], bits: int
+) -> Float[np.ndarray, "rows bytes"]:
+    """Blocks of 32 integers as llama.cpp stores them.
+
+    Args:
+        codes: integers, int8.
+        scale: one of a block, exact in float16.
+        bits: 4 or 8.
+
+    Returns:
+        uint8.
+    """
+    rows, blocks = scale.shape
+    codes = codes.reshape(rows, blocks, BLOCK)
+    if bits == 4:
+        nibbles = (codes + 8).astype(np.uint8)
+        data = nibbles[..., : BLOCK // 2] | (nibbles[..., BLOCK // 2 :] << 4)
+    else:
+        data = codes.view(np.uint8)
+    halves = np.ascontiguousarray(scale.astype("<f2")[..., None]).view(np.uint8)
+    return np.concatenate([halves, data], axis=-1).reshape(rows, -1)
+
+
+def _as_type(value: np.ndarray, type_: str) -> np.ndarray:
+    import ml_dtypes
+
+    return value.astype({"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}[type_])
+
+
+def _with_head(top: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves outside the layers with a head that takes the normed stream as it is."""
+    head = np.asarray(dense(top.get("head", top["embed"]))) @ np.asarray(dense(top["head_in"])).T
+    return {name: value for name, value in top.items() if name != "head_in"} | {"head": head}
+
+
+def rope_factors(config: ModelConfig) -> Float[np.ndarray, " pairs"] | None:
+    """What the frequencies of a scaled RoPE are divided by; None where they are those of its base alone."""
+    rope = config.rope
+    if rope is None or rope.scaling == "default":
+        return None
+    return (Rope(rope.theta, rope.dim).inv_freq() / rope.inv_freq()).astype(np.float32)
+
+
+def write(request: Request) -> None:
+    """Write an elastic checkpoint, cut at a prune rate, as a GGUF file.
+
+    Args:
+        request: `out` is the file where it ends in .gguf, else a folder with model.gguf and the side files.
+
+    Raises:
+        UserError: a family or tokenizer that llama.cpp cannot be given, a bad checkpoint, rate or output, a full disk.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("--format gguf needs the package gguf: pip install 'uniql-jax[gguf]'")
+    ckpt, out, overwrite = request.checkpoint, request.out, request.overwrite
+    as_file = Path(out).suffix.lower() == ".gguf"
+    if as_file:
+        check_output_files([out], overwrite, [ckpt])
+    else:
+        check_output(out, overwrite, ckpt)
+    checkpoint = open_checkpoint(ckpt)
+    if checkpoint.config.model_type not in FAMILIES:
+        raise UserError(
+            f"{checkpoint.config.model_type} models cannot leave as GGUF (only {' and '.join(FAMILIES)}); "
+            "use --format transformers"
+        )
+    model = Model(checkpoint, check_rate(request.prune_rate))
+    vocabulary = read_vocabulary(checkpoint.folder, request.load_tokenizer(checkpoint.folder), checkpoint.config)
+    planned = list(model.plan())
+    size = sum(tensor.nbytes for tensor, _ in planned)
+    kind = f"GGUF of the architecture {model.architecture}"
+    request.say(f"{ckpt} at prune rate {model.rate:g} -> {out}: {kind}, about {console.format_bytes(size)}")
+    request.say(table(tensor for tensor, _ in planned))
+    with staged_file(out) if as_file else staged_output(out, overwrite, ckpt) as staging:
+        check_space(staging, size)
+        _write_file(staging if as_file else staging / ENTRY, model, vocabulary, planned, request)
+        if not as_file:
+            (staging / "config.json").write_text(json.dumps(checkpoint.hf_config, indent=2) + "\n", encoding="utf-8")
+            copy_side_files(checkpoint.folder, staging)
+
+
+def _write_file(
+    path: Path,
+    model: Model,
+    vocabulary: Vocabulary,
+    planned: Sequence[tuple[Planned, tuple[int, ...]]],
+    request: Request,
+) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, model.architecture)
+    try:
+        _add_fields(writer, model)
+        vocabulary.add_to(writer)
+        for tensor, shape in planned:
+            kind = gguf.GGMLQuantizationType[tensor.type]
+            writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), tensor.nbytes, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        types = {tensor.name: tensor.type for tensor, _ in planned}
+        for _, value in request.progress(model.tensors(types), "export"):
+            writer.write_tensor_data(value)
+    finally:
+        writer.close()
+
+
+def _add_fields(writer: Any, model: Model) -> None:
+    """The sizes of the model, under the keys of llama.cpp."""
+    config, ffn, embed = model.config, model.ffn, model.widths()["embed"]
+    writer.add_name(model.checkpoint.folder.resolve().name)
+    writer.add_quantization_version(2)
+    writer.add_context_length(config.max_position)
+    writer.add_embedding_length(embed.total)
+    writer.add_block_count(len(config.pattern))
+    writer.add_feed_forward_length(ffn[0] if model.architecture == "llama" else ffn)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    # sum / total + epsilon' is (sum / width + epsilon) * width / total
+    writer.add_layer_norm_rms_eps(config.norm_eps * embed.width / embed.total)
+    writer.add_vocab_size(config.vocab_size)
+    if config.rope is not None:
+        writer.add_rope_freq_base(config.rope.theta)
+        writer.add_rope_dimension_count(config.rope.dim)
+        if config.rope.attention_factor != 1.0:
+            writer.add_attention_scale(config.softmax_scale)
+    writer.add_float32("uniql.prune_rate", model.rate)
