@@ -19,11 +19,11 @@ class Format:
 
 
 FORMATS = {
-    "transformers": Format("to_hf", "transformers: dense, every family", ("dtype", "max_shard_bytes")),
+    "transformers": Format("to_transformers", "transformers: dense, every family", ("dtype", "max_shard_bytes")),
     "compressed-tensors": Format(
         "to_compressed_tensors", "transformers, vLLM: 4 bits; llama, qwen2", ("max_shard_bytes",)
     ),
-    "gguf": Format("to_gguf", "llama.cpp: 4 bits; llama, qwen2"),
+    "gguf": Format("to_gguf", "llama.cpp: 4 bits; llama, qwen2", ("dtype",)),
 }
 """By the name that `uniql export --format` takes."""
 DEFAULT = "transformers"
@@ -43,5 +43,5 @@ def export_as(name: str, request: Request) -> None:
         raise UserError(f"format {name!r} is not one of {', '.join(FORMATS)}")
     chosen = FORMATS[name]
     if request.dtype is not None and "dtype" not in chosen.options:
-        raise UserError(f"--dtype is for --format transformers; {name} keeps the checkpoint's own numbers")
+        raise UserError(f"--format {name} takes no --dtype: it keeps the checkpoint's own numbers")
     importlib.import_module(f"uniql_jax.convert.{chosen.module}").write(request)

@@ -114,7 +114,7 @@ def _byte_level(folder: Path, data: Mapping[str, Any], count: int) -> dict[str, 
 
 
 def _patterns(pre: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The expressions that a pre-tokenizer splits by, in turn, as `SPLITS` writes them; () where it is of another kind."""
+    """The expressions that a pre-tokenizer splits by, in turn, as `SPLITS` has them; () for one of another kind."""
     if pre is None:
         return ()
     found: list[str] = []

@@ -7,10 +7,14 @@ of that is followed by zeros up to the next one, so that every integer keeps its
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from uniql_jax.config import ModelConfig
+from uniql_jax.convert import tables
+from uniql_jax.convert.to_hf import full_size
 from uniql_jax.weights.quantized import SHIFTS, QuantizedArray
 
 MOST = 2.0
@@ -35,8 +39,27 @@ def integers(weight: QuantizedArray) -> Int[np.ndarray, "..."]:
 
 
 def scales(weight: QuantizedArray) -> Float[np.ndarray, "..."]:
-    """The scales of a packed weight, float32: [*lead, groups] where it contracts its last dimension, else [groups, f]."""
+    """The scales of a packed weight, float32: [*lead, groups] for the contraction "last", [groups, f] for "first"."""
     return np.asarray(weight.scale).astype(np.float32)
+
+
+def foreign(
+    config: ModelConfig, kind: str, row: tables.Row, value: Shaped[np.ndarray, "..."], inv_freq: Any
+) -> Shaped[np.ndarray, "..."]:
+    """One leaf in another runtime's layout, zeros for what was cut; the scales of a leaf as well.
+
+    Args:
+        config: sizes of what is written: a dimension that `value` has one entry a group of has that many.
+        kind: of the block, "top" outside the layers.
+        row: the tensor.
+        value: the leaf at its kept sizes.
+        inv_freq: of the block, where it rotates: it says where kept pairs belong.
+    """
+    leaves = {row.parts[0].leaf: value}
+    if kind != "top":
+        order = {} if inv_freq is None else {"inv_freq": np.asarray(inv_freq)}
+        leaves = full_size(config, kind, order | leaves)
+    return tables.from_leaves(config, row, leaves)
 
 
 @dataclasses.dataclass(frozen=True)

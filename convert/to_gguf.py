@@ -16,38 +16,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
 from uniql_jax import console, elastic
+from uniql_jax.casting import cast
 from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.config import ModelConfig, Rope
-from uniql_jax.convert import gguf_tables, tables
+from uniql_jax.convert import tables
 from uniql_jax.convert.exporting import Planned, Request, staged_file, table
+from uniql_jax.convert.gguf_blocks import BLOCK, DENSE, PACKED, TABLE, Layout, Widths, stored_as
 from uniql_jax.convert.gguf_vocabulary import Vocabulary, read_vocabulary
-from uniql_jax.convert.integers import Blocks, integers, scales
-from uniql_jax.convert.to_hf import full_size
+from uniql_jax.convert.integers import Blocks
 from uniql_jax.errors import UserError
 from uniql_jax.files import copy_side_files
 from uniql_jax.outputs import check_output, check_output_files, check_space, staged_output
 from uniql_jax.plan import check_rate
 from uniql_jax.weights.protocol import dense
-from uniql_jax.weights.quantized import QuantizedArray
 
 FAMILIES = ("llama", "qwen2")
-BLOCK = 32
-PACKED = {4: "Q4_0", 8: "Q8_0"}
 BYTES = {"Q4_0": 18 / 32, "Q8_0": 34 / 32, "F16": 2, "BF16": 2, "F32": 4}
 """Bytes of a weight."""
-DENSE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-HEAD = "output.weight"
 MATRICES = {4: "F16", 8: "F16", 16: "BF16", 32: "F32"}
 """By the checkpoint's bits: what holds a head that the rotation was multiplied into."""
 ENTRY = "model.gguf"
-TABLE = gguf_tables.TABLES["llama"]
-
-Widths = Mapping[str, Blocks]
-"""Contracted dimension, embed or ffn -> how it is laid out in blocks."""
+TYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +50,8 @@ class Model:
 
     checkpoint: Checkpoint
     rate: float
+    matrices: str | None = None
+    """The type of all matrices; None: each in the smallest one that holds it exactly."""
 
     @property
     def config(self) -> ModelConfig:
@@ -98,13 +94,17 @@ class Model:
             for row in self._rows(kind, leaves):
                 name, leaf = row.name.format(layer=i), row.parts[0].leaf
                 shape = tuple(math.prod(sizes[d] for d in dim.split()) for dim in row.parts[0].dims)
-                if name == HEAD and "head_in" in leaves:
-                    type_, why = MATRICES[self.checkpoint.bits], "the head times what undoes the rotation"
-                else:
-                    type_, why = stored_as(tables.leaf_of(kind, leaf), leaves[leaf], widths)
+                type_, why = self._type(tables.leaf_of(kind, leaf), leaf, leaves, widths)
                 yield Planned(name, type_, int(math.prod(shape) * BYTES[type_]), why), shape
         if (factors := rope_factors(self.config)) is not None:
             yield Planned("rope_freqs.weight", "F32", factors.nbytes), factors.shape
+
+    def _type(self, leaf: elastic.Leaf, name: str, leaves: Mapping[str, Any], widths: Widths) -> tuple[str, str]:
+        if self.matrices is not None and leaf.contract is not None:
+            return self.matrices, ""
+        if name == "head" and "head_in" in leaves:
+            return MATRICES[self.checkpoint.bits], "the head times what undoes the rotation"
+        return stored_as(leaf, leaves[name], widths)
 
     def _sizes(self, layer: int | None) -> dict[str, int]:
         return elastic.sizes(self.config) | {dim: blocks.total for dim, blocks in self.widths(layer).items()}
@@ -119,122 +119,15 @@ class Model:
             if "head_in" in leaves:
                 leaves = _with_head(leaves)
             names = {row.parts[0].leaf: row.name.format(layer=i) for row in self._rows(kind, leaves)}
-            layout = _Layout(self.config, kind, self.widths(i), leaves.get("inv_freq"))
-            packed = {leaf: leaves[leaf] for leaf, name in names.items() if types[name] in PACKED.values()}
-            floats = {leaf: np.asarray(dense(leaves[leaf])) for leaf in names if leaf not in packed}
-            made = layout.blocks(packed) | layout.dense(floats)
+            layout = Layout(self.config, kind, self.widths(i), leaves.get("inv_freq"))
             for leaf, name in names.items():
-                value = made[leaf]
-                yield name, value if leaf in packed else _as_type(value, types[name])
+                if types[name] in PACKED.values():
+                    yield name, layout.blocks(leaf, leaves[leaf])
+                else:
+                    value = layout.dense(leaf, np.asarray(dense(leaves[leaf])))
+                    yield name, cast(name, value, TYPES[types[name]])
         if (factors := rope_factors(self.config)) is not None:
             yield "rope_freqs.weight", factors
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """Leaves of a block at their kept sizes -> tensors of llama.cpp's shapes."""
-
-    config: ModelConfig
-    kind: str
-    widths: Widths
-    inv_freq: Any
-
-    def dense(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Floats; norm weights make up for the mean over more entries."""
-        padded = {name: self._pad(name, value) for name, value in values.items()}
-        embed = self.widths["embed"]
-        if "norm" in padded:
-            padded["norm"] = padded["norm"] * np.float32(math.sqrt(embed.width / embed.total))
-        return self._foreign(padded, {dim: blocks.total for dim, blocks in self.widths.items()})
-
-    def blocks(self, weights: Mapping[str, QuantizedArray]) -> dict[str, np.ndarray]:
-        """Q4_0 and Q8_0: a float16 scale and 32 integers a block, bytes [rows, bytes of a row]."""
-        found = {}
-        for name, weight in weights.items():
-            codes = self._pad(name, integers(weight))
-            leaf = tables.leaf_of(self.kind, name)
-            contracted = leaf.dims[-1] if leaf.contract == "last" else leaf.dims[0]
-            scale = self._pad(name, scales(weight), contracted)
-            sizes = {dim: blocks.total for dim, blocks in self.widths.items()}
-            codes = self._foreign({name: codes}, sizes)[name]
-            scale = self._foreign({name: scale}, sizes | {contracted: sizes[contracted] // BLOCK})[name]
-            found[name] = encoded(codes, scale, weight.bits)
-        return found
-
-    def _pad(self, name: str, value: np.ndarray, blocks_of: str = "") -> np.ndarray:
-        for axis, dim in enumerate(tables.leaf_of(self.kind, name).dims):
-            if dim in self.widths:
-                width = self.widths[dim]
-                value = width.per_block(value, axis) if dim == blocks_of else width.pad(value, axis)
-        return value
-
-    def _foreign(self, values: dict[str, np.ndarray], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
-        config = dataclasses.replace(
-            self.config,
-            hidden_size=sizes["embed"],
-            intermediate_size=sizes.get("ffn", self.config.intermediate_size),
-        )
-        full = values
-        if self.kind != "top":
-            order = {} if self.inv_freq is None else {"inv_freq": np.asarray(self.inv_freq)}
-            full = full_size(config, self.kind, order | values)
-        rows = {row.parts[0].leaf: row for row in TABLE if row.kind == self.kind}
-        return {name: tables.from_leaves(config, rows[name], full) for name in values}
-
-
-def stored_as(leaf: elastic.Leaf, value: Any, widths: Widths) -> tuple[str, str]:
-    """The smallest type that holds a leaf exactly, and why it is not one of the checkpoint's own bits.
-
-    Args:
-        leaf: the row of `elastic.BLOCKS` or `elastic.TOP`.
-        value: an array or QuantizedArray.
-        widths: contracted dimensions that can be laid out in blocks.
-    """
-    if leaf.contract is None:
-        return "F32", ""
-    if not isinstance(value, QuantizedArray):
-        return DENSE[np.dtype(value.dtype).name], ""
-    scale = scales(value)
-    with np.errstate(over="ignore"):
-        in_range = bool((scale.astype(np.float16).astype(np.float32) == scale).all())
-    contracted = leaf.dims[-1] if leaf.contract == "last" else leaf.dims[0]
-    blocks = widths.get(contracted)
-    if in_range and blocks is not None and blocks.exact:
-        return PACKED[value.bits], ""
-    why = "a scale beyond float16" if not in_range else f"groups of {value.group} along {contracted}"
-    # three bits of an integer and eight of its scale are the eleven of float16
-    fits = in_range and value.bits == 4 and float(scale.max(initial=0.0)) * 8 <= float(np.finfo(np.float16).max)
-    return "F16" if fits else "F32", why
-
-
-def encoded(
-    codes: Float[np.ndarray, "rows width"], scale: Float[np.ndarray, "rows blocks"], bits: int
-) -> Float[np.ndarray, "rows bytes"]:
-    """Blocks of 32 integers as llama.cpp stores them.
-
-    Args:
-        codes: integers, int8.
-        scale: one of a block, exact in float16.
-        bits: 4 or 8.
-
-    Returns:
-        uint8.
-    """
-    rows, blocks = scale.shape
-    codes = codes.reshape(rows, blocks, BLOCK)
-    if bits == 4:
-        nibbles = (codes + 8).astype(np.uint8)
-        data = nibbles[..., : BLOCK // 2] | (nibbles[..., BLOCK // 2 :] << 4)
-    else:
-        data = codes.view(np.uint8)
-    halves = np.ascontiguousarray(scale.astype("<f2")[..., None]).view(np.uint8)
-    return np.concatenate([halves, data], axis=-1).reshape(rows, -1)
-
-
-def _as_type(value: np.ndarray, type_: str) -> np.ndarray:
-    import ml_dtypes
-
-    return value.astype({"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}[type_])
 
 
 def _with_head(top: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,7 +167,7 @@ def write(request: Request) -> None:
             f"{checkpoint.config.model_type} models cannot leave as GGUF (only {' and '.join(FAMILIES)}); "
             "use --format transformers"
         )
-    model = Model(checkpoint, check_rate(request.prune_rate))
+    model = Model(checkpoint, check_rate(request.prune_rate), request.dtype and DENSE[request.dtype])
     vocabulary = read_vocabulary(checkpoint.folder, request.load_tokenizer(checkpoint.folder), checkpoint.config)
     planned = list(model.plan())
     size = sum(tensor.nbytes for tensor, _ in planned)

@@ -6,7 +6,6 @@ The result has the shapes of the original model and computes exactly what our pr
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from uniql_jax.casting import cast
 from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
-from uniql_jax.convert.exporting import Progress, Request
+from uniql_jax.convert.exporting import Progress
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardWriter, copy_side_files
 from uniql_jax.outputs import check_output, check_space, staged_output
@@ -291,13 +290,6 @@ def export(
         writer.finish()
         (staging / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
         copy_side_files(checkpoint.folder, staging)
-
-
-def write(request: Request) -> None:
-    """`export`, as one of several formats."""
-    options = {field.name: getattr(request, field.name) for field in dataclasses.fields(Request)}
-    del options["load_tokenizer"]
-    export(options.pop("checkpoint"), **options)
 
 
 if __name__ == "__main__":
