@@ -36,9 +36,12 @@ class LlamaCpp:
 
     def __init__(self, context: int = 64) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVERS, str(context)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            [sys.executable, "-c", SERVERS, str(context)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             text=True,
-        )  # fmt: skip
+        )
         self.address = ""
 
     def load(self, path) -> LlamaCpp:

@@ -1,7 +1,8 @@
-"""Exported GGUF files in llama.cpp itself, which the package xllamacpp brings (optional): logits, tokens, tokenizers."""
+"""Exported GGUF files in llama.cpp itself, which the package xllamacpp brings (optional): logits, tokens, ids."""
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,7 @@ def check_model(llama_cpp, checkpoint: Path, folder: Path, rng: np.random.Genera
     tokenizer = load_tokenizer(checkpoint)
     special = tuple(tokenizer.get_added_vocab())[:3]
     for text in (gguf_files.TEXT, "", " a", *(gguf_files.random_text(rng, special) for _ in range(40))):
+        text = unicodedata.normalize("NFC", text)  # which some tokenizers do and llama.cpp does not
         assert llama_cpp.ids(text) == tokenizer(text).input_ids, repr(text)
     prompt = tokenizer("The history of the city begins in the year 1204, when a small group of traders").input_ids
     answer = llama_cpp.post(
