@@ -96,8 +96,8 @@ def _tokens(folder: Path, data: Mapping[str, Any], count: int) -> tuple[list[str
 
 def _merges(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pairs, also from the older form of one string each."""
-    merges = data["model"]["merges"]
-    return [tuple(merge.split(" ", 1)) if isinstance(merge, str) else (merge[0], merge[1]) for merge in merges]
+    pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in data["model"]["merges"]]
+    return [(left, right) for left, right in pairs]
 
 
 def _byte_level(folder: Path, data: Mapping[str, Any], count: int) -> dict[str, Any]:

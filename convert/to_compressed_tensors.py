@@ -37,7 +37,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HEAD = "lm_head.weight"
 DENSE = "bfloat16"
 UNPACKED = ("embed", "head_in")
-"""Neither transformers nor vLLM loads a packed embedding."""
+"""Leaves that stay dense: transformers cannot load a packed embedding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _why_dense(kind: str, leaf: str, has_head_in: bool) -> str:
     if tables.leaf_of(kind, leaf).contract is None:
         return ""
     if leaf == "embed":
-        return "loaders take embeddings unpacked only"
+        return "transformers takes embeddings unpacked"
     return "the head times what undoes the rotation" if has_head_in and leaf == "head" else "groups do not divide it"
 
 

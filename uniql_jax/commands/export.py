@@ -7,7 +7,7 @@ from uniql_jax.commands import cli
 DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = {
     "transformers": "a dense Hugging Face folder, of every family; what was cut is zeros",
-    "compressed-tensors": "a Hugging Face folder in 4 bits (pack-quantized), which transformers and vLLM load",
+    "compressed-tensors": "a Hugging Face folder in 4 bits (pack-quantized), which transformers loads",
     "gguf": "one file in 4 bits for llama.cpp; a smaller one at a higher rate",
 }
 EXAMPLES = """examples:
@@ -30,7 +30,11 @@ def parser() -> cli.Parser:
     parser.add_argument("out", metavar="OUT", help="folder to create; for gguf also a file NAME.gguf")
     parser.add_argument("--prune-rate", type=cli.prune_rate, default=0.0, metavar="R", help="0 to 0.35")
     parser.add_argument("--format", choices=FORMATS, default="transformers", metavar="F", help=", ".join(FORMATS))
-    parser.add_argument("--dtype", choices=DTYPES, help="number format of a dense folder (default: the original's)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="number format of dense matrices (default: the original's; for gguf: none, they stay packed)",
+    )
     parser.add_argument("--max-shard-size", type=cli.memory_size, default="5GB", metavar="SIZE", help="of one file")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model folder or a .gguf file")
     return parser
