@@ -11,6 +11,8 @@ import pytest
 from tests.convert import exports, gguf_files
 from tests.convert.test_gguf_llamacpp import LlamaCpp
 from uniql_jax.commands import compress as compress_command
+from uniql_jax.convert.gguf_tokenizer import GgufTokenizer
+from uniql_jax.convert.gguf_vocabulary import Vocabulary, read_vocabulary
 from uniql_jax.tokenizer import load_tokenizer
 
 pytest.importorskip("gguf")
@@ -63,6 +65,40 @@ def test_log_probabilities_are_ours(llama_cpp, made, tmp_path, rng, name, bits, 
         exports.export(checkpoint, tmp_path / f"{dtype}.gguf", rate, "gguf", dtype=dtype)
         llama_cpp.load(tmp_path / f"{dtype}.gguf")
         assert difference(llama_cpp, prompt.tolist(), ours) < bound
+
+
+def sentencepiece(form: str):
+    """A sentencepiece vocabulary as files for transformers have it: the spaces as a normalizer or as Metaspace."""
+    import tokenizers
+
+    fields = gguf_files.sentencepiece()
+    file = Vocabulary({key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}).as_file(Path("x"))
+    tokenizer = GgufTokenizer(file).build()
+    if form == "metaspace":
+        tokenizer.backend_tokenizer.normalizer = None
+        tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", "always", split=False)
+    return tokenizer
+
+
+def byte_level(form: str):
+    """A byte-level vocabulary with a rule of splitting of its own; "ignore merges" as in Llama 3."""
+    fields = gguf_files.byte_level() | {"tokenizer.ggml.pre": {"whole": "llama-bpe"}.get(form, form)}
+    file = Vocabulary({key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}).as_file(Path("x"))
+    return GgufTokenizer(file).build()
+
+
+@pytest.mark.parametrize("form", ["normalizer", "metaspace", "whole", "gpt-2", "qwen2", "smollm", "tekken", "default"])
+def test_written_tokenizers_give_the_ids_of_the_original(llama_cpp, tmp_path, rng, form):
+    tokenizer = sentencepiece(form) if form in ("normalizer", "metaspace") else byte_level(form)
+    config = exports.tiny.config(vocab_size=len(tokenizer) + 3)
+    fields = read_vocabulary(tmp_path, tokenizer, config).fields
+    path = gguf_files.write(tmp_path / "m.gguf", {f"tokenizer.ggml.{key}": fields[key] for key in fields}, rng)
+    llama_cpp.load(path)
+    special = () if form == "metaspace" else tuple(tokenizer.get_added_vocab())
+    for text in (gguf_files.TEXT, "Hello", " Hello", "", *(gguf_files.random_text(rng, special) for _ in range(100))):
+        if form == "metaspace":  # adds a space to texts that begin with none only; llama.cpp always does
+            text = text.lstrip(" ")
+        assert llama_cpp.ids(text) == tokenizer(text).input_ids, repr(text)
 
 
 def check_model(llama_cpp, checkpoint: Path, folder: Path, rng: np.random.Generator, rate: float) -> int:
