@@ -21,7 +21,7 @@ class Format:
 FORMATS = {
     "transformers": Format("to_transformers", "transformers: dense, every family", ("dtype", "max_shard_bytes")),
     "compressed-tensors": Format("to_compressed_tensors", "transformers: 4 bits; llama, qwen2", ("max_shard_bytes",)),
-    "gguf": Format("to_gguf", "llama.cpp: 4 bits; llama, qwen2", ("dtype",)),
+    "gguf": Format("to_gguf", "llama.cpp: 4 bits; llama, qwen2", ("dtype", "dense_head")),
 }
 """By the name that `uniql export --format` takes."""
 DEFAULT = "transformers"
@@ -40,6 +40,7 @@ def export_as(name: str, request: Request) -> None:
     if name not in FORMATS:
         raise UserError(f"format {name!r} is not one of {', '.join(FORMATS)}")
     chosen = FORMATS[name]
-    if request.dtype is not None and "dtype" not in chosen.options:
-        raise UserError(f"--format {name} takes no --dtype: it keeps the checkpoint's own numbers")
+    for option in ("dtype", "dense_head"):
+        if getattr(request, option) and option not in chosen.options:
+            raise UserError(f"--format {name} takes no --{option.replace('_', '-')}")
     importlib.import_module(f"uniql_jax.convert.{chosen.module}").write(request)

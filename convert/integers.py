@@ -69,6 +69,8 @@ class Blocks:
     width: int
     group: int
     size: int = 32
+    spare: bool = False
+    """Whether the last entry must be one of the zeros."""
 
     @property
     def step(self) -> int:
@@ -87,7 +89,8 @@ class Blocks:
         if not self.exact:
             return self.width
         last = (self.width - 1) // self.group
-        return last * self.step + -(-(self.width - last * self.group) // self.size) * self.size
+        end = last * self.step + self.width - last * self.group
+        return -(-(end + self.spare) // self.size) * self.size
 
     def pad(self, values: Shaped[np.ndarray, "..."], axis: int) -> Shaped[np.ndarray, "..."]:
         """Values along the dimension with zeros between the groups."""
@@ -100,4 +103,5 @@ class Blocks:
 
     def per_block(self, scale: Shaped[np.ndarray, "..."], axis: int) -> Shaped[np.ndarray, "..."]:
         """The scale of every block from those of the groups."""
-        return np.take(scale, np.arange(0, self.total, self.size) // self.step, axis=axis)
+        group = np.arange(0, self.total, self.size) // self.step
+        return np.take(scale, np.minimum(group, scale.shape[axis] - 1), axis=axis)

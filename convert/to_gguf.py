@@ -24,7 +24,7 @@ from uniql_jax import console, elastic
 from uniql_jax.casting import cast
 from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.config import ModelConfig, Rope
-from uniql_jax.convert import tables
+from uniql_jax.convert import gguf_head, tables
 from uniql_jax.convert.exporting import Planned, Request, staged_file, table
 from uniql_jax.convert.gguf_blocks import BLOCK, DENSE, PACKED, TABLE, Layout, Widths, stored_as
 from uniql_jax.convert.gguf_vocabulary import Vocabulary, read_vocabulary
@@ -52,6 +52,8 @@ class Model:
     rate: float
     matrices: str | None = None
     """The type of all matrices; None: each in the smallest one that holds it exactly."""
+    dense_head: bool = False
+    """Whether the head of a tied and rotated model becomes a table of its own, which is not packed."""
 
     @property
     def config(self) -> ModelConfig:
@@ -61,12 +63,18 @@ class Model:
     def widths(self, layer: int | None = None) -> Widths:
         """The dimensions that may be padded, in a layer or outside them."""
         groups = self.checkpoint.meta.get("groups") or {}
-        width, embed = self.config.hidden_size, groups.get("embed", BLOCK)
-        found = {"embed": Blocks(width, embed if "embed" in groups else width, BLOCK if "embed" in groups else 1)}
+        width, embed = self.config.hidden_size, groups.get("embed")
+        found = {"embed": Blocks(width, embed, BLOCK, self.one_table) if groups else Blocks(width, width, 1)}
         if layer is not None:
             kept = self.checkpoint.keep(self.rate)[layer]["ffn"]
-            found["ffn"] = Blocks(kept, groups.get("ffn", kept), BLOCK if "ffn" in groups else 1)
+            found["ffn"] = Blocks(kept, groups["ffn"], BLOCK) if groups else Blocks(kept, kept, 1)
         return found
+
+    @property
+    def one_table(self) -> bool:
+        """Whether one packed table is embedding and head, with a layer before the head (`gguf_head`)."""
+        tied = "head_in" in self.checkpoint.tensors
+        return tied and self.checkpoint.bits in PACKED and not self.dense_head
 
     @property
     def ffn(self) -> list[int]:
@@ -76,11 +84,13 @@ class Model:
     @property
     def architecture(self) -> str:
         """llama.cpp's name: `llama` has one MLP width for all layers, `deci` one for each."""
-        return "llama" if len(set(self.ffn)) == 1 else "deci"
+        return "llama" if len(set(self.ffn)) == 1 and not self.one_table else "deci"
 
     def parts(self) -> Iterator[tuple[str, int | None, str, Mapping[str, Any]]]:
         """(prefix of leaves, layer, kind, leaves) of everything, the embedding first."""
         top = dict(self.checkpoint.top())
+        if self.one_table:
+            top = {"embed": top["embed"]}
         yield "", None, "top", top
         for i, keep in enumerate(self.checkpoint.keep(self.rate)):
             layer = self.checkpoint.layer(i, keep)
@@ -96,8 +106,9 @@ class Model:
                 shape = tuple(math.prod(sizes[d] for d in dim.split()) for dim in row.parts[0].dims)
                 type_, why = self._type(tables.leaf_of(kind, leaf), leaf, leaves, widths)
                 yield Planned(name, type_, int(math.prod(shape) * BYTES[type_]), why), shape
-        if (factors := rope_factors(self.config)) is not None:
-            yield Planned("rope_freqs.weight", "F32", factors.nbytes), factors.shape
+        for name, value in self.rest().items():
+            why = "undoes the rotation before the head" if name.endswith("attn_output.weight") else ""
+            yield Planned(name, "F32", value.nbytes, why), value.shape
 
     def _type(self, leaf: elastic.Leaf, name: str, leaves: Mapping[str, Any], widths: Widths) -> tuple[str, str]:
         if self.matrices is not None and leaf.contract is not None:
@@ -105,6 +116,17 @@ class Model:
         if name == "head" and "head_in" in leaves:
             return MATRICES[self.checkpoint.bits], "the head times what undoes the rotation"
         return stored_as(leaf, leaves[name], widths)
+
+    def rest(self) -> dict[str, np.ndarray]:
+        """Tensors that are of no leaf, float32: what turns the stream before the head, and factors of frequencies."""
+        found: dict[str, np.ndarray] = {}
+        if self.one_table:
+            top = self.checkpoint.top()
+            norm, head_in = (np.asarray(dense(top[name])) for name in ("norm", "head_in"))
+            found |= gguf_head.layer(len(self.config.pattern), norm, head_in, self.widths()["embed"])
+        if (factors := rope_factors(self.config)) is not None:
+            found["rope_freqs.weight"] = factors
+        return found
 
     def _sizes(self, layer: int | None) -> dict[str, int]:
         return elastic.sizes(self.config) | {dim: blocks.total for dim, blocks in self.widths(layer).items()}
@@ -126,8 +148,7 @@ class Model:
                 else:
                     value = layout.dense(leaf, np.asarray(dense(leaves[leaf])))
                     yield name, cast(name, value, TYPES[types[name]])
-        if (factors := rope_factors(self.config)) is not None:
-            yield "rope_freqs.weight", factors
+        yield from self.rest().items()
 
 
 def _with_head(top: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +188,9 @@ def write(request: Request) -> None:
             f"{checkpoint.config.model_type} models cannot leave as GGUF (only {' and '.join(FAMILIES)}); "
             "use --format transformers"
         )
-    model = Model(checkpoint, check_rate(request.prune_rate), request.dtype and DENSE[request.dtype])
+    model = Model(
+        checkpoint, check_rate(request.prune_rate), request.dtype and DENSE[request.dtype], request.dense_head
+    )
     vocabulary = read_vocabulary(checkpoint.folder, request.load_tokenizer(checkpoint.folder), checkpoint.config)
     planned = list(model.plan())
     size = sum(tensor.nbytes for tensor, _ in planned)
@@ -210,15 +233,17 @@ def _write_file(
 
 def _add_fields(writer: Any, model: Model) -> None:
     """The sizes of the model, under the keys of llama.cpp."""
-    config, ffn, embed = model.config, model.ffn, model.widths()["embed"]
+    config, embed, count = model.config, model.widths()["embed"], len(model.config.pattern)
+    more = int(model.one_table)  # a layer whose "linear attention" has no key/value heads
+    ffn = [*model.ffn, *[gguf_head.WIDTH] * more]
     writer.add_name(model.checkpoint.folder.resolve().name)
     writer.add_quantization_version(2)
     writer.add_context_length(config.max_position)
     writer.add_embedding_length(embed.total)
-    writer.add_block_count(len(config.pattern))
+    writer.add_block_count(count + more)
     writer.add_feed_forward_length(ffn[0] if model.architecture == "llama" else ffn)
-    writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.kv_heads)
+    writer.add_head_count([config.heads] * count + [1] if more else config.heads)
+    writer.add_head_count_kv([config.kv_heads] * count + [0] if more else config.kv_heads)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     # sum / total + epsilon' is (sum / width + epsilon) * width / total

@@ -13,6 +13,7 @@ from tests import tiny
 from tests.convert import common, exports
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.commands import export as export_command
+from uniql_jax.convert import gguf_head
 from uniql_jax.convert.from_hf import convert
 from uniql_jax.convert.gguf import GgufReader
 from uniql_jax.convert.integers import Blocks
@@ -73,7 +74,7 @@ def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
 @pytest.mark.parametrize(("name", "bits"), [("tied", 4), ("biased", 4), ("biased", 8), ("qwen2", 4)])
 def test_every_number_is_that_of_the_dense_export(made, tmp_path, name, bits, rate):
     checkpoint = made.checkpoint(name, bits)
-    exports.export(checkpoint, tmp_path / "m.gguf", rate, "gguf")
+    exports.export(checkpoint, tmp_path / "m.gguf", rate, "gguf", dense_head=rate > 0)
     dense_export(checkpoint, tmp_path / "dense", rate, dtype="float32")
     values, types, fields = content(tmp_path / "m.gguf")
     hf, reader = exports.MODELS[name], ShardReader(tmp_path / "dense")
@@ -118,6 +119,9 @@ def test_every_number_is_that_of_the_dense_export(made, tmp_path, name, bits, ra
                 np.testing.assert_array_equal(got[columns], want)
     np.testing.assert_array_equal(values["token_embd.weight"][:, columns], reader.read("model.embed_tokens.weight"))
     head = reader.read("lm_head.weight")
+    if rate == 0 and hf["tie_word_embeddings"]:
+        assert "output.weight" not in values
+        return
     np.testing.assert_allclose(values["output.weight"][:, columns], head, rtol=2**-11, atol=2**-24)
     if not hf["tie_word_embeddings"]:
         assert types["output.weight"] == packed
@@ -143,6 +147,28 @@ def test_blocks_never_span_two_groups_or_say_so(rng, width, group):
     np.testing.assert_array_equal(blocks.per_block(scale, 0), of_block)
 
 
+@pytest.mark.parametrize(("width", "group"), [(144, 144), (128, 64)])
+@pytest.mark.parametrize("size", [1e-2, 1.0, 1e4])
+def test_a_layer_before_the_head_undoes_the_rotation(rng, width, group, size):
+    blocks, norm = Blocks(width, group, spare=True), rng.uniform(0.5, 2, width).astype(np.float32)
+    head_in = rng.standard_normal((width, width)).astype(np.float32) / np.sqrt(width, dtype=np.float32)
+    made = gguf_head.layer(7, norm, head_in, blocks)
+    x = (size * rng.standard_normal((20, width))).astype(np.float32)
+
+    def rms(values):  # epsilon as the file has it
+        return values / np.sqrt(np.mean(values**2, -1, keepdims=True) + np.float32(1e-5 * width / values.shape[-1]))
+
+    want = (rms(x) * norm) @ head_in
+    stream = blocks.pad(x, 1)
+    stream = stream + (rms(stream) * made["blk.7.attn_norm.weight"]) @ made["blk.7.attn_output.weight"].T
+    stream = stream + made["blk.7.ffn_down.bias"]
+    got = rms(stream) * made["output_norm.weight"]
+    places = spread(width, group)
+    np.testing.assert_allclose(got[:, places], want, rtol=0, atol=2e-5 * np.abs(want).max())
+    assert not np.delete(got, places, 1).any()
+    assert got.dtype == np.float32
+
+
 def test_a_scale_beyond_float16_leaves_wider(made, tmp_path):
     checkpoint = tmp_path / "ours"
     checkpoint.mkdir()
@@ -162,7 +188,8 @@ def test_a_scale_beyond_float16_leaves_wider(made, tmp_path):
 
 
 def test_the_table_says_what_is_written(made, tmp_path, capsys):
-    export_command.main([str(made.checkpoint("tied", 4)), str(tmp_path / "m.gguf"), "--format", "gguf"])
+    arguments = [str(made.checkpoint("tied", 4)), str(tmp_path / "m.gguf"), "--format", "gguf", "--dense-head"]
+    export_command.main(arguments)
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     _, types, _ = content(tmp_path / "m.gguf")
     for tensor, kind in types.items():
@@ -178,7 +205,7 @@ def test_mlps_leave_at_their_own_widths(made, tmp_path):
     checkpoint, sizes = made.checkpoint("qwen2", 4), []
     group = open_checkpoint(checkpoint).meta["groups"]["ffn"]
     for rate in (0.0, 0.35):
-        exports.export(checkpoint, tmp_path / f"{rate}.gguf", rate, "gguf")
+        exports.export(checkpoint, tmp_path / f"{rate}.gguf", rate, "gguf", dense_head=True)
         values, _, fields = content(tmp_path / f"{rate}.gguf")
         kept = [layer["ffn"] for layer in open_checkpoint(checkpoint).keep(rate)]
         shapes = [values[f"blk.{i}.ffn_up.weight"].shape[0] for i in range(2)]
@@ -186,6 +213,8 @@ def test_mlps_leave_at_their_own_widths(made, tmp_path):
         arch = fields["general.architecture"]
         assert arch == ("llama" if len(set(shapes)) == 1 else "deci")
         assert fields[f"{arch}.feed_forward_length"] == (shapes[0] if arch == "llama" else shapes)
+        exports.export(checkpoint, tmp_path / "shared.gguf", rate, "gguf", overwrite=True)
+        assert content(tmp_path / "shared.gguf")[2]["deci.feed_forward_length"] == [*shapes, 32]
         sizes.append(sum(shapes))
     assert sizes[1] < sizes[0]
 
@@ -193,7 +222,7 @@ def test_mlps_leave_at_their_own_widths(made, tmp_path):
 def test_a_folder_takes_side_files_and_is_a_model_that_we_read(made, tmp_path, capsys):
     checkpoint = made.checkpoint("tied", 4)
     for _ in range(2):  # the second time it replaces the first one
-        exports.export(checkpoint, tmp_path / "out", 0.0, "gguf", overwrite=True)
+        exports.export(checkpoint, tmp_path / "out", 0.0, "gguf", overwrite=True, dense_head=True)
     assert {"model.gguf", "config.json", "tokenizer.json"} <= {file.name for file in (tmp_path / "out").iterdir()}
     source = open_source(tmp_path / "out" / "model.gguf")
     assert source.config.head_dim == 16
@@ -220,6 +249,7 @@ def test_unpacked_checkpoints_keep_their_numbers(tmp_path, rng):
         (["--format", "gguf", "--prune-rate", "0.5"], "prune rate must be"),
         (["--format", "ggml"], "invalid choice"),
         (["--format", "compressed-tensors", "--dtype", "float16"], "takes no --dtype"),
+        (["--format", "transformers", "--dense-head"], "takes no --dense-head"),
     ],
 )
 def test_impossible_arguments(made, tmp_path, changes, match):

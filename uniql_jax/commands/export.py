@@ -35,6 +35,11 @@ def parser() -> cli.Parser:
         choices=DTYPES,
         help="number format of dense matrices (default: the original's; for gguf: none, they stay packed)",
     )
+    parser.add_argument(
+        "--dense-head",
+        action="store_true",
+        help="gguf: a float16 head for a model that was tied, instead of one more layer before a shared table",
+    )
     parser.add_argument("--max-shard-size", type=cli.memory_size, default="5GB", metavar="SIZE", help="of one file")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model folder or a .gguf file")
     return parser
@@ -57,6 +62,7 @@ def main(argv: list[str]) -> None:
             dtype=args.dtype,
             max_shard_bytes=args.max_shard_size,
             overwrite=args.overwrite,
+            dense_head=args.dense_head,
             load_tokenizer=load_tokenizer,
             say=lambda text: print(text, flush=True),
             progress=console.progress,
