@@ -1,15 +1,15 @@
-"""Compressed models with a tokenizer, as the tests of export formats need them, and llama.cpp to run one of them."""
+"""Compressed models with a tokenizer, as the tests of export formats need them."""
 
 from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import uniql_jax
 from tests import compressed, published, reference, tiny
@@ -53,6 +53,16 @@ class Made:
         return out
 
 
+_made: list[Made] = []
+
+
+def made(factory: pytest.TempPathFactory, seed: int) -> Made:
+    """The one collection of this process."""
+    if not _made:
+        _made.append(Made(factory.mktemp("exports"), seed))
+    return _made[0]
+
+
 def export(checkpoint: Path, out: Path, rate: float, kind: str, **options: Any) -> list[str]:
     """Export without a process of its own; the lines that it says."""
     said: list[str] = []
@@ -64,6 +74,3 @@ def our_logits(checkpoint: Path, rate: float, tokens: np.ndarray) -> np.ndarray:
     """Our float32 logits of one sequence, [length, vocab]."""
     model = uniql_jax.load(checkpoint, prune_rate=rate, dtype=jnp.float32)
     return np.asarray(model(jnp.asarray(tokens[None], jnp.int32)), np.float32)[0]
-
-
-Maker = Callable[[str, int], Path]

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, seed):
-    return exports.Made(tmp_path_factory.mktemp("exports"), seed)
+    return exports.made(tmp_path_factory, seed)
 
 
 def loaded(folder, dtype):

@@ -42,7 +42,7 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, seed):
-    return exports.Made(tmp_path_factory.mktemp("exports"), seed)
+    return exports.made(tmp_path_factory, seed)
 
 
 def content(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str], dict]:
