@@ -255,5 +255,5 @@ def _add_fields(writer: Any, model: Model) -> None:
         writer.add_rope_freq_base(config.rope.theta)
         writer.add_rope_dimension_count(config.rope.dim)
         if config.rope.attention_factor != 1.0:
-            writer.add_attention_scale(config.softmax_scale)
+            writer.add_rope_scaling_attn_factors(config.rope.attention_factor)
     writer.add_float32("uniql.prune_rate", model.rate)

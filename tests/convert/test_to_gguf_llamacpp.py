@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import published, reference
 from tests.convert import exports, gguf_files
 from tests.convert.test_gguf_llamacpp import LlamaCpp
 from uniql_jax.commands import compress as compress_command
+from uniql_jax.convert.from_hf import convert
 from uniql_jax.convert.gguf_tokenizer import GgufTokenizer
 from uniql_jax.convert.gguf_vocabulary import Vocabulary, read_vocabulary
 from uniql_jax.convert.locate import DEMO_PACKAGE
@@ -39,6 +41,17 @@ def llama_cpp():
     started.process.communicate()
 
 
+def continued(checkpoint: Path, rate: float, tokens: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """The longest prompt of the tokens after which a whole character follows, and our logits there.
+
+    The end of a text or a part of a character has no log probabilities in the server's answer.
+    """
+    logits, tokenizer = exports.our_logits(checkpoint, rate, tokens), load_tokenizer(checkpoint)
+    whole = [tokenizer.decode([token], skip_special_tokens=True) for token in logits.argmax(-1)]
+    last = max(i for i, text in enumerate(whole) if text and text.isascii())
+    return tokens[: last + 1].tolist(), logits[last]
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
@@ -60,13 +73,32 @@ def difference(llama_cpp, prompt: list[int], ours: np.ndarray) -> float:
 @pytest.mark.parametrize(("name", "bits"), [("tied", 4), ("biased", 4), ("biased", 8), ("qwen2", 4)])
 def test_log_probabilities_are_ours(llama_cpp, made, tmp_path, rng, name, bits, rate):
     checkpoint = made.checkpoint(name, bits)
-    # no end of a text inside: it would end the answer
-    prompt = rng.integers(3, exports.tiny.VOCAB, 90)
-    ours = exports.our_logits(checkpoint, rate, prompt)[-1]
+    prompt, ours = continued(checkpoint, rate, rng.integers(3, exports.tiny.VOCAB, 90))
     for dtype, bound in (("float32", FLOATS), (None, INTEGERS)):
         exports.export(checkpoint, tmp_path / f"{dtype}.gguf", rate, "gguf", dtype=dtype)
         llama_cpp.load(tmp_path / f"{dtype}.gguf")
-        assert difference(llama_cpp, prompt.tolist(), ours) < bound
+        assert difference(llama_cpp, prompt, ours) < bound
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_scaled_frequencies(llama_cpp, tmp_path, rng, seed, scaling):
+    hf = published.shrink(published.QWEN2_5_05B, **exports.SMALL) | {"rope_scaling": scaling}
+    reference.save(reference.build(hf, seed), tmp_path / "hub", hf)
+    exports.tiny.tokenizer().save_pretrained(tmp_path / "hub")
+    hf |= {"vocab_size": len(load_tokenizer(tmp_path / "hub"))}  # a token of Qwen2's own comes in
+    reference.save(reference.build(hf, seed), tmp_path / "hub", hf)
+    convert(str(tmp_path / "hub"), str(tmp_path / "ours"))
+    exports.export(tmp_path / "ours", tmp_path / "m.gguf", 0.0, "gguf")
+    prompt, ours = continued(tmp_path / "ours", 0.0, rng.integers(3, exports.tiny.VOCAB, 200))
+    llama_cpp.load(tmp_path / "m.gguf")
+    assert difference(llama_cpp, prompt, ours) < FLOATS
 
 
 def sentencepiece(form: str):
