@@ -17,7 +17,7 @@ from uniql_jax.errors import UserError
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # token types of a GGUF vocabulary
 # llama.cpp takes these for control tokens whatever their type says
-_END_MARKS = frozenset(
+END_MARKS = frozenset(
     (
         "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
         "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
@@ -28,12 +28,12 @@ _NO_VOCABULARY = ("none", "no_vocab")
 _SPM_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # where a sentencepiece vocabulary does not say
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
 
-_CONTRACTIONS = r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"
+CONTRACTIONS = r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
-_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
+_QWEN2 = rf"{CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
 # a word of capitals first and small letters after them; letters without case are both
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{L}&&[^a-z]]*[\p{L}&&[^A-Z]]+|[^\r\n\p{L}\p{N}]?[\p{L}&&[^a-z]]+[\p{L}&&[^A-Z]]*|\p{N}"
@@ -53,7 +53,7 @@ class _Split:
     bos: bool = False
 
 
-_PRE: dict[str, _Split] = {
+SPLITS: dict[str, _Split] = {
     **dict.fromkeys(
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
         _Split((_LLAMA3,), whole=True, bos=True),
@@ -65,14 +65,14 @@ _PRE: dict[str, _Split] = {
         _Split((_QWEN2,)),
     ),
     **dict.fromkeys(
-        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "gigachat", "mellum"), _Split((_GPT2,))
+        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "gigachat", "mellum"), _Split((GPT2,))
     ),
     **dict.fromkeys(
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
-        _Split((r"\p{N}", _GPT2)),
+        _Split((r"\p{N}", GPT2)),
     ),
-    "default": _Split((r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    "falcon": _Split((r"[\p{P}$+<=>^~|`]+", _GPT2, r"[0-9][0-9][0-9]")),
+    "default": _Split((r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "falcon": _Split((r"[\p{P}$+<=>^~|`]+", GPT2, r"[0-9][0-9][0-9]")),
     "deepseek-coder": _Split((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥\u0800-一가-\ud7ff]+", r"\p{N}")),
 }
 
@@ -142,11 +142,11 @@ class GgufTokenizer:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
         pre = self._file.text("tokenizer.ggml.pre", "") or "default"
-        split = _PRE.get(pre)
+        split = SPLITS.get(pre)
         if split is None:
             raise UserError(
                 f"{self.path} splits text by the rule {pre!r} (tokenizer.ggml.pre), which is not supported; "
-                f"supported are {', '.join(sorted(_PRE))}"
+                f"supported are {', '.join(sorted(SPLITS))}"
             )
         merges = []
         for merge in self._file.texts("tokenizer.ggml.merges"):
@@ -213,7 +213,7 @@ class GgufTokenizer:
         """Ids of tokens that are found in text before it is split -> whether they are control tokens."""
         kinds = {_UNKNOWN: True, _CONTROL: True, _USER_DEFINED: False}
         found = {i: kinds[kind] for i, kind in enumerate(self._types.tolist()) if kind in kinds}
-        return found | {self.vocabulary[mark]: True for mark in _END_MARKS & self.vocabulary.keys()}
+        return found | {self.vocabulary[mark]: True for mark in END_MARKS & self.vocabulary.keys()}
 
     def _add_special_tokens(self, tokenizer: Any) -> None:
         from tokenizers import AddedToken

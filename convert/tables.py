@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
@@ -263,8 +263,8 @@ def laid_out(config: ModelConfig, row: Row, value: Any) -> dict[str, Any]:
 
 
 def from_leaves(
-    config: ModelConfig, row: Row, leaves: Mapping[str, Float[np.ndarray, "..."]]
-) -> Float[np.ndarray, "..."]:
+    config: ModelConfig, row: Row, leaves: Mapping[str, Shaped[np.ndarray, "..."]]
+) -> Shaped[np.ndarray, "..."]:
     """The foreign tensor that holds these full-size leaves: the inverse of `to_leaves`."""
     pieces = []
     sizes = elastic.sizes(config)

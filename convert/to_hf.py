@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from uniql_jax.casting import cast
 from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
+from uniql_jax.convert.exporting import Progress
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardWriter, copy_side_files
 from uniql_jax.outputs import check_output, check_space, staged_output
@@ -30,7 +31,6 @@ from uniql_jax.weights.protocol import dense
 
 Tensors = dict[str, Float[np.ndarray, "..."]]
 Block = Mapping[str, Any]
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -104,7 +104,7 @@ def layer_to_hf(
     tensors: Tensors = {}
     for kind in config.pattern[i]:
         rows = list(tables.rows_of(config, table, kind))
-        leaves = _full(config, kind, layer[kind])
+        leaves = full_size(config, kind, {name: np.asarray(dense(value)) for name, value in layer[kind].items()})
         has = {part.leaf for row in rows for part in row.parts}
         if "v_bias" in has:
             leaves["v_bias"] = np.zeros(elastic.shape(config, tables.leaf_of(kind, "v_bias")), np.float32)
@@ -115,14 +115,13 @@ def layer_to_hf(
     return tensors
 
 
-def _full(config: ModelConfig, kind: str, block: Block) -> Tensors:
-    """Every leaf dense, float32, at full size: RoPE pairs at their original places, the rest in front."""
-    values = {name: np.asarray(dense(value)) for name, value in block.items()}
+def full_size(config: ModelConfig, kind: str, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Leaves at full size, zeros for what was cut: RoPE pairs at their original places, the rest in front."""
     places = original_pairs(config, values["inv_freq"]) if "inv_freq" in values else None
     full = {}
     for name, value in values.items():
         leaf = elastic.BLOCKS[kind][name]
-        out = np.zeros(elastic.shape(config, leaf), np.float32)
+        out = np.zeros(elastic.shape(config, leaf), value.dtype)
         if leaf.axis == "qk" and places is not None:
             shared = np.repeat(places, config.query_groups, axis=1) if "head" in leaf.dims else places
             head = leaf.dims.index("head" if "head" in leaf.dims else "kv_head")

@@ -20,10 +20,11 @@ pytest.importorskip("xllamacpp")
 
 SERVERS = """
 import sys, xllamacpp
+context = int(sys.argv[1])
 for path in sys.stdin:
     params = xllamacpp.CommonParams()
     params.model.path = path.strip()
-    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup, params.fit_params = 64, 1, 0, False, False
+    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup, params.fit_params = context, 1, 0, False, False
     server = None  # the one before ends first
     server = xllamacpp.Server(params)
     print("\\nLISTENS", server.listening_address, flush=True)
@@ -33,11 +34,14 @@ for path in sys.stdin:
 class LlamaCpp:
     """llama.cpp's server, one file after the other, in a process of its own since it prints much."""
 
-    def __init__(self) -> None:
+    def __init__(self, context: int = 64) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVERS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            [sys.executable, "-c", SERVERS, str(context)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             text=True,
-        )  # fmt: skip
+        )
         self.address = ""
 
     def load(self, path) -> LlamaCpp:
@@ -86,7 +90,7 @@ def compare(llama_cpp, path, tmp_path, rng, count, special=SPECIAL):
         assert ours(text).input_ids == theirs.ids(text), repr(text)
 
 
-LEADERS = {split: pre for pre, split in reversed(gguf_tokenizer._PRE.items())}
+LEADERS = {split: pre for pre, split in reversed(gguf_tokenizer.SPLITS.items())}
 
 
 @pytest.mark.parametrize("pre", [None, *sorted(LEADERS.values())])
@@ -96,7 +100,7 @@ def test_byte_level_splits(llama_cpp, tmp_path, rng, pre):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pre", sorted(gguf_tokenizer._PRE.keys() - LEADERS.values()))
+@pytest.mark.parametrize("pre", sorted(gguf_tokenizer.SPLITS.keys() - LEADERS.values()))
 def test_other_names_of_splits(llama_cpp, tmp_path, rng, pre):
     path = gguf_files.write(tmp_path / "m.gguf", gguf_files.byte_level() | {"tokenizer.ggml.pre": pre}, rng)
     compare(llama_cpp, path, tmp_path, rng, 50)

@@ -16,7 +16,7 @@ VERBS = {
     "chat": "talk to a checkpoint in the terminal",
     "evaluate": "perplexity and task accuracy at each prune rate",
     "benchmark": "bytes and times at each prune rate, next to a dense model",
-    "export": "one prune rate as a checkpoint for transformers",
+    "export": "one prune rate for transformers or llama.cpp",
     "inspect": "what a checkpoint holds: sizes, rates, plan, provenance",
     "finetune": "recover a sorted 16-bit checkpoint by fine-tuning at all rates",
     "own-text": "let a model write calibration and training text itself",

@@ -1,0 +1,46 @@
+"""The formats that an elastic checkpoint can leave in: one row a format, one module behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+from uniql_jax.convert.exporting import Request
+from uniql_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A format's module, which has `write(request)`, what runs it, and the options of `Request` that it takes."""
+
+    module: str
+    runs_in: str
+    options: tuple[str, ...] = ()
+
+
+FORMATS = {
+    "transformers": Format("to_transformers", "transformers: dense, every family", ("dtype", "max_shard_bytes")),
+    "compressed-tensors": Format("to_compressed_tensors", "transformers: 4 bits; llama, qwen2", ("max_shard_bytes",)),
+    "gguf": Format("to_gguf", "llama.cpp: 4 bits; llama, qwen2", ("dtype", "dense_head")),
+}
+"""By the name that `uniql export --format` takes."""
+DEFAULT = "transformers"
+
+
+def export_as(name: str, request: Request) -> None:
+    """Write an elastic checkpoint, cut at a prune rate, in a format of other runtimes.
+
+    Args:
+        name: a key of `FORMATS`.
+        request: what to write, and where.
+
+    Raises:
+        UserError: an unknown format, an option that it does not take, or what its module refuses.
+    """
+    if name not in FORMATS:
+        raise UserError(f"format {name!r} is not one of {', '.join(FORMATS)}")
+    chosen = FORMATS[name]
+    for option in ("dtype", "dense_head"):
+        if getattr(request, option) and option not in chosen.options:
+            raise UserError(f"--format {name} takes no --{option.replace('_', '-')}")
+    importlib.import_module(f"uniql_jax.convert.{chosen.module}").write(request)

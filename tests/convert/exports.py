@@ -1,0 +1,76 @@
+"""Compressed models with a tokenizer, as the tests of export formats need them."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import uniql_jax
+from tests import compressed, published, reference, tiny
+from uniql_jax.compression.pipeline import compress
+from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.convert.exporting import Request
+from uniql_jax.convert.formats import export_as
+from uniql_jax.convert.source import open_source
+from uniql_jax.tokenizer import load_tokenizer
+
+SMALL = {"num_hidden_layers": 2, "vocab_size": tiny.VOCAB, "bos_token_id": 0, "eos_token_id": 1}
+MODELS: dict[str, dict[str, Any]] = {
+    # groups of 144 along the stream, one table for embedding and head
+    "tied": published.shrink(published.SMOLLM2_135M, **SMALL),
+    # every bias, llama3 RoPE, a head size of its own
+    "biased": published.shrink(published.LLAMA_3_1_8B, attention_bias=True, mlp_bias=True, head_dim=24, **SMALL),
+    # more rows than tokens
+    "qwen2": published.shrink(published.QWEN2_5_05B, **SMALL | {"vocab_size": tiny.VOCAB + 8}),
+}
+
+
+class Made:
+    """Checkpoints by name of the model and bits, built when first asked for; read only."""
+
+    def __init__(self, root: Path, seed: int):
+        self.root, self.seed = root, seed
+        self.source = functools.cache(self._source)
+        self.checkpoint = functools.cache(self._checkpoint)
+
+    def _source(self, name: str) -> Path:
+        model = reference.build(MODELS[name], self.seed + zlib.crc32(name.encode()))
+        folder = reference.save(model, self.root / f"{name}-hub", MODELS[name])
+        tiny.tokenizer().save_pretrained(folder)
+        return folder
+
+    def _checkpoint(self, name: str, bits: int = 4) -> Path:
+        out = self.root / f"{name}-{bits}"
+        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        settings = CompressionSettings(bits=bits, rounding="nearest", scale_search=False)
+        compress(open_source(self.source(name)), out, compressed.tokens(rng, 4, 48), settings)
+        return out
+
+
+_made: list[Made] = []
+
+
+def made(factory: pytest.TempPathFactory, seed: int) -> Made:
+    """The one collection of this process."""
+    if not _made:
+        _made.append(Made(factory.mktemp("exports"), seed))
+    return _made[0]
+
+
+def export(checkpoint: Path, out: Path, rate: float, kind: str, **options: Any) -> list[str]:
+    """Export without a process of its own; the lines that it says."""
+    said: list[str] = []
+    export_as(kind, Request(checkpoint, out, rate, load_tokenizer=load_tokenizer, say=said.append, **options))
+    return said
+
+
+def our_logits(checkpoint: Path, rate: float, tokens: np.ndarray) -> np.ndarray:
+    """Our float32 logits of one sequence, [length, vocab]."""
+    model = uniql_jax.load(checkpoint, prune_rate=rate, dtype=jnp.float32)
+    return np.asarray(model(jnp.asarray(tokens[None], jnp.int32)), np.float32)[0]

@@ -1,0 +1,138 @@
+"""compressed-tensors export: transformers and the library load it, and it is the dense export to the last bit."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tests import published, reference
+from tests.convert import exports
+from uniql_jax import config as configs
+from uniql_jax.convert import to_compressed_tensors as packed
+from uniql_jax.convert.to_hf import export as dense_export
+from uniql_jax.errors import UserError
+from uniql_jax.files import ShardReader
+from uniql_jax.plan import groups
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("compressed_tensors")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, seed):
+    return exports.made(tmp_path_factory, seed)
+
+
+def loaded(folder, dtype):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.35])
+@pytest.mark.parametrize(("name", "bits"), [("tied", 4), ("biased", 4), ("biased", 8), ("qwen2", 4)])
+def test_transformers_computes_our_model(made, tmp_path, rng, name, bits, rate):
+    checkpoint = made.checkpoint(name, bits)
+    exports.export(checkpoint, tmp_path / "packed", rate, "compressed-tensors")
+    dense_export(checkpoint, tmp_path / "dense", rate, dtype="bfloat16")
+    tokens = rng.integers(2, exports.tiny.VOCAB, (1, 60))
+    ours = exports.our_logits(checkpoint, rate, tokens[0])[None]
+    low = reference.logits(loaded(tmp_path / "packed", torch.bfloat16), tokens)
+    dense = reference.logits(loaded(tmp_path / "dense", torch.bfloat16), tokens)
+    assert reference.relative_error(low, ours) < 1.2 * reference.relative_error(dense, ours)
+
+
+@pytest.mark.parametrize("name", ["tied", "biased"])
+def test_nothing_is_rounded_but_what_is_not_packed(made, tmp_path, rng, name):
+    checkpoint, tokens = made.checkpoint(name, 4), rng.integers(2, exports.tiny.VOCAB, (1, 60))
+    exports.export(checkpoint, tmp_path / "packed", 0.35, "compressed-tensors")
+    dense_export(checkpoint, tmp_path / "dense", 0.35, dtype="float32")
+    theirs, model = loaded(tmp_path / "packed", torch.float32), loaded(tmp_path / "dense", torch.float32)
+    got = reference.logits(theirs, tokens)
+    left = {n for n, module in theirs.named_modules() if not hasattr(module, "quantization_scheme")}
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            module, _, kind = parameter_name.rpartition(".")
+            if module in left or kind == "bias":
+                parameter.copy_(parameter.bfloat16().float())
+    assert reference.relative_error(got, reference.logits(model, tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["tied", "biased", "qwen2"])
+def test_every_packed_number_is_that_of_the_dense_export(made, tmp_path, name):
+    checkpoint = made.checkpoint(name, 4)
+    exports.export(checkpoint, tmp_path / "packed", 0.35, "compressed-tensors")
+    dense_export(checkpoint, tmp_path / "dense", 0.35, dtype="float32")
+    model, reader = loaded(tmp_path / "packed", torch.float32), ShardReader(tmp_path / "dense")
+    with torch.no_grad():
+        model(torch.tensor([[3]]))  # the library unpacks on the first pass
+    count = 0
+    for module_name, module in model.named_modules():
+        if hasattr(module, "quantization_scheme"):
+            want, got = reader.read(f"{module_name}.weight"), module.weight.detach().float().numpy()
+            if name == "qwen2" and "o_proj" in module_name:
+                continue  # the dense export may keep the output bias in a free column
+            if "mlp" in module_name:  # of the widest layer instead of the original
+                want = want[: got.shape[0], : got.shape[1]]
+            np.testing.assert_array_equal(got, want, err_msg=module_name)
+            count += 1
+    assert count >= 2 * 6
+
+
+def test_the_words_are_the_librarys(rng):
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+    for bits in (4, 8):
+        codes = rng.integers(-(1 << bits - 1), 1 << bits - 1, (5, 40)).astype(np.int8)
+        np.testing.assert_array_equal(packed.words(codes, bits), pack_to_int32(torch.from_numpy(codes), bits).numpy())
+
+
+def test_the_table_is_what_lies_on_disk(made, tmp_path):
+    for name in ("tied", "biased", "qwen2"):
+        said = exports.export(made.checkpoint(name, 4), tmp_path / name, 0.15, "compressed-tensors")
+        reader = ShardReader(tmp_path / name)
+        held = sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in reader.names().values())
+        assert f"{held / 1000:.3g} kB" in said[1].splitlines()[-1]
+
+
+def test_bytes_of_an_8b_model():
+    """By sizes alone: 4 bits for all matrices but the embedding, which no loader takes packed."""
+    config = configs.from_hf(published.LLAMA_3_1_8B)
+    table = packed.tables.TABLES["llama"]
+
+    def size(ffn: int) -> int:
+        form = packed.form_of(config, 4, groups(config), ffn, table)
+        return sum(tensor.nbytes for tensor in packed.planned(form, True, False))
+
+    embedding = 2 * config.vocab_size * config.hidden_size
+    parameters = sum(int(np.prod(shape)) for shape in packed.tables.expected(config, table).values())
+    whole = size(config.intermediate_size)
+    assert (whole - embedding) / (2 * parameters - embedding) < 0.28
+    assert whole / (2 * parameters) < 0.33
+    assert size(config.intermediate_size * 3 // 4) / (2 * parameters) < 0.30
+
+
+def test_config_names_groups_and_what_is_left_out(made, tmp_path):
+    exports.export(made.checkpoint("tied", 4), tmp_path / "packed", 0.0, "compressed-tensors", max_shard_bytes=50000)
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    section = config["quantization_config"]
+    assert section["format"] == "pack-quantized"
+    assert section["ignore"] == ["lm_head"]
+    assert config["tie_word_embeddings"] is False
+    assert all(group["weights"]["num_bits"] == 4 for group in section["config_groups"].values())
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
+
+
+def test_a_checkpoint_without_integers_is_refused(tmp_path, rng):
+    from tests.convert import common
+    from uniql_jax.convert.from_hf import convert
+
+    hf = common.hf_config("llama")
+    common.write(tmp_path / "hub", hf, common.state_dict(hf, rng))
+    convert(str(tmp_path / "hub"), str(tmp_path / "ours"))
+    with pytest.raises(UserError, match="nothing to leave packed"):
+        exports.export(tmp_path / "ours", tmp_path / "out", 0.0, "compressed-tensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hub", "ours"]
