@@ -29,7 +29,8 @@ from uniql_jax.evaluation.random_model import read_config
 from uniql_jax.evaluation.timing import environment
 from uniql_jax.plan import make_plan
 from uniql_jax.train import rates, stack
-from uniql_jax.train.loop import Trainer, sharding
+from uniql_jax.train.loop import Trainer
+from uniql_jax.train.placement import sharding
 from uniql_jax.train.settings import RecoverySettings, alpha_of
 
 MOST = 64

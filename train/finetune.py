@@ -20,7 +20,7 @@ from uniql_jax.outputs import check_output, check_space, output_path, staged_out
 from uniql_jax.tokenizer import load_tokenizer
 from uniql_jax.train import examples, lora, recover
 from uniql_jax.train.examples import Examples
-from uniql_jax.train.loop import data_mesh, memory_bytes
+from uniql_jax.train.placement import data_mesh, memory_bytes
 from uniql_jax.train.settings import RecoverySettings, resolved
 from uniql_jax.train.work import RUN, check_work_folder, disk_errors, has_state, state_bytes
 from uniql_jax.version import __version__

@@ -6,7 +6,6 @@ A step draws nothing itself: rate, rows and dropout follow from (seed, step), so
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -26,42 +25,13 @@ from uniql_jax.train.examples import Examples
 from uniql_jax.train.lazy import optimizer
 from uniql_jax.train.lora import Factors
 from uniql_jax.train.losses import head_losses
+from uniql_jax.train.placement import data_mesh, sharding
 from uniql_jax.train.settings import TEACHERS, RecoverySettings, resolved
 from uniql_jax.train.settings import on_device as on_device
 from uniql_jax.weights.fake_quantized import FakeQuantizedArray
 
 Batch = Mapping[str, Array]
 """tokens int32, valid and learn bool, each [microbatches, rows, length]."""
-
-
-SPREAD = 2**20
-"""Arrays of so many numbers are shared out among the devices; smaller ones are on each."""
-
-
-def memory_bytes(config: ModelConfig, options: RecoverySettings, devices: int = 1) -> int:
-    """About what weights, factors and optimizer take on each of so many devices; activations come on top."""
-    trained, frozen = lora.planned(config, options.rank)
-    tables = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    # factors, their gradients and three numbers of the optimizer for each, the best state, what came of `adapt`
-    copies = 6 + bool(options.adapt)
-    return (jnp.dtype(options.compute).itemsize * (frozen + tables) + 4 * copies * trained) // devices
-
-
-def data_mesh(rows: int) -> Mesh:
-    """A mesh of all devices along one axis, "data"; of fewer where `rows` does not divide among all."""
-    devices = jax.devices()
-    return Mesh(np.asarray(devices[: math.gcd(rows, len(devices))]), ("data",))
-
-
-def sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-    """Where an array of weights, factors or optimizer state lies: shared out along its longest axis that divides among
-    the devices, but the first one, which counts stacked layers; on every device if it is small or none divides.
-    """
-    axes = [axis for axis in range(1, len(shape)) if shape[axis] % mesh.size == 0]
-    if mesh.size == 1 or math.prod(shape) < SPREAD or not axes:
-        return NamedSharding(mesh, PartitionSpec())
-    longest = max(axes, key=lambda axis: shape[axis])
-    return NamedSharding(mesh, PartitionSpec(*("data" if axis == longest else None for axis in range(len(shape)))))
 
 
 class Trainer:

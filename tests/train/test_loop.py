@@ -256,7 +256,7 @@ import json
 import jax, numpy as np
 from jax.sharding import Mesh
 from tests.train import cases
-from uniql_jax.train import loop, rates, stack
+from uniql_jax.train import placement, rates, stack
 from uniql_jax.train.examples import from_windows
 from uniql_jax.train.loop import RecoverySettings, Trainer
 
@@ -265,7 +265,7 @@ model = cases.model("llama", rng, num_hidden_layers=1)
 examples = from_windows(cases.tokens(rng, 16, 12))
 top = {name: value for name, value in model.params.items() if name != "layers"}
 out = {}
-loop.SPREAD = 64
+placement.SPREAD = 64
 for rank, count in ((4, 1), (4, 8), (0, 1), (0, 8)):
     options = RecoverySettings(rank=rank, dropout=0.05, batch=16, lr=1e-2, warmup=0, steps=3, accumulate=2)
     mesh = Mesh(np.asarray(jax.devices()[:count]), ("data",))

@@ -14,8 +14,9 @@ from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.workspace import work_folder
 from uniql_jax.counting import parameter_count, prunable_count
 from uniql_jax.plan import MAX_PRUNE_RATE, axis_group_and_unit, groups
-from uniql_jax.train.loop import data_mesh, memory_bytes, resolved
+from uniql_jax.train.loop import resolved
 from uniql_jax.train.lora import described
+from uniql_jax.train.placement import data_mesh, memory_bytes
 from uniql_jax.weights.quantized import TARGET_GROUP
 
 COUNTS = {
