@@ -63,6 +63,13 @@ LLAMA_3_1_8B: dict[str, Any] = {
     "vocab_size": 128256,
 }
 
+LLAMA_3_1_70B: dict[str, Any] = LLAMA_3_1_8B | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+}
+
 LLAMA_3_2_1B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -344,6 +351,7 @@ PUBLISHED_SSM: dict[str, dict[str, Any]] = {
 PUBLISHED: dict[str, dict[str, Any]] = {
     "llama-2-7b": LLAMA_2_7B,
     "llama-3.1-8b": LLAMA_3_1_8B,
+    "llama-3.1-70b": LLAMA_3_1_70B,
     "llama-3.2-1b": LLAMA_3_2_1B,
     "qwen2.5-0.5b": QWEN2_5_05B,
     "qwen2.5-7b": QWEN2_5_7B,
@@ -402,7 +410,7 @@ def shrink(config: dict[str, Any], **overrides: Any) -> dict[str, Any]:
     """
     small = copy.deepcopy(config)
     query_groups = config["num_attention_heads"] // config["num_key_value_heads"]
-    kv_heads = {1: 4, 3: 3, 4: 2, 7: 2}[query_groups]
+    kv_heads = {1: 4, 3: 3, 4: 2, 7: 2, 8: 2}[query_groups]
     small.update(
         hidden_size=kv_heads * query_groups * 16,
         intermediate_size=160,

@@ -23,6 +23,7 @@ CONFIGS = {name: model_config.from_hf(hf) for name, hf in published.ALL.items()}
 PARAMETERS = {
     "llama-2-7b": 6_738_415_616,
     "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
     "llama-3.2-1b": 1_235_814_400,
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-7b": 7_615_616_512,

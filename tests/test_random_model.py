@@ -126,6 +126,7 @@ def test_configs_are_the_published_ones() -> None:
     [  # as transformers counts them
         ("llama-2-7b", 6_738_415_616),
         ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.1-70b", 70_553_706_496),
         ("llama-3.2-1b", 1_235_814_400),
         ("smollm2-135m", 134_515_008),
     ],
