@@ -197,7 +197,7 @@ def test_estimates_of_real_models(name: str) -> None:
     pace = estimate.Pace(1e14, 1e13, 1e-5, 1e10, 1e9, 10.0)
     times = [estimate.seconds(estimate.work(config, four, tokens), pace) for tokens in (65536, 262144)]
     assert 0 < times[0] < times[1] < 4 * times[0]
-    parts = estimate.memory_parts(config, four, 512, 16384)
+    parts = estimate.memory_parts(config, four, 512, 4096)
     assert all(size > 0 for size in parts.values())
     assert sum(parts.values()) < 60e9
 
