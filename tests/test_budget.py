@@ -78,6 +78,11 @@ def test_what_cannot_fit_is_refused(total: int | None) -> None:
         _laid_out("llama-3.1-8b", max_disk=GIB)
 
 
+def test_more_devices_than_there_are_are_refused(total: int | None) -> None:
+    with pytest.raises(UserError, match="--devices 99"):
+        _laid_out("smollm2-135m", devices=99)
+
+
 def test_a_small_disk_means_that_more_is_computed_again(total: int | None) -> None:
     usual = _laid_out("llama-3.1-8b")
     for limits in ({"max_disk": usual.disk - 1}, {"free_disk": usual.disk - 1}):

@@ -123,9 +123,11 @@ class _Memory(NamedTuple):
 def _memory(config: ModelConfig, settings: CompressionSettings, resources: Resources, length: int, one: int) -> _Memory:
     """The largest batches that fit, and streams on the device if it has the room.
 
-    one: bytes of a stream. UserError when limits were given and nothing fits.
+    one: bytes of a stream. UserError when limits were given and nothing fits, and for more devices than there are.
     """
     total, devices = device_limit(), len(jax.local_devices()[: resources.devices])
+    if resources.devices is not None and resources.devices > devices:
+        raise UserError(f"--devices {resources.devices}: this machine has {devices}")
     host = min(resources.max_host_memory or available_host(), available_host())
     streams = RUNNING * one
     if total is None:
