@@ -258,5 +258,5 @@ def prepare(files: Sequence[Path], model: CausalLM, tokenizer: Any) -> Suite:
                 last = before
         rows["items"].append(len(by_item))
     kind = np.uint16 if max(tokens) < 2**16 else np.uint32
-    small = {key: np.asarray(value, np.uint16) for key, value in rows.items()}
+    small: dict[str, Any] = {key: np.asarray(value, np.uint16) for key, value in rows.items()}
     return Suite(tuple(names), **small, tokens=np.asarray(tokens, kind))
