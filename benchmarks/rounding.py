@@ -355,6 +355,7 @@ def main() -> None:
     start = time.time()
     model = sorted_model(args.ckpt, calibration.tokens, settings, 4096 if on_cpu else 16384)
     print(f"sorted in {time.time() - start:.1f}s, {time.time() - began:.0f}s since the start", flush=True)
+    ggml = args.ggml and importlib.util.find_spec("gguf")
     for row in rows():
         if not any(part in row.name for part in args.only) or (
             row.mix and not (args.ggml and importlib.util.find_spec("gguf"))
@@ -367,7 +368,11 @@ def main() -> None:
         if row.mix:
             from benchmarks.llamacpp import requantized
 
-            found, size = requantized(args.ckpt, args.ggml, row.mix)
+            try:
+                found, size = requantized(args.ckpt, args.ggml, row.mix)
+            except OSError as error:
+                print(f"no {row.name}: {error}")
+                continue
             measure(row.name, found, size, time.time() - start, row.tasks)
             continue
         views, errors = build(model, row, settings)
