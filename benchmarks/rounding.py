@@ -29,14 +29,15 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import stages
-from benchmarks.nested_math import OFFSET, round_nested
 from benchmarks.quality import Cached
-from benchmarks.rounding_math import Method, by_rows, dequantized, output_error, round_columns
+from benchmarks.rounding_math import Method, by_rows, dequantized, round_columns
 from benchmarks.task_suite import Suite
 from benchmarks.tasks import against, record
 from benchmarks.tasks import measure as measure_tasks
 from uniql_jax import console, data, elastic
 from uniql_jax.checkpoint import reachable_bias
+from uniql_jax.compression.math.nested import quantize_nested
+from uniql_jax.compression.math.refine import output_error
 from uniql_jax.compression.refit import advance, hidden_gram, hidden_gram_and_cross, read_gram, refit
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.sorting import sort_layer
@@ -48,6 +49,7 @@ from uniql_jax.model.causal_lm import CausalLM, embed
 from uniql_jax.model.layers import KINDS
 from uniql_jax.plan import groups
 from uniql_jax.tokenizer import load_tokenizer
+from uniql_jax.weights.nested import OFFSET
 from uniql_jax.weights.quantized import group_size
 
 RIDGE = 1e-2
@@ -83,7 +85,7 @@ def rows() -> list[Row]:
         Row("llama.cpp Q3_K_M", mix="Q3_K_M", tasks=True),
         Row("scales by loss, 2 descents, fitted to the original", BEST, compensate=True, tasks=True),
         Row("3 bits, gptq", Method(bits=3), tasks=True),
-        *(Row(f"nested {share}, 2 descents", Method(share=share, sweeps=2)) for share in (0.5, 0.3, 0.7)),
+        *(Row(f"nested {share}, 4 descents", Method(share=share, sweeps=4)) for share in (0.5, 0.4, 0.6)),
         Row("3 bits, scales by loss, 2 descents", change(BEST, bits=3)),
         Row("scales by loss", Method(scale="loss")),
         Row("2 descents", Method(sweeps=2)),
@@ -144,10 +146,10 @@ def _round(columns: Any, hessians: Sequence[Any], method: Method, group: int) ->
     if method.share is None:
         codes, scale = by_rows(round_columns, columns, group, hessians[0], method=method)
         return [(dequantized(codes, scale, group)[:width], width * count * method.bits // 8 + scales)]
-    codes, fine, coarse = by_rows(round_nested, columns, group, tuple(hessians), method=method)
+    how = {"share": method.share, "sweeps": method.sweeps, "damping": method.damping}
+    codes, fine, coarse = by_rows(quantize_nested, columns, group, tuple(hessians), **how)
     whole, leading = dequantized(codes, fine, group), dequantized(jnp.floor(codes / 2), coarse, group, OFFSET)
-    both = scales * (2 if method.coarse == "own" else 1)
-    return [(whole[:width], width * count * 4 // 8 + both), (leading[:width], width * count * 3 // 8 + scales)]
+    return [(whole[:width], width * count * 4 // 8 + 2 * scales), (leading[:width], width * count * 3 // 8 + scales)]
 
 
 def build(model: Model, row: Row, settings: CompressionSettings) -> tuple[list[View], dict[str, list[float]]]:
@@ -357,9 +359,7 @@ def main() -> None:
     print(f"sorted in {time.time() - start:.1f}s, {time.time() - began:.0f}s since the start", flush=True)
     ggml = args.ggml and importlib.util.find_spec("gguf")
     for row in rows():
-        if not any(part in row.name for part in args.only) or (
-            row.mix and not (args.ggml and importlib.util.find_spec("gguf"))
-        ):
+        if not any(part in row.name for part in args.only) or (row.mix and not ggml):
             continue
         if time.time() - began > 60 * args.minutes:
             print(f"no time for {row.name}")

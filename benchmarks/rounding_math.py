@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.compression.compiling import jit
-from uniql_jax.compression.math.gptq import SCALE_GRID, inverse_factor
+from uniql_jax.compression.math.gptq import inverse_factor
+from uniql_jax.compression.math.refine import candidates, descend, nearest, refit_scales
 
 ROWS = 8192
 """Rows rounded at a time where memory would not do for all."""
@@ -30,8 +31,7 @@ class Method:
     the Hessian, in parts of "mean" (its mean diagonal) or of each input's "own". order: "stored" or "active" (columns
     of larger inputs first, with scales fixed before). sweeps: coordinate descents over all codes afterwards, each with
     scales refitted by least squares. propagate: False rounds to nearest. share: None, or the weight of the leading
-    bits' error in nested codes, from 0 to 1. coarse: the leading bits' scales are their own ("own") or twice the full
-    code's ("tied").
+    bits' error in nested codes, from 0 to 1.
     """
 
     bits: int = 4
@@ -43,12 +43,6 @@ class Method:
     sweeps: int = 0
     propagate: bool = True
     share: float | None = None
-    coarse: str = "own"
-
-
-def limits(bits: int) -> tuple[int, int]:
-    """Smallest and largest integer of the two's complement grid."""
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def factor_of(hessian: Float[Array, "width width"], method: Method) -> Float[Array, "width width"]:
@@ -58,20 +52,6 @@ def factor_of(hessian: Float[Array, "width width"], method: Method) -> Float[Arr
     diagonal = jnp.diagonal(hessian)
     least = 1e-7 * diagonal.mean()
     return inverse_factor(hessian + jnp.diag(method.damping * jnp.maximum(diagonal, least)), 1e-9)
-
-
-def nearest(values: Array, scale: Array, bits: int) -> Array:
-    """Integers of the grid nearest to values / scale; 0 where the scale is 0."""
-    low, high = limits(bits)
-    return jnp.clip(jnp.round(values / jnp.where(scale == 0, 1.0, scale)), low, high)
-
-
-def _candidates(block: Float[Array, "group rows"], bits: int, count: int) -> Float[Array, "tries rows"]:
-    """Scales to try, bfloat16-exact; the longer end of the grid meets the entry of largest magnitude."""
-    top, bottom = block.max(0), block.min(0)
-    base = jnp.where(top > -bottom, top, bottom) / limits(bits)[0]
-    tries = base * jnp.asarray(SCALE_GRID[:count], block.dtype)[:, None]
-    return tries.astype(jnp.bfloat16).astype(block.dtype)
 
 
 def _gptq_block(block: Array, scale: Array, square: Array, bits: int) -> tuple[Array, Array]:
@@ -92,7 +72,7 @@ def _gptq_block(block: Array, scale: Array, square: Array, bits: int) -> tuple[A
 
 
 def _scale(block: Array, importance: Array, square: Array, method: Method, bits: int) -> Float[Array, " rows"]:
-    tries = _candidates(block, bits, 1 if method.scale == "max" else len(SCALE_GRID))
+    tries = candidates(block, bits)[: 1 if method.scale == "max" else None]
     if method.scale == "loss":
         every = jnp.broadcast_to(block, (len(tries), *block.shape))
         cost = jnp.square(_gptq_block(every, tries, square, bits)[1]).sum(-2)
@@ -173,43 +153,6 @@ def _fixed_scales(columns: Array, scale: Array, factor: Array, bits: int) -> Arr
         return columns - later[:, None] * error, codes.at[j].set(code)
 
     return jax.lax.fori_loop(0, len(columns), one, (columns, jnp.zeros_like(columns)))[1]
-
-
-def descend(columns: Array, codes: Array, scale: Array, hessian: Array, bits: int) -> Array:
-    """One pass of coordinate descent over the codes on the output error, every row for itself."""
-    diagonal = jnp.maximum(jnp.diagonal(hessian), 1e-12)
-
-    def one(j: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        codes, slope = state
-        target = codes[j] * scale[j] + slope[j] / diagonal[j]
-        code = nearest(target, scale[j], bits)
-        change = (codes[j] - code) * scale[j]
-        return codes.at[j].set(code), slope + hessian[:, j][:, None] * change
-
-    slope = hessian @ (columns - codes * scale)
-    return jax.lax.fori_loop(0, len(columns), one, (codes.astype(columns.dtype), slope))[0]
-
-
-def refit_scales(columns: Array, steps: Array, hessian: Array, scales: Array, group: int) -> Array:
-    """Scales of least output error at given codes (or other steps), bfloat16-exact; kept where that is not solvable."""
-    width, rows = columns.shape
-    parts = steps.astype(columns.dtype).reshape(width // group, group, rows)
-    blocks = hessian.reshape(width // group, group, width // group, group)
-    product = jnp.einsum("aibj,bjr->aibr", blocks, parts)
-    normal = jnp.einsum("air,aibr->rab", parts, product)
-    right = jnp.einsum("air,air->ra", parts, (hessian @ columns).reshape(parts.shape))
-    ridge = 1e-4 * jnp.einsum("raa->ra", normal) + 1e-12
-    normal = normal + jax.vmap(jnp.diag)(ridge)
-    found = jnp.linalg.solve(normal, (right + ridge * scales.T)[..., None])[..., 0].T
-    found = found.astype(jnp.bfloat16).astype(columns.dtype)
-    good = jnp.isfinite(found) & (found * scales > 0)
-    return jnp.where(good, found, scales)
-
-
-def output_error(columns: Array, other: Array, hessian: Array) -> Float[Array, ""]:
-    """Squared output error over the output's squared size."""
-    change = columns - other
-    return jnp.sum(change * (hessian @ change)) / jnp.sum(columns * (hessian @ columns))
 
 
 def dequantized(codes: Array, scales: Array, group: int, offset: float = 0.0) -> Array:
