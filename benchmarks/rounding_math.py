@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.math.gptq import inverse_factor
-from uniql_jax.compression.math.refine import candidates, descend, nearest, refit_scales
+from uniql_jax.compression.math.nested import candidates
+from uniql_jax.compression.math.refine import nearest, refine
 
 ROWS = 8192
 """Rows rounded at a time where memory would not do for all."""
@@ -108,11 +109,9 @@ def round_columns(
     else:
         factor = factor_of(hessian, method) if method.propagate else None
         codes, scales = _in_order(columns, hessian, factor, method, group)
-    for _ in range(method.sweeps):
-        scales = refit_scales(columns, codes, hessian, scales, group)
-        codes = descend(columns, codes, jnp.repeat(scales, group, axis=0), hessian, method.bits)
     if method.sweeps:
-        scales = refit_scales(columns, codes, hessian, scales, group)
+        how = {"bits": method.bits, "group": group, "descents": method.sweeps}
+        codes, scales, _ = refine(columns, codes, scales, hessian, **how)
     return codes.astype(jnp.int8), scales
 
 

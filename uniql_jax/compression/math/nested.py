@@ -16,12 +16,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.compression.compiling import jit
-from uniql_jax.compression.math.gptq import inverse_factor
-from uniql_jax.compression.math.refine import candidates, nearest, refit_scales
+from uniql_jax.compression.math.gptq import SCALE_GRID, inverse_factor
+from uniql_jax.compression.math.refine import limits, nearest, refit_scales
 from uniql_jax.weights.nested import OFFSET
 
 Pair = tuple[Array, Array]
 """Of the 4-bit and of the 3-bit model."""
+
+
+def candidates(block: Float[Array, "group rows"], bits: int) -> Float[Array, "tries rows"]:
+    """Scales to try for a group, bfloat16-exact, the max-abs one first.
+
+    The longer end of the grid meets the entry of largest magnitude.
+    """
+    top, bottom = block.max(0), block.min(0)
+    base = jnp.where(top > -bottom, top, bottom) / limits(bits)[0]
+    tries = base * jnp.asarray(SCALE_GRID, block.dtype)[:, None]
+    return tries.astype(jnp.bfloat16).astype(block.dtype)
 
 
 def leading(codes: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -12,12 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from uniql_jax.compression.math.gptq import SCALE_GRID
-
 
 def limits(bits: int) -> tuple[int, int]:
-    """Smallest and largest integer of the two's complement grid."""
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    """Smallest and largest integer of a grid; 8 bits are symmetric."""
+    return -(2 ** (bits - 1)) + (bits == 8), 2 ** (bits - 1) - 1
 
 
 def nearest(values: Float[Array, "..."], scale: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
@@ -25,17 +23,6 @@ def nearest(values: Float[Array, "..."], scale: Float[Array, "..."], bits: int) 
     low, high = limits(bits)
     inverse = jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
     return jnp.clip(jnp.round(values * inverse), low, high)
-
-
-def candidates(block: Float[Array, "group rows"], bits: int) -> Float[Array, "tries rows"]:
-    """Scales to try for a group, bfloat16-exact, the max-abs one first.
-
-    The longer end of the grid meets the entry of largest magnitude.
-    """
-    top, bottom = block.max(0), block.min(0)
-    base = jnp.where(top > -bottom, top, bottom) / limits(bits)[0]
-    tries = base * jnp.asarray(SCALE_GRID, block.dtype)[:, None]
-    return tries.astype(jnp.bfloat16).astype(block.dtype)
 
 
 def descend(
@@ -103,6 +90,40 @@ def refit_scales(
         return jnp.einsum("ar,rab,br->r", scales, normal, scales) - 2 * jnp.einsum("ra,ar->r", right, scales)
 
     return jnp.where(cost(found) < cost(scales), found, scales)
+
+
+def refine(
+    columns: Float[Array, "width rows"],
+    codes: Float[Array, "width rows"],
+    scales: Float[Array, "groups rows"],
+    hessian: Float[Array, "width width"],
+    *,
+    bits: int,
+    group: int,
+    descents: int,
+) -> tuple[Float[Array, "width rows"], Float[Array, "groups rows"], Float[Array, "width rows"]]:
+    """Descents over the codes, with scales refitted before each and after the last.
+
+    Args:
+        columns: the weight.
+        codes: integers to begin with, as floats.
+        scales: theirs.
+        hessian: mean outer product of the inputs, of any common size.
+        bits: of the grid.
+        group: entries of a column that share a scale.
+        descents: how many.
+
+    Returns:
+        Codes, scales, and what each code would be if it alone were not rounded, in the weight's own size.
+    """
+    for _ in range(descents):
+        scales = refit_scales(columns, codes, hessian, scales, group)
+        codes = descend(columns, codes, jnp.repeat(scales, group, axis=0), hessian, bits)
+    scales = refit_scales(columns, codes, hessian, scales, group)
+    value = codes * jnp.repeat(scales, group, axis=0)
+    diagonal = jnp.diagonal(hessian)[:, None]
+    slope = hessian @ (columns - value)
+    return codes, scales, value + jnp.where(diagonal > 0, slope / jnp.where(diagonal > 0, diagonal, 1.0), 0.0)
 
 
 def output_error(
