@@ -35,13 +35,11 @@ from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.convert.source import open_source
 from uniql_jax.evaluation.evaluate import perplexity
 from uniql_jax.evaluation.timing import environment
-from uniql_jax.joint_plan import Kept, Piece, make_joint_plan
+from uniql_jax.joint_plan import TOP, Kept, Piece, make_joint_plan
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.plan import LAYER_CAP, axis_group_and_unit, groups, make_plan, next_cut
 from uniql_jax.tokenizer import load_tokenizer
 
-TOP = -1
-"""Layer of the pieces that are outside the layers."""
 Setting = Mapping[tuple[int, str], Kept]
 FACTORS = (0.1, 10.0)
 """Bounds of what a measured drop may say of an estimated one."""

@@ -18,12 +18,15 @@ from jaxtyping import Float
 
 from uniql_jax.plan import next_cut
 
+TOP = -1
+"""Layer of the pieces outside the layers, whose axis is the name of the leaf."""
+
 
 class Piece(NamedTuple):
     """An axis of a layer, or a matrix that is not pruned.
 
-    layer, axis: names of it. size, unit: entries, and entries that go together. bit, rest: bytes that an entry's last
-    bit holds, and all else of it. most: the largest fraction that may be dropped.
+    layer, axis: names of it, see TOP. size, unit: entries, and entries that go together. bit, rest: bytes that an
+    entry's last bit holds, and all else of it. most: the largest fraction that may be dropped.
     """
 
     layer: int
