@@ -11,7 +11,7 @@ import pytest
 
 from uniql_jax.compression.math import nested
 from uniql_jax.compression.math.gptq import quantize
-from uniql_jax.compression.math.refine import descend, limits, nearest, output_error, refit_scales
+from uniql_jax.compression.math.refine import DAMPING, damped, descend, limits, nearest, output_error, refit_scales
 from uniql_jax.weights.nested import NestedArray, from_nested_codes
 from uniql_jax.weights.protocol import StoredWeight
 
@@ -121,6 +121,36 @@ def test_descent_and_refit_never_lose(problem: tuple[jnp.ndarray, jnp.ndarray]) 
         assert costs[-1] < 0.8 * costs[0]
         assert np.array_equal(scales, scales.astype(jnp.bfloat16).astype(jnp.float32))
         assert float(jnp.abs(codes).max()) <= 8
+
+
+def test_damping_is_that_of_a_typical_input() -> None:
+    """Neither a huge input nor ones that are always zero change it."""
+    diagonal = jnp.asarray([0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 1e9])
+    added = jnp.diagonal(damped(jnp.diag(diagonal))) - diagonal
+    np.testing.assert_allclose(added[:7], DAMPING * 3, rtol=1e-6)
+    assert not jnp.diagonal(damped(jnp.zeros((4, 4)))).any()
+
+
+@pytest.mark.parametrize("case", ["zeros", "rank one", "huge", "tiny", "not finite"])
+def test_descents_of_degenerate_inputs(problem: tuple[jnp.ndarray, jnp.ndarray], case: str) -> None:
+    """Finite scales wherever GPTQ's are, rows of zeros stay zeros, and what is not finite is seen in the scales."""
+    columns, hessian = problem
+    columns = columns.at[:, 3].set(0.0)
+    if case == "zeros":
+        hessian = jnp.zeros_like(hessian)
+    elif case == "rank one":
+        hessian = jnp.outer(columns[:, 0], columns[:, 0])
+    elif case == "not finite":
+        hessian = hessian.at[2, 2].set(jnp.inf)
+    else:
+        columns = columns * {"huge": 1e30, "tiny": 1e-30}[case]
+    codes, scales, _ = quantize(columns.T, hessian, bits=4, group=48, descents=2)
+    assert bool(jnp.isfinite(scales.astype(jnp.float32)).all()) == (case != "not finite")
+    if case != "not finite":
+        assert not codes[3].any()
+        each = jnp.repeat(scales.astype(jnp.float32), 48, axis=1)
+        size = jnp.linalg.norm(columns / jnp.abs(columns).max())
+        assert jnp.linalg.norm((codes * each).T / jnp.abs(columns).max()) < 2 * size
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.math.gptq import SCALE_GRID, inverse_factor
-from uniql_jax.compression.math.refine import limits, nearest, refit_scales
+from uniql_jax.compression.math.refine import damped, limits, nearest, refit_scales
 from uniql_jax.weights.nested import OFFSET
 
 Pair = tuple[Array, Array]
@@ -68,7 +68,7 @@ def quantize_nested(
     factors = inverse_factor(hessians[0], damping), inverse_factor(hessians[1], damping)
     weights = jnp.float32(4 * (1 - share)), jnp.asarray(share, jnp.float32)
     codes, fine = _gptq(columns, hessians, factors, weights, group)
-    coarse = 2 * fine
+    coarse, hessians = 2 * fine, (damped(hessians[0]), damped(hessians[1]))
     for sweep in range(sweeps + 1):
         coarse = refit_scales(columns, leading(codes), hessians[1], coarse, group)
         if sweeps:
