@@ -25,13 +25,11 @@ from uniql_jax.convert.leaves import Leaves, complete, complete_on_device, top_o
 from uniql_jax.convert.locate import demo_file, download
 from uniql_jax.convert.megatron import MegatronReader
 from uniql_jax.errors import CheckpointWarning, UserError
-from uniql_jax.files import UNREADABLE, ShardReader, copy_side_files, read_json
+from uniql_jax.files import READERS, UNREADABLE, ShardReader, copy_side_files, read_json
 
 Reader = ShardReader | GgufReader | MegatronReader
 Progress = Callable[[Iterable[str], str, int], Iterable[str]]
 
-READERS = 4
-"""Tensors of a layer that are read at the same time."""
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 

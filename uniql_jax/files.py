@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -48,6 +49,8 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 UNREADABLE = np.dtype(np.void)
+READERS = 4
+"""Tensors read at a time: one thread does not fill a fast disk."""
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -104,16 +107,40 @@ class ShardReader:
             raise UserError(f"cannot read tensor {name!r} of {self.folder}: numpy lacks its number format")
         if rows is not None:
             shape = (min(rows, shape[0]), *shape[1:])
-        size = math.prod(shape) * dtype.itemsize
-        try:
-            # Not through a memory map: its pages would count as this process's memory.
-            data = np.fromfile(path, np.uint8, size, offset=start)
-        except OSError as error:
-            raise UserError(f"cannot read tensor {name!r} of {path} ({error.strerror or _line(error)})") from None
-        if len(data) < size:
-            raise UserError(f"cannot read tensor {name!r} of {path}: the file has become shorter")
-        self.bytes_read += size
-        return data.view(dtype).reshape(shape)
+        value = _read(path, name, start, dtype, shape)
+        self.bytes_read += value.nbytes
+        return value
+
+
+def _read(path: Path, name: str, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:
+    """A tensor that begins at byte `start` of a file."""
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        # Not through a memory map: its pages would count as this process's memory.
+        data = np.fromfile(path, np.uint8, size, offset=start)
+    except OSError as error:
+        raise UserError(f"cannot read tensor {name!r} of {path} ({error.strerror or _line(error)})") from None
+    if len(data) < size:
+        raise UserError(f"cannot read tensor {name!r} of {path}: the file has become shorter")
+    return data.view(dtype).reshape(shape)
+
+
+def load_tensors(path: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """All tensors of one safetensors file, several read at a time; other threads run on, unlike with the library.
+
+    Raises:
+        UserError: for a file that is missing or damaged, and a number format that numpy lacks.
+    """
+    header = _header(path)
+    strange = [name for name, (kind, *_) in header.items() if kind not in DTYPES]
+    if strange:
+        raise UserError(f"cannot read tensor {strange[0]!r} of {path}: numpy lacks its number format")
+    with ThreadPoolExecutor(READERS) as pool:
+        coming = {
+            name: pool.submit(_read, path, name, start, DTYPES[kind], shape)
+            for name, (kind, shape, start) in header.items()
+        }
+        return {name: value.result() for name, value in coming.items()}
 
 
 def _shard_paths(folder: Path) -> list[Path]:

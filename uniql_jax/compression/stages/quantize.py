@@ -133,12 +133,8 @@ def _finish_top(
     turned = rotated_top(top, q)
     if not settings.packed:
         return {name: stored(elastic.TOP[name], value, dtype, name) for name, value in turned.items()}, {}
-    if q is None:
-        read = norm[:, None] * gram * norm
-    elif "head" in turned:
-        read = q.T @ gram @ q
-    else:
-        read = q.T @ (norm[:, None] * gram * norm) @ q
+    # A rotated head holds the norm's weight itself.
+    read = _turned_gram(gram if q is not None and "head" in turned else norm[:, None] * gram * norm, q)
     out: dict[str, Any] = {n: stored(elastic.TOP[n], value, dtype, n) for n, value in turned.items() if n != "head"}
     if "head" in turned:
         hessians = {"head": read, "embed": None}
@@ -153,6 +149,12 @@ def _finish_top(
         if done.unrounded is not None:
             before[name] = done.unrounded
     return out, before
+
+
+@jit
+def _turned_gram(gram: Float[Array, "h h"], q: Rotation) -> Float[Array, "h h"]:
+    """The Gram matrix of the rotated stream."""
+    return gram if q is None else q.T @ gram @ q
 
 
 def _finish_block(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from uniql_jax.compression.contract import SortedModel
 from uniql_jax.compression.refit import Keep, advance, keep_per_window, refit_rates
 from uniql_jax.compression.settings import CompressionSettings
-from uniql_jax.compression.stages.rotate import Rotation, rotated_layer
+from uniql_jax.compression.stages.rotate import Rotation, rotated_layer, rotated_top
 from uniql_jax.compression.stored import StoredLayers
 from uniql_jax.compression.streams import StreamStore
 from uniql_jax.config import ModelConfig
@@ -80,7 +80,7 @@ def resume(
         x = streams.mapped(lambda batch: embed({"embed": table}, batch, streams.dtype), windows.batches)
         unpruned = None
         if keep is not None:
-            table = model.top["embed"] if q is None else model.top["embed"] @ q
+            table = rotated_top(model.top, q)["embed"]
             unpruned = streams.mapped(lambda batch: embed({"embed": table}, batch, streams.dtype), windows.batches)
         running = Streams(streams, x, unpruned, keep)
         running.save(0)
