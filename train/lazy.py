@@ -15,9 +15,12 @@ from jaxtyping import Array
 
 from uniql_jax.train.settings import RecoverySettings
 
+MOST_SEEN = 2**16 - 1
+"""Where counting ends: after so many steps the corrections below have long been 1 in float32."""
+
 
 class LazyAdamState(NamedTuple):
-    """Per entry: how many steps saw it, int32, and the means of its gradient and of the gradient's square."""
+    """Per entry: how many steps saw it, uint16, and the means of its gradient and of the gradient's square."""
 
     seen: Any
     mu: Any
@@ -34,13 +37,13 @@ def scale_by_lazy_adam(
     """
 
     def init(params: Any) -> LazyAdamState:
-        seen = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.int32), params)
+        seen = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.uint16), params)
         # buffers of their own, since a step takes them over
         return LazyAdamState(seen, jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
 
     def one(g: Array, seen: Array, mu: Array, nu: Array, param: Array) -> tuple[Array, Array, Array, Array]:
         now = g != 0
-        seen = seen + now
+        seen = jnp.where(seen < MOST_SEEN, seen + now, seen)
         mu = jnp.where(now, b1 * mu + (1 - b1) * g, mu)
         nu = jnp.where(now, b2 * nu + (1 - b2) * g * g, nu)
         clock = jnp.maximum(seen, 1).astype(g.dtype)

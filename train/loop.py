@@ -25,7 +25,7 @@ from uniql_jax.train.examples import Examples
 from uniql_jax.train.lazy import optimizer
 from uniql_jax.train.lora import Factors
 from uniql_jax.train.losses import head_losses
-from uniql_jax.train.placement import data_mesh, sharding
+from uniql_jax.train.placement import data_mesh, gathered, sharding
 from uniql_jax.train.settings import TEACHERS, RecoverySettings, resolved
 from uniql_jax.train.settings import on_device as on_device
 from uniql_jax.weights.fake_quantized import FakeQuantizedArray
@@ -161,7 +161,7 @@ class Trainer:
                 own = (factors or {})[f"top.{name}"]
                 moved = lora.with_factors(value, elastic.TOP[name], own, self.options.alpha)
                 top[name] = cast(FakeQuantizedArray, moved).value()
-        return {**frozen, "top": top}
+        return {**frozen, "top": gathered(self.mesh, top)}
 
     def hidden(
         self,
@@ -184,7 +184,7 @@ class Trainer:
         x = embed(frozen["top"], tokens, self.dtype)
         if self.mesh.size > 1:
             x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec("data")))
-        return stack.apply_runs(self.config, layers, x, context, keep, options.remat)
+        return stack.apply_runs(self.config, layers, x, context, keep, options.remat, self.mesh)
 
     def loss_sum(
         self,
@@ -199,6 +199,8 @@ class Trainer:
         frozen = self.with_tables(factors, frozen)
         x = self.hidden(factors, frozen, tokens, valid, keep, key)
         share, given = self.options.distill, frozen.get("teacher")
+        if given:
+            given = {**given, "top": gathered(self.mesh, given["top"])}
         grown = self.options.teacher == "rate 0"
         model, own = given or frozen, None if given else factors if grown else frozen.get("adapted")
         teacher = teacher_top = None
@@ -222,16 +224,21 @@ class Trainer:
         drop = self.options.dropout > 0
         key = jax.random.fold_in(jax.random.key(self.options.seed), step)
 
-        def part(carry: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
-            one, number = inputs
+        def part(one: Batch, number: Int[Array, ""]) -> tuple[Any, Array, Array]:
             own = jax.random.fold_in(key, number) if drop else None
             gradients, (entropy, count) = jax.grad(self.loss_sum, has_aux=True)(factors, frozen, one, keep, own)
-            return jax.tree.map(jnp.add, carry, (gradients, entropy, count)), None
+            return gradients, entropy, count
+
+        def add(carry: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, part(*inputs)), None
 
         # Sums, divided once by all tokens that count: parts with few answers weigh no more than they should.
         parts = batch["tokens"].shape[0]
-        zero = (jax.tree.map(jnp.zeros_like, factors), jnp.float32(0), jnp.float32(0))
-        (gradients, entropy, count), _ = jax.lax.scan(part, zero, (batch, jnp.arange(parts)))
+        if parts == 1:  # no sum, which would be as large as what is trained
+            gradients, entropy, count = part({name: value[0] for name, value in batch.items()}, jnp.int32(0))
+        else:
+            zero = (jax.tree.map(jnp.zeros_like, factors), jnp.float32(0), jnp.float32(0))
+            (gradients, entropy, count), _ = jax.lax.scan(add, zero, (batch, jnp.arange(parts)))
         return jax.tree.map(lambda g: g / count, gradients), entropy / count
 
     def _train(

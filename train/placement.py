@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.train import lora
 from uniql_jax.train.settings import RecoverySettings
 
+WHOLE = PartitionSpec()
 SPREAD = 2**20
 """Arrays of so many numbers are shared out among the devices; smaller ones are on each."""
 
@@ -22,9 +25,9 @@ def memory_bytes(config: ModelConfig, options: RecoverySettings, devices: int = 
     """About what weights, factors and optimizer take on each of so many devices; activations come on top."""
     trained, frozen = lora.planned(config, options.rank)
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    # factors, their gradients and three numbers of the optimizer for each, the best state, what came of `adapt`
-    copies = 6 + bool(options.adapt)
-    return (jnp.dtype(options.compute).itemsize * (frozen + tables) + 4 * copies * trained) // devices
+    # factors, their gradients, two means and a count of the optimizer for each, what came of `adapt`
+    numbers = 4 + 4 + 2 * 4 + 2 + 4 * bool(options.adapt)
+    return (jnp.dtype(options.compute).itemsize * (frozen + tables) + numbers * trained) // devices
 
 
 def data_mesh(rows: int) -> Mesh:
@@ -42,3 +45,41 @@ def sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec())
     longest = max(axes, key=lambda axis: shape[axis])
     return NamedSharding(mesh, PartitionSpec(*("data" if axis == longest else None for axis in range(len(shape)))))
+
+
+def gathered(mesh: Mesh, tree: Any, stacked: int = 1) -> Any:
+    """Arrays whole on every device while they are computed with; their gradients are shared out again.
+
+    Without this the compiler might share out the products instead of the examples, and attention takes no heads that
+    are shared out.
+
+    Args:
+        mesh: the devices.
+        tree: a pytree of arrays; one layer's of what is `stacked`, or what is not.
+        stacked: layers of the array that `sharding` shared out.
+    """
+    if mesh.size == 1:
+        return tree
+
+    def whole(value: Any) -> Any:
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            return value
+        spec = PartitionSpec(*sharding(mesh, (stacked, *value.shape)).spec[1:])
+        return _gathered(mesh, spec, value) if jnp.issubdtype(value.dtype, jnp.inexact) else _placed(mesh, value, WHOLE)
+
+    return jax.tree.map(whole, tree)
+
+
+def _placed(mesh: Mesh, value: Any, spec: PartitionSpec) -> Any:
+    return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, spec))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gathered(mesh: Mesh, spec: PartitionSpec, value: Any) -> Any:
+    return _placed(mesh, value, WHOLE)
+
+
+_gathered.defvjp(
+    lambda mesh, spec, value: (_placed(mesh, value, WHOLE), None),
+    lambda mesh, spec, _, gradient: (_placed(mesh, gradient, spec),),
+)
