@@ -9,20 +9,19 @@ from __future__ import annotations
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 from uniql_jax.model.causal_lm import apply_layer
 from uniql_jax.model.layers.context import Context
-from uniql_jax.train.lora import Factors, Layer, with_factors
+from uniql_jax.train.lora import Factors, Layer, fold_in, with_factors
 from uniql_jax.train.placement import gathered
 from uniql_jax.train.settings import REMAT
 from uniql_jax.weights.lora import PRODUCT
@@ -64,7 +63,7 @@ def attach(
     factors: Factors,
     alpha: float,
     dropout: float = 0.0,
-    key: Key[Array, ""] | None = None,
+    key: Key[Array, "..."] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """`lora.attach` for a run, stacked, with the factors of `stack_factors`."""
 
@@ -73,7 +72,7 @@ def attach(
         if name not in factors:
             return value
         names = [f"{i}.{kind}.{leaf}" for i in range(run.first, run.first + run.count)]
-        keys = None if key is None else jnp.stack([jax.random.fold_in(key, zlib.crc32(n.encode())) for n in names])
+        keys = None if key is None else jnp.stack([fold_in(key, zlib.crc32(n.encode())) for n in names])
         return with_factors(value, elastic.BLOCKS[kind][leaf], factors[name], alpha, dropout, keys, stacked=True)
 
     return {
@@ -120,13 +119,11 @@ def apply_runs(
     context: Context,
     keep: Sequence[elastic.Keep] | None = None,
     remat: str = "none",
-    mesh: Mesh | None = None,
 ) -> Float[Array, "b t h"]:
     """The residual stream after all layers, given the stacked leaves of every run; `keep`, one mapping a layer, masks.
 
-    `remat`: what a gradient keeps of each layer, one of REMAT, and computes the rest again. `mesh`: over which the
-    leaves are shared out; every device gathers a layer's when it computes with it. Raises ValueError for any other
-    remat.
+    `remat`: what a gradient keeps of each layer, one of REMAT, and computes the rest again. Raises ValueError for any
+    other. Leaves that are Shards are gathered a layer at a time.
     """
     if remat not in REMAT:
         raise ValueError(f"remat is one of {', '.join(REMAT)}, not {remat!r}")
@@ -135,25 +132,19 @@ def apply_runs(
         if keep is not None:
             kept = jax.tree.map(lambda *counts: jnp.stack(counts), *map(dict, keep[run.first : run.first + run.count]))
 
-        gather = functools.partial(gathered, mesh, stacked=run.count) if mesh is not None else _as_they_are
-        step = functools.partial(_step, config, run.kinds, context, gather)
+        step = functools.partial(_step, config, run.kinds, context)
         # Inside a scan nothing can be merged across the checkpoint, so what hinders that may be left out.
         step = jax.checkpoint(step, prevent_cse=False, policy=POLICIES[remat]) if remat in POLICIES else step
         x, _ = jax.lax.scan(step, x, (leaves, kept))
     return x
 
 
-def _as_they_are(leaves: Layer) -> Layer:
-    return leaves
-
-
 def _step(
     config: ModelConfig,
     kinds: tuple[str, ...],
     context: Context,
-    gather: Callable[[Layer], Layer],
     x: Array,
     one: tuple[Layer, elastic.Keep | None],
 ) -> tuple[Array, None]:
     leaves, keep = one
-    return apply_layer(config, kinds, gather(leaves), x, context._replace(keep=keep)), None
+    return apply_layer(config, kinds, gathered(leaves, layer=True), x, context._replace(keep=keep)), None
