@@ -26,9 +26,9 @@ def memory_bytes(config: ModelConfig, options: RecoverySettings, devices: int = 
     """About what weights, factors and optimizer take on each of so many devices; activations come on top."""
     trained, frozen = lora.planned(config, options.rank)
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    # factors, their gradients, two means and a count of the optimizer for each, what came of `adapt`
-    numbers = 4 + 4 + 2 * 4 + 2 + 4 * bool(options.adapt)
-    return (jnp.dtype(options.compute).itemsize * (frozen + tables) + numbers * trained) // devices
+    # factors, their gradients, two means of the optimizer for each, what came of `adapt`
+    copies = 4 + bool(options.adapt)
+    return (jnp.dtype(options.compute).itemsize * (frozen + tables) + 4 * copies * trained) // devices
 
 
 def data_mesh(rows: int) -> Mesh:
