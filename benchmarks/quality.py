@@ -136,7 +136,20 @@ def arithmetic() -> dict[str, CompressionSettings]:
     return rows
 
 
-TABLES = {"scores": scores, "refits": refits, "bits": bits, "ssm": ssm, "arithmetic": arithmetic}
+def descents() -> dict[str, CompressionSettings]:
+    """Coordinate descent after GPTQ, at every rate: what it wins at rate 0 must not be lost where weights are cut."""
+    base = CompressionSettings(bits=4)
+    rows = {"no descent": base}
+    for count in (1, 2, 4):
+        rows[f"{count} descents"] = dataclasses.replace(base, descents=count)
+    for damping in (1e-3, 1e-4):
+        rows[f"damping {damping:g}"] = dataclasses.replace(base, damping=damping)
+    rows["2 descents, refit 0.4"] = dataclasses.replace(base, descents=2, refit=0.4)
+    rows["no descent, refit 0.4"] = dataclasses.replace(base, refit=0.4)
+    return rows
+
+
+TABLES = {"scores": scores, "refits": refits, "bits": bits, "descents": descents, "ssm": ssm, "arithmetic": arithmetic}
 
 
 @jax.jit

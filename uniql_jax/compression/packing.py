@@ -46,6 +46,7 @@ def _quantize_rows(
             search=settings.scale_search,
             propagate=settings.rounding == "gptq",
             damping=settings.damping,
+            descents=settings.descents,
             return_unrounded=return_unrounded,
         )
     return codes, scale, None if rounded is None else unrounded_steps(rounded, codes, scale, group)

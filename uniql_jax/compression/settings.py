@@ -62,6 +62,7 @@ class CompressionSettings:
     rounding: str = "gptq"  # gptq | nearest
     scale_search: bool = True
     damping: float = 0.01
+    descents: int = 0  # of the codes after GPTQ, on the output error, with refitted scales
     embed_mix: float = 0.1  # weight of the plain embedding error next to the head's when one table serves both
     refit: float | None = None
     refit_ridge: float = 1e-2
