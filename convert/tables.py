@@ -80,6 +80,11 @@ def _attention(name: str) -> tuple[Row, ...]:
     )
 
 
+def _head_norms(name: str) -> tuple[Row, ...]:
+    at = f"{LAYER}.{name}"
+    return tuple(_row(f"{at}.{side}_norm.weight", "attention", f"{side}_norm", "pair qk") for side in "qk")
+
+
 def _partly_rotary(rows: tuple[Row, ...]) -> tuple[Row, ...]:
     """The same rows for heads whose last dimensions do not rotate."""
 
@@ -146,6 +151,7 @@ LLAMA: tuple[Row, ...] = (
 TABLES: dict[str, tuple[Row, ...]] = {
     "llama": LLAMA,
     "qwen2": tuple(row for row in LLAMA if not row.name.endswith("o_proj.bias")),
+    "qwen3": (*LLAMA, *_head_norms("self_attn")),
     "mamba2": _backbone((*_top("model.embeddings", "model.norm_f"), *_norm("norm", "mamba2"), *_mamba2("mixer"))),
     "bamba": (
         *_top("model.embed_tokens", "model.final_layernorm"),
@@ -170,6 +176,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
 PREFIXES: dict[str, tuple[str, ...]] = {
     "llama": ("model.", ""),
     "qwen2": ("model.", ""),
+    "qwen3": ("model.", ""),
     "mamba2": ("backbone.", ""),
     "bamba": ("model.", ""),
     "nemotron_h": ("backbone.", "model.", ""),
@@ -256,8 +263,12 @@ def laid_out(config: ModelConfig, row: Row, value: Any) -> dict[str, Any]:
         stop = start + _count(sizes, part.dims[0])
         theirs = [*outer, *" ".join(part.dims).split()]
         split = value[:, start:stop].reshape([sizes[dim] for dim in theirs])
-        ours = leaf_of(row.kind, part.leaf).dims
-        leaves[part.leaf] = split.transpose([theirs.index(dim) for dim in ours])
+        leaf = leaf_of(row.kind, part.leaf)
+        split = split.transpose([theirs.index(dim) for dim in leaf.dims if dim not in leaf.shared])
+        for place, dim in enumerate(leaf.dims):
+            if dim in leaf.shared:
+                split = split[(slice(None),) * place + (None,)].repeat(sizes[dim], place)
+        leaves[part.leaf] = split
         start = stop
     return leaves
 
@@ -270,9 +281,19 @@ def from_leaves(
     sizes = elastic.sizes(config)
     outer = row.within.split()
     for part in row.parts:
-        ours = leaf_of(row.kind, part.leaf).dims
+        leaf, value = leaf_of(row.kind, part.leaf), leaves[part.leaf]
+        for place, dim in reversed(list(enumerate(leaf.dims))):
+            if dim in leaf.shared:
+                value = _merged(value, place)
+        ours = [dim for dim in leaf.dims if dim not in leaf.shared]
         theirs = [*outer, *" ".join(part.dims).split()]
-        value = leaves[part.leaf].transpose([ours.index(dim) for dim in theirs])
+        value = value.transpose([ours.index(dim) for dim in theirs])
         pieces.append(value.reshape([_count(sizes, row.within), *(_count(sizes, dim) for dim in part.dims)]))
     value = np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
     return np.ascontiguousarray(value.reshape(-1, *value.shape[2:]))
+
+
+def _merged(value: Shaped[np.ndarray, "..."], place: int) -> Shaped[np.ndarray, "..."]:
+    """The one value that copies along a dimension share; a copy is zero where its head was cut."""
+    where = np.expand_dims(np.abs(value).argmax(place), place)
+    return np.take_along_axis(value, where, place).squeeze(place)

@@ -226,7 +226,7 @@ def write(request: Request) -> None:
         for name, value in _tensors(form, "top", None, top):
             writer.add(name, value)
         for i in request.progress(range(len(form.config.pattern)), "export"):
-            layer = checkpoint.layer(i, checkpoint.keep(rate)[i])
+            layer = checkpoint.layer(i, checkpoint.keep(rate)[i], shared_whole=True)
             for kind in form.config.pattern[i]:
                 for name, value in _tensors(form, kind, i, layer[kind]):
                     writer.add(name, value)

@@ -95,7 +95,7 @@ class Model:
             top = {"embed": top["embed"]}
         yield "", None, "top", top
         for i, keep in enumerate(self.checkpoint.keep(self.rate)):
-            layer = self.checkpoint.layer(i, keep)
+            layer = self.checkpoint.layer(i, keep, shared_whole=True)
             for kind in self.config.pattern[i]:
                 yield f"layers.{i}.{kind}.", i, kind, layer[kind]
 

@@ -42,6 +42,7 @@ UNTRUE = ("auto_map", "quantization_config", "compression_config", "_name_or_pat
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
     "mamba2": "Mamba2ForCausalLM",
     "bamba": "BambaForCausalLM",
     "nemotron_h": "NemotronHForCausalLM",
@@ -116,16 +117,20 @@ def layer_to_hf(
 
 
 def full_size(config: ModelConfig, kind: str, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Leaves at full size, zeros for what was cut: RoPE pairs at their original places, the rest in front."""
+    """Leaves at full size, zeros for what was cut: RoPE pairs at their original places, the rest in front.
+
+    `inv_freq` has the frequency of every pair that a leaf has, or of more.
+    """
     places = original_pairs(config, values["inv_freq"]) if "inv_freq" in values else None
     full = {}
     for name, value in values.items():
         leaf = elastic.BLOCKS[kind][name]
         out = np.zeros(elastic.shape(config, leaf), value.dtype)
         if leaf.axis == "qk" and places is not None:
-            shared = np.repeat(places, config.query_groups, axis=1) if "head" in leaf.dims else places
+            kept = places[: value.shape[0]]
+            kept = np.repeat(kept, config.query_groups, axis=1) if "head" in leaf.dims else kept
             head = leaf.dims.index("head" if "head" in leaf.dims else "kv_head")
-            index = shared.reshape([n if d in (0, head) else 1 for d, n in enumerate(value.shape)])
+            index = kept.reshape([n if d in (0, head) else 1 for d, n in enumerate(value.shape)])
             np.put_along_axis(out, index, value, axis=0)
         else:
             out[tuple(slice(n) for n in value.shape)] = value
@@ -285,7 +290,7 @@ def export(
             writer.add(name, cast(name, value, DTYPES[dtype]))
         del top
         for i in progress(range(len(config.pattern)), "export"):
-            for name, value in layer_to_hf(config, i, checkpoint.layer(i, keep[i]), table).items():
+            for name, value in layer_to_hf(config, i, checkpoint.layer(i, keep[i], shared_whole=True), table).items():
                 writer.add(name, cast(name, value, DTYPES[dtype]))
         writer.finish()
         (staging / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")

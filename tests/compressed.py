@@ -22,6 +22,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama-multihead": published.shrink(published.LLAMA_2_7B, **TWO),
     "llama-biased": published.shrink(published.LLAMA_3_1_8B, attention_bias=True, mlp_bias=True, head_dim=24, **TWO),
     "qwen2": published.shrink(published.QWEN2_5_05B, **TWO),
+    # norms of queries and keys, whose heads do not fill the hidden size
+    "qwen3": published.shrink(published.QWEN3_06B, **TWO),
     # several groups of B and C; half of a head rotates; attention without positions, plain MLPs
     "mamba2": published.shrink_ssm(published.MAMBA2_8B, **TWO),
     "mamba2-tied-biased": published.shrink_ssm(published.MAMBA2_130M, use_bias=True, **TWO),

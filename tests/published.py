@@ -155,6 +155,43 @@ QWEN2_5_7B: dict[str, Any] = {
     "vocab_size": 152064,
 }
 
+QWEN3_06B: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+QWEN3_8B: dict[str, Any] = QWEN3_06B | {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_window_layers": 36,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "tie_word_embeddings": False,
+}
+
 SMOLLM2_135M: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -355,6 +392,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": LLAMA_3_2_1B,
     "qwen2.5-0.5b": QWEN2_5_05B,
     "qwen2.5-7b": QWEN2_5_7B,
+    "qwen3-0.6b": QWEN3_06B,
+    "qwen3-8b": QWEN3_8B,
     "smollm2-135m": SMOLLM2_135M,
 }
 
@@ -410,7 +449,7 @@ def shrink(config: dict[str, Any], **overrides: Any) -> dict[str, Any]:
     """
     small = copy.deepcopy(config)
     query_groups = config["num_attention_heads"] // config["num_key_value_heads"]
-    kv_heads = {1: 4, 3: 3, 4: 2, 7: 2, 8: 2}[query_groups]
+    kv_heads = {1: 4, 2: 2, 3: 3, 4: 2, 7: 2, 8: 2}[query_groups]
     small.update(
         hidden_size=kv_heads * query_groups * 16,
         intermediate_size=160,

@@ -20,7 +20,7 @@ from tests import published, reference
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import decode, init_cache, prefill
 
-FAMILIES = ["llama-3.1-8b", "qwen2.5-0.5b", "mamba2-8b", "bamba-9b-v2", "nemotron-h-8b"]
+FAMILIES = ["llama-3.1-8b", "qwen2.5-0.5b", "qwen3-0.6b", "mamba2-8b", "bamba-9b-v2", "nemotron-h-8b"]
 MOST = 1.5
 """Largest error over that of transformers: the same number of roundings in another order stays well below."""
 STREAMS = (1.0, 10.0)

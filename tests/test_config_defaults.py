@@ -20,6 +20,7 @@ from uniql_jax.config.defaults import DEFAULTS
 NAMES = {
     "llama": "llama-3.2-1b",
     "qwen2": "qwen2.5-0.5b",
+    "qwen3": "qwen3-0.6b",
     "mamba2": "mamba2-8b",
     "bamba": "bamba-9b-v2",
     "nemotron_h": "nemotron-h-8b",
@@ -29,6 +30,7 @@ CHANGED: dict[str, dict[str, Any]] = {
         rms_norm_eps=1e-3, attention_bias=True, mlp_bias=True, rope_theta=700.0, rope_scaling=None, bos_token_id=3
     ),
     "qwen2": dict(rms_norm_eps=1e-3, rope_theta=700.0, bos_token_id=3, eos_token_id=[4, 5]),
+    "qwen3": dict(rms_norm_eps=1e-3, rope_theta=700.0, bos_token_id=3, eos_token_id=[4, 5], attention_bias=True),
     "mamba2": dict(
         layer_norm_epsilon=1e-3, conv_kernel=3, chunk_size=8, use_bias=True, time_step_limit=[0.05, 0.2], n_groups=2
     ),

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from transformers.models.bamba.modeling_bamba import BambaRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from tests import published, reference
 from uniql_jax.config import ConfigError, from_hf
@@ -20,6 +21,7 @@ from uniql_jax.config import ConfigError, from_hf
 MODELS = {
     "llama": ("llama-2-7b", LlamaRotaryEmbedding),
     "qwen2": ("qwen2.5-0.5b", Qwen2RotaryEmbedding),
+    "qwen3": ("qwen3-0.6b", Qwen3RotaryEmbedding),
     "bamba": ("bamba-9b-v2", BambaRotaryEmbedding),
 }
 LLAMA3 = {

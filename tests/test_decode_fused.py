@@ -21,6 +21,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "llama": dict(hidden_size=256, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2, head_dim=64),
     # biases, and groups of 112 in o: 7 heads
     "qwen2": dict(hidden_size=256, intermediate_size=256, num_attention_heads=7, num_key_value_heads=1, head_dim=32),
+    "qwen3": dict(hidden_size=256, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=32),
     "mamba2": dict(hidden_size=256, expand=1, num_heads=8, head_dim=32, state_size=32, n_groups=2),
     "bamba": dict(
         hidden_size=256,
@@ -50,6 +51,7 @@ SIZES: dict[str, dict[str, Any]] = {
 BASE = {
     "llama": published.LLAMA_3_1_8B,
     "qwen2": published.QWEN2_5_7B,
+    "qwen3": published.QWEN3_8B,
     "mamba2": published.MAMBA2_8B,
     "bamba": published.BAMBA_9B_V2,
     "nemotron_h": published.NEMOTRON_H_8B,
@@ -98,7 +100,7 @@ def distance(got: Any, want: Any) -> float:
 MORE = [pytest.param(0.0, 1, True, marks=pytest.mark.slow), pytest.param(0.25, 1, False, marks=pytest.mark.slow)]
 
 
-OFTEN = ("llama", "mamba2")
+OFTEN = ("qwen3", "mamba2")
 
 
 @pytest.mark.parametrize(

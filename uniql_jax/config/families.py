@@ -107,8 +107,16 @@ def _qwen2(keys: Keys) -> ModelConfig:
     return config
 
 
+def _qwen3(keys: Keys) -> ModelConfig:
+    keys.size("head_dim")  # null is no value here, as in transformers
+    bias = keys.flag("attention_bias")
+    config = ModelConfig(**_transformer(keys), qkv_bias=bias, o_bias=bias, qk_norm=True)
+    _refuse_sliding(keys, config)
+    return config
+
+
 def _refuse_sliding(keys: Keys, config: ModelConfig) -> None:
-    """Refuse a qwen2 in which attention slides: a layer of that kind, and a window shorter than the longest text."""
+    """Refuse a qwen in which attention slides: a layer of that kind, and a window shorter than the longest text."""
     layers = len(config.pattern)
     window = keys.size_or("sliding_window", None, least=0)
     window = window if keys.flag("use_sliding_window") else None
@@ -260,4 +268,11 @@ def _nemotron_h(keys: Keys) -> ModelConfig:
     )
 
 
-FAMILIES = {"llama": _llama, "qwen2": _qwen2, "mamba2": _mamba2, "bamba": _bamba, "nemotron_h": _nemotron_h}
+FAMILIES = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "mamba2": _mamba2,
+    "bamba": _bamba,
+    "nemotron_h": _nemotron_h,
+}

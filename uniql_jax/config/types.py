@@ -115,6 +115,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False  # queries and keys of a head are normed before they rotate
     residual_fp32: bool = False  # the stream between blocks stays in float32 where these compute in fewer bits
     max_position: int = 2048
     bos_id: int | None = None
