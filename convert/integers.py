@@ -93,10 +93,10 @@ class Blocks:
         return -(-(end + self.spare) // self.size) * self.size
 
     def pad(self, values: Shaped[np.ndarray, "..."], axis: int) -> Shaped[np.ndarray, "..."]:
-        """Values along the dimension with zeros between the groups."""
-        if self.total == self.width:
+        """Values along the dimension, or its first ones, with zeros between the groups and behind."""
+        if self.total == values.shape[axis]:
             return values
-        entry = np.arange(self.width)
+        entry = np.arange(values.shape[axis])
         out = np.zeros((*values.shape[:axis], self.total, *values.shape[axis + 1 :]), values.dtype)
         out[(slice(None),) * axis + (entry // self.group * self.step + entry % self.group,)] = values
         return out

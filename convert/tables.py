@@ -112,6 +112,16 @@ def _mlp(name: str) -> tuple[Row, ...]:
     )
 
 
+def _packed_mlp(name: str) -> tuple[Row, ...]:
+    """Gate and up in one tensor, one after the other."""
+    at = f"{LAYER}.{name}"
+    parts = tuple(Part(leaf, ("ffn", "embed")) for leaf in ("gate", "up"))
+    return (
+        Row(f"{at}.input_linear.weight", "mlp", parts),
+        _row(f"{at}.output_linear.weight", "mlp", "down", "embed", "ffn"),
+    )
+
+
 def _mamba2(name: str) -> tuple[Row, ...]:
     at = f"{LAYER}.{name}"
     channels, states = "mamba_head ssm_head", "mamba_group ssm_state"
@@ -147,11 +157,23 @@ LLAMA: tuple[Row, ...] = (
     *_norm("post_attention_layernorm", "mlp"),
     *_mlp("mlp"),
 )
+QWEN3: tuple[Row, ...] = (*LLAMA, *_head_norms("self_attn"))
 
 TABLES: dict[str, tuple[Row, ...]] = {
     "llama": LLAMA,
     "qwen2": tuple(row for row in LLAMA if not row.name.endswith("o_proj.bias")),
-    "qwen3": (*LLAMA, *_head_norms("self_attn")),
+    "qwen3": QWEN3,
+    "mistral": LLAMA,
+    "smollm3": LLAMA,
+    "granite": LLAMA,
+    "granitemoehybrid": (
+        *_top("model.embed_tokens", "model.norm"),
+        *_norm("input_layernorm", "attention", "mamba2"),
+        *_attention("self_attn"),
+        *_mamba2("mamba"),
+        *_norm("post_attention_layernorm", "mlp"),
+        *_packed_mlp("shared_mlp"),
+    ),
     "mamba2": _backbone((*_top("model.embeddings", "model.norm_f"), *_norm("norm", "mamba2"), *_mamba2("mixer"))),
     "bamba": (
         *_top("model.embed_tokens", "model.final_layernorm"),
@@ -173,12 +195,8 @@ TABLES: dict[str, tuple[Row, ...]] = {
 }
 """By HF's model_type."""
 
-PREFIXES: dict[str, tuple[str, ...]] = {
-    "llama": ("model.", ""),
-    "qwen2": ("model.", ""),
-    "qwen3": ("model.", ""),
+PREFIXES: dict[str, tuple[str, ...]] = dict.fromkeys(TABLES, ("model.", "")) | {
     "mamba2": ("backbone.", ""),
-    "bamba": ("model.", ""),
     "nemotron_h": ("backbone.", "model.", ""),
 }
 """What may stand before a tensor's name, the table's own first; files of base models (LlamaModel) have nothing."""

@@ -22,6 +22,7 @@ from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
 from uniql_jax.convert.exporting import Progress
+from uniql_jax.convert.leaves import top_factors
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardWriter, copy_side_files
 from uniql_jax.outputs import check_output, check_space, staged_output
@@ -43,6 +44,10 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
     "mamba2": "Mamba2ForCausalLM",
     "bamba": "BambaForCausalLM",
     "nemotron_h": "NemotronHForCausalLM",
@@ -73,6 +78,8 @@ def original_pairs(config: ModelConfig, inv_freq: Float[np.ndarray, "kept kv_hea
     places: dict[float, list[int]] = {}
     for place, frequency in reversed(list(enumerate(config.rope.inv_freq().tolist()))):
         places.setdefault(frequency, []).append(place)
+    if 0.0 not in places and not np.any(inv_freq):  # a layer that does not rotate: no pair differs from another
+        return np.broadcast_to(np.arange(len(inv_freq))[:, None], inv_freq.shape)
     found = np.empty(inv_freq.shape, np.int64)
     for head in range(inv_freq.shape[1]):
         free = {frequency: list(stack) for frequency, stack in places.items()}
@@ -163,7 +170,7 @@ def top_to_hf(config: ModelConfig, top: Mapping[str, Any], table: tuple[tables.R
     """embed, norm and head by their HF names, float32; no head where the embedding serves as it.
 
     A `head_in` matrix (rotated models apply it to the normed stream x) is multiplied into the head:
-    (x @ head_in) @ head.T = x @ (head @ head_in.T).T.
+    (x @ head_in) @ head.T = x @ (head @ head_in.T).T. Scales of the embedding and the logits are the family's again.
 
     Args:
         config: the model.
@@ -177,6 +184,8 @@ def top_to_hf(config: ModelConfig, top: Mapping[str, Any], table: tuple[tables.R
     head_in = leaves.pop("head_in", None)
     if head_in is not None:
         leaves["head"] = leaves.get("head", leaves["embed"]) @ head_in.T
+    factors = top_factors(config, "head" not in leaves)
+    leaves |= {name: leaves[name] / np.float32(factor) for name, factor in factors.items() if factor != 1.0}
     table = table or tables.TABLES[config.model_type]
     rows = [row for row in table if row.kind == "top" and all(part.leaf in leaves for part in row.parts)]
     return {row.name: tables.from_leaves(config, row, leaves) for row in rows}

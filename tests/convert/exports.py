@@ -28,6 +28,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "biased": published.shrink(published.LLAMA_3_1_8B, attention_bias=True, mlp_bias=True, head_dim=24, **SMALL),
     # more rows than tokens
     "qwen2": published.shrink(published.QWEN2_5_05B, **SMALL | {"vocab_size": tiny.VOCAB + 8}),
+    # norms of heads
+    "qwen3": published.shrink(published.QWEN3_06B, **SMALL),
 }
 
 

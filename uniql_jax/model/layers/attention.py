@@ -58,7 +58,7 @@ def project(
 def normed_heads(
     config: ModelConfig, leaves: Leaves, q: Float[Array, "b t p w n"], k: Float[Array, "b t p w g"]
 ) -> tuple[Float[Array, "b t p w n"], Float[Array, "b t p w g"]]:
-    """Queries and keys, each head divided by its root mean square and multiplied by the learned gains, if it has any."""
+    """Queries and keys, each head divided by its root mean square and multiplied by learned gains, if there are any."""
     if "q_norm" not in leaves:
         return q, k
     size, eps = config.head_dim, config.norm_eps  # the original size: a pruned head is one with zeros in it

@@ -154,7 +154,7 @@ def mamba2(
         SsmToken(**found),
         weights,
         Window(state.x, state.b, state.c, state.state),
-        Limits(ssm.dt_min, ssm.dt_max, config.norm_eps, width),
+        Limits(ssm.dt_min, ssm.dt_max, config.gate_norm_eps, width),
         blocked=_blocked(leaves["out"], batch),
         coming=step.coming[1],
     )

@@ -17,7 +17,7 @@ def rms_norm(x: Float[Array, "... h"], weight: Float[Array, " h"], eps: float) -
 def head_norm(
     x: Float[Array, "b t p w n"], gain: Float[Array, "p w n"], size: int, eps: float
 ) -> Float[Array, "b t p w n"]:
-    """`rms_norm` of every head over its pairs [p, w]; what was cut counts as zero in a mean over all of `size` entries."""
+    """`rms_norm` of every head over its pairs [p, w]: the mean is one over `size` entries, what was cut being zero."""
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.sum(wide * wide, axis=(2, 3), keepdims=True) / size + eps)
     return (wide * scale).astype(x.dtype) * gain.astype(x.dtype)
