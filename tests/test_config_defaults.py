@@ -116,7 +116,7 @@ def test_an_absent_key_means_what_it_means_to_transformers(tmp_path, family, key
         return
     try:
         config = theirs(without, tmp_path)
-    except StrictDataclassClassValidationError:  # SSM heads that do not fill the default hidden size, or alike
+    except (StrictDataclassClassValidationError, IndexError):  # SSM heads that do not fill the default size, or alike
         assert isinstance(reading(without), str)
         return
     if not hasattr(config, key):  # keys of other tools, and qwen2's head_dim: what transformers does without them

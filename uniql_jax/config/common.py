@@ -62,6 +62,7 @@ def transformer_fields(keys: Keys, partial: float | None = None, base: float = T
 
 
 def make_ssm(**sizes: Any) -> Ssm:
+    """The description of SSM blocks; ConfigError where heads do not fill groups."""
     ssm = Ssm(**sizes)
     if ssm.heads % ssm.groups:
         raise ConfigError(f"{ssm.heads} SSM heads cannot share {ssm.groups} groups evenly")

@@ -10,17 +10,20 @@ from uniql_jax.config.types import ConfigError, ModelConfig
 
 
 def llama(keys: Keys) -> ModelConfig:
+    """Read a llama config."""
     bias = keys.flag("attention_bias")
     return ModelConfig(**transformer_fields(keys), qkv_bias=bias, o_bias=bias, mlp_bias=keys.flag("mlp_bias"))
 
 
 def qwen2(keys: Keys) -> ModelConfig:
+    """Read a qwen2 config."""
     config = ModelConfig(**transformer_fields(keys), qkv_bias=True)
     _refuse_qwen_sliding(keys, config)
     return config
 
 
 def qwen3(keys: Keys) -> ModelConfig:
+    """Read a qwen3 config."""
     keys.size("head_dim")  # null is no value here, as in transformers
     bias = keys.flag("attention_bias")
     config = ModelConfig(**transformer_fields(keys), qkv_bias=bias, o_bias=bias, qk_norm=True)
@@ -36,6 +39,8 @@ def _refuse_qwen_sliding(keys: Keys, config: ModelConfig) -> None:
 
 
 def mistral(keys: Keys) -> ModelConfig:
+    """Read a mistral config."""
+    keys.size("num_key_value_heads")  # null is no value here, as in transformers
     config = ModelConfig(**transformer_fields(keys))
     window = keys.size_or("sliding_window", None)
     if window is not None and window < config.max_position:
@@ -48,6 +53,7 @@ def mistral(keys: Keys) -> ModelConfig:
 
 
 def smollm3(keys: Keys) -> ModelConfig:
+    """Read a smollm3 config."""
     common = transformer_fields(keys, base=2e6)
     layers, interval = len(common["pattern"]), keys.size("no_rope_layer_interval")
     rotates = list(keys.ids("no_rope_layers", alone=False))  # a 1 for a layer that rotates, whatever the name says
@@ -89,6 +95,7 @@ def _refuse_sliding(keys: Keys, config: ModelConfig, window: int | None, slides:
 
 
 def granite(keys: Keys) -> ModelConfig:
+    """Read a granite config."""
     common = transformer_fields(keys)
     bias = keys.flag("attention_bias")
     biases = dict(qkv_bias=bias, o_bias=bias, mlp_bias=keys.flag("mlp_bias"))

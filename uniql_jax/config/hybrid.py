@@ -14,6 +14,7 @@ NO_ATTENTION: dict[str, Any] = dict(heads=0, kv_heads=0, head_dim=0, rope=None)
 
 
 def mamba2(keys: Keys) -> ModelConfig:
+    """Read a mamba2 config."""
     keys.activation("hidden_act")
     heads, head_dim = keys.size("num_heads"), keys.size("head_dim")
     if heads * head_dim != keys.size("hidden_size") * keys.size("expand"):
@@ -65,6 +66,7 @@ def _mamba_layers(keys: Keys, hidden: int, norm_eps: float | None = None) -> Ssm
 
 
 def bamba(keys: Keys) -> ModelConfig:
+    """Read a bamba config."""
     # Half of a head rotates unless the rope dictionary says otherwise; a factor outside it is ignored.
     common = transformer_fields(keys, partial=0.5)
     layers = len(common["pattern"])
@@ -82,28 +84,40 @@ _GRANITE_BLOCKS: dict[str, str] = dict.fromkeys(("mamba", "linear_attention"), "
 _GRANITE_BLOCKS |= dict.fromkeys(("attention", "full_attention"), "attention")
 
 
+def _granite_pattern(keys: Keys, layers: int) -> tuple[str, ...]:
+    """The first block of every layer, listed under one of two names or under both."""
+    found: set[tuple[str, ...]] = set()
+    for key in ("layer_types", "layers_block_type"):
+        listed = keys.words(key)
+        if not listed:
+            continue
+        for block in listed:
+            if block not in _GRANITE_BLOCKS:
+                raise ConfigError(f"{shown(block)} layers are not supported ({key})")
+        if len(listed) != layers:
+            raise ConfigError(f"{key} in config.json lists {len(listed)} layers, num_hidden_layers says {layers}")
+        found.add(tuple(_GRANITE_BLOCKS[block] for block in listed))
+    if len(found) > 1:
+        raise ConfigError("layer_types and layers_block_type in config.json list different layers")
+    return found.pop() if found else ("mamba2",) * layers
+
+
 def granitemoehybrid(keys: Keys) -> ModelConfig:
-    if keys.size("num_local_experts", least=0):
-        raise ConfigError(
-            f"num_local_experts in config.json is {keys.raw('num_local_experts')}: not 0; experts are not supported"
-        )
+    """Read a granitemoehybrid config."""
+    if experts := keys.size("num_local_experts", least=0):
+        raise ConfigError(f"num_local_experts in config.json is {experts}: mixtures of experts are not supported")
     common = transformer_fields(keys)
     layers, eps = len(common["pattern"]), common["norm_eps"]
-    blocks = keys.words("layer_types") or keys.words("layers_block_type") or ["linear_attention"] * layers
-    if len(blocks) != layers:
-        raise ConfigError(f"layer_types in config.json lists {len(blocks)} layers, num_hidden_layers says {layers}")
-    for block in blocks:
-        if block not in _GRANITE_BLOCKS:
-            raise ConfigError(f"{shown(block)} layers are not supported (layer_types)")
+    pattern = _granite_pattern(keys, layers)
     positions = keys.raw("position_embedding_type")
     if positions not in ("rope", "nope", None):
         raise refuse("position_embedding_type", positions, '"rope", "nope" or null')
     ssm, bias = _mamba_layers(keys, common["hidden_size"], norm_eps=eps), keys.flag("attention_bias")
     common |= scale_fields(keys, eps) | dict(
-        pattern=tuple((_GRANITE_BLOCKS[block], "mlp") for block in blocks),
+        pattern=tuple((block, "mlp") for block in pattern),
         intermediate_size=keys.size("shared_intermediate_size"),
         rope=common["rope"] if positions == "rope" else None,
-        ssm=ssm if any(_GRANITE_BLOCKS[block] == "mamba2" for block in blocks) else None,
+        ssm=ssm if "mamba2" in pattern else None,
     )
     return ModelConfig(**common, qkv_bias=bias, o_bias=bias)
 
@@ -140,6 +154,7 @@ def _nemotron_blocks(keys: Keys) -> list[str]:
 
 
 def nemotron_h(keys: Keys) -> ModelConfig:
+    """Read a nemotron_h config."""
     hf = dict(keys.hf)
     keys = Keys(hf | {new: hf[old] for old, new in _NEMOTRON_OLD_KEYS.items() if old in hf}, DEFAULTS["nemotron_h"])
     keys.activation("mamba_hidden_act")
