@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from uniql_jax.convert.tables import LLAMA, QWEN3, Part, Row
+from uniql_jax.convert.rows import Part, Row
+from uniql_jax.convert.tables import LLAMA, QWEN3
 
 _NAMES = {
     "model.embed_tokens": "token_embd",

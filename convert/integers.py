@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Shaped
 
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
-from uniql_jax.convert.to_hf import full_size
+from uniql_jax.convert.full_size import full_size
 from uniql_jax.weights.quantized import SHIFTS, QuantizedArray
 
 MOST = 2.0

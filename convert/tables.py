@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,148 +16,35 @@ from jaxtyping import Float, Shaped
 
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
+from uniql_jax.convert.rows import (
+    Part as Part,
+)
+from uniql_jax.convert.rows import (
+    Row,
+    attention,
+    backbone,
+    head_norms,
+    mamba2,
+    mlp,
+    norm,
+    packed_mlp,
+    partly_rotary,
+    top,
+)
 from uniql_jax.elastic import Leaf
 
 RAW: dict[str, dict[str, Leaf]] = {"attention": {"v_bias": Leaf(("vo", "kv_head"))}}
 """Leaves that checkpoints have and the core has not: they are folded into others while reading."""
 
 
-LAYER = "model.layers.{layer}"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One leaf inside a foreign tensor; each entry of `dims` is one dimension there, a product of our named ones ("" is
-    a dimension of one).
-    """
-
-    leaf: str
-    dims: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A foreign tensor: its name ({layer} stands for the number), its block ("top" outside layers), what it holds.
-
-    Several parts are stacked along the tensor's first dimension; with `within`, inside each entry of that dimension of
-    ours, which then is the slower part of the first one.
-    """
-
-    name: str
-    kind: str
-    parts: tuple[Part, ...]
-    within: str = ""
-
-
-def _row(name: str, kind: str, leaf: str, *dims: str) -> Row:
-    return Row(name, kind, (Part(leaf, dims),))
-
-
-def _top(embed: str, norm: str) -> tuple[Row, ...]:
-    return (
-        _row(f"{embed}.weight", "top", "embed", "vocab", "embed"),
-        _row(f"{norm}.weight", "top", "norm", "embed"),
-        _row("lm_head.weight", "top", "head", "vocab", "embed"),
-    )
-
-
-def _norm(name: str, *kinds: str) -> tuple[Row, ...]:
-    return tuple(_row(f"{LAYER}.{name}.weight", kind, "norm", "embed") for kind in kinds)
-
-
-def _attention(name: str) -> tuple[Row, ...]:
-    # RoPE turns dimension j of a head together with j + d/2: "pair" is slower than "qk".
-    at = f"{LAYER}.{name}"
-    return (
-        _row(f"{at}.q_proj.weight", "attention", "q", "head pair qk", "embed"),
-        _row(f"{at}.q_proj.bias", "attention", "q_bias", "head pair qk"),
-        _row(f"{at}.k_proj.weight", "attention", "k", "kv_head pair qk", "embed"),
-        _row(f"{at}.k_proj.bias", "attention", "k_bias", "kv_head pair qk"),
-        _row(f"{at}.v_proj.weight", "attention", "v", "kv_head vo", "embed"),
-        _row(f"{at}.v_proj.bias", "attention", "v_bias", "kv_head vo"),
-        _row(f"{at}.o_proj.weight", "attention", "o", "embed", "head vo"),
-        _row(f"{at}.o_proj.bias", "attention", "o_bias", "embed"),
-    )
-
-
-def _head_norms(name: str) -> tuple[Row, ...]:
-    at = f"{LAYER}.{name}"
-    return tuple(_row(f"{at}.{side}_norm.weight", "attention", f"{side}_norm", "pair qk") for side in "qk")
-
-
-def _partly_rotary(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """The same rows for heads whose last dimensions do not rotate."""
-
-    def split(row: Row) -> Row:
-        leaf, dims = row.parts[0].leaf, row.parts[0].dims
-        if leaf not in ("q", "k", "q_bias", "k_bias"):
-            return row
-        letter, _, ending = leaf.partition("_")
-        passed = f"{letter}_pass" + (f"_{ending}" if ending else "")
-        head, _ = dims[0].split(" ", 1)
-        return Row(row.name, row.kind, (Part(leaf, ("pair qk", *dims[1:])), Part(passed, ("qk_pass", *dims[1:]))), head)
-
-    return tuple(split(row) for row in rows)
-
-
-def _mlp(name: str) -> tuple[Row, ...]:
-    at = f"{LAYER}.{name}"
-    return (
-        _row(f"{at}.gate_proj.weight", "mlp", "gate", "ffn", "embed"),
-        _row(f"{at}.gate_proj.bias", "mlp", "gate_bias", "ffn"),
-        _row(f"{at}.up_proj.weight", "mlp", "up", "ffn", "embed"),
-        _row(f"{at}.up_proj.bias", "mlp", "up_bias", "ffn"),
-        _row(f"{at}.down_proj.weight", "mlp", "down", "embed", "ffn"),
-        _row(f"{at}.down_proj.bias", "mlp", "down_bias", "embed"),
-    )
-
-
-def _packed_mlp(name: str) -> tuple[Row, ...]:
-    """Gate and up in one tensor, one after the other."""
-    at = f"{LAYER}.{name}"
-    parts = tuple(Part(leaf, ("ffn", "embed")) for leaf in ("gate", "up"))
-    return (
-        Row(f"{at}.input_linear.weight", "mlp", parts),
-        _row(f"{at}.output_linear.weight", "mlp", "down", "embed", "ffn"),
-    )
-
-
-def _mamba2(name: str) -> tuple[Row, ...]:
-    at = f"{LAYER}.{name}"
-    channels, states = "mamba_head ssm_head", "mamba_group ssm_state"
-
-    def stacked(tensor: str, leaves: dict[str, str], *rest: str) -> Row:
-        return Row(f"{at}.{tensor}", "mamba2", tuple(Part(leaf, (dims, *rest)) for leaf, dims in leaves.items()))
-
-    wide = {"z": channels, "x": channels, "b": states, "c": states, "dt": "mamba_head"}
-    convolved = {"conv_x": channels, "conv_b": states, "conv_c": states}
-    biases = {"dt_proj_bias" if leaf == "dt" else f"{leaf}_bias": dims for leaf, dims in wide.items()}
-    return (
-        stacked("in_proj.weight", wide, "embed"),
-        stacked("in_proj.bias", biases),
-        stacked("conv1d.weight", convolved, "", "conv"),
-        stacked("conv1d.bias", {f"{leaf}_bias": dims for leaf, dims in convolved.items()}),
-        _row(f"{at}.dt_bias", "mamba2", "dt_bias", "mamba_head"),
-        _row(f"{at}.A_log", "mamba2", "a_log", "mamba_head"),
-        _row(f"{at}.D", "mamba2", "d", "mamba_head"),
-        _row(f"{at}.norm.weight", "mamba2", "gate_norm", channels),
-        _row(f"{at}.out_proj.weight", "mamba2", "out", "embed", channels),
-        _row(f"{at}.out_proj.bias", "mamba2", "out_bias", "embed"),
-    )
-
-
-def _backbone(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    return tuple(replace(row, name=row.name.replace("model.", "backbone.", 1)) for row in rows)
-
-
 LLAMA: tuple[Row, ...] = (
-    *_top("model.embed_tokens", "model.norm"),
-    *_norm("input_layernorm", "attention"),
-    *_attention("self_attn"),
-    *_norm("post_attention_layernorm", "mlp"),
-    *_mlp("mlp"),
+    *top("model.embed_tokens", "model.norm"),
+    *norm("input_layernorm", "attention"),
+    *attention("self_attn"),
+    *norm("post_attention_layernorm", "mlp"),
+    *mlp("mlp"),
 )
-QWEN3: tuple[Row, ...] = (*LLAMA, *_head_norms("self_attn"))
+QWEN3: tuple[Row, ...] = (*LLAMA, *head_norms("self_attn"))
 
 TABLES: dict[str, tuple[Row, ...]] = {
     "llama": LLAMA,
@@ -167,35 +54,36 @@ TABLES: dict[str, tuple[Row, ...]] = {
     "smollm3": LLAMA,
     "granite": LLAMA,
     "granitemoehybrid": (
-        *_top("model.embed_tokens", "model.norm"),
-        *_norm("input_layernorm", "attention", "mamba2"),
-        *_attention("self_attn"),
-        *_mamba2("mamba"),
-        *_norm("post_attention_layernorm", "mlp"),
-        *_packed_mlp("shared_mlp"),
+        *top("model.embed_tokens", "model.norm"),
+        *norm("input_layernorm", "attention", "mamba2"),
+        *attention("self_attn"),
+        *mamba2("mamba"),
+        *norm("post_attention_layernorm", "mlp"),
+        *packed_mlp("shared_mlp"),
     ),
-    "mamba2": _backbone((*_top("model.embeddings", "model.norm_f"), *_norm("norm", "mamba2"), *_mamba2("mixer"))),
+    "mamba2": backbone((*top("model.embeddings", "model.norm_f"), *norm("norm", "mamba2"), *mamba2("mixer"))),
     "bamba": (
-        *_top("model.embed_tokens", "model.final_layernorm"),
-        *_norm("input_layernorm", "attention", "mamba2"),
-        *_partly_rotary(_attention("self_attn")),
-        *_mamba2("mamba"),
-        *_norm("pre_ff_layernorm", "mlp"),
-        *_mlp("feed_forward"),
+        *top("model.embed_tokens", "model.final_layernorm"),
+        *norm("input_layernorm", "attention", "mamba2"),
+        *partly_rotary(attention("self_attn")),
+        *mamba2("mamba"),
+        *norm("pre_ff_layernorm", "mlp"),
+        *mlp("feed_forward"),
     ),
-    "nemotron_h": _backbone(
+    "nemotron_h": backbone(
         (
-            *_top("model.embeddings", "model.norm_f"),
-            *_norm("norm", "attention", "mamba2", "mlp"),
-            *_attention("mixer"),
-            *_mamba2("mixer"),
-            *_mlp("mixer"),
+            *top("model.embeddings", "model.norm_f"),
+            *norm("norm", "attention", "mamba2", "mlp"),
+            *attention("mixer"),
+            *mamba2("mixer"),
+            *mlp("mixer"),
         )
     ),
 }
 """By HF's model_type."""
 
-PREFIXES: dict[str, tuple[str, ...]] = dict.fromkeys(TABLES, ("model.", "")) | {
+PREFIXES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(TABLES, ("model.", "")),
     "mamba2": ("backbone.", ""),
     "nemotron_h": ("backbone.", "model.", ""),
 }

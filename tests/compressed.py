@@ -35,7 +35,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": published.shrink_ssm(
         published.GRANITE_4_0_H_MICRO, num_hidden_layers=2, layer_types=["mamba", "attention"], mamba_n_groups=2
     ),
-    "nemotron_h": published.shrink_ssm(published.NEMOTRON_H_8B, hybrid_override_pattern="M-*", num_hidden_layers=3),
+    "nemotron_h": published.shrink_ssm(
+        published.NEMOTRON_NANO_9B_V2, hybrid_override_pattern="M-*", num_hidden_layers=3
+    ),
 }
 RATES = (0.05, 0.15, 0.25, 0.35)
 

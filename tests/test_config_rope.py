@@ -84,7 +84,9 @@ WHOLE: dict[str, dict[str, Any]] = {
     "yarn without original": {"rope_scaling": {"type": "yarn", "factor": 4.0}},
 }
 """Settings that scale attention, which is served where whole heads rotate."""
-CASES = [(family, name) for family in MODELS for name in SETTINGS] + [(family, name) for family in ("llama", "qwen3", "granite") for name in WHOLE]
+CASES = [(family, name) for family in MODELS for name in SETTINGS] + [
+    (family, name) for family in ("llama", "qwen3", "granite") for name in WHOLE
+]
 PARTS = ("partial outside", "partial inside")
 
 

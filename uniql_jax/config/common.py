@@ -61,6 +61,12 @@ def transformer_fields(keys: Keys, partial: float | None = None, base: float = T
     )
 
 
+def bias_fields(keys: Keys, mlp: bool = True) -> dict[str, Any]:
+    """The switches of biases; `mlp` says whether the family has one for those of its MLPs."""
+    bias = keys.flag("attention_bias")
+    return dict(qkv_bias=bias, o_bias=bias, mlp_bias=mlp and keys.flag("mlp_bias"))
+
+
 def make_ssm(**sizes: Any) -> Ssm:
     """The description of SSM blocks; ConfigError where heads do not fill groups."""
     ssm = Ssm(**sizes)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from uniql_jax.config.common import MOST_LAYERS, scale_fields, transformer_fields
+from uniql_jax.config.common import MOST_LAYERS, bias_fields, scale_fields, transformer_fields
 from uniql_jax.config.keys import Keys, refuse, shown
 from uniql_jax.config.types import ConfigError, ModelConfig
 
 
 def llama(keys: Keys) -> ModelConfig:
     """Read a llama config."""
-    bias = keys.flag("attention_bias")
-    return ModelConfig(**transformer_fields(keys), qkv_bias=bias, o_bias=bias, mlp_bias=keys.flag("mlp_bias"))
+    return ModelConfig(**transformer_fields(keys), **bias_fields(keys))
 
 
 def qwen2(keys: Keys) -> ModelConfig:
@@ -25,8 +24,7 @@ def qwen2(keys: Keys) -> ModelConfig:
 def qwen3(keys: Keys) -> ModelConfig:
     """Read a qwen3 config."""
     keys.size("head_dim")  # null is no value here, as in transformers
-    bias = keys.flag("attention_bias")
-    config = ModelConfig(**transformer_fields(keys), qkv_bias=bias, o_bias=bias, qk_norm=True)
+    config = ModelConfig(**transformer_fields(keys), **bias_fields(keys, mlp=False), qk_norm=True)
     _refuse_qwen_sliding(keys, config)
     return config
 
@@ -64,9 +62,7 @@ def smollm3(keys: Keys) -> ModelConfig:
     unrotated = tuple(i for i in range(layers) if not rotates[i])
     if unrotated and common["rope"].attention_factor != 1.0:
         raise ConfigError("yarn with an attention factor is supported where all layers rotate only (no_rope_layers)")
-    bias = keys.flag("attention_bias")
-    biases = dict(qkv_bias=bias, o_bias=bias, mlp_bias=keys.flag("mlp_bias"))
-    config = ModelConfig(**common, **biases, unrotated=unrotated)
+    config = ModelConfig(**common, **bias_fields(keys), unrotated=unrotated)
     window = keys.size_or("sliding_window", None, least=0)
     window = window if keys.flag("use_sliding_window") else None
     _refuse_sliding(keys, config, window, lambda layer: layer in unrotated)
@@ -97,6 +93,4 @@ def _refuse_sliding(keys: Keys, config: ModelConfig, window: int | None, slides:
 def granite(keys: Keys) -> ModelConfig:
     """Read a granite config."""
     common = transformer_fields(keys)
-    bias = keys.flag("attention_bias")
-    biases = dict(qkv_bias=bias, o_bias=bias, mlp_bias=keys.flag("mlp_bias"))
-    return ModelConfig(**common | scale_fields(keys, common["norm_eps"]), **biases)
+    return ModelConfig(**common | scale_fields(keys, common["norm_eps"]), **bias_fields(keys))

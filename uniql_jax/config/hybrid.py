@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from uniql_jax.config.common import MOST_LAYERS, make_ssm, scale_fields, shared_fields, transformer_fields
+from uniql_jax.config.common import MOST_LAYERS, bias_fields, make_ssm, scale_fields, shared_fields, transformer_fields
 from uniql_jax.config.defaults import DEFAULTS
 from uniql_jax.config.keys import Keys, number, refuse, shown
 from uniql_jax.config.types import ConfigError, ModelConfig, Ssm
@@ -75,9 +75,7 @@ def bamba(keys: Keys) -> ModelConfig:
     kinds = keys.words("layers_block_type") or keys.words("layer_types") or []
     attention |= {i for i, kind in enumerate(kinds) if kind in ("attention", "full_attention")}
     common["pattern"] = tuple(("attention" if i in attention else "mamba2", "mlp") for i in range(layers))
-    bias = keys.flag("attention_bias")
-    biases = dict(qkv_bias=bias, o_bias=bias, mlp_bias=keys.flag("mlp_bias"))
-    return ModelConfig(**common, **biases, ssm=_mamba_layers(keys, common["hidden_size"]))
+    return ModelConfig(**common, **bias_fields(keys), ssm=_mamba_layers(keys, common["hidden_size"]))
 
 
 _GRANITE_BLOCKS: dict[str, str] = dict.fromkeys(("mamba", "linear_attention"), "mamba2")
@@ -112,14 +110,14 @@ def granitemoehybrid(keys: Keys) -> ModelConfig:
     positions = keys.raw("position_embedding_type")
     if positions not in ("rope", "nope", None):
         raise refuse("position_embedding_type", positions, '"rope", "nope" or null')
-    ssm, bias = _mamba_layers(keys, common["hidden_size"], norm_eps=eps), keys.flag("attention_bias")
+    ssm = _mamba_layers(keys, common["hidden_size"], norm_eps=eps)
     common |= scale_fields(keys, eps) | dict(
         pattern=tuple((block, "mlp") for block in pattern),
         intermediate_size=keys.size("shared_intermediate_size"),
         rope=common["rope"] if positions == "rope" else None,
         ssm=ssm if "mamba2" in pattern else None,
     )
-    return ModelConfig(**common, qkv_bias=bias, o_bias=bias)
+    return ModelConfig(**common, **bias_fields(keys, mlp=False))
 
 
 _NEMOTRON_LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
