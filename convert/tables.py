@@ -16,21 +16,9 @@ from jaxtyping import Float, Shaped
 
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
-from uniql_jax.convert.rows import (
-    Part as Part,
-)
-from uniql_jax.convert.rows import (
-    Row,
-    attention,
-    backbone,
-    head_norms,
-    mamba2,
-    mlp,
-    norm,
-    packed_mlp,
-    partly_rotary,
-    top,
-)
+from uniql_jax.convert import rows
+from uniql_jax.convert.rows import Part as Part
+from uniql_jax.convert.rows import Row as Row
 from uniql_jax.elastic import Leaf
 
 RAW: dict[str, dict[str, Leaf]] = {"attention": {"v_bias": Leaf(("vo", "kv_head"))}}
@@ -38,13 +26,13 @@ RAW: dict[str, dict[str, Leaf]] = {"attention": {"v_bias": Leaf(("vo", "kv_head"
 
 
 LLAMA: tuple[Row, ...] = (
-    *top("model.embed_tokens", "model.norm"),
-    *norm("input_layernorm", "attention"),
-    *attention("self_attn"),
-    *norm("post_attention_layernorm", "mlp"),
-    *mlp("mlp"),
+    *rows.top("model.embed_tokens", "model.norm"),
+    *rows.norm("input_layernorm", "attention"),
+    *rows.attention("self_attn"),
+    *rows.norm("post_attention_layernorm", "mlp"),
+    *rows.mlp("mlp"),
 )
-QWEN3: tuple[Row, ...] = (*LLAMA, *head_norms("self_attn"))
+QWEN3: tuple[Row, ...] = (*LLAMA, *rows.head_norms("self_attn"))
 
 TABLES: dict[str, tuple[Row, ...]] = {
     "llama": LLAMA,
@@ -54,29 +42,31 @@ TABLES: dict[str, tuple[Row, ...]] = {
     "smollm3": LLAMA,
     "granite": LLAMA,
     "granitemoehybrid": (
-        *top("model.embed_tokens", "model.norm"),
-        *norm("input_layernorm", "attention", "mamba2"),
-        *attention("self_attn"),
-        *mamba2("mamba"),
-        *norm("post_attention_layernorm", "mlp"),
-        *packed_mlp("shared_mlp"),
+        *rows.top("model.embed_tokens", "model.norm"),
+        *rows.norm("input_layernorm", "attention", "mamba2"),
+        *rows.attention("self_attn"),
+        *rows.mamba2("mamba"),
+        *rows.norm("post_attention_layernorm", "mlp"),
+        *rows.packed_mlp("shared_mlp"),
     ),
-    "mamba2": backbone((*top("model.embeddings", "model.norm_f"), *norm("norm", "mamba2"), *mamba2("mixer"))),
+    "mamba2": rows.backbone(
+        (*rows.top("model.embeddings", "model.norm_f"), *rows.norm("norm", "mamba2"), *rows.mamba2("mixer"))
+    ),
     "bamba": (
-        *top("model.embed_tokens", "model.final_layernorm"),
-        *norm("input_layernorm", "attention", "mamba2"),
-        *partly_rotary(attention("self_attn")),
-        *mamba2("mamba"),
-        *norm("pre_ff_layernorm", "mlp"),
-        *mlp("feed_forward"),
+        *rows.top("model.embed_tokens", "model.final_layernorm"),
+        *rows.norm("input_layernorm", "attention", "mamba2"),
+        *rows.partly_rotary(rows.attention("self_attn")),
+        *rows.mamba2("mamba"),
+        *rows.norm("pre_ff_layernorm", "mlp"),
+        *rows.mlp("feed_forward"),
     ),
-    "nemotron_h": backbone(
+    "nemotron_h": rows.backbone(
         (
-            *top("model.embeddings", "model.norm_f"),
-            *norm("norm", "attention", "mamba2", "mlp"),
-            *attention("mixer"),
-            *mamba2("mixer"),
-            *mlp("mixer"),
+            *rows.top("model.embeddings", "model.norm_f"),
+            *rows.norm("norm", "attention", "mamba2", "mlp"),
+            *rows.attention("mixer"),
+            *rows.mamba2("mixer"),
+            *rows.mlp("mixer"),
         )
     ),
 }
