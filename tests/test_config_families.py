@@ -30,7 +30,7 @@ SERVED: list[tuple[str, dict[str, Any]]] = [
     ("granite-4.0-micro", {"position_embedding_type": None, "attention_bias": True}),
     ("granite-4.0-micro", {"rope_scaling": dict(YARN), "max_position_embeddings": 128}),
     ("granite-4.0-h-micro", {"position_embedding_type": "rope", "tie_word_embeddings": False}),
-    ("granite-4.0-h-micro", {"layer_types": ["full_attention", "linear_attention"] * 2, "mamba_proj_bias": True, "rms_norm_eps": 0.1}),
+    ("granite-4.0-h-micro", {"layer_types": ["attention", "mamba"] * 2, "mamba_proj_bias": True, "rms_norm_eps": 0.1}),
     ("granite-4.0-h-micro", {"mamba_d_head": "auto", "mamba_n_groups": 4}),
 ]  # fmt: skip
 OFTEN = (0, 6, 11, 15)
