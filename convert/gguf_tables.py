@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from uniql_jax.convert.tables import LLAMA, Part, Row
+from uniql_jax.convert.rows import Part, Row
+from uniql_jax.convert.tables import LLAMA, QWEN3
 
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -12,6 +13,8 @@ _NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
@@ -20,13 +23,17 @@ _NAMES = {
 }
 
 
-def _renamed(row: Row) -> Row:
+def _renamed(row: Row, neighbours: bool) -> Row:
+    """A row under llama.cpp's name; `neighbours`: its files keep the two dimensions of a RoPE pair together."""
     stem, ending = row.name.removeprefix("model.layers.{layer}.").rsplit(".", 1)
     layer = "" if row.kind == "top" else "blk.{layer}."
-    # llama.cpp rotates neighbouring rows, so its files keep the two dimensions of a pair together
-    parts = tuple(Part(p.leaf, tuple(dim.replace("pair qk", "qk pair") for dim in p.dims)) for p in row.parts)
+    turned = "qk pair" if neighbours else "pair qk"
+    parts = tuple(Part(p.leaf, tuple(dim.replace("pair qk", turned) for dim in p.dims)) for p in row.parts)
     return Row(f"{layer}{_NAMES[stem]}.{ending}", row.kind, parts)
 
 
-TABLES: dict[str, tuple[Row, ...]] = {"llama": tuple(_renamed(row) for row in LLAMA)}
+TABLES: dict[str, tuple[Row, ...]] = {
+    "llama": tuple(_renamed(row, True) for row in LLAMA),
+    "qwen3": tuple(_renamed(row, False) for row in QWEN3),
+}
 """By GGUF's general.architecture."""

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Shaped
 
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
-from uniql_jax.convert.to_hf import full_size
+from uniql_jax.convert.full_size import full_size
 from uniql_jax.weights.quantized import SHIFTS, QuantizedArray
 
 MOST = 2.0
@@ -93,10 +93,10 @@ class Blocks:
         return -(-(end + self.spare) // self.size) * self.size
 
     def pad(self, values: Shaped[np.ndarray, "..."], axis: int) -> Shaped[np.ndarray, "..."]:
-        """Values along the dimension with zeros between the groups."""
-        if self.total == self.width:
+        """Values along the dimension, or its first ones, with zeros between the groups and behind."""
+        if self.total == values.shape[axis]:
             return values
-        entry = np.arange(self.width)
+        entry = np.arange(values.shape[axis])
         out = np.zeros((*values.shape[:axis], self.total, *values.shape[axis + 1 :]), values.dtype)
         out[(slice(None),) * axis + (entry // self.group * self.step + entry % self.group,)] = values
         return out

@@ -21,7 +21,7 @@ from uniql_jax.casting import cast, check_finite
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import gguf_tables, tables
 from uniql_jax.convert.gguf import GgufReader
-from uniql_jax.convert.leaves import Leaves, complete, complete_on_device, top_on_device
+from uniql_jax.convert.leaves import Leaves, complete, complete_on_device, folded_top, top_on_device
 from uniql_jax.convert.locate import demo_file, download
 from uniql_jax.convert.megatron import MegatronReader
 from uniql_jax.errors import CheckpointWarning, UserError
@@ -56,7 +56,7 @@ class Source:
             leaves: Leaves = {}
             for row in tables.rows_of(self.config, self.table, kind):
                 leaves.update(self._read(row, index))
-            layer[kind] = complete(self.config, kind, leaves, f"{self.name}: layers.{index}.{kind}")
+            layer[kind] = complete(self.config, kind, leaves, f"{self.name}: layers.{index}.{kind}", index)
         return layer
 
     def device_layer(self, index: int) -> dict[str, dict[str, Array]]:
@@ -68,7 +68,7 @@ class Source:
                 for kind, own in rows.items()
             }
             raw = {kind: {name: value.result() for name, value in own.items()} for kind, own in read.items()}
-        return complete_on_device(self.config, self.table, raw)
+        return complete_on_device(self.config, self.table, raw, jnp.asarray(self.config.inv_freq(index)))
 
     def top(self) -> Leaves:
         """The leaves embed [vocab, embed], norm [embed] and head [vocab, embed]; no head in a tied model."""
@@ -76,6 +76,10 @@ class Source:
         for row in tables.rows_of(self.config, self.table, "top"):
             leaves.update(self._read(row))
         self._check_spare_heads()
+        with np.errstate(over="ignore"):
+            leaves = folded_top(self.config, leaves)
+        for name in ("embed", "norm"):  # a scale may be one that float32 cannot take
+            check_finite(f"{self.name}: {name} times the scales of config.json", leaves[name])
         return leaves
 
     def device_top(self) -> dict[str, Array]:

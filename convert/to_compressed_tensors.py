@@ -24,6 +24,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
 from uniql_jax.convert.exporting import Planned, Request, table
 from uniql_jax.convert.integers import foreign, integers
+from uniql_jax.convert.leaves import top_factors
 from uniql_jax.convert.to_hf import hf_form, top_to_hf
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardWriter, copy_side_files
@@ -32,7 +33,7 @@ from uniql_jax.plan import check_rate
 from uniql_jax.weights.protocol import dense
 from uniql_jax.weights.quantized import QuantizedArray
 
-FAMILIES = ("llama", "qwen2")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "granite")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HEAD = "lm_head.weight"
 DENSE = "bfloat16"
@@ -147,6 +148,7 @@ def _rows(form: Form, kind: str, has_head: bool) -> Iterator[tables.Row]:
 def _tensors(form: Form, kind: str, i: int | None, leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a block ("top" outside the layers)."""
     turned = top_to_hf(form.config, leaves, form.table) if "head_in" in leaves else {}
+    factors = top_factors(form.config, "head" not in leaves and not turned) if kind == "top" else {}
     inv_freq = leaves.get("inv_freq")
     for row in _rows(form, kind, "head" in leaves or bool(turned)):
         leaf = row.parts[0].leaf
@@ -156,7 +158,8 @@ def _tensors(form: Form, kind: str, i: int | None, leaves: Mapping[str, Any]) ->
         elif leaf == "head" and turned:
             yield name, cast(name, turned[name], BFLOAT16)
         elif form.group(leaf, bool(turned)) is None:
-            value = foreign(form.config, kind, row, np.asarray(dense(leaves[leaf])), inv_freq)
+            value = np.asarray(dense(leaves[leaf])) / np.float32(factors.get(leaf, 1.0))
+            value = foreign(form.config, kind, row, value, inv_freq)
             yield name, cast(name, value, BFLOAT16)
         else:
             made = packed_row(form, kind, row, leaves[leaf], inv_freq)
@@ -190,7 +193,8 @@ def _form(checkpoint: Checkpoint, rate: float) -> tuple[Form, dict[str, Any]]:
     """What is written, and its config.json without the quantization."""
     config, keep = checkpoint.config, checkpoint.keep(rate)
     # an output bias is written as one: in a value bias it would change what is packed
-    fits = config.model_type == "llama" or "o_bias" not in elastic.leaves(config, "attention")
+    held = {part.leaf for row in tables.TABLES[config.model_type] for part in row.parts}
+    fits = "o_bias" in held or "o_bias" not in elastic.leaves(config, "attention")
     names = {name.split(".")[0] for name in checkpoint.tensors}
     hf, rows = hf_form(config, checkpoint.hf_config, not {"head", "head_in"} & names, fits, DENSE)
     ffn = max(kept["ffn"] for kept in keep)
@@ -208,7 +212,7 @@ def write(request: Request) -> None:
     checkpoint, rate = open_checkpoint(ckpt), check_rate(request.prune_rate)
     if checkpoint.config.model_type not in FAMILIES:
         raise UserError(
-            f"{checkpoint.config.model_type} models cannot leave packed (only {' and '.join(FAMILIES)}); "
+            f"{checkpoint.config.model_type} models cannot leave packed (only {', '.join(FAMILIES)}); "
             "use --format transformers"
         )
     if checkpoint.bits > 8:
@@ -226,7 +230,7 @@ def write(request: Request) -> None:
         for name, value in _tensors(form, "top", None, top):
             writer.add(name, value)
         for i in request.progress(range(len(form.config.pattern)), "export"):
-            layer = checkpoint.layer(i, checkpoint.keep(rate)[i])
+            layer = checkpoint.layer(i, checkpoint.keep(rate)[i], shared_whole=True)
             for kind in form.config.pattern[i]:
                 for name, value in _tensors(form, kind, i, layer[kind]):
                     writer.add(name, value)

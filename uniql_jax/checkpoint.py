@@ -140,15 +140,40 @@ class Checkpoint:
         scale = self._reader.read(f"{name}.scale", self._rows(leaf, ".scale", keep))
         return packed(self.config, self.meta, leaf, data, scale, keep)
 
-    def layer(self, i: int, keep: Mapping[str, int] | None = None) -> dict[str, dict[str, Any]]:
-        """Leaves of layer i, {kind: {leaf: array or QuantizedArray}}, cut to the kept sizes."""
+    def layer(
+        self, i: int, keep: Mapping[str, int] | None = None, shared_whole: bool = False
+    ) -> dict[str, dict[str, Any]]:
+        """Leaves of layer i, {kind: {leaf: array or QuantizedArray}}, cut to the kept sizes.
+
+        With `shared_whole` what heads share stays whole: an export holds all of it, whichever pairs a head has lost.
+        """
         return {
             kind: {
-                name: self._read(f"layers.{i}.{kind}.{name}", leaf, keep)
+                name: self._read(f"layers.{i}.{kind}.{name}", leaf, None if shared_whole and leaf.shared else keep)
                 for name, leaf in elastic.leaves(self.config, kind).items()
             }
             for kind in self.config.pattern[i]
         }
+
+    def suffix(
+        self, i: int, kind: str, name: str, start: Mapping[str, int], keep: Mapping[str, int]
+    ) -> np.ndarray | QuantizedArray:
+        """What a leaf of layer i has at the kept sizes `keep` and lacks at the smaller ones `start`.
+
+        Returns:
+            The entries between along the elastic axis, which the leaf must have, as a leaf of that many entries.
+        """
+        leaf, full = elastic.BLOCKS[kind][name], f"layers.{i}.{kind}.{name}"
+        axis = str(leaf.axis)
+
+        def read(suffix: str) -> np.ndarray:
+            first = self._rows(leaf, suffix, start) if start[axis] else 0
+            return self._reader.read(full + suffix, self._rows(leaf, suffix, keep), first or 0)
+
+        if full in self._names:
+            return read("")
+        missing = {axis: keep[axis] - start[axis]}
+        return packed(self.config, self.meta, leaf, read(".data"), read(".scale"), missing)
 
     def top(self) -> dict[str, Any]:
         """Embedding, final norm and, where the model has them, head_in and head."""

@@ -28,6 +28,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "biased": published.shrink(published.LLAMA_3_1_8B, attention_bias=True, mlp_bias=True, head_dim=24, **SMALL),
     # more rows than tokens
     "qwen2": published.shrink(published.QWEN2_5_05B, **SMALL | {"vocab_size": tiny.VOCAB + 8}),
+    # norms of heads
+    "qwen3": published.shrink(published.QWEN3_06B, **SMALL),
+    "mistral": published.shrink(published.MISTRAL_7B, **SMALL),
+    "smollm3": published.shrink(published.SMOLLM3_3B, no_rope_layers=[0, 1], **SMALL),
+    # scales of the embedding and the logits, in one table and in two
+    "granite": published.shrink(published.GRANITE_4_1_3B, **SMALL),
+    "granite-untied": published.shrink(published.GRANITE_4_1_3B, tie_word_embeddings=False, **SMALL),
 }
 
 

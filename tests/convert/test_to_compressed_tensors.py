@@ -19,6 +19,7 @@ from uniql_jax.plan import groups
 torch = pytest.importorskip("torch")
 pytest.importorskip("compressed_tensors")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+LATER = [pytest.param(name, 4, marks=pytest.mark.slow) for name in ("mistral", "smollm3", "granite", "granite-untied")]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,9 @@ def loaded(folder, dtype):
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.35])
-@pytest.mark.parametrize(("name", "bits"), [("tied", 4), ("biased", 4), ("biased", 8), ("qwen2", 4)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("tied", 4), ("biased", 4), ("biased", 8), ("qwen2", 4), ("qwen3", 4), *LATER]
+)
 def test_transformers_computes_our_model(made, tmp_path, rng, name, bits, rate):
     checkpoint = made.checkpoint(name, bits)
     exports.export(checkpoint, tmp_path / "packed", rate, "compressed-tensors")
@@ -61,7 +64,7 @@ def test_nothing_is_rounded_but_what_is_not_packed(made, tmp_path, rng, name):
     assert reference.relative_error(got, reference.logits(model, tokens)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["tied", "biased", "qwen2"])
+@pytest.mark.parametrize("name", ["tied", "biased", "qwen2", "qwen3"])
 def test_every_packed_number_is_that_of_the_dense_export(made, tmp_path, name):
     checkpoint = made.checkpoint(name, 4)
     exports.export(checkpoint, tmp_path / "packed", 0.35, "compressed-tensors")

@@ -70,7 +70,17 @@ def difference(llama_cpp, prompt: list[int], ours: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.35])
-@pytest.mark.parametrize(("name", "bits"), [("tied", 4), ("biased", 4), ("biased", 8), ("qwen2", 4)])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("tied", 4),
+        ("biased", 4),
+        ("biased", 8),
+        ("qwen2", 4),
+        ("qwen3", 4),
+        pytest.param("mistral", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_log_probabilities_are_ours(llama_cpp, made, tmp_path, rng, name, bits, rate):
     checkpoint = made.checkpoint(name, bits)
     prompt, ours = continued(checkpoint, rate, rng.integers(3, exports.tiny.VOCAB, 90))

@@ -19,7 +19,9 @@ THETA = 10000.0
 SCALINGS = ("default", "linear", "llama3", "yarn")
 
 
-def read_rope(hf: Mapping[str, Any], head_dim: int, max_position: int, partial: float | None = None) -> Rope:
+def read_rope(
+    hf: Mapping[str, Any], head_dim: int, max_position: int, partial: float | None = None, base: float = THETA
+) -> Rope:
     """Read the rotary embedding of a config.json.
 
     Args:
@@ -28,6 +30,7 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, max_position: int, partial: 
         max_position: The model's max_position_embeddings.
         partial: The part of a head that rotates where the rope dictionary names none; None for a family whose heads
             rotate whole.
+        base: rope_theta where none is named.
 
     Raises:
         ConfigError: for a scaling that is not supported and for values that no model can have.
@@ -36,7 +39,7 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, max_position: int, partial: 
     scaling = parameters.get("rope_type", parameters.get("type", "default"))
     if scaling not in SCALINGS:
         raise ConfigError(f"RoPE scaling {shown(scaling)} ({where}) is not supported; we have {', '.join(SCALINGS)}")
-    theta = parameters.get("rope_theta", hf.get("rope_theta", THETA))
+    theta = parameters.get("rope_theta", hf.get("rope_theta", base))
     theta = number("rope_theta", theta, above=1.0 if scaling == "yarn" else 0.0)
     rope = Rope(theta=theta, dim=_rotating(hf, parameters, head_dim, partial, scaling), scaling=scaling)
     if scaling == "default":
