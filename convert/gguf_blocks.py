@@ -23,7 +23,7 @@ TABLE = gguf_tables.TABLES["llama"]
 ROWS = {(row.kind, row.parts[0].leaf): row for row in TABLE}
 
 Widths = Mapping[str, Blocks]
-"""Contracted dimension, embed or ffn -> how it is laid out in blocks."""
+"""Contracted dimension, embed, ffn, or vo where groups lie inside a head -> how it is laid out in blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Layout:
     def _foreign(self, name: str, value: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
         """One leaf, at the sizes of the written model, in llama.cpp's layout."""
         ffn = sizes.get("ffn", self.config.intermediate_size)
-        config = dataclasses.replace(self.config, hidden_size=sizes["embed"], intermediate_size=ffn)
+        head_dim = sizes.get("vo", self.config.head_dim)
+        config = dataclasses.replace(self.config, hidden_size=sizes["embed"], intermediate_size=ffn, head_dim=head_dim)
         return foreign(config, self.kind, ROWS[self.kind, name], value, self.inv_freq)
 
 

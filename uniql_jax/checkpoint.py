@@ -19,12 +19,12 @@ from uniql_jax import config as model_config
 from uniql_jax import elastic
 from uniql_jax.casting import cast
 from uniql_jax.checkpoint_format import (
-    FORMAT,
     SECTION,
     check_groups,
     check_plan,
     check_tensors,
     leaf_group,
+    leaf_run,
     read_config,
 )
 from uniql_jax.config import ModelConfig
@@ -34,6 +34,7 @@ from uniql_jax.plan import Plan
 from uniql_jax.value_bias import free_rank, value_bias
 from uniql_jax.weights.protocol import as_stored, dense
 from uniql_jax.weights.quantized import QuantizedArray
+from uniql_jax.weights.runs import scale_rows
 
 
 def packed(
@@ -55,6 +56,7 @@ def packed(
         contract=str(leaf.contract),
         width=math.prod(shape[-1:] if last else shape[:-1]),
         inner=() if last else shape[1:-1],
+        run=leaf_run(meta, leaf),
     )
 
 
@@ -125,8 +127,10 @@ class Checkpoint:
             return count
         if count == elastic.sizes(self.config)[leaf.axis]:
             return None
-        width = count * math.prod(elastic.shape(self.config, leaf)[1:-1])
-        return width // (8 if self.bits == 4 else 1) if suffix == ".data" else width // leaf_group(self.meta, leaf)
+        inner = math.prod(elastic.shape(self.config, leaf)[1:-1])
+        if suffix == ".data":
+            return count * inner // (8 if self.bits == 4 else 1)
+        return scale_rows(count, inner, leaf_group(self.meta, leaf), leaf_run(self.meta, leaf))
 
     @property
     def bits(self) -> int:
@@ -204,7 +208,7 @@ class CheckpointWriter:
     ):
         self.folder = Path(folder)
         self._hf_config = dict(hf_config)
-        self._meta = {"format": FORMAT} | dict(meta)
+        self._meta = {"format": 2 if meta.get("runs") else 1} | dict(meta)
         self._shards = ShardWriter(self.folder, max_shard_bytes)
 
     def add(self, name: str, value: Any) -> None:

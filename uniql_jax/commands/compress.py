@@ -68,6 +68,7 @@ def _settings(args: Any) -> CompressionSettings:
     return dataclasses.replace(
         DEFAULTS,
         bits=args.bits,
+        groups=args.groups,
         seed=args.seed,
         mlp_score=args.mlp_score,
         pair_score=args.pair_score,

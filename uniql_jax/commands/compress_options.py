@@ -163,6 +163,13 @@ def _add_method(parser: cli.Parser) -> None:
         help="refit output matrices for all rates at once, seeing this share of the windows unpruned "
         f"({REFIT_SHARE} if none is named); the higher it is, the more rate 0 counts",
     )
+    method.add_argument(
+        "--groups",
+        choices=choices.GROUPS,
+        default=DEFAULTS.groups,
+        help="weights that share a scale: as our GPU kernels read them fastest, or as other runtimes can, inside a head "
+        "and by 128, 64 or 32, so that an export keeps them at 4 bits",
+    )
     method.add_argument("--no-rotate", action="store_true", help="leave the stream unrotated")
     method.add_argument(
         "--rounding", choices=choices.ROUNDINGS, default=DEFAULTS.rounding, help="nearest is the baseline"

@@ -14,6 +14,7 @@ from uniql_jax.casting import cast
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.convert.source import open_source
 from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.pallas_kernels import dispatch
 from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout
 from uniql_jax.plan import check_rate
 from uniql_jax.runtime.text import Folder
@@ -42,7 +43,9 @@ def place(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = True,
         UserError: a value does not fit `dtype`.
     """
     if isinstance(value, QuantizedArray):
-        if tiles:
+        if dispatch.default("dequant_matmul") == "pallas":
+            value = value.in_runs()  # once instead of for every product
+        if tiles and value.run == 1:
             layout = preferred_layout(bits=value.bits, group=value.group, contract=value.contract, dtype=dtype)
             value = value.in_layout(layout)
         return jax.tree.map(jnp.asarray, value)
