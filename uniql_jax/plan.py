@@ -66,8 +66,8 @@ INSIDE_HEAD = 32
 class AxisLayout(NamedTuple):
     """How the leaf that contracts an axis is grouped, and how the axis is cut.
 
-    `group` counts contracted inputs where `run` is 1, else entries of the axis in one head (weights/runs.py); 0 where no
-    leaf contracts the axis. `unit` counts entries of the axis.
+    `group` counts contracted inputs where `run` is 1, else entries of the axis in one head (weights/runs.py); 0 where
+    no leaf contracts the axis. `unit` counts entries of the axis.
     """
 
     group: int

@@ -167,8 +167,8 @@ def _add_method(parser: cli.Parser) -> None:
         "--groups",
         choices=choices.GROUPS,
         default=DEFAULTS.groups,
-        help="weights that share a scale: as our GPU kernels read them fastest, or as other runtimes can, inside a head "
-        "and by 128, 64 or 32, so that an export keeps them at 4 bits",
+        help="weights that share a scale: as our GPU kernels read them fastest, or as other runtimes can (inside a "
+        "head, by 128, 64 or 32), so that an export keeps them at 4 bits",
     )
     method.add_argument("--no-rotate", action="store_true", help="leave the stream unrotated")
     method.add_argument(

@@ -79,7 +79,8 @@ def report(found: Mapping[str, Any], with_layers: bool = False) -> str:
     """What `describe_checkpoint` found, for people."""
     from uniql_jax import console
 
-    groups = ", ".join(f"{axis} {size}" for axis, size in found["groups"].items())
+    inside = found["runs"]
+    groups = ", ".join(f"{axis} {size}{' in a head' * (axis in inside)}" for axis, size in found["groups"].items())
     lines = [
         f"{found['checkpoint']}: {found['family']}, {found['parameters'] / 1e6:,.1f} M parameters, "
         f"{found['prunable_parameters'] / 1e6:,.1f} M of them prunable",
