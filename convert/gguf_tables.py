@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from uniql_jax.convert.tables import LLAMA, Part, Row
+from uniql_jax.convert import tables
+from uniql_jax.convert.tables import Part, Row
 
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -20,13 +21,19 @@ _NAMES = {
 }
 
 
-def _renamed(row: Row) -> Row:
+def _renamed(row: Row, neighbours: bool) -> Row:
     stem, ending = row.name.removeprefix("model.layers.{layer}.").rsplit(".", 1)
     layer = "" if row.kind == "top" else "blk.{layer}."
-    # llama.cpp rotates neighbouring rows, so its files keep the two dimensions of a pair together
-    parts = tuple(Part(p.leaf, tuple(dim.replace("pair qk", "qk pair") for dim in p.dims)) for p in row.parts)
+    # where llama.cpp rotates neighbouring rows, its files keep the two dimensions of a pair together
+    pair = "qk pair" if neighbours else "pair qk"
+    parts = tuple(Part(p.leaf, tuple(dim.replace("pair qk", pair) for dim in p.dims)) for p in row.parts)
     return Row(f"{layer}{_NAMES[stem]}.{ending}", row.kind, parts)
 
 
-TABLES: dict[str, tuple[Row, ...]] = {"llama": tuple(_renamed(row) for row in LLAMA)}
+ROTATES_NEIGHBOURS = {"llama": True, "qwen2": False}
+"""By GGUF's general.architecture: whether llama.cpp rotates dimensions 2j and 2j + 1, or j and j + d / 2."""
+TABLES: dict[str, tuple[Row, ...]] = {
+    name: tuple(_renamed(row, neighbours) for row in tables.TABLES[name])
+    for name, neighbours in ROTATES_NEIGHBOURS.items()
+}
 """By GGUF's general.architecture."""

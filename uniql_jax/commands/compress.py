@@ -131,6 +131,7 @@ def main(argv: list[str]) -> None:
         resume=args.resume,
         overwrite=args.overwrite,
         dry_run=args.dry_run,
+        dequantize_source=args.dequantize_source,
         log=args.log,
         progress=console.progress,
         say=lambda text: print(text, flush=True),

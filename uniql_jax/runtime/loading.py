@@ -96,12 +96,13 @@ def load(folder: str | Path, prune_rate: float = 0.0, dtype: Any = None) -> Caus
     return CausalLM(checkpoint.config, params, checkpoint.plan, rate, found, dtype)
 
 
-def load_source(ckpt: str, dtype: Any = None) -> CausalLM:
+def load_source(ckpt: str, dtype: Any = None, *, dequantize: bool = False) -> CausalLM:
     """The original model, unsorted and unquantized.
 
     Args:
         ckpt: Hugging Face folder, hub id, .gguf file, Megatron-LM file or the word `demo`.
         dtype: of activations and dense weights (default: bfloat16 on GPUs, float32 on CPUs).
+        dequantize: also take a folder of packed integers (GPTQ, AWQ, compressed-tensors), with a warning.
 
     Returns:
         The model on the default device; its plan is None, so that it cannot be pruned. Its `folder` is `ckpt`,
@@ -110,7 +111,7 @@ def load_source(ckpt: str, dtype: Any = None) -> CausalLM:
     Raises:
         UserError: a checkpoint that is missing, damaged, or of a family that is not supported.
     """
-    source = open_source(ckpt)
+    source = open_source(ckpt, dequantize=dequantize)
     dtype = default_dtype() if dtype is None else dtype
     folder = Folder(ckpt) if Path(ckpt).is_dir() else str(ckpt)
     layers = [place_layer(source.layer(i), dtype) for i in range(len(source.config.pattern))]
