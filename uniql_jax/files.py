@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from uniql_jax.errors import UserError
 from uniql_jax.outputs import check_space
+from uniql_jax.partial import PartialFile
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -80,7 +81,11 @@ class ShardReader:
         self.bytes_read = 0
         self._home: dict[str, tuple[Path, int]] = {}  # tensor name -> file, and where in it the tensor begins
         self._names: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
-        for path in _shard_paths(self.folder):
+        self.files = _shard_paths(self.folder)
+        self._partial: dict[Path, PartialFile] = {}
+        for path in self.files:
+            if (partial := PartialFile(path)).exists:
+                self._partial[path] = partial
             for name, (kind, shape, start) in _header(path).items():
                 if name in self._home:
                     other = self._home[name][0]
@@ -91,6 +96,12 @@ class ShardReader:
     def names(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every tensor; the dtype is `UNREADABLE` for number formats that numpy lacks."""
         return dict(self._names)
+
+    def span(self, name: str, rows: int | None = None) -> tuple[Path, tuple[int, int]]:
+        """The file of a tensor, and where in it its first `rows` entries (all of them) begin and end."""
+        (path, start), (dtype, shape) = self._home[name], self._names[name]
+        count = math.prod(shape if rows is None else (min(rows, shape[0]), *shape[1:]))
+        return path, (start, start + count * dtype.itemsize)
 
     def read(self, name: str, rows: int | None = None) -> Shaped[np.ndarray, "..."]:
         """One tensor, or the first `rows` entries of its leading axis; only their bytes are read.
@@ -105,6 +116,9 @@ class ShardReader:
         if rows is not None:
             shape = (min(rows, shape[0]), *shape[1:])
         size = math.prod(shape) * dtype.itemsize
+        partial = self._partial.get(path)
+        if partial is not None and partial.missing([(start, start + size)]):
+            raise UserError(f"{path} was downloaded for a higher prune rate only; load its hub id again, at this rate")
         try:
             # Not through a memory map: its pages would count as this process's memory.
             data = np.fromfile(path, np.uint8, size, offset=start)

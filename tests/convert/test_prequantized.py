@@ -1,4 +1,4 @@
-"""Sources of packed integers: each layout, packed here as its tool documents it, is read as the numbers it stands for."""
+"""Sources of packed integers: each layout, packed here as its tool documents it, is read as what it stands for."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from uniql_jax.commands import cli
 
-
 DEQUANTIZE = "take a model of packed integers (GPTQ, AWQ, compressed-tensors), though rounding cost it something"
 
 

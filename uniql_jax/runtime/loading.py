@@ -17,6 +17,7 @@ from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.pallas_kernels import dispatch
 from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout
 from uniql_jax.plan import check_rate
+from uniql_jax.runtime import hub
 from uniql_jax.runtime.text import Folder
 from uniql_jax.weights.quantized import QuantizedArray
 
@@ -72,22 +73,27 @@ def place_top(top: dict[str, Any], dtype: Any) -> dict[str, Any]:
     }
 
 
-def load(folder: str | Path, prune_rate: float = 0.0, dtype: Any = None) -> CausalLM:
+def load(folder: str | Path, prune_rate: float = 0.0, dtype: Any = None, *, revision: str | None = None) -> CausalLM:
     """An elastic checkpoint at a prune rate; only the kept bytes are read.
 
     Args:
-        folder: elastic checkpoint, as `compress` writes it.
+        folder: elastic checkpoint, as `compress` writes it, or a hub id (owner/name), of which only the bytes of this
+            rate are downloaded.
         prune_rate: fraction of the prunable parameters to leave out, from 0 to 0.35.
         dtype: of activations and dense weights (default: bfloat16 on GPUs, float32 on CPUs).
+        revision: branch, tag or commit of a hub id (default: its main branch).
 
     Returns:
         The model on the default device. Its `folder` is absolute.
 
     Raises:
-        UserError: a rate outside the range, a folder that is no elastic checkpoint, or damaged files.
+        UserError: a rate outside the range, a folder that is no elastic checkpoint, damaged files, or a hub that does
+            not give us what is missing.
     """
     rate = check_rate(prune_rate)
+    folder = hub.local(folder, revision)
     checkpoint = open_checkpoint(folder)
+    hub.complete(checkpoint, rate)
     dtype = default_dtype() if dtype is None else dtype
     found = Folder(folder)
     keep = checkpoint.keep(rate)

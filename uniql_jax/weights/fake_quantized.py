@@ -34,7 +34,8 @@ class FakeQuantizedArray:
 
     `unrounded` is the weight in steps, float16, of the logical shape [*lead, h]; `step` is the scale of every group,
     [*lead, groups] for contract "last", [groups, h] for "first", both as in a QuantizedArray of this `run`. `left`
-    [*lead, rank] and `right` [rank, h] are as in a LoraArray; `change`, in their stead, is of the weight's shape and in steps. Without either nothing moves.
+    [*lead, rank] and `right` [rank, h] are as in a LoraArray; `change`, in their stead, is of the weight's shape and
+    in steps. Without either nothing moves.
     """
 
     unrounded: Any  # arrays as above; Any, since jax.tree.map and jax.eval_shape may put anything into a pytree
