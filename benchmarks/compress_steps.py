@@ -36,7 +36,7 @@ from uniql_jax.compression.streams import StreamStore, Windows
 from uniql_jax.config import ModelConfig
 from uniql_jax.evaluation.random_model import read_config
 from uniql_jax.evaluation.timing import environment
-from uniql_jax.plan import groups
+from uniql_jax.plan import grouping
 
 Row = tuple[str, float, float]
 
@@ -134,7 +134,7 @@ def steps(config: ModelConfig, kinds: tuple[str, ...], args: argparse.Namespace,
     parked = timed("stream to the host and back", lambda: streams.mapped(lambda _, x: x, [None], xs), rows)
     timed("parked stream to NumPy", lambda: [np.asarray(x) for x in parked], rows)
     for kind in kinds:
-        leaves, block, group = elastic.leaves(config, kind), layer[kind], groups(config)
+        leaves, block, group = elastic.leaves(config, kind), layer[kind], grouping(config)["groups"]
         reading = {name: block[name] for name, leaf in leaves.items() if leaf.contract == "last"}
         hessian = timed(
             f"{kind}: Gram read",

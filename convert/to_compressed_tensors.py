@@ -1,8 +1,9 @@
 """Our elastic checkpoint, at any prune rate, as a Hugging Face folder in the form of the library compressed-tensors.
 
 Integers and scales leave as they are ("pack-quantized"), so nothing is rounded again. All layers have one MLP width,
-the largest that the rate keeps; what was cut besides is zeros. Groups along V/O span all heads in our checkpoint: in a
-head's own ranks they become shorter groups with the same scale, for which a few more bytes are spent.
+the largest that the rate keeps; what was cut besides is zeros. Groups along V/O that span all heads become shorter
+groups of a head's own ranks with the same scale, for which a few more bytes are spent; portable groups stay as they
+are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jaxtyping import Int, Shaped
 
 from uniql_jax import console, elastic
 from uniql_jax.casting import cast
-from uniql_jax.checkpoint import Checkpoint, open_checkpoint
+from uniql_jax.checkpoint import Checkpoint, leaf_run, open_checkpoint
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
 from uniql_jax.convert.exporting import Planned, Request, table
@@ -58,13 +59,15 @@ class Form:
         return None if leaf == "head" and has_head_in else self.groups.get(leaf)
 
 
-def form_of(config: ModelConfig, bits: int, groups: Mapping[str, int], ffn: int, table: tuple[tables.Row, ...]) -> Form:
+def form_of(
+    config: ModelConfig, bits: int, grouping: Mapping[str, Any], ffn: int, table: tuple[tables.Row, ...]
+) -> Form:
     """The form of a model at one rate, from sizes alone.
 
     Args:
         config: the unpruned model.
         bits: 4 or 8.
-        groups: contracted dimension -> weights of a group, as in the checkpoint.
+        grouping: `groups` and, where there are any, `runs` of the checkpoint, as plan.grouping gives them.
         ffn: MLP width of the widest layer at this rate.
         table: which tensor is which leaf.
     """
@@ -74,9 +77,11 @@ def form_of(config: ModelConfig, bits: int, groups: Mapping[str, int], ffn: int,
         if leaf.contract is None or name in UNPACKED:
             continue
         along = leaf.dims[-1] if leaf.contract == "last" else leaf.dims[0]
-        inner = math.prod(sizes[dim] for dim in leaf.dims[1:-1]) if leaf.contract == "first" else 1
-        if groups[along] % inner == 0 and sizes[along] % (groups[along] // inner) == 0:
-            found[name] = groups[along] // inner
+        spans = leaf.contract == "first" and leaf_run(grouping, leaf) == 1
+        inner = math.prod(sizes[dim] for dim in leaf.dims[1:-1]) if spans else 1
+        group = grouping["groups"][along]
+        if group % inner == 0 and sizes[along] % (group // inner) == 0:
+            found[name] = group // inner
     return Form(dataclasses.replace(config, intermediate_size=ffn), table, bits, found)
 
 
@@ -88,7 +93,9 @@ def packed_row(
     leaf, group = tables.leaf_of(kind, name), form.groups[name]
     along = leaf.dims[-1] if leaf.contract == "last" else leaf.dims[0]
     scale = np.asarray(weight.scale)
-    if leaf.contract == "first":  # one scale for a few entries of the axis, whatever lies between it and the features
+    if weight.run > 1:
+        scale = scale.reshape(-1, *weight.inner, scale.shape[-1])
+    elif leaf.contract == "first":  # one scale for a few entries of the axis, whatever lies between it and the features
         shape = (scale.shape[0], *weight.shape[1:-1], scale.shape[-1])
         scale = np.broadcast_to(scale.reshape(scale.shape[0], *(1,) * len(shape[1:-1]), scale.shape[-1]), shape)
     shorter = {"embed": "hidden_size", "ffn": "intermediate_size", "vo": "head_dim"}[along]
@@ -198,7 +205,7 @@ def _form(checkpoint: Checkpoint, rate: float) -> tuple[Form, dict[str, Any]]:
     names = {name.split(".")[0] for name in checkpoint.tensors}
     hf, rows = hf_form(config, checkpoint.hf_config, not {"head", "head_in"} & names, fits, DENSE)
     ffn = max(kept["ffn"] for kept in keep)
-    return form_of(config, checkpoint.bits, checkpoint.meta["groups"], ffn, rows), hf | {"intermediate_size": ffn}
+    return form_of(config, checkpoint.bits, checkpoint.meta, ffn, rows), hf | {"intermediate_size": ffn}
 
 
 def write(request: Request) -> None:

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from uniql_jax.errors import UserError
 from uniql_jax.outputs import check_space
+from uniql_jax.partial import PartialFile
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -83,7 +84,11 @@ class ShardReader:
         self.bytes_read = 0
         self._home: dict[str, tuple[Path, int]] = {}  # tensor name -> file, and where in it the tensor begins
         self._names: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
-        for path in _shard_paths(self.folder):
+        self.files = _shard_paths(self.folder)
+        self._partial: dict[Path, PartialFile] = {}
+        for path in self.files:
+            if (partial := PartialFile(path)).exists:
+                self._partial[path] = partial
             for name, (kind, shape, start) in _header(path).items():
                 if name in self._home:
                     other = self._home[name][0]
@@ -94,6 +99,12 @@ class ShardReader:
     def names(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every tensor; the dtype is `UNREADABLE` for number formats that numpy lacks."""
         return dict(self._names)
+
+    def span(self, name: str, rows: int | None = None) -> tuple[Path, tuple[int, int]]:
+        """The file of a tensor, and where in it its first `rows` entries (all of them) begin and end."""
+        (path, start), (dtype, shape) = self._home[name], self._names[name]
+        count = math.prod(shape if rows is None else (min(rows, shape[0]), *shape[1:]))
+        return path, (start, start + count * dtype.itemsize)
 
     def read(self, name: str, rows: int | None = None, start: int = 0) -> Shaped[np.ndarray, "..."]:
         """One tensor, or the entries from `start` to `rows` of its leading axis; only their bytes are read.
@@ -110,6 +121,9 @@ class ShardReader:
         if start:
             shape = (max(shape[0] - start, 0), *shape[1:])
             offset += start * math.prod(shape[1:]) * dtype.itemsize
+        partial = self._partial.get(path)
+        if partial is not None and partial.missing([(offset, offset + math.prod(shape) * dtype.itemsize)]):
+            raise UserError(f"{path} was downloaded for a higher prune rate only; load its hub id again, at this rate")
         value = _read(path, name, offset, dtype, shape)
         self.bytes_read += value.nbytes
         return value

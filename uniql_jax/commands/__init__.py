@@ -18,6 +18,7 @@ VERBS = {
     "benchmark": "bytes and times at each prune rate, next to a dense model",
     "export": "one prune rate for transformers or llama.cpp",
     "inspect": "what a checkpoint holds: sizes, rates, plan, provenance",
+    "upload": "a checkpoint to the hub, with a card",
     "finetune": "recover a sorted 16-bit checkpoint by fine-tuning at all rates",
     "own-text": "let a model write calibration and training text itself",
 }

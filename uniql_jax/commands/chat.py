@@ -206,8 +206,10 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     cli.use_compilation_cache(args.compilation_cache)
     from uniql_jax.checkpoint import open_checkpoint
+    from uniql_jax.runtime import hub
 
     settings = serving.sampling(args)
+    args.ckpt = hub.local(args.ckpt, args.revision)
     rate = serving.choose_rate(open_checkpoint(args.ckpt), args)
     chat = Chat(args.ckpt, rate, settings, args.system)
     interactive = sys.stdin is not None and sys.stdin.isatty()

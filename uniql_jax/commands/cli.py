@@ -253,6 +253,11 @@ def bounded_float(low: float | int, high: float | int = math.inf) -> Callable[[s
     return parse
 
 
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that take a hub id for a checkpoint; hand both to `uniql_jax.runtime.hub.local`."""
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id (default: main)")
+
+
 def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
     """The option of commands that compile for long; hand its value to `use_compilation_cache` before anything runs."""
     parser.add_argument(

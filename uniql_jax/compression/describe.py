@@ -13,7 +13,7 @@ from uniql_jax.compression.estimate import estimated_bytes, pace, seconds, work
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.workspace import work_folder
 from uniql_jax.counting import parameter_count, prunable_count
-from uniql_jax.plan import MAX_PRUNE_RATE, axis_group_and_unit, groups
+from uniql_jax.plan import MAX_PRUNE_RATE, axis_layout, grouping
 from uniql_jax.train.loop import resolved
 from uniql_jax.train.lora import described
 from uniql_jax.train.placement import data_mesh, memory_bytes
@@ -50,16 +50,20 @@ def describe(
     config = source.config
     total = parameter_count(config)
     count, length = calibration.tokens.shape
-    group = groups(config)
+    meta = grouping(config, options.portable)
     axes = [axis for axis in elastic.AXES if any(axis in elastic.layer_axes(config, kinds) for kinds in config.pattern)]
     counts = COUNTS if config.rope else COUNTS | {"qk": COUNTS["qk_pass"]}
-    units = {axis: axis_group_and_unit(config, axis)[1] for axis in axes}
+    units = {axis: axis_layout(config, axis, options.portable).unit for axis in axes}
     sizes = elastic.sizes(config)
     speeds = pace(options, work_folder(out))
     bits = f"{options.bits} bits"
     if options.packed:
         how = [options.rounding, "rotated" if options.rotate else "not rotated"]
-        spans = ", ".join(f"{'hidden' if name == 'embed' else name} {size}" for name, size in group.items())
+        names = {"embed": "hidden"}
+        spans = ", ".join(
+            f"{names.get(name, name)} {size}{' in a head' if name in meta.get('runs', ()) else ''}"
+            for name, size in meta["groups"].items()
+        )
         bits += f" ({', '.join(how)}), one scale per group of weights ({spans})"
     if options.refit is not None:
         bits += f"; output matrices refitted, {options.refit:.0%} of the windows unpruned"

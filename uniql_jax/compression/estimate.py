@@ -21,7 +21,7 @@ from uniql_jax.compression.sorting import no_statistics
 from uniql_jax.config import ModelConfig
 from uniql_jax.counting import block_parameters, parameter_count
 from uniql_jax.pallas_kernels.ssd.reference import LONGEST_CHUNK
-from uniql_jax.plan import groups
+from uniql_jax.plan import grouping
 
 # From recorded runs (benchmarks/results/compress-*.json): parts of a large product's speed that the stages reach, the
 # seconds that a kind of block takes to compile, and those that starting, reading and writing take.
@@ -35,7 +35,7 @@ def _blocks(config: ModelConfig) -> Iterator[str]:
 
 def estimated_bytes(config: ModelConfig, options: CompressionSettings, rate: float = 0.0) -> int:
     """Bytes of the checkpoint's tensors at a prune rate, to a few percent (cuts fall on units, the plan is unknown)."""
-    group = groups(config)
+    group = grouping(config, options.portable)["groups"]
     rotated = options.packed and options.rotate
 
     def size(leaf: elastic.Leaf) -> float:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uniql_jax import elastic
-from uniql_jax.checkpoint import reachable_bias, stored
+from uniql_jax.checkpoint import leaf_group, leaf_run, reachable_bias, stored
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
 from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.contract import Progress, SortedModel
@@ -34,7 +34,7 @@ from uniql_jax.compression.stages.running import Streams, resume
 from uniql_jax.compression.stored import TOP, StoredLayers, matrix_dtype
 from uniql_jax.compression.streams import StreamStore
 from uniql_jax.config import ModelConfig
-from uniql_jax.plan import groups
+from uniql_jax.plan import grouping
 from uniql_jax.weights.quantized import QuantizedArray, dense
 
 Block = Mapping[str, Any]
@@ -145,9 +145,9 @@ def _finish_top(
         # One table is read as embedding and as head: its errors count in both ways.
         scale = jnp.mean(jnp.diagonal(read)) + jnp.finfo(jnp.float32).tiny
         hessians = {"embed": read / scale + settings.embed_mix * jnp.eye(read.shape[0])}
-    before = {}
+    before, group = {}, grouping(config, settings.portable)["groups"]["embed"]
     for name, hessian in hessians.items():
-        done = pack_leaf(elastic.TOP[name], turned[name], hessian, settings, groups(config)["embed"], offsets, devices)
+        done = pack_leaf(elastic.TOP[name], turned[name], hessian, settings, group, offsets, devices)
         out[name] = done.weight
         if done.unrounded is not None:
             before[name] = done.unrounded
@@ -176,7 +176,7 @@ def _finish_block(
     First the matrices that read the stream, which share one Hessian, then vectors, then the output matrix, fitted to
     what the finished ones give it.
     """
-    leaves, dtype, group = elastic.leaves(config, kind), matrix_dtype(settings), groups(config)
+    leaves, dtype, meta = elastic.leaves(config, kind), matrix_dtype(settings), grouping(config, settings.portable)
     original = originals[0]
     done: dict[str, Any] = {}
     before: dict[str, Array] = {}
@@ -193,7 +193,7 @@ def _finish_block(
         hessian = hessian / tokens
     reading = {name: original[name] for name, leaf in leaves.items() if settings.packed and leaf.contract == "last"}
     if reading:
-        for name, value in pack_together(reading, hessian, settings, group["embed"], offsets, devices).items():
+        for name, value in pack_together(reading, hessian, settings, meta["groups"]["embed"], offsets, devices).items():
             take(name, value)
     for name, leaf in leaves.items():
         if leaf.contract != "first" and name not in reading:
@@ -205,7 +205,8 @@ def _finish_block(
                 config, index, kind, originals, working, name, running, settings, hessian is not None
             )
             if settings.packed:
-                take(name, pack_leaf(leaf, weight, gram, settings, group[leaf.dims[0]], offsets, devices))
+                group, run = leaf_group(meta, leaf), leaf_run(meta, leaf)
+                take(name, pack_leaf(leaf, weight, gram, settings, group, offsets, devices, run))
             else:
                 done[name] = stored(leaf, weight, dtype, f"layers.{index}.{kind}.{name}")
     return reachable_bias(config, kind, done), before
