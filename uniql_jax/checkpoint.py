@@ -99,7 +99,7 @@ class Checkpoint:
     @property
     def tensors(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every stored tensor, at full size."""
-        return dict(self._names)
+        return self._names
 
     def _kept(self, rate: float) -> tuple[dict[str, int] | None, ...]:
         if self.plan is None:
@@ -116,7 +116,7 @@ class Checkpoint:
             for kept, kinds in zip(self._kept(rate), self.config.pattern, strict=True)
         )
 
-    def _rows(self, leaf: elastic.Leaf, suffix: str, keep: Mapping[str, int] | None) -> int | None:
+    def rows(self, leaf: elastic.Leaf, suffix: str, keep: Mapping[str, int] | None) -> int | None:
         """Entries of a stored tensor's leading axis that a cut keeps; None is all."""
         if keep is None or leaf.axis is None:
             return None
@@ -135,9 +135,9 @@ class Checkpoint:
 
     def _read(self, name: str, leaf: elastic.Leaf, keep: Mapping[str, int] | None) -> np.ndarray | QuantizedArray:
         if name in self._names:
-            return self._reader.read(name, self._rows(leaf, "", keep))
-        data = self._reader.read(f"{name}.data", self._rows(leaf, ".data", keep))
-        scale = self._reader.read(f"{name}.scale", self._rows(leaf, ".scale", keep))
+            return self._reader.read(name, self.rows(leaf, "", keep))
+        data = self._reader.read(f"{name}.data", self.rows(leaf, ".data", keep))
+        scale = self._reader.read(f"{name}.scale", self.rows(leaf, ".scale", keep))
         return packed(self.config, self.meta, leaf, data, scale, keep)
 
     def layer(self, i: int, keep: Mapping[str, int] | None = None) -> dict[str, dict[str, Any]]:
@@ -149,6 +149,26 @@ class Checkpoint:
             }
             for kind in self.config.pattern[i]
         }
+
+    def suffix(
+        self, i: int, kind: str, name: str, start: Mapping[str, int], keep: Mapping[str, int]
+    ) -> np.ndarray | QuantizedArray:
+        """What a leaf of layer i has at the kept sizes `keep` and lacks at the smaller ones `start`.
+
+        Returns:
+            The entries between along the elastic axis, which the leaf must have, as a leaf of that many entries.
+        """
+        leaf, full = elastic.BLOCKS[kind][name], f"layers.{i}.{kind}.{name}"
+        axis = str(leaf.axis)
+
+        def read(suffix: str) -> np.ndarray:
+            first = self.rows(leaf, suffix, start) if start[axis] else 0
+            return self._reader.read(full + suffix, self.rows(leaf, suffix, keep), first or 0)
+
+        if full in self._names:
+            return read("")
+        missing = {axis: keep[axis] - start[axis]}
+        return packed(self.config, self.meta, leaf, read(".data"), read(".scale"), missing)
 
     def top(self) -> dict[str, Any]:
         """Embedding, final norm and, where the model has them, head_in and head."""
@@ -168,7 +188,7 @@ class Checkpoint:
             if stem.startswith("layers."):
                 _, index, kind, leaf_name = stem.split(".")
                 suffix = f".{suffix}" if stem is base else ""
-                rows = self._rows(elastic.BLOCKS[kind][leaf_name], suffix, kept[int(index)])
+                rows = self.rows(elastic.BLOCKS[kind][leaf_name], suffix, kept[int(index)])
             out[name] = (math.prod(shape) if rows is None else rows * math.prod(shape[1:])) * dtype.itemsize
         return out
 

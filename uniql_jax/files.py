@@ -92,22 +92,25 @@ class ShardReader:
         """Name -> (dtype, shape) of every tensor; the dtype is `UNREADABLE` for number formats that numpy lacks."""
         return dict(self._names)
 
-    def read(self, name: str, rows: int | None = None) -> Shaped[np.ndarray, "..."]:
-        """One tensor, or the first `rows` entries of its leading axis; only their bytes are read.
+    def read(self, name: str, rows: int | None = None, start: int = 0) -> Shaped[np.ndarray, "..."]:
+        """One tensor, or the entries from `start` to `rows` of its leading axis; only their bytes are read.
 
         Raises:
             KeyError: when there is no such tensor.
             UserError: when its number format cannot be read.
         """
-        (path, start), (dtype, shape) = self._home[name], self._names[name]
+        (path, offset), (dtype, shape) = self._home[name], self._names[name]
         if dtype == UNREADABLE:
             raise UserError(f"cannot read tensor {name!r} of {self.folder}: numpy lacks its number format")
         if rows is not None:
             shape = (min(rows, shape[0]), *shape[1:])
+        if start:
+            shape = (max(shape[0] - start, 0), *shape[1:])
+            offset += start * math.prod(shape[1:]) * dtype.itemsize
         size = math.prod(shape) * dtype.itemsize
         try:
             # Not through a memory map: its pages would count as this process's memory.
-            data = np.fromfile(path, np.uint8, size, offset=start)
+            data = np.fromfile(path, np.uint8, size, offset=offset)
         except OSError as error:
             raise UserError(f"cannot read tensor {name!r} of {path} ({error.strerror or _line(error)})") from None
         if len(data) < size:
