@@ -196,7 +196,9 @@ def memory_size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _bounded_int(low: int, high: int) -> Callable[[str], int]:
+def bounded_int(low: int, high: int) -> Callable[[str], int]:
+    """Argument type factory: an integer in [low, high]."""
+
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -212,12 +214,12 @@ def _bounded_int(low: int, high: int) -> Callable[[str], int]:
 
 def positive_int(text: str) -> int:
     """Argument type: an integer from 1 to 2**31 - 1."""
-    return _bounded_int(1, 2**31 - 1)(text)
+    return bounded_int(1, 2**31 - 1)(text)
 
 
 def natural_int(text: str) -> int:
     """Argument type: an integer from 0 to 2**32 - 1, such as a seed (JAX keeps 32 bits of one)."""
-    return _bounded_int(0, 2**32 - 1)(text)
+    return bounded_int(0, 2**32 - 1)(text)
 
 
 def named(text: str) -> str:

@@ -180,7 +180,8 @@ class Batch:
 
     def cache_bytes(self) -> int:
         """Bytes of the cache as it is."""
-        return 0 if self.cache is None else int(self.cache.nbytes)
+        cache = self.cache  # another thread may take it away
+        return 0 if cache is None else int(cache.nbytes)
 
     def seconds_per_token(self, repeats: int = 5) -> float:
         """Least seconds of several steps without requests, per token of a row."""
@@ -234,10 +235,11 @@ class Batch:
     def fail(self, error: BaseException) -> None:
         """End every request with an error."""
         self._flights.clear()
-        for request in (*(row.request for _, row in self.active), *self.waiting):
-            request.finish("error", error)
+        for _, row in self.active:
+            row.request.finish("error", error)
+        while self.waiting:
+            self.waiting.popleft().finish("error", error)
         self.rows = [None] * self.shape.rows
-        self.waiting.clear()
         self._whole = False
 
     # ---------------------------------------------------------------------------------------- what a step does

@@ -55,6 +55,7 @@ class Engine:
         self.shape = Shape(batch, context)
         self._folder, self._dtype = folder, default_dtype() if dtype is None else dtype
         self._cache_policy = _check_policy(cache)
+        self._turnstile = threading.RLock()
         self._lock, self._programs, self._batch = (
             threading.RLock(),
             programs_of(self.checkpoint.config),
@@ -113,7 +114,7 @@ class Engine:
         target = check_rate(rate)
         self.checkpoint.keep(target)
         policy = self._cache_policy if cache is None else _check_policy(cache)
-        with self._lock:
+        with self._turnstile, self._lock:
             if target == self.rate and self._target is None:
                 return
             before = self.rate
@@ -193,12 +194,13 @@ class Engine:
                 f"{self.shape.context}"
             )
         request = Request(ids.astype(np.int32), settings, self.step)
-        with self._lock:
-            self._batch.waiting.append(request)
+        self._batch.waiting.append(request)  # no lock: a step may take as long as compiling does
         return request
 
     def step(self) -> bool:
         """Make the batch go on by a step; whether there is more to do."""
+        with self._turnstile:  # whoever wants to change the rate gets the lock before the next step
+            pass
         with self._lock:
             if self._target is not None:
                 self._switch(self._target, self._cache_policy)
@@ -213,9 +215,12 @@ class Engine:
 
     def memory(self) -> dict[str, int]:
         """Bytes held now: weights and cache."""
-        with self._lock:
-            weights = sum(int(x.nbytes) for x in jax.tree.leaves(self.model.params))
-            return {"weights": weights, "cache": self._batch.cache_bytes()}
+        weights = sum(int(x.nbytes) for x in jax.tree.leaves(dict(self.model.params)))
+        return {"weights": weights, "cache": self._batch.cache_bytes()}
+
+    def load_now(self) -> dict[str, int]:
+        """Rows at work, and requests that wait for one."""
+        return {"active": len(self._batch.active), "waiting": len(self._batch.waiting)}
 
 
 def _check_policy(cache: str) -> str:
