@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +140,24 @@ def main(argv: list[str]) -> None:
         streams=args.max_streams,
         seconds=args.call_timeout,
     )
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in ("jax", "jax._src", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    _run(args, keys, limits, loopback, quality)
+    with _logging():
+        _run(args, keys, limits, loopback, quality)
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """What the server and this package log goes to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    loggers = [logging.getLogger(name) for name in ("uniql_jax", "uvicorn")]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 def _run(args: argparse.Namespace, keys: Any, limits: Any, loopback: bool, quality: dict[float, float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from collections.abc import Callable, Iterator
 
@@ -21,6 +22,7 @@ def _uvicorn(server: Server, host: str, port: int, drain: float, access_log: boo
         port=port,
         http=protocol,
         ws="none",
+        log_config=None,  # the command decides where logs go
         log_level="info" if access_log else "warning",
         access_log=access_log,
         server_header=False,
@@ -31,6 +33,16 @@ def _uvicorn(server: Server, host: str, port: int, drain: float, access_log: boo
         h11_max_incomplete_event_size=2**16,
     )
     return uvicorn.Server(config)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises UserError for an address that cannot be used."""
+    name = host.strip("[]")
+    family = socket.AF_INET6 if ":" in name else socket.AF_INET
+    try:
+        return socket.create_server((name, port), family=family, backlog=2048)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
 
 
 def serve(
@@ -50,11 +62,7 @@ def serve(
         UserError: the address cannot be used.
     """
     running = _uvicorn(server, host, port, drain, access_log)
-    try:
-        listening = running.config.bind_socket()
-    except SystemExit:
-        raise UserError(f"cannot listen on {host} port {port}: in use, or not an address of this machine") from None
-    with listening:
+    with listen(host, port) as listening:
         shown = f"[{host}]" if ":" in host else host
         ready(f"http://{shown}:{listening.getsockname()[1]}")
         running.run(sockets=[listening])
@@ -64,7 +72,7 @@ def serve(
 def serving(server: Server, drain: float = 5.0) -> Iterator[str]:
     """A server in a thread, on a free port of loopback: for tests and notebooks. Yields its address."""
     running = _uvicorn(server, "127.0.0.1", 0, drain, False)
-    listening = running.config.bind_socket()
+    listening = listen("127.0.0.1", 0)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
