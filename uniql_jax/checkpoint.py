@@ -107,7 +107,7 @@ class Checkpoint:
     @property
     def tensors(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every stored tensor, at full size."""
-        return dict(self._names)
+        return self._names
 
     def _kept(self, rate: float) -> tuple[dict[str, int] | None, ...]:
         if self.plan is None:
@@ -124,7 +124,7 @@ class Checkpoint:
             for kept, kinds in zip(self._kept(rate), self.config.pattern, strict=True)
         )
 
-    def _rows(self, leaf: elastic.Leaf, suffix: str, keep: Mapping[str, int] | None) -> int | None:
+    def rows(self, leaf: elastic.Leaf, suffix: str, keep: Mapping[str, int] | None) -> int | None:
         """Entries of a stored tensor's leading axis that a cut keeps; None is all."""
         if keep is None or leaf.axis is None:
             return None
@@ -145,9 +145,9 @@ class Checkpoint:
 
     def _read(self, name: str, leaf: elastic.Leaf, keep: Mapping[str, int] | None) -> np.ndarray | QuantizedArray:
         if name in self._names:
-            return self._reader.read(name, self._rows(leaf, "", keep))
-        data = self._reader.read(f"{name}.data", self._rows(leaf, ".data", keep))
-        scale = self._reader.read(f"{name}.scale", self._rows(leaf, ".scale", keep))
+            return self._reader.read(name, self.rows(leaf, "", keep))
+        data = self._reader.read(f"{name}.data", self.rows(leaf, ".data", keep))
+        scale = self._reader.read(f"{name}.scale", self.rows(leaf, ".scale", keep))
         return packed(self.config, self.meta, leaf, data, scale, keep)
 
     def layer(
@@ -177,8 +177,8 @@ class Checkpoint:
         axis = str(leaf.axis)
 
         def read(suffix: str) -> np.ndarray:
-            first = self._rows(leaf, suffix, start) if start[axis] else 0
-            return self._reader.read(full + suffix, self._rows(leaf, suffix, keep), first or 0)
+            first = self.rows(leaf, suffix, start) if start[axis] else 0
+            return self._reader.read(full + suffix, self.rows(leaf, suffix, keep), first or 0)
 
         if full in self._names:
             return read("")
@@ -213,7 +213,7 @@ class Checkpoint:
             if stem.startswith("layers."):
                 _, index, kind, leaf_name = stem.split(".")
                 suffix = f".{suffix}" if stem is base else ""
-                rows = self._rows(elastic.BLOCKS[kind][leaf_name], suffix, kept[int(index)])
+                rows = self.rows(elastic.BLOCKS[kind][leaf_name], suffix, kept[int(index)])
             yield name, *self._reader.span(name, rows)
 
     def weight_bytes(self, rate: float = 0.0) -> int:
