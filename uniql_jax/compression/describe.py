@@ -10,8 +10,10 @@ from uniql_jax import console, data, elastic
 from uniql_jax.compression.budget import Budget
 from uniql_jax.compression.contract import RecoveryData, Source
 from uniql_jax.compression.estimate import estimated_bytes, pace, seconds, work
+from uniql_jax.compression.estimate_training import training_seconds
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.workspace import work_folder
+from uniql_jax.config import ModelConfig
 from uniql_jax.counting import parameter_count, prunable_count
 from uniql_jax.plan import MAX_PRUNE_RATE, axis_layout, grouping
 from uniql_jax.train.loop import resolved
@@ -85,11 +87,7 @@ def describe(
         ("disk", f"up to {console.format_bytes(budget.disk)} in {work_folder(out).name} until it is whole"),
         *([("device", _memory(budget.device))] if budget.device else []),
         ("memory", _memory(budget.host)),
-        (
-            "time",
-            f"about {format_seconds(seconds(work(config, options, count * length, budget.interval), speeds))} "
-            f"on {jax.devices()[0].device_kind}" + (", recovery aside" if recover else ""),
-        ),
+        ("time", _time(seconds(work(config, options, count * length, budget.interval), speeds), config, recover)),
     ]
     small = [f"{counts[axis]} by {units[axis]}" for axis in axes if units[axis] < min(LIKED[axis], sizes[axis])]
     if small:
@@ -101,6 +99,14 @@ def _memory(parts: dict[str, int]) -> str:
     """Bytes of memory, in all and by what they are for."""
     each = ", ".join(f"{name} {console.format_bytes(size)}" for name, size in parts.items() if size)
     return f"about {console.format_bytes(sum(parts.values()))}: {each}"
+
+
+def _time(pass_seconds: float, config: ModelConfig, recover: RecoveryData | None) -> str:
+    """How long a run takes, and of that recovery."""
+    training = training_seconds(config, recover) if recover else 0.0
+    return f"about {format_seconds(pass_seconds + training)} on {jax.devices()[0].device_kind}" + (
+        f", {format_seconds(training)} of it training" if recover else ""
+    )
 
 
 def _training(recover: RecoveryData, source: Source) -> str:
