@@ -6,6 +6,7 @@ A step draws nothing itself: rate, rows and dropout follow from (seed, step), so
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from uniql_jax.train.examples import Examples
 from uniql_jax.train.lazy import optimizer
 from uniql_jax.train.lora import Factors
 from uniql_jax.train.losses import head_losses
-from uniql_jax.train.placement import data_mesh, gathered, sharding, shared
+from uniql_jax.train.placement import data_mesh, gathered, layer_sharding, sharding, shared
 from uniql_jax.train.settings import TEACHERS, RecoverySettings, resolved
 from uniql_jax.train.settings import on_device as on_device
 from uniql_jax.weights.fake_quantized import FakeQuantizedArray
@@ -63,12 +64,13 @@ class Trainer:
         self._compile(options, steps)
 
     def _place_model(self, layers: Sequence[lora.Layer], top: Mapping[str, Any]) -> dict[str, Any]:
-        return self.spread(
-            {
-                "top": {name: self._cast(elastic.TOP[name], value) for name, value in top.items()},
-                "runs": [self._cast_run(stack.stack(layers, run)) for run in stack.runs(self.config)],
-            }
-        )
+        return {
+            "top": self.spread({name: self._cast(elastic.TOP[name], value) for name, value in top.items()}),
+            "runs": [
+                stack.stack(layers, run, functools.partial(self._place_layer, count=run.count))
+                for run in stack.runs(self.config)
+            ],
+        }
 
     def _compile(self, options: RecoverySettings, steps: int) -> None:
         if options.teacher not in TEACHERS:
@@ -101,11 +103,13 @@ class Trainer:
         # what a device holds already need not pass through the host
         return value.astype(dtype) if isinstance(value, jax.Array) else np.asarray(value).astype(dtype)
 
-    def _cast_run(self, stacked: lora.Layer) -> dict[str, dict[str, Any]]:
-        return {
+    def _place_layer(self, layer: lora.Layer, count: int) -> Any:
+        """One of `count` layers that will be stacked, where the stack will lie."""
+        cast = {
             kind: {name: self._cast(elastic.BLOCKS[kind][name], value) for name, value in block.items()}
-            for kind, block in stacked.items()
+            for kind, block in layer.items()
         }
+        return jax.tree.map(lambda value: jax.device_put(value, layer_sharding(self.mesh, value.shape, count)), cast)
 
     def spread(self, tree: Any) -> Any:
         """Every array where `sharding` says."""

@@ -45,6 +45,11 @@ def sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*("data" if i == axis else None for i in range(len(shape)))))
 
 
+def layer_sharding(mesh: Mesh, shape: Sequence[int], count: int) -> NamedSharding:
+    """Where a layer's array lies before `count` of them are stacked, which `sharding` then places."""
+    return NamedSharding(mesh, PartitionSpec(*sharding(mesh, (count, *shape)).spec[1:]))
+
+
 def _axis(mesh: Mesh, shape: Sequence[int]) -> int | None:
     axes = [axis for axis in range(1, len(shape)) if shape[axis] % mesh.size == 0]
     if mesh.size == 1 or math.prod(shape) < SPREAD or not axes:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import itertools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from uniql_jax import elastic
@@ -47,14 +47,46 @@ def runs(config: ModelConfig) -> list[Run]:
     return found
 
 
-def stack(layers: Sequence[Layer], run: Run) -> dict[str, dict[str, Any]]:
-    """The leaves of a run's layers, each [count, ...]; a numpy array where they are, else on their device."""
-    chosen = [dict(layer) for layer in layers[run.first : run.first + run.count]]
+class Lazy(Sequence[Layer]):
+    """Layers that are read whenever they are asked for, and held by nobody."""
 
-    def together(*values: Any) -> Any:
-        return np.stack(values) if all(isinstance(v, np.ndarray) for v in values) else jnp.stack(values)
+    def __init__(self, read: Callable[[int], Layer], count: int):
+        self._read, self._count = read, count
 
-    return jax.tree.map(together, *chosen)
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._read(index)
+
+
+def stack(layers: Sequence[Layer], run: Run, place: Callable[[Layer], Any] = lambda layer: layer) -> dict[str, Any]:
+    """The leaves of a run's layers, each [count, ...], on the devices; a layer at a time is asked for and `place`d."""
+    placed = [place(layers[i]) for i in range(run.first, run.first + run.count)]
+    leaves = [jax.tree.leaves(layer) for layer in placed]
+    tree = jax.tree.structure(placed[0])
+    del placed
+    stacked = []
+    for _ in range(tree.num_leaves):
+        values = [layer.pop(0) for layer in leaves]  # of what is stacked nothing else is held
+        stacked.append(_together(values, getattr(values[0], "sharding", None)))
+    return jax.tree.unflatten(tree, stacked)
+
+
+def _together(values: list[Any], place: Any) -> Array:
+    """The arrays as one, shared out as each of them is."""
+    if not isinstance(place, NamedSharding):
+        return jnp.stack(values)
+    return _stacking(NamedSharding(place.mesh, PartitionSpec(None, *place.spec)))(*values)
+
+
+@functools.cache
+def _stacking(place: NamedSharding) -> Callable[..., Array]:
+    return jax.jit(lambda *parts: jnp.stack(parts), out_shardings=place)
 
 
 def attach(

@@ -91,11 +91,15 @@ class LayerStore:
         """Tensors of one entry; whoever computes with bfloat16 ones widens them."""
         return load_tensors(self._path(name))
 
+    def stored(self, index: int) -> dict[str, dict[str, np.ndarray]]:
+        """A dense layer as it is stored, {kind: {leaf: array}}, in the host's memory."""
+        return unflatten(self.load(layer_name(index)))
+
     def layer(self, index: int) -> dict[str, dict[str, Array]]:
         """A dense layer, float32 {kind: {leaf: array}}, on the device, where it is widened."""
-        loaded = unflatten(self.load(layer_name(index)))
         return {
-            kind: {n: jnp.asarray(v).astype(jnp.float32) for n, v in block.items()} for kind, block in loaded.items()
+            kind: {n: jnp.asarray(v).astype(jnp.float32) for n, v in block.items()}
+            for kind, block in self.stored(index).items()
         }
 
     def record(self, name: str) -> dict[str, Any]:
