@@ -111,13 +111,14 @@ def rows() -> list[Row]:
 
 
 class Model(NamedTuple):
-    """A sorted model in memory and what it is fitted on."""
+    """A sorted model in memory, what it is fitted on, and the estimated losses of its axes, by layer."""
 
     config: Any
     layers: list[dict[str, dict[str, Any]]]
     top: dict[str, Any]
     final_gram: Any
     batches: list[Any]
+    losses: list[dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass
@@ -276,14 +277,17 @@ def sorted_model(ckpt: str, calibration: np.ndarray, settings: CompressionSettin
     with tempfile.TemporaryDirectory() as folder:
         measured = stages.measure(source, calibration, Path(folder), batch_tokens)
         layers: dict[int, Any] = {}
+        losses: dict[int, dict[str, np.ndarray]] = {}
         for i, layer, means in measured.layers:
-            layers[i] = sort_layer(config, config.pattern[i], layer, means, settings, settings.seed + i)[0]
+            layers[i], found = sort_layer(config, config.pattern[i], layer, means, settings, settings.seed + i)
+            losses[i] = {axis: np.asarray(loss, np.float64) for axis, loss in found.items()}
         return Model(
             config,
             [layers[i] for i in range(len(layers))],
             dict(measured.top),
             measured.calibration.final_gram,
             list(measured.windows.batches),
+            [losses[i] for i in range(len(layers))],
         )
 
 

@@ -170,7 +170,7 @@ def quantize(
         codes, scales, rounded, left = _quantize_columns(
             columns, importance, factor, bits, group, search, return_unrounded
         )
-        if descents and hessian is not None:
+        if descents and scaled is not None:
             how = {"bits": bits, "group": group, "descents": descents}
             refined, scales, rounded = refine(columns, codes.astype(jnp.float32), scales, scaled, **how)
             codes, rounded = refined.astype(jnp.int8), rounded if return_unrounded else None
