@@ -45,6 +45,14 @@ def top_factors(config: ModelConfig, tied: bool) -> dict[str, float]:
     return {"embed": config.embed_scale, "norm": config.logit_scale / (config.embed_scale if tied else 1.0)}
 
 
+def pass_factors(config: ModelConfig) -> dict[str, float]:
+    """What leaves of dimensions that do not rotate are multiplied by: scores are scaled as if all of a head did."""
+    if config.rope is None or config.rope.attention_factor == 1.0:
+        return {}
+    names = ("q_pass", "k_pass", "q_pass_bias", "k_pass_bias")
+    return dict.fromkeys(names, 1.0 / config.rope.attention_factor)
+
+
 def folded_top(config: ModelConfig, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Embedding, final norm and head with the scales of the embedding and of the logits in them."""
     factors = top_factors(config, "head" not in leaves)
@@ -70,6 +78,7 @@ def complete_on_device(
     for kind, tensors in raw.items():
         leaves = _widened(config, table, kind, tensors)
         wanted = elastic.leaves(config, kind)
+        leaves |= {name: leaves[name] * factor for name, factor in pass_factors(config).items() if name in leaves}
         if "v_bias" in leaves:
             v_bias = jnp.repeat(leaves["v_bias"], config.query_groups, axis=1)  # [vo, head]
             folded = jnp.einsum("vn,vnh->h", v_bias, leaves["o"], precision="highest")
@@ -94,6 +103,9 @@ def complete(config: ModelConfig, kind: str, leaves: Leaves, where: str, layer: 
         UserError: a folded bias lies beyond the range of float32.
     """
     wanted = elastic.leaves(config, kind)
+    for name, factor in pass_factors(config).items():
+        if name in leaves:
+            leaves[name] = leaves[name] * np.float32(factor)
     if "v_bias" in leaves:
         v_bias = np.repeat(leaves["v_bias"].astype(np.float64), config.query_groups, axis=1)  # [vo, head]
         folded = np.tensordot(v_bias, leaves["o"].astype(np.float64), 2)

@@ -11,24 +11,26 @@ LAYER = "model.layers.{layer}"
 class Part:
     """One leaf inside a foreign tensor; each entry of `dims` is one dimension there, a product of our named ones ("" is
     a dimension of one).
+
+    Neighbours with the same `within` alternate inside each entry of that dimension of ours, which then is the slower
+    part of the first one.
     """
 
     leaf: str
     dims: tuple[str, ...]
+    within: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
     """A foreign tensor: its name ({layer} stands for the number), its block ("top" outside layers), what it holds.
 
-    Several parts are stacked along the tensor's first dimension; with `within`, inside each entry of that dimension of
-    ours, which then is the slower part of the first one.
+    Several parts are stacked along the tensor's first dimension; those that a model has not are not there.
     """
 
     name: str
     kind: str
     parts: tuple[Part, ...]
-    within: str = ""
 
 
 def row(name: str, kind: str, leaf: str, *dims: str) -> Row:
@@ -67,6 +69,13 @@ def head_norms(name: str) -> tuple[Row, ...]:
     return tuple(row(f"{at}.{side}_norm.weight", "attention", f"{side}_norm", "pair qk") for side in "qk")
 
 
+def _heads(leaf: str, head: str, *rest: str) -> tuple[Part, ...]:
+    """Queries or keys of heads whose last dimensions may not rotate."""
+    letter, _, ending = leaf.partition("_")
+    passed = f"{letter}_pass" + (f"_{ending}" if ending else "")
+    return (Part(leaf, ("pair qk", *rest), head), Part(passed, ("qk_pass", *rest), head))
+
+
 def partly_rotary(rows: tuple[Row, ...]) -> tuple[Row, ...]:
     """The same rows for heads whose last dimensions do not rotate."""
 
@@ -74,12 +83,19 @@ def partly_rotary(rows: tuple[Row, ...]) -> tuple[Row, ...]:
         leaf, dims = row.parts[0].leaf, row.parts[0].dims
         if leaf not in ("q", "k", "q_bias", "k_bias"):
             return row
-        letter, _, ending = leaf.partition("_")
-        passed = f"{letter}_pass" + (f"_{ending}" if ending else "")
-        head, _ = dims[0].split(" ", 1)
-        return Row(row.name, row.kind, (Part(leaf, ("pair qk", *dims[1:])), Part(passed, ("qk_pass", *dims[1:]))), head)
+        return replace(row, parts=_heads(leaf, dims[0].split(" ", 1)[0], *dims[1:]))
 
     return tuple(split(row) for row in rows)
+
+
+def packed_attention(name: str) -> tuple[Row, ...]:
+    """Queries, keys and values in one tensor, one after the other."""
+    at = f"{LAYER}.{name}"
+    parts = (*_heads("q", "head", "embed"), *_heads("k", "kv_head", "embed"), Part("v", ("kv_head vo", "embed")))
+    return (
+        Row(f"{at}.qkv_proj.weight", "attention", parts),
+        row(f"{at}.o_proj.weight", "attention", "o", "embed", "head vo"),
+    )
 
 
 def mlp(name: str) -> tuple[Row, ...]:
@@ -94,13 +110,13 @@ def mlp(name: str) -> tuple[Row, ...]:
     )
 
 
-def packed_mlp(name: str) -> tuple[Row, ...]:
+def packed_mlp(name: str, packed: str, down: str) -> tuple[Row, ...]:
     """Gate and up in one tensor, one after the other."""
     at = f"{LAYER}.{name}"
     parts = tuple(Part(leaf, ("ffn", "embed")) for leaf in ("gate", "up"))
     return (
-        Row(f"{at}.input_linear.weight", "mlp", parts),
-        row(f"{at}.output_linear.weight", "mlp", "down", "embed", "ffn"),
+        Row(f"{at}.{packed}.weight", "mlp", parts),
+        row(f"{at}.{down}.weight", "mlp", "down", "embed", "ffn"),
     )
 
 

@@ -6,6 +6,7 @@ inverse both follow from the names, so there is no code per tensor or per family
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
@@ -47,7 +48,14 @@ TABLES: dict[str, tuple[Row, ...]] = {
         *rows.attention("self_attn"),
         *rows.mamba2("mamba"),
         *rows.norm("post_attention_layernorm", "mlp"),
-        *rows.packed_mlp("shared_mlp"),
+        *rows.packed_mlp("shared_mlp", "input_linear", "output_linear"),
+    ),
+    "phi3": (
+        *rows.top("model.embed_tokens", "model.norm"),
+        *rows.norm("input_layernorm", "attention"),
+        *rows.packed_attention("self_attn"),
+        *rows.norm("post_attention_layernorm", "mlp"),
+        *rows.packed_mlp("mlp", "gate_up_proj", "down_proj"),
     ),
     "mamba2": rows.backbone(
         (*rows.top("model.embeddings", "model.norm_f"), *rows.norm("norm", "mamba2"), *rows.mamba2("mixer"))
@@ -96,9 +104,12 @@ def present(config: ModelConfig, kind: str) -> set[str]:
 
 
 def rows_of(config: ModelConfig, table: tuple[Row, ...], kind: str) -> Iterator[Row]:
-    """The rows of one block kind whose leaves this model has."""
+    """The rows of one block kind whose leaves this model has, with the parts that it has."""
     leaves = present(config, kind)
-    return (row for row in table if row.kind == kind and all(part.leaf in leaves for part in row.parts))
+    for row in table:
+        if row.kind == kind and row.parts[0].leaf in leaves:
+            parts = tuple(part for part in row.parts if part.leaf in leaves)
+            yield row if len(parts) == len(row.parts) else replace(row, parts=parts)
 
 
 def as_stored(config: ModelConfig, names: Collection[str]) -> tuple[Row, ...]:
@@ -130,7 +141,7 @@ def _count(sizes: Mapping[str, int], dim: str) -> int:
 def foreign_shape(config: ModelConfig, row: Row) -> tuple[int, ...]:
     """Shape of the foreign tensor."""
     sizes = elastic.sizes(config)
-    first = _count(sizes, row.within) * sum(_count(sizes, part.dims[0]) for part in row.parts)
+    first = sum(_count(sizes, part.within) * _count(sizes, part.dims[0]) for part in row.parts)
     return (first, *(_count(sizes, dim) for dim in row.parts[0].dims[1:]))
 
 
@@ -149,23 +160,32 @@ def to_leaves(config: ModelConfig, row: Row, value: Float[np.ndarray, "..."]) ->
     return {name: np.ascontiguousarray(leaf) for name, leaf in laid_out(config, row, value).items()}
 
 
+def _sections(row: Row) -> Iterator[tuple[str, list[Part]]]:
+    """Parts that alternate inside the entries of one dimension, with that dimension."""
+    for within, parts in itertools.groupby(row.parts, key=lambda part: part.within):
+        yield within, list(parts)
+
+
 def laid_out(config: ModelConfig, row: Row, value: Any) -> dict[str, Any]:
     """The leaves that a foreign tensor holds as views in our layout: numpy or, inside a jit, JAX arrays."""
     sizes = elastic.sizes(config)
-    leaves, start = {}, 0
-    outer = row.within.split()
-    value = value.reshape(_count(sizes, row.within), -1, *value.shape[1:])
-    for part in row.parts:
-        stop = start + _count(sizes, part.dims[0])
-        theirs = [*outer, *" ".join(part.dims).split()]
-        split = value[:, start:stop].reshape([sizes[dim] for dim in theirs])
-        leaf = leaf_of(row.kind, part.leaf)
-        split = split.transpose([theirs.index(dim) for dim in leaf.dims if dim not in leaf.shared])
-        for place, dim in enumerate(leaf.dims):
-            if dim in leaf.shared:
-                split = split[(slice(None),) * place + (None,)].repeat(sizes[dim], place)
-        leaves[part.leaf] = split
-        start = stop
+    leaves, begin = {}, 0
+    for within, parts in _sections(row):
+        entries, start = _count(sizes, within), 0
+        end = begin + entries * sum(_count(sizes, part.dims[0]) for part in parts)
+        section = value[begin:end].reshape(entries, -1, *value.shape[1:])
+        begin = end
+        for part in parts:
+            stop = start + _count(sizes, part.dims[0])
+            theirs = " ".join((within, *part.dims)).split()
+            split = section[:, start:stop].reshape([sizes[dim] for dim in theirs])
+            leaf = leaf_of(row.kind, part.leaf)
+            split = split.transpose([theirs.index(dim) for dim in leaf.dims if dim not in leaf.shared])
+            for place, dim in enumerate(leaf.dims):
+                if dim in leaf.shared:
+                    split = split[(slice(None),) * place + (None,)].repeat(sizes[dim], place)
+            leaves[part.leaf] = split
+            start = stop
     return leaves
 
 
@@ -173,20 +193,22 @@ def from_leaves(
     config: ModelConfig, row: Row, leaves: Mapping[str, Shaped[np.ndarray, "..."]]
 ) -> Shaped[np.ndarray, "..."]:
     """The foreign tensor that holds these full-size leaves: the inverse of `to_leaves`."""
-    pieces = []
+    sections = []
     sizes = elastic.sizes(config)
-    outer = row.within.split()
-    for part in row.parts:
-        leaf, value = leaf_of(row.kind, part.leaf), leaves[part.leaf]
-        for place, dim in reversed(list(enumerate(leaf.dims))):
-            if dim in leaf.shared:
-                value = _merged(value, place)
-        ours = [dim for dim in leaf.dims if dim not in leaf.shared]
-        theirs = [*outer, *" ".join(part.dims).split()]
-        value = value.transpose([ours.index(dim) for dim in theirs])
-        pieces.append(value.reshape([_count(sizes, row.within), *(_count(sizes, dim) for dim in part.dims)]))
-    value = np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
-    return np.ascontiguousarray(value.reshape(-1, *value.shape[2:]))
+    for within, parts in _sections(row):
+        pieces = []
+        for part in parts:
+            leaf, value = leaf_of(row.kind, part.leaf), leaves[part.leaf]
+            for place, dim in reversed(list(enumerate(leaf.dims))):
+                if dim in leaf.shared:
+                    value = _merged(value, place)
+            ours = [dim for dim in leaf.dims if dim not in leaf.shared]
+            theirs = " ".join((within, *part.dims)).split()
+            value = value.transpose([ours.index(dim) for dim in theirs])
+            pieces.append(value.reshape([_count(sizes, within), *(_count(sizes, dim) for dim in part.dims)]))
+        section = np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
+        sections.append(section.reshape(-1, *section.shape[2:]))
+    return np.ascontiguousarray(np.concatenate(sections) if len(sections) > 1 else sections[0])
 
 
 def _merged(value: Shaped[np.ndarray, "..."], place: int) -> Shaped[np.ndarray, "..."]:

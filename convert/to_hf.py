@@ -23,7 +23,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
 from uniql_jax.convert.exporting import Progress
 from uniql_jax.convert.full_size import full_size
-from uniql_jax.convert.leaves import top_factors
+from uniql_jax.convert.leaves import pass_factors, top_factors
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardWriter, copy_side_files
 from uniql_jax.outputs import check_output, check_space, staged_output
@@ -49,6 +49,7 @@ ARCHITECTURES = {
     "smollm3": "SmolLM3ForCausalLM",
     "granite": "GraniteForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "phi3": "Phi3ForCausalLM",
     "mamba2": "Mamba2ForCausalLM",
     "bamba": "BambaForCausalLM",
     "nemotron_h": "NemotronHForCausalLM",
@@ -83,6 +84,9 @@ def layer_to_hf(
     for kind in config.pattern[i]:
         rows = list(tables.rows_of(config, table, kind))
         leaves = full_size(config, kind, {name: np.asarray(dense(value)) for name, value in layer[kind].items()})
+        for name, factor in pass_factors(config).items():
+            if name in leaves:
+                leaves[name] = leaves[name] / np.float32(factor)
         has = {part.leaf for row in rows for part in row.parts}
         if "v_bias" in has:
             leaves["v_bias"] = np.zeros(elastic.shape(config, tables.leaf_of(kind, "v_bias")), np.float32)

@@ -28,6 +28,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": published.shrink(published.SMOLLM3_3B, no_rope_layers=[1, 0], **TWO),
     "mistral": published.shrink(published.MISTRAL_7B, sliding_window=512, **TWO),
     "granite": published.shrink(published.GRANITE_4_1_3B, **TWO),
+    # one tensor for queries, keys and values; most of a head rotates, by longrope
+    "phi3": published.shrink(published.PHI_4_MINI, **TWO),
     # several groups of B and C; half of a head rotates; attention without positions, plain MLPs
     "mamba2": published.shrink_ssm(published.MAMBA2_8B, **TWO),
     "mamba2-tied-biased": published.shrink_ssm(published.MAMBA2_130M, use_bias=True, **TWO),

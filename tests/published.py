@@ -304,6 +304,50 @@ GRANITE_4_1_3B: dict[str, Any] = {
     "vocab_size": 100352,
 }
 
+PHI_4_MINI: dict[str, Any] = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 199999,
+    "embd_pdrop": 0.0,
+    "eos_token_id": 199999,
+    "full_attn_mod": 1,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "phi3",
+    "num_attention_heads": 24,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "original_max_position_embeddings": 4096,
+    "pad_token_id": 199999,
+    "partial_rotary_factor": 0.75,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "long_factor": [
+            1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898,
+            2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424,
+            6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252,
+            16.37415215, 18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23,
+            32.6, 32.61, 32.64, 32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
+        ],
+        "short_factor": [1.0] * 48,
+        "type": "longrope",
+    },
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 200064,
+}  # fmt: skip
+
 _GRANITE_HYBRID: dict[str, Any] = {
     "architectures": ["GraniteMoeHybridForCausalLM"],
     "mamba_chunk_size": 256,
@@ -538,6 +582,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "smollm3-3b": SMOLLM3_3B,
     "granite-4.1-3b": GRANITE_4_1_3B,
     "granite-4.0-micro": GRANITE_4_0_MICRO,
+    "phi-4-mini": PHI_4_MINI,
 }
 ALIKE = ("qwen3-8b", "mistral-7b-v0.3", "granite-4.0-micro", "nemotron-nano-9b-v2")
 """Models whose code paths others show as well: the fast tests look at their sizes alone."""
@@ -619,7 +664,12 @@ def shrink(config: dict[str, Any], **overrides: Any) -> dict[str, Any]:
     )
     if "head_dim" in config:
         small.update(head_dim=24)
-    if config.get("rope_scaling"):
+    if "original_max_position_embeddings" in config:
+        # Twelve of sixteen dimensions rotate; texts of the tests are short ones, for which the model has factors too.
+        factors = {key: [1.0 + i / 5 for i in range(6)] for key in ("short_factor", "long_factor")}
+        small.update(rope_scaling={**config["rope_scaling"], **factors}, original_max_position_embeddings=256)
+        small.update(pad_token_id=0)
+    elif config.get("rope_scaling"):
         # A short original context and a low base, so that all three bands of the llama3 rule are met at length 64.
         small["rope_scaling"] = {**config["rope_scaling"], "original_max_position_embeddings": 64}
         small["rope_theta"] = 5000.0

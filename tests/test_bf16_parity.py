@@ -22,7 +22,7 @@ from uniql_jax.model.decoding import decode, init_cache, prefill
 
 FAMILIES = ["llama-3.1-8b", "qwen2.5-0.5b", "qwen3-0.6b", "mamba2-8b", "bamba-9b-v2", "nemotron-h-8b"]
 FAMILIES += ["granite-4.0-h-micro"]
-SLOW = ["smollm3-3b", "granite-4.1-3b", *published.ALIKE]
+SLOW = ["smollm3-3b", "granite-4.1-3b", "phi-4-mini", *published.ALIKE]
 MOST = 1.5
 """Largest error over that of transformers: the same number of roundings in another order stays well below."""
 STREAMS = (1.0, 10.0)

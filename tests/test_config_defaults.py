@@ -24,6 +24,7 @@ NAMES = {
     "mistral": "mistral-7b-v0.3",
     "smollm3": "smollm3-3b",
     "granite": "granite-4.1-3b",
+    "phi3": "phi-4-mini",
     "granitemoehybrid": "granite-4.0-h-micro",
     "mamba2": "mamba2-8b",
     "bamba": "bamba-9b-v2",
@@ -40,6 +41,7 @@ CHANGED: dict[str, dict[str, Any]] = {
         rms_norm_eps=1e-3, attention_bias=True, mlp_bias=True, rope_theta=700.0, no_rope_layers=[0, 1, 1],
         no_rope_layer_interval=2, tie_word_embeddings=False,
     ),
+    "phi3": dict(rms_norm_eps=1e-3, rope_theta=700.0, bos_token_id=3, eos_token_id=[4, 5], sliding_window=600),
     "granite": dict(
         rms_norm_eps=1e-3, attention_bias=True, mlp_bias=True, rope_theta=700.0, tie_word_embeddings=True,
         embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.2, logits_scaling=4.0,

@@ -14,6 +14,7 @@ from uniql_jax.config import ConfigError, ModelConfig, from_hf
 
 SLIDING = ["full_attention", "sliding_attention", "full_attention"]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {"type": "longrope"} | {key: [1.5, 1.0, 2.0, 3.0, 0.9, 1.1] for key in ("short_factor", "long_factor")}
 SERVED: list[tuple[str, dict[str, Any]]] = [
     ("qwen3-0.6b", {"rope_scaling": dict(YARN), "max_position_embeddings": 128}),
     ("qwen3-0.6b", {"attention_bias": True, "tie_word_embeddings": False}),
@@ -25,6 +26,11 @@ SERVED: list[tuple[str, dict[str, Any]]] = [
     ("smollm3-3b", {"no_rope_layers": [0, 0, 0], "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
     ("smollm3-3b", {"no_rope_layers": [1, 1, 1, 0], "rope_scaling": dict(YARN), "max_position_embeddings": 128}),
     ("smollm3-3b", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+    ("phi-4-mini", {"rope_scaling": None}),
+    ("phi-4-mini", {"rope_scaling": None, "partial_rotary_factor": 1.0, "tie_word_embeddings": False}),
+    ("phi-4-mini", {"rope_scaling": LONGROPE | {"attention_factor": 0.7}, "sliding_window": 256}),
+    ("phi-4-mini", {"rope_scaling": LONGROPE | {"type": "yarn", "factor": 3.0}}),
+    ("bamba-9b-v2", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}}),
     ("granite-4.1-3b", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
     ("granite-4.1-3b", {"embedding_multiplier": 1, "residual_multiplier": 1.5, "rms_norm_eps": 0.1}),
     ("granite-4.0-micro", {"position_embedding_type": None, "attention_bias": True}),
@@ -33,7 +39,7 @@ SERVED: list[tuple[str, dict[str, Any]]] = [
     ("granite-4.0-h-micro", {"layer_types": ["attention", "mamba"] * 2, "mamba_proj_bias": True, "rms_norm_eps": 0.1}),
     ("granite-4.0-h-micro", {"mamba_d_head": "auto", "mamba_n_groups": 4}),
 ]  # fmt: skip
-OFTEN = (0, 6, 11, 15)
+OFTEN = (0, 6, 12, 16, 20)
 """One of each family in the fast tests."""
 
 
@@ -72,6 +78,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("smollm3-3b", {"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window"),
     ("smollm3-3b", {"layer_types": SLIDING}, "sliding_attention"),
     ("smollm3-3b", {"hidden_act": "relu"}, "hidden_act"),
+    *(("phi-4-mini", {"rope_scaling": {"type": kind, "factor": 2.0}}, kind) for kind in ("linear", "llama3", "ntk")),
+    *(
+        ("phi-4-mini", {"rope_scaling": LONGROPE | {key: bad}}, key)
+        for key in ("short_factor", "long_factor")
+        for bad in (None, [1.0] * 5, [1.0] * 5 + [0.0], 1.0, ["1"] * 6)
+    ),
+    ("phi-4-mini", {"rope_scaling": LONGROPE | {"factor": -1.0}}, "factor"),
+    ("phi-4-mini", {"original_max_position_embeddings": 1}, "original_max_position_embeddings"),
+    ("phi-4-mini", {"partial_rotary_factor": None}, "partial_rotary_factor"),
+    ("phi-4-mini", {"sliding_window": 255}, "set max_position_embeddings to 255"),
+    ("llama-2-7b", {"rope_scaling": {"type": "longrope"} | LONGROPE}, "longrope"),
     *(
         (name, {key: bad}, key)
         for name in ("granite-4.1-3b", "granite-4.0-h-micro")
@@ -103,7 +120,7 @@ def test_what_is_not_served_is_refused_in_one_line(name: str, changes: dict[str,
     assert len(str(error.value)) < 250
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "granitemoe", "ministral", "phi3", "gemma3_text", "falcon_h1", "QWEN3"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "granitemoe", "ministral", "phi", "gemma3_text", "falcon_h1", "QWEN3"])
 def test_relatives_that_are_not_served_are_named(kind: str) -> None:
     with pytest.raises(ConfigError, match=f"'{kind}' is not supported; we have bamba, granite"):
         from_hf(published.shrunk("qwen3-0.6b") | {"model_type": kind})
@@ -119,3 +136,14 @@ def test_a_stream_in_units_of_the_residual_multiplier() -> None:
     assert (config.embed_scale, config.logit_scale, config.softmax_scale) == (12.0, 0.25, 0.25)
     assert config.norm_eps == pytest.approx(4 * config.gate_norm_eps)
     assert config.gate_norm_eps == 1e-5
+
+
+def test_texts_end_where_longrope_changes_its_frequencies() -> None:
+    """Beyond it transformers computes the whole text with the long factors, which no cache could follow."""
+    config = from_hf(published.ALL["phi-4-mini"])
+    old = published.PHI_4_MINI["rope_scaling"] | {"type": "su"}  # the name in older files
+    assert from_hf(published.PHI_4_MINI | {"rope_scaling": old}) == config
+    assert config.rope is not None
+    assert config.max_position == 4096
+    assert config.rope.attention_factor == pytest.approx(1.1902380714238083)
+    assert from_hf(published.shrunk("phi-4-mini") | {"rope_scaling": None}).max_position == 512

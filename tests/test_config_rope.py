@@ -83,9 +83,9 @@ WHOLE: dict[str, dict[str, Any]] = {
     "yarn ratio": {"rope_scaling": YARN | {"factor": None}},
     "yarn without original": {"rope_scaling": {"type": "yarn", "factor": 4.0}},
 }
-"""Settings that scale attention, which is served where whole heads rotate."""
+"""Settings that scale attention."""
 CASES = [(family, name) for family in MODELS for name in SETTINGS] + [
-    (family, name) for family in ("llama", "qwen3", "granite") for name in WHOLE
+    (family, name) for family in ("llama", "qwen3", "granite", "bamba") for name in WHOLE
 ]
 PARTS = ("partial outside", "partial inside")
 
@@ -124,6 +124,7 @@ def test_frequencies_are_those_of_transformers(tmp_path, family, name):
         ("qwen3", "yarn in parameters"),
         ("smollm3", "nothing"),
         ("granite", "yarn factor"),
+        ("bamba", "yarn factor"),
     ],
 )
 def test_logits_are_those_of_transformers(tmp_path, rng, family, name):

@@ -34,6 +34,14 @@ SIZES: dict[str, dict[str, Any]] = {
         num_key_value_heads=2,
         shared_intermediate_size=256,
     ),
+    # most of a head rotates
+    "phi3": dict(
+        hidden_size=256,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_scaling={"type": "longrope", "short_factor": [1.5] * 24, "long_factor": [2.0] * 24},
+    ),
     "mamba2": dict(hidden_size=256, expand=1, num_heads=8, head_dim=32, state_size=32, n_groups=2),
     "bamba": dict(
         hidden_size=256,
@@ -65,6 +73,7 @@ BASE = {
     "qwen2": published.QWEN2_5_7B,
     "qwen3": published.QWEN3_8B,
     "granitemoehybrid": published.GRANITE_4_0_H_MICRO,
+    "phi3": published.PHI_4_MINI,
     "mamba2": published.MAMBA2_8B,
     "bamba": published.BAMBA_9B_V2,
     "nemotron_h": published.NEMOTRON_NANO_9B_V2,

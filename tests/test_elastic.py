@@ -78,7 +78,7 @@ def test_costs_add_up_to_the_prunable_matrices(name: str) -> None:
     config = CONFIGS[name]
     full = elastic.sizes(config)
     axes = {
-        "attention": {"qk", "vo"} | ({"qk_pass"} if config.model_type == "bamba" else set()),
+        "attention": {"qk", "vo"} | ({"qk_pass"} if config.model_type in ("bamba", "phi3") else set()),
         "mlp": {"ffn"},
         "mamba2": {"ssm_head", "ssm_state"},
     }

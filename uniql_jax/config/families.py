@@ -17,6 +17,7 @@ FAMILIES: dict[str, Callable[[Keys], ModelConfig]] = {
     "mistral": dense.mistral,
     "smollm3": dense.smollm3,
     "granite": dense.granite,
+    "phi3": dense.phi3,
     "granitemoehybrid": hybrid.granitemoehybrid,
     "mamba2": hybrid.mamba2,
     "bamba": hybrid.bamba,

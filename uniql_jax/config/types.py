@@ -19,12 +19,13 @@ class ConfigError(UserError):
 class Rope:
     """Rotary position embedding: base, scaling and how many of a head's dimensions rotate.
 
-    `attention_factor` multiplies rotated queries and keys alike (yarn), so attention scores see its square.
+    `attention_factor` multiplies rotated queries and keys alike (yarn, longrope), so attention scores see its square.
+    `short_factor` (longrope) divides the frequency of every pair, in texts up to `original_max_position`.
     """
 
     theta: float = 10000.0
     dim: int = 64
-    scaling: str = "default"  # default | linear | llama3 | yarn
+    scaling: str = "default"  # default | linear | llama3 | yarn | longrope
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -33,6 +34,7 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    short_factor: tuple[float, ...] = ()
 
     def inv_freq(self) -> Float[np.ndarray, " pairs"]:
         """Angle per position of each pair, float32 [dim / 2]; pair j turns dimensions j and j + dim / 2."""
@@ -42,6 +44,8 @@ class Rope:
             freq = freq / np.float32(self.factor)
         elif self.scaling == "llama3":
             freq = self._llama3(freq)
+        elif self.scaling == "longrope":
+            freq = freq / np.asarray(self.short_factor, np.float32)
         elif self.scaling == "yarn":
             freq = self._yarn(freq)
         return freq.astype(np.float32)
