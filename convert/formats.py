@@ -21,6 +21,7 @@ class Format:
 FORMATS = {
     "transformers": Format("to_transformers", "transformers: dense, every family", ("dtype", "max_shard_bytes")),
     "compressed-tensors": Format("to_compressed_tensors", "transformers: 4 bits; llama, qwen2", ("max_shard_bytes",)),
+    "mlx": Format("to_mlx", "mlx-lm: 4 bits; llama, qwen2", ("max_shard_bytes",)),
     "gguf": Format("to_gguf", "llama.cpp: 4 bits; llama, qwen2", ("dtype", "dense_head")),
 }
 """By the name that `uniql export --format` takes."""

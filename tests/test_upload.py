@@ -18,7 +18,6 @@ from uniql_jax.commands import upload as command
 from uniql_jax.errors import UserError
 from uniql_jax.runtime.upload import upload
 
-
 # huggingface_hub hands its HTTP client bytes in an old way
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
