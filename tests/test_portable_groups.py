@@ -25,6 +25,7 @@ from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.convert import to_hf
 from uniql_jax.convert.source import open_source
 from uniql_jax.model.causal_lm import hidden_states, logits
+from uniql_jax.model.layers import fused
 from uniql_jax.plan import PORTABLE, axis_layout, grouping, make_plan
 from uniql_jax.weights.fake_quantized import from_quantized
 from uniql_jax.weights.quantized import SHIFTS, QuantizedArray
@@ -116,6 +117,12 @@ def test_training_begins_with_and_ends_in_the_same_groups(rng: np.random.Generat
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(weight), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     np.testing.assert_array_equal(np.asarray(trained.take_prefix(40).dense()), np.asarray(weight.dequantize())[:40])
+
+
+def test_fused_kernels_leave_such_weights_to_others(rng: np.random.Generator) -> None:
+    """They would read activations in another order."""
+    with pytest.raises(NotImplementedError, match="span all heads"):
+        fused.weight_of(packed(rng)[1].weight)
 
 
 @pytest.mark.parametrize("name", sorted(published.ALL))

@@ -10,7 +10,9 @@ import pytest
 from tests import published, reference
 from tests.convert import exports
 from uniql_jax import config as configs
-from uniql_jax.convert import to_compressed_tensors as packed
+from uniql_jax.convert import packed_folder as packed
+from uniql_jax.convert import tables
+from uniql_jax.convert.to_compressed_tensors import STYLE
 from uniql_jax.convert.to_hf import export as dense_export
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader
@@ -114,14 +116,14 @@ def test_the_table_is_what_lies_on_disk(made, tmp_path):
 def test_bytes_of_an_8b_model():
     """By sizes alone: 4 bits for all matrices but the embedding, which no loader takes packed."""
     config = configs.from_hf(published.LLAMA_3_1_8B)
-    table = packed.tables.TABLES["llama"]
+    table = tables.TABLES["llama"]
 
     def size(ffn: int) -> int:
-        form = packed.form_of(config, 4, grouping(config), ffn, table)
-        return sum(tensor.nbytes for tensor in packed.planned(form, True, False))
+        form = packed.form_of(STYLE, config, 4, grouping(config), ffn, table)
+        return sum(tensor.nbytes for tensor in packed.planned(form, STYLE, True, False))
 
     embedding = 2 * config.vocab_size * config.hidden_size
-    parameters = sum(int(np.prod(shape)) for shape in packed.tables.expected(config, table).values())
+    parameters = sum(int(np.prod(shape)) for shape in tables.expected(config, table).values())
     whole = size(config.intermediate_size)
     assert (whole - embedding) / (2 * parameters - embedding) < 0.28
     assert whole / (2 * parameters) < 0.33

@@ -246,7 +246,7 @@ def bounded_float(low: float | int, high: float | int = math.inf) -> Callable[[s
 
 
 def add_revision(parser: argparse.ArgumentParser) -> None:
-    """The option of commands that take a hub id for a checkpoint; hand both to `uniql_jax.runtime.hub.local`."""
+    """The option of commands that take a hub id, for `uniql_jax.runtime.hub.local`."""
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id (default: main)")
 
 
@@ -255,8 +255,7 @@ def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compilation-cache",
         metavar="DIR",
-        help="keep compiled programs here, so that the next run starts sooner (default on GPUs: a folder in the user's "
-        "cache; the word none keeps nothing)",
+        help="keep compiled programs here for the next run (default on GPUs: in the user's cache; none: nowhere)",
     )
 
 

@@ -8,6 +8,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = {
     "transformers": "a dense Hugging Face folder, of every family; what was cut is zeros",
     "compressed-tensors": "a Hugging Face folder in 4 bits (pack-quantized), which transformers loads",
+    "mlx": "a folder in 4 bits (affine) for mlx-lm",
     "gguf": "one file in 4 bits for llama.cpp; a smaller one at a higher rate",
 }
 EXAMPLES = """examples:
