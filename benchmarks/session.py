@@ -25,7 +25,7 @@ import numpy as np
 
 import uniql_jax
 from uniql_jax import console, data
-from uniql_jax.checkpoint import CheckpointWriter
+from uniql_jax.checkpoint import CheckpointWriter, open_checkpoint
 from uniql_jax.evaluation.published import CONFIGS
 from uniql_jax.evaluation.random_model import random_model, read_config
 from uniql_jax.evaluation.timing import device_name, environment
@@ -71,7 +71,7 @@ def seconds(run: Any) -> float:
 
 
 def switches(ckpt: Path, context: int) -> Iterator[dict[str, Any]]:
-    """Up and down between RATES with one text at work: seconds, next to loading, and bytes, next to a fresh session's."""
+    """Changes of the rate with a text at work: seconds next to those of loading, bytes next to a fresh session's."""
     session = uniql_jax.Elastic(ckpt, context=context)
     session.warm_up(RATES, sampling=False, lengths=[context])
     request = session.submit(np.arange(3, 3 + context // 2), Settings(context // 2))
@@ -134,7 +134,6 @@ def throughput(ckpt: Path, batch: int, prompt: int, new: int) -> dict[str, Any]:
     loop = min(
         seconds(lambda: uniql_jax.generate_tokens(model, prompts, max_new_tokens=new, eos_ids=())) for _ in range(3)
     )
-    del model
     session = uniql_jax.Elastic(ckpt, context=prompt + new, batch=batch)
 
     def serve() -> list[int]:
@@ -173,7 +172,9 @@ def main() -> None:
         print(console.table(rows, ["from", "to", "switch s", "load s", "held", "fresh"]))
         if args.text:
             tokenizer = load_tokenizer(str(ckpt))
-            [tokens] = data.evaluation_windows([args.text], tokenizer, args.tokens, args.tokens)
+            vocabulary = open_checkpoint(ckpt).config.vocab_size
+            made = data.evaluation_windows([args.text], tokenizer, args.tokens, args.tokens, vocab_size=vocabulary)
+            tokens = made.tokens[0]
             found["perplexity"] = list(perplexities(ckpt, np.asarray(tokens), 64))
             rows = [list(row.values()) for row in found["perplexity"]]
             print(console.table(rows, ["switch", "cache", "perplexity", "fresh run", "ratio"]))

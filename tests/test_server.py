@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import openai
@@ -162,7 +163,7 @@ def test_logprobs(client: openai.OpenAI, server: Server) -> None:
     tokens = [int(t[0]) for t in uniql_jax.generate(server.session.model, np.asarray(ids, np.int32), max_new_tokens=5)]
     decode = tiny.tokenizer().decode
     assert found.tokens == [decode([token]) for token in tokens]
-    logits = server.session.model(jnp.asarray([ids + tokens]))[0]
+    logits = jax.jit(lambda model, text: model(text)[0])(server.session.model, jnp.asarray([ids + tokens]))
     scores = np.asarray(logits, np.float64)[len(ids) - 1 : -1]
     scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
     np.testing.assert_allclose(found.token_logprobs, scores[np.arange(5), tokens], atol=1e-4)

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 import uniql_jax
-from tests import compressed
-from uniql_jax.compression.settings import CompressionSettings
+from tests import compressed, tiny
 from uniql_jax.errors import UserError
 from uniql_jax.model.decoding import decode, init_cache, prefill
 from uniql_jax.runtime import engine, resizing
@@ -29,11 +28,15 @@ SHAPE = {"context": 32, "batch": 2}  # the same everywhere, so that little is co
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, seed: int) -> Any:
-    """family -> its elastic 4-bit checkpoint."""
-    made = compressed.made(tmp_path_factory, seed)
-    settings = CompressionSettings(rounding="nearest", scale_search=False, plan="uniform")
-    return functools.cache(lambda family: made.checkpoint(family, settings))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(family, bits) -> its elastic checkpoint, of random weights."""
+
+    @functools.cache
+    def make(family: str, bits: int = 4) -> Path:
+        out = tmp_path_factory.mktemp(family) / f"{bits}-bit"
+        return tiny.packed(out, compressed.FAMILIES[family], bits, np.random.default_rng(7))
+
+    return make
 
 
 def prompts_of(rng: np.random.Generator, *lengths: int) -> list[np.ndarray]:
@@ -71,10 +74,9 @@ def test_weights_are_those_of_a_fresh_load(folder: Any, family: str) -> None:
         assert session.memory()["weights"] == held
 
 
-@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 16])
-def test_weights_of_other_bits(tmp_path_factory: pytest.TempPathFactory, seed: int, bits: int) -> None:
-    made = compressed.made(tmp_path_factory, seed)
-    where = made.checkpoint("bamba", CompressionSettings(bits=bits, rounding="nearest", plan="uniform"))
+@pytest.mark.parametrize("bits", [8, 16])
+def test_weights_of_other_bits(folder: Any, bits: int) -> None:
+    where = folder("bamba", bits)
     session = uniql_jax.Elastic(where, **SHAPE, rate=0.35)
     for rate in (0.1, 0.25, 0.0):
         session.rate = rate
@@ -112,11 +114,11 @@ def test_requests_that_come_and_go_get_what_each_would_alone(
 ) -> None:
     """More requests than rows, of all lengths and settings; greedy and drawn ones share a step."""
     where = folder(family)
-    model = uniql_jax.load(where, 0.15)
-    session = uniql_jax.Elastic(where, rate=0.15, **SHAPE)
+    model = uniql_jax.load(where)
+    session = uniql_jax.Elastic(where, **SHAPE)
     plain = dict(temperature=0.0, top_p=1.0, top_k=0, seed=0)
     drawn = [dict(plain, temperature=0.8, top_k=20, seed=2**32 - 3), dict(plain, temperature=1.3, top_p=0.7, seed=9)]
-    wanted = [(7, 12, plain), (20, 4, drawn[0]), (2, 24, drawn[1]), (16, 1, plain), (17, 15, plain), (1, 9, drawn[0])]
+    wanted = [(7, 12, plain), (20, 4, plain), (2, 24, drawn[0]), (16, 1, drawn[1]), (17, 15, plain), (1, 9, drawn[0])]
     stops = session.stops()
     requests = []
     for prompt, (_, new, settings) in zip(prompts_of(rng, *(n for n, _, _ in wanted)), wanted, strict=True):
@@ -147,15 +149,18 @@ def test_several_tokens_a_call_are_the_same_tokens(
     folder: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: requests end within a chunk, and join between chunks."""
-    from uniql_jax.runtime import batching
+    from uniql_jax.runtime import batching, compiled
 
     where = folder("bamba")
     model = uniql_jax.load(where)
     prompts = prompts_of(rng, 5, 9, 3)
-    wanted = [alone(model, p, n, temperature=t) for p, n, t in zip(prompts, (6, 1, 9), (0, 1.0, 0.7))]
-    monkeypatch.setattr(batching, "chunk", lambda: 4)
+    wanted = [alone(model, p, n, temperature=t) for p, n, t in zip(prompts, (6, 1, 9), (0.9, 1.0, 0.7))]
+    for module in (batching, compiled):
+        monkeypatch.setattr(module, "chunk", lambda: 4)
     session = uniql_jax.Elastic(where, **SHAPE)
-    settings = [Settings(n, temperature=t, stops=frozenset(session.stops())) for n, t in zip((6, 1, 9), (0, 1.0, 0.7))]
+    settings = [
+        Settings(n, temperature=t, stops=frozenset(session.stops())) for n, t in zip((6, 1, 9), (0.9, 1.0, 0.7))
+    ]
     requests = [session.submit(p, s) for p, s in zip(prompts, settings, strict=True)]
     assert [[item.token for item in request] for request in requests] == wanted
 
@@ -168,7 +173,9 @@ def test_logprobs_are_those_of_the_forward_pass(folder: Any, rng: np.random.Gene
     items = list(session.submit(prompt, Settings(NEW, temperature=1.0, logprobs=3, seed=4)))
     text = np.asarray([item.token for item in items])
     whole = np.concatenate([prompt, text]).astype(np.int32)
-    scores = np.asarray(jax.nn.log_softmax(model(jnp.asarray(whole[None]))[0]))[len(prompt) - 1 : -1]
+    scores = np.asarray(jax.jit(lambda m, t: jax.nn.log_softmax(m(t)[0]))(model, jnp.asarray(whole[None])))[
+        len(prompt) - 1 : -1
+    ]
     np.testing.assert_allclose([item.logprob for item in items], scores[np.arange(NEW), text], atol=1e-4)
     for item, row in zip(items, scores, strict=True):
         values = [value for _, value in item.top]

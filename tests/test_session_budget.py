@@ -15,7 +15,7 @@ from tests import tiny
 from uniql_jax import checkpoint as checkpoint_module
 from uniql_jax.errors import UserError
 from uniql_jax.runtime import budget, engine
-from uniql_jax.runtime.batching import Compiled
+from uniql_jax.runtime.compiled import Compiled
 from uniql_jax.runtime.requests import Settings
 from uniql_jax.runtime.steps import Variant
 from uniql_jax.runtime.watching import Watcher

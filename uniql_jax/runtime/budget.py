@@ -24,7 +24,7 @@ from uniql_jax.limits import MAX_PRUNE_RATE
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import cache_bytes
 from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout
-from uniql_jax.runtime.batching import Compiled, Shape
+from uniql_jax.runtime.compiled import Compiled, Shape
 from uniql_jax.runtime.steps import Programs
 from uniql_jax.sizes import memory_size
 from uniql_jax.weights.quantized import QuantizedArray

@@ -20,8 +20,9 @@ from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.plan import check_rate
 from uniql_jax.runtime import resizing
-from uniql_jax.runtime.batching import Batch, Shape
+from uniql_jax.runtime.batching import Batch
 from uniql_jax.runtime.budget import Need, Needs
+from uniql_jax.runtime.compiled import Shape
 from uniql_jax.runtime.loading import default_dtype, load
 from uniql_jax.runtime.prompts import check_prompt, token_array
 from uniql_jax.runtime.requests import TOP_LOGPROBS, Request, Settings

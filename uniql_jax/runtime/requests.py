@@ -90,6 +90,11 @@ class Request:
         return [item.token for item in self._emitted]
 
     @property
+    def made(self) -> int:
+        """How many tokens it was given so far."""
+        return len(self._emitted)
+
+    @property
     def length(self) -> int:
         """Tokens that its row holds: the prompt and all but the last new one, which is still to be read."""
         return len(self.prompt) + max(len(self._emitted) - 1, 0)
