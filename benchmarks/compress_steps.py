@@ -206,7 +206,7 @@ def main() -> None:
     print(f"device peak {stats.get('peak_bytes_in_use', 0) / 2**30:.1f} GiB")
     if args.json:
         where = environment(sys.argv) | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
-        settings = vars(args) | {"json": str(args.json)}
+        settings = vars(args) | {"json": None}
         console.write_whole(
             args.json, json.dumps({"environment": where, "settings": settings, "rows": record}, indent=1)
         )
