@@ -29,7 +29,7 @@ from uniql_jax.checkpoint import CheckpointWriter, open_checkpoint
 from uniql_jax.evaluation.published import CONFIGS
 from uniql_jax.evaluation.random_model import random_model, read_config
 from uniql_jax.evaluation.timing import device_name, environment
-from uniql_jax.plan import groups, make_plan
+from uniql_jax.plan import grouping, make_plan
 from uniql_jax.runtime.requests import Settings
 from uniql_jax.tokenizer import load_tokenizer
 
@@ -43,7 +43,9 @@ def random_checkpoint(name: str, folder: Path) -> Path:
     model = random_model(config, 4, plan=plan)
     folder.mkdir()
     hf = json.loads((CONFIGS / f"{name}.json").read_text())
-    writer = CheckpointWriter(folder, hf, {"bits": 4, "groups": dict(groups(config)), "plan": plan.to_json()})
+    writer = CheckpointWriter(
+        folder, hf, {"bits": 4, "groups": dict(grouping(config)["groups"]), "plan": plan.to_json()}
+    )
     params = dict(model.params)
     layers = params.pop("layers")
     plain = lambda tree: jax.tree.map(  # noqa: E731

@@ -19,7 +19,7 @@ from uniql_jax import elastic
 from uniql_jax.checkpoint import CheckpointWriter
 from uniql_jax.evaluation.random_model import SPREAD, weight_shapes
 from uniql_jax.model.causal_lm import CausalLM
-from uniql_jax.plan import groups, make_plan
+from uniql_jax.plan import grouping, make_plan
 from uniql_jax.weights.quantized import QuantizedArray
 
 VOCAB = 320
@@ -128,7 +128,9 @@ def packed(folder: Path, hf: dict[str, Any], bits: int, rng: np.random.Generator
     shapes = weight_shapes(cfg, bits, 0.0, plan, jnp.bfloat16)
     layers = shapes.pop("layers")
     folder.mkdir()
-    writer = CheckpointWriter(folder, hf, {"bits": bits, "groups": dict(groups(cfg)), "plan": plan.to_json()})
+    writer = CheckpointWriter(
+        folder, hf, {"bits": bits, "groups": dict(grouping(cfg)["groups"]), "plan": plan.to_json()}
+    )
     writer.add_top({name: leaf(name, like) for name, like in shapes.items()})
     for i, layer in enumerate(layers):
         writer.add_layer(i, {kind: {n: leaf(n, like) for n, like in block.items()} for kind, block in layer.items()})
