@@ -37,7 +37,7 @@ from uniql_jax.evaluation.evaluate import perplexity
 from uniql_jax.evaluation.timing import environment
 from uniql_jax.joint_plan import TOP, Kept, Piece, make_joint_plan
 from uniql_jax.model.causal_lm import CausalLM
-from uniql_jax.plan import LAYER_CAP, axis_group_and_unit, groups, make_plan, next_cut
+from uniql_jax.plan import LAYER_CAP, axis_layout, grouping, make_plan, next_cut
 from uniql_jax.tokenizer import load_tokenizer
 
 Setting = Mapping[tuple[int, str], Kept]
@@ -47,7 +47,7 @@ FACTORS = (0.1, 10.0)
 
 def pieces_of(config: Any) -> list[Piece]:
     """Every axis of every layer, and embedding and head, with the bytes of nested codes."""
-    found, group = [], groups(config)
+    found, group = [], grouping(config)["groups"]
     full = elastic.sizes(config)
 
     def leaf_bytes(leaf: elastic.Leaf) -> tuple[float, float]:
@@ -67,7 +67,7 @@ def pieces_of(config: Any) -> list[Piece]:
                 if leaf.axis == axis and leaf.contract
             ]
             bit, rest = (sum(values) for values in zip(*each, strict=True))
-            found.append(Piece(layer, axis, full[axis], axis_group_and_unit(config, axis)[1], bit, rest, LAYER_CAP))
+            found.append(Piece(layer, axis, full[axis], axis_layout(config, axis).unit, bit, rest, LAYER_CAP))
     for name in ("embed",) if config.tie_embeddings else ("embed", "head"):
         bit, rest = leaf_bytes(elastic.TOP[name])
         found.append(Piece(TOP, name, config.vocab_size, config.vocab_size, bit, rest, 0.0))

@@ -47,7 +47,7 @@ from uniql_jax.evaluation.evaluate import perplexity
 from uniql_jax.evaluation.timing import environment
 from uniql_jax.model.causal_lm import CausalLM, embed
 from uniql_jax.model.layers import KINDS
-from uniql_jax.plan import groups
+from uniql_jax.plan import grouping
 from uniql_jax.tokenizer import load_tokenizer
 from uniql_jax.weights.nested import OFFSET
 from uniql_jax.weights.quantized import group_size
@@ -203,7 +203,7 @@ def _round_top(model: Model, row: Row, q: Any, views: list[View]) -> None:
 
 def _group(config: Any, axis: str, width: int, method: Method) -> int:
     """The pass's own group where the size aimed at is its own."""
-    return groups(config)[axis] if method.group == PLAIN.group else group_size(width, method.group)
+    return grouping(config)["groups"][axis] if method.group == PLAIN.group else group_size(width, method.group)
 
 
 def _round_block(

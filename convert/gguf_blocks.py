@@ -12,18 +12,15 @@ from jaxtyping import Float, Int, UInt8
 
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
-from uniql_jax.convert import gguf_tables, tables
+from uniql_jax.convert import tables
 from uniql_jax.convert.integers import Blocks, foreign, integers, scales
 from uniql_jax.weights.quantized import QuantizedArray
 
 BLOCK = 32
 PACKED = {4: "Q4_0", 8: "Q8_0"}
 DENSE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-TABLE = gguf_tables.TABLES["llama"]
-ROWS = {(row.kind, row.parts[0].leaf): row for row in TABLE}
-
 Widths = Mapping[str, Blocks]
-"""Contracted dimension, embed or ffn -> how it is laid out in blocks."""
+"""Contracted dimension, embed, ffn, or vo where groups lie inside a head -> how it is laid out in blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +29,8 @@ class Layout:
 
     config: ModelConfig
     kind: str
+    rows: Mapping[str, tables.Row]
+    """Leaf -> its tensor."""
     widths: Widths
     inv_freq: Any
 
@@ -65,8 +64,9 @@ class Layout:
     def _foreign(self, name: str, value: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
         """One leaf, at the sizes of the written model, in llama.cpp's layout."""
         ffn = sizes.get("ffn", self.config.intermediate_size)
-        config = dataclasses.replace(self.config, hidden_size=sizes["embed"], intermediate_size=ffn)
-        return foreign(config, self.kind, ROWS[self.kind, name], value, self.inv_freq)
+        head_dim = sizes.get("vo", self.config.head_dim)
+        config = dataclasses.replace(self.config, hidden_size=sizes["embed"], intermediate_size=ffn, head_dim=head_dim)
+        return foreign(config, self.kind, self.rows[name], value, self.inv_freq)
 
 
 def stored_as(leaf: elastic.Leaf, value: Any, widths: Widths) -> tuple[str, str]:

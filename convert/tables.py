@@ -6,9 +6,10 @@ inverse both follow from the names, so there is no code per tensor or per family
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,162 +17,72 @@ from jaxtyping import Float, Shaped
 
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
+from uniql_jax.convert import rows
+from uniql_jax.convert.rows import Part as Part
+from uniql_jax.convert.rows import Row as Row
 from uniql_jax.elastic import Leaf
 
 RAW: dict[str, dict[str, Leaf]] = {"attention": {"v_bias": Leaf(("vo", "kv_head"))}}
 """Leaves that checkpoints have and the core has not: they are folded into others while reading."""
 
 
-LAYER = "model.layers.{layer}"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One leaf inside a foreign tensor; each entry of `dims` is one dimension there, a product of our named ones ("" is
-    a dimension of one).
-    """
-
-    leaf: str
-    dims: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A foreign tensor: its name ({layer} stands for the number), its block ("top" outside layers), what it holds.
-
-    Several parts are stacked along the tensor's first dimension; with `within`, inside each entry of that dimension of
-    ours, which then is the slower part of the first one.
-    """
-
-    name: str
-    kind: str
-    parts: tuple[Part, ...]
-    within: str = ""
-
-
-def _row(name: str, kind: str, leaf: str, *dims: str) -> Row:
-    return Row(name, kind, (Part(leaf, dims),))
-
-
-def _top(embed: str, norm: str) -> tuple[Row, ...]:
-    return (
-        _row(f"{embed}.weight", "top", "embed", "vocab", "embed"),
-        _row(f"{norm}.weight", "top", "norm", "embed"),
-        _row("lm_head.weight", "top", "head", "vocab", "embed"),
-    )
-
-
-def _norm(name: str, *kinds: str) -> tuple[Row, ...]:
-    return tuple(_row(f"{LAYER}.{name}.weight", kind, "norm", "embed") for kind in kinds)
-
-
-def _attention(name: str) -> tuple[Row, ...]:
-    # RoPE turns dimension j of a head together with j + d/2: "pair" is slower than "qk".
-    at = f"{LAYER}.{name}"
-    return (
-        _row(f"{at}.q_proj.weight", "attention", "q", "head pair qk", "embed"),
-        _row(f"{at}.q_proj.bias", "attention", "q_bias", "head pair qk"),
-        _row(f"{at}.k_proj.weight", "attention", "k", "kv_head pair qk", "embed"),
-        _row(f"{at}.k_proj.bias", "attention", "k_bias", "kv_head pair qk"),
-        _row(f"{at}.v_proj.weight", "attention", "v", "kv_head vo", "embed"),
-        _row(f"{at}.v_proj.bias", "attention", "v_bias", "kv_head vo"),
-        _row(f"{at}.o_proj.weight", "attention", "o", "embed", "head vo"),
-        _row(f"{at}.o_proj.bias", "attention", "o_bias", "embed"),
-    )
-
-
-def _partly_rotary(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """The same rows for heads whose last dimensions do not rotate."""
-
-    def split(row: Row) -> Row:
-        leaf, dims = row.parts[0].leaf, row.parts[0].dims
-        if leaf not in ("q", "k", "q_bias", "k_bias"):
-            return row
-        letter, _, ending = leaf.partition("_")
-        passed = f"{letter}_pass" + (f"_{ending}" if ending else "")
-        head, _ = dims[0].split(" ", 1)
-        return Row(row.name, row.kind, (Part(leaf, ("pair qk", *dims[1:])), Part(passed, ("qk_pass", *dims[1:]))), head)
-
-    return tuple(split(row) for row in rows)
-
-
-def _mlp(name: str) -> tuple[Row, ...]:
-    at = f"{LAYER}.{name}"
-    return (
-        _row(f"{at}.gate_proj.weight", "mlp", "gate", "ffn", "embed"),
-        _row(f"{at}.gate_proj.bias", "mlp", "gate_bias", "ffn"),
-        _row(f"{at}.up_proj.weight", "mlp", "up", "ffn", "embed"),
-        _row(f"{at}.up_proj.bias", "mlp", "up_bias", "ffn"),
-        _row(f"{at}.down_proj.weight", "mlp", "down", "embed", "ffn"),
-        _row(f"{at}.down_proj.bias", "mlp", "down_bias", "embed"),
-    )
-
-
-def _mamba2(name: str) -> tuple[Row, ...]:
-    at = f"{LAYER}.{name}"
-    channels, states = "mamba_head ssm_head", "mamba_group ssm_state"
-
-    def stacked(tensor: str, leaves: dict[str, str], *rest: str) -> Row:
-        return Row(f"{at}.{tensor}", "mamba2", tuple(Part(leaf, (dims, *rest)) for leaf, dims in leaves.items()))
-
-    wide = {"z": channels, "x": channels, "b": states, "c": states, "dt": "mamba_head"}
-    convolved = {"conv_x": channels, "conv_b": states, "conv_c": states}
-    biases = {"dt_proj_bias" if leaf == "dt" else f"{leaf}_bias": dims for leaf, dims in wide.items()}
-    return (
-        stacked("in_proj.weight", wide, "embed"),
-        stacked("in_proj.bias", biases),
-        stacked("conv1d.weight", convolved, "", "conv"),
-        stacked("conv1d.bias", {f"{leaf}_bias": dims for leaf, dims in convolved.items()}),
-        _row(f"{at}.dt_bias", "mamba2", "dt_bias", "mamba_head"),
-        _row(f"{at}.A_log", "mamba2", "a_log", "mamba_head"),
-        _row(f"{at}.D", "mamba2", "d", "mamba_head"),
-        _row(f"{at}.norm.weight", "mamba2", "gate_norm", channels),
-        _row(f"{at}.out_proj.weight", "mamba2", "out", "embed", channels),
-        _row(f"{at}.out_proj.bias", "mamba2", "out_bias", "embed"),
-    )
-
-
-def _backbone(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    return tuple(replace(row, name=row.name.replace("model.", "backbone.", 1)) for row in rows)
-
-
 LLAMA: tuple[Row, ...] = (
-    *_top("model.embed_tokens", "model.norm"),
-    *_norm("input_layernorm", "attention"),
-    *_attention("self_attn"),
-    *_norm("post_attention_layernorm", "mlp"),
-    *_mlp("mlp"),
+    *rows.top("model.embed_tokens", "model.norm"),
+    *rows.norm("input_layernorm", "attention"),
+    *rows.attention("self_attn"),
+    *rows.norm("post_attention_layernorm", "mlp"),
+    *rows.mlp("mlp"),
 )
+QWEN3: tuple[Row, ...] = (*LLAMA, *rows.head_norms("self_attn"))
 
 TABLES: dict[str, tuple[Row, ...]] = {
     "llama": LLAMA,
     "qwen2": tuple(row for row in LLAMA if not row.name.endswith("o_proj.bias")),
-    "mamba2": _backbone((*_top("model.embeddings", "model.norm_f"), *_norm("norm", "mamba2"), *_mamba2("mixer"))),
-    "bamba": (
-        *_top("model.embed_tokens", "model.final_layernorm"),
-        *_norm("input_layernorm", "attention", "mamba2"),
-        *_partly_rotary(_attention("self_attn")),
-        *_mamba2("mamba"),
-        *_norm("pre_ff_layernorm", "mlp"),
-        *_mlp("feed_forward"),
+    "qwen3": QWEN3,
+    "mistral": LLAMA,
+    "smollm3": LLAMA,
+    "granite": LLAMA,
+    "granitemoehybrid": (
+        *rows.top("model.embed_tokens", "model.norm"),
+        *rows.norm("input_layernorm", "attention", "mamba2"),
+        *rows.attention("self_attn"),
+        *rows.mamba2("mamba"),
+        *rows.norm("post_attention_layernorm", "mlp"),
+        *rows.packed_mlp("shared_mlp", "input_linear", "output_linear"),
     ),
-    "nemotron_h": _backbone(
+    "phi3": (
+        *rows.top("model.embed_tokens", "model.norm"),
+        *rows.norm("input_layernorm", "attention"),
+        *rows.packed_attention("self_attn"),
+        *rows.norm("post_attention_layernorm", "mlp"),
+        *rows.packed_mlp("mlp", "gate_up_proj", "down_proj"),
+    ),
+    "mamba2": rows.backbone(
+        (*rows.top("model.embeddings", "model.norm_f"), *rows.norm("norm", "mamba2"), *rows.mamba2("mixer"))
+    ),
+    "bamba": (
+        *rows.top("model.embed_tokens", "model.final_layernorm"),
+        *rows.norm("input_layernorm", "attention", "mamba2"),
+        *rows.partly_rotary(rows.attention("self_attn")),
+        *rows.mamba2("mamba"),
+        *rows.norm("pre_ff_layernorm", "mlp"),
+        *rows.mlp("feed_forward"),
+    ),
+    "nemotron_h": rows.backbone(
         (
-            *_top("model.embeddings", "model.norm_f"),
-            *_norm("norm", "attention", "mamba2", "mlp"),
-            *_attention("mixer"),
-            *_mamba2("mixer"),
-            *_mlp("mixer"),
+            *rows.top("model.embeddings", "model.norm_f"),
+            *rows.norm("norm", "attention", "mamba2", "mlp"),
+            *rows.attention("mixer"),
+            *rows.mamba2("mixer"),
+            *rows.mlp("mixer"),
         )
     ),
 }
 """By HF's model_type."""
 
 PREFIXES: dict[str, tuple[str, ...]] = {
-    "llama": ("model.", ""),
-    "qwen2": ("model.", ""),
+    **dict.fromkeys(TABLES, ("model.", "")),
     "mamba2": ("backbone.", ""),
-    "bamba": ("model.", ""),
     "nemotron_h": ("backbone.", "model.", ""),
 }
 """What may stand before a tensor's name, the table's own first; files of base models (LlamaModel) have nothing."""
@@ -193,9 +104,12 @@ def present(config: ModelConfig, kind: str) -> set[str]:
 
 
 def rows_of(config: ModelConfig, table: tuple[Row, ...], kind: str) -> Iterator[Row]:
-    """The rows of one block kind whose leaves this model has."""
+    """The rows of one block kind whose leaves this model has, with the parts that it has."""
     leaves = present(config, kind)
-    return (row for row in table if row.kind == kind and all(part.leaf in leaves for part in row.parts))
+    for row in table:
+        if row.kind == kind and row.parts[0].leaf in leaves:
+            parts = tuple(part for part in row.parts if part.leaf in leaves)
+            yield row if len(parts) == len(row.parts) else replace(row, parts=parts)
 
 
 def as_stored(config: ModelConfig, names: Collection[str]) -> tuple[Row, ...]:
@@ -227,7 +141,7 @@ def _count(sizes: Mapping[str, int], dim: str) -> int:
 def foreign_shape(config: ModelConfig, row: Row) -> tuple[int, ...]:
     """Shape of the foreign tensor."""
     sizes = elastic.sizes(config)
-    first = _count(sizes, row.within) * sum(_count(sizes, part.dims[0]) for part in row.parts)
+    first = sum(_count(sizes, part.within) * _count(sizes, part.dims[0]) for part in row.parts)
     return (first, *(_count(sizes, dim) for dim in row.parts[0].dims[1:]))
 
 
@@ -246,19 +160,32 @@ def to_leaves(config: ModelConfig, row: Row, value: Float[np.ndarray, "..."]) ->
     return {name: np.ascontiguousarray(leaf) for name, leaf in laid_out(config, row, value).items()}
 
 
+def _sections(row: Row) -> Iterator[tuple[str, list[Part]]]:
+    """Parts that alternate inside the entries of one dimension, with that dimension."""
+    for within, parts in itertools.groupby(row.parts, key=lambda part: part.within):
+        yield within, list(parts)
+
+
 def laid_out(config: ModelConfig, row: Row, value: Any) -> dict[str, Any]:
     """The leaves that a foreign tensor holds as views in our layout: numpy or, inside a jit, JAX arrays."""
     sizes = elastic.sizes(config)
-    leaves, start = {}, 0
-    outer = row.within.split()
-    value = value.reshape(_count(sizes, row.within), -1, *value.shape[1:])
-    for part in row.parts:
-        stop = start + _count(sizes, part.dims[0])
-        theirs = [*outer, *" ".join(part.dims).split()]
-        split = value[:, start:stop].reshape([sizes[dim] for dim in theirs])
-        ours = leaf_of(row.kind, part.leaf).dims
-        leaves[part.leaf] = split.transpose([theirs.index(dim) for dim in ours])
-        start = stop
+    leaves, begin = {}, 0
+    for within, parts in _sections(row):
+        entries, start = _count(sizes, within), 0
+        end = begin + entries * sum(_count(sizes, part.dims[0]) for part in parts)
+        section = value[begin:end].reshape(entries, -1, *value.shape[1:])
+        begin = end
+        for part in parts:
+            stop = start + _count(sizes, part.dims[0])
+            theirs = " ".join((within, *part.dims)).split()
+            split = section[:, start:stop].reshape([sizes[dim] for dim in theirs])
+            leaf = leaf_of(row.kind, part.leaf)
+            split = split.transpose([theirs.index(dim) for dim in leaf.dims if dim not in leaf.shared])
+            for place, dim in enumerate(leaf.dims):
+                if dim in leaf.shared:
+                    split = split[(slice(None),) * place + (None,)].repeat(sizes[dim], place)
+            leaves[part.leaf] = split
+            start = stop
     return leaves
 
 
@@ -266,13 +193,25 @@ def from_leaves(
     config: ModelConfig, row: Row, leaves: Mapping[str, Shaped[np.ndarray, "..."]]
 ) -> Shaped[np.ndarray, "..."]:
     """The foreign tensor that holds these full-size leaves: the inverse of `to_leaves`."""
-    pieces = []
+    sections = []
     sizes = elastic.sizes(config)
-    outer = row.within.split()
-    for part in row.parts:
-        ours = leaf_of(row.kind, part.leaf).dims
-        theirs = [*outer, *" ".join(part.dims).split()]
-        value = leaves[part.leaf].transpose([ours.index(dim) for dim in theirs])
-        pieces.append(value.reshape([_count(sizes, row.within), *(_count(sizes, dim) for dim in part.dims)]))
-    value = np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
-    return np.ascontiguousarray(value.reshape(-1, *value.shape[2:]))
+    for within, parts in _sections(row):
+        pieces = []
+        for part in parts:
+            leaf, value = leaf_of(row.kind, part.leaf), leaves[part.leaf]
+            for place, dim in reversed(list(enumerate(leaf.dims))):
+                if dim in leaf.shared:
+                    value = _merged(value, place)
+            ours = [dim for dim in leaf.dims if dim not in leaf.shared]
+            theirs = " ".join((within, *part.dims)).split()
+            value = value.transpose([ours.index(dim) for dim in theirs])
+            pieces.append(value.reshape([_count(sizes, within), *(_count(sizes, dim) for dim in part.dims)]))
+        section = np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
+        sections.append(section.reshape(-1, *section.shape[2:]))
+    return np.ascontiguousarray(np.concatenate(sections) if len(sections) > 1 else sections[0])
+
+
+def _merged(value: Shaped[np.ndarray, "..."], place: int) -> Shaped[np.ndarray, "..."]:
+    """The one value that copies along a dimension share; a copy is zero where its head was cut."""
+    where = np.expand_dims(np.abs(value).argmax(place), place)
+    return np.take_along_axis(value, where, place).squeeze(place)

@@ -1,7 +1,8 @@
 """Our elastic checkpoint, at any prune rate, as a GGUF file for llama.cpp, in the integers and scales that it has.
 
 Blocks of 32 take 4 bits as Q4_0 and 8 bits as Q8_0, without rounding anything again. What such blocks cannot hold
-exactly leaves as F16 or F32, which can. MLP channels leave at their true width, layer by layer (architecture `deci`);
+exactly leaves as F16 or F32, which can. MLP channels leave at their true width, layer by layer (architecture `deci`),
+or at that of the widest layer where heads have norms of their own (`qwen3`, which has one width for all layers);
 attention keeps its shape, with zeros for what was cut, since llama.cpp has one head size and one set of RoPE
 frequencies for a whole model.
 """
@@ -24,9 +25,9 @@ from uniql_jax import console, elastic
 from uniql_jax.casting import cast
 from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.config import ModelConfig, Rope
-from uniql_jax.convert import gguf_head, tables
+from uniql_jax.convert import gguf_head, gguf_tables, tables
 from uniql_jax.convert.exporting import Planned, Request, staged_file, table
-from uniql_jax.convert.gguf_blocks import BLOCK, DENSE, PACKED, TABLE, Layout, Widths, stored_as
+from uniql_jax.convert.gguf_blocks import BLOCK, DENSE, PACKED, Layout, Widths, stored_as
 from uniql_jax.convert.gguf_vocabulary import Vocabulary, read_vocabulary
 from uniql_jax.convert.integers import Blocks
 from uniql_jax.errors import UserError
@@ -35,7 +36,7 @@ from uniql_jax.outputs import check_output, check_output_files, check_space, sta
 from uniql_jax.plan import check_rate
 from uniql_jax.weights.protocol import dense
 
-FAMILIES = ("llama", "qwen2")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 BYTES = {"Q4_0": 18 / 32, "Q8_0": 34 / 32, "F16": 2, "BF16": 2, "F32": 4}
 """Bytes of a weight."""
 MATRICES = {4: "F16", 8: "F16", 16: "BF16", 32: "F32"}
@@ -60,6 +61,17 @@ class Model:
         """The unpruned model."""
         return self.checkpoint.config
 
+    @property
+    def _keep(self) -> dict[str, int]:
+        """The most that a layer keeps of each axis."""
+        kept = self.checkpoint.keep(self.rate)
+        return {axis: max(layer[axis] for layer in kept) for axis in kept[0]}
+
+    @property
+    def table(self) -> tuple[tables.Row, ...]:
+        """Which tensor is which leaf."""
+        return gguf_tables.TABLES.get(self.architecture, gguf_tables.TABLES["llama"])
+
     def widths(self, layer: int | None = None) -> Widths:
         """The dimensions that may be padded, in a layer or outside them."""
         groups, width = self.checkpoint.meta.get("groups") or {}, self.config.hidden_size
@@ -68,14 +80,16 @@ class Model:
         else:
             found = {"embed": Blocks(width, groups["embed"], BLOCK, self.one_table)}
         if layer is not None:
-            kept = self.checkpoint.keep(self.rate)[layer]["ffn"]
+            kept = self._keep["ffn"] if self.config.qk_norm else self.checkpoint.keep(self.rate)[layer]["ffn"]
             found["ffn"] = Blocks(kept, groups["ffn"], BLOCK) if groups else Blocks(kept, kept, 1)
+            if "vo" in (self.checkpoint.meta.get("runs") or {}):
+                found["vo"] = Blocks(self.config.head_dim, groups["vo"], BLOCK)
         return found
 
     @property
     def one_table(self) -> bool:
         """Whether one packed table is embedding and head, with a layer before the head (`gguf_head`)."""
-        tied = "head_in" in self.checkpoint.tensors
+        tied = "head_in" in self.checkpoint.tensors and not self.config.qk_norm
         return tied and self.checkpoint.bits in PACKED and not self.dense_head
 
     @property
@@ -85,7 +99,9 @@ class Model:
 
     @property
     def architecture(self) -> str:
-        """llama.cpp's name: `llama` has one MLP width for all layers, `deci` one for each."""
+        """llama.cpp's name: `llama` has one MLP width for all layers, `deci` one for each, `qwen3` norms of heads."""
+        if self.config.qk_norm:
+            return "qwen3"
         return "llama" if len(set(self.ffn)) == 1 and not self.one_table else "deci"
 
     def parts(self) -> Iterator[tuple[str, int | None, str, Mapping[str, Any]]]:
@@ -95,7 +111,7 @@ class Model:
             top = {"embed": top["embed"]}
         yield "", None, "top", top
         for i, keep in enumerate(self.checkpoint.keep(self.rate)):
-            layer = self.checkpoint.layer(i, keep)
+            layer = self.checkpoint.layer(i, keep, shared_whole=True)
             for kind in self.config.pattern[i]:
                 yield f"layers.{i}.{kind}.", i, kind, layer[kind]
 
@@ -135,16 +151,17 @@ class Model:
 
     def _rows(self, kind: str, leaves: Mapping[str, Any]) -> Iterator[tables.Row]:
         has = {*leaves, *(("head",) if "head_in" in leaves else ())}
-        return (row for row in TABLE if row.kind == kind and row.parts[0].leaf in has)
+        return (row for row in self.table if row.kind == kind and row.parts[0].leaf in has)
 
     def tensors(self, types: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
         """Name and content, as bytes of blocks or as floats, of every tensor in its planned type."""
         for _, i, kind, leaves in self.parts():
             if "head_in" in leaves:
                 leaves = _with_head(leaves)
-            names = {row.parts[0].leaf: row.name.format(layer=i) for row in self._rows(kind, leaves)}
-            layout = Layout(self.config, kind, self.widths(i), leaves.get("inv_freq"))
-            for leaf, name in names.items():
+            rows = {row.parts[0].leaf: row for row in self._rows(kind, leaves)}
+            layout = Layout(self.config, kind, rows, self.widths(i), leaves.get("inv_freq"))
+            for leaf, row in rows.items():
+                name = row.name.format(layer=i)
                 if types[name] in PACKED.values():
                     yield name, layout.blocks(leaf, leaves[leaf])
                 else:
@@ -187,12 +204,13 @@ def write(request: Request) -> None:
     checkpoint = open_checkpoint(ckpt)
     if checkpoint.config.model_type not in FAMILIES:
         raise UserError(
-            f"{checkpoint.config.model_type} models cannot leave as GGUF (only {' and '.join(FAMILIES)}); "
+            f"{checkpoint.config.model_type} models cannot leave as GGUF (only {', '.join(FAMILIES)}); "
             "use --format transformers"
         )
     model = Model(
         checkpoint, check_rate(request.prune_rate), request.dtype and DENSE[request.dtype], request.dense_head
     )
+    _check_form(model)
     vocabulary = read_vocabulary(checkpoint.folder, request.load_tokenizer(checkpoint.folder), checkpoint.config)
     planned = list(model.plan())
     size = sum(tensor.nbytes for tensor, _ in planned)
@@ -205,6 +223,18 @@ def write(request: Request) -> None:
         if not as_file:
             (staging / "config.json").write_text(json.dumps(checkpoint.hf_config, indent=2) + "\n", encoding="utf-8")
             copy_side_files(checkpoint.folder, staging)
+
+
+def _check_form(model: Model) -> None:
+    """Refuse what llama.cpp's form of a model with norms of heads has no place for."""
+    if not model.config.qk_norm:
+        return
+    instead = "use --format transformers"
+    if "o_bias" in elastic.leaves(model.config, "attention"):
+        raise UserError(f"llama.cpp's {model.architecture} has no biases in attention; {instead}")
+    embed = model.widths()["embed"]
+    if embed.total != embed.width:  # one epsilon serves all norms, so that no norm may run over added zeros
+        raise UserError(f"a stream of {embed.width} in groups of {embed.group} does not fit blocks of 32; {instead}")
 
 
 def _write_file(
@@ -243,7 +273,7 @@ def _add_fields(writer: Any, model: Model) -> None:
     writer.add_context_length(config.max_position)
     writer.add_embedding_length(embed.total)
     writer.add_block_count(count + more)
-    writer.add_feed_forward_length(ffn[0] if model.architecture == "llama" else ffn)
+    writer.add_feed_forward_length(ffn if model.architecture == "deci" else ffn[0])
     writer.add_head_count([config.heads] * count + [1] if more else config.heads)
     writer.add_head_count_kv([config.kv_heads] * count + [0] if more else config.kv_heads)
     writer.add_key_length(config.head_dim)

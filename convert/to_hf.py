@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from uniql_jax import console, elastic
 from uniql_jax.casting import cast
@@ -22,6 +22,8 @@ from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
 from uniql_jax.convert.exporting import Progress
+from uniql_jax.convert.full_size import full_size
+from uniql_jax.convert.leaves import pass_factors, top_factors
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardWriter, copy_side_files
 from uniql_jax.outputs import check_output, check_space, staged_output
@@ -42,6 +44,12 @@ UNTRUE = ("auto_map", "quantization_config", "compression_config", "_name_or_pat
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "phi3": "Phi3ForCausalLM",
     "mamba2": "Mamba2ForCausalLM",
     "bamba": "BambaForCausalLM",
     "nemotron_h": "NemotronHForCausalLM",
@@ -51,35 +59,6 @@ RESCALED = ("mamba2", "nemotron_h")
 """Families with `rescale_prenorm_residual`: where it is true, transformers divides out_proj of what it loads."""
 RESIDUAL = 1e-5
 """A value bias stands for an output bias when it misses no more than this part of it (float32 rounding)."""
-
-
-def original_pairs(config: ModelConfig, inv_freq: Float[np.ndarray, "kept kv_head"]) -> Int[np.ndarray, "kept kv_head"]:
-    """Where each kept RoPE pair stood before sorting, read off its frequency; each place is given out once.
-
-    Pairs with equal frequencies are interchangeable.
-
-    Args:
-        config: the model.
-        inv_freq: frequencies of the kept pairs, float32.
-
-    Returns:
-        The original index of every pair.
-
-    Raises:
-        ValueError: a frequency that the model does not have.
-    """
-    assert config.rope is not None
-    places: dict[float, list[int]] = {}
-    for place, frequency in reversed(list(enumerate(config.rope.inv_freq().tolist()))):
-        places.setdefault(frequency, []).append(place)
-    found = np.empty(inv_freq.shape, np.int64)
-    for head in range(inv_freq.shape[1]):
-        free = {frequency: list(stack) for frequency, stack in places.items()}
-        for row, frequency in enumerate(np.asarray(inv_freq[:, head], np.float32).tolist()):
-            if not free.get(frequency):
-                raise ValueError(f"inv_freq holds {frequency}, which is not (or no longer) a frequency of this model")
-            found[row, head] = free[frequency].pop()
-    return found
 
 
 def layer_to_hf(
@@ -105,6 +84,9 @@ def layer_to_hf(
     for kind in config.pattern[i]:
         rows = list(tables.rows_of(config, table, kind))
         leaves = full_size(config, kind, {name: np.asarray(dense(value)) for name, value in layer[kind].items()})
+        for name, factor in pass_factors(config).items():
+            if name in leaves:
+                leaves[name] = leaves[name] / np.float32(factor)
         has = {part.leaf for row in rows for part in row.parts}
         if "v_bias" in has:
             leaves["v_bias"] = np.zeros(elastic.shape(config, tables.leaf_of(kind, "v_bias")), np.float32)
@@ -113,24 +95,6 @@ def layer_to_hf(
         for row in rows:
             tensors[row.name.format(layer=i)] = tables.from_leaves(config, row, leaves)
     return tensors
-
-
-def full_size(config: ModelConfig, kind: str, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Leaves at full size, zeros for what was cut: RoPE pairs at their original places, the rest in front."""
-    places = original_pairs(config, values["inv_freq"]) if "inv_freq" in values else None
-    full = {}
-    for name, value in values.items():
-        leaf = elastic.BLOCKS[kind][name]
-        out = np.zeros(elastic.shape(config, leaf), value.dtype)
-        if leaf.axis == "qk" and places is not None:
-            shared = np.repeat(places, config.query_groups, axis=1) if "head" in leaf.dims else places
-            head = leaf.dims.index("head" if "head" in leaf.dims else "kv_head")
-            index = shared.reshape([n if d in (0, head) else 1 for d, n in enumerate(value.shape)])
-            np.put_along_axis(out, index, value, axis=0)
-        else:
-            out[tuple(slice(n) for n in value.shape)] = value
-        full[name] = out
-    return full
 
 
 def _carry_o_bias(config: ModelConfig, leaves: Tensors) -> None:
@@ -158,7 +122,7 @@ def top_to_hf(config: ModelConfig, top: Mapping[str, Any], table: tuple[tables.R
     """embed, norm and head by their HF names, float32; no head where the embedding serves as it.
 
     A `head_in` matrix (rotated models apply it to the normed stream x) is multiplied into the head:
-    (x @ head_in) @ head.T = x @ (head @ head_in.T).T.
+    (x @ head_in) @ head.T = x @ (head @ head_in.T).T. Scales of the embedding and the logits are the family's again.
 
     Args:
         config: the model.
@@ -172,6 +136,8 @@ def top_to_hf(config: ModelConfig, top: Mapping[str, Any], table: tuple[tables.R
     head_in = leaves.pop("head_in", None)
     if head_in is not None:
         leaves["head"] = leaves.get("head", leaves["embed"]) @ head_in.T
+    factors = top_factors(config, "head" not in leaves)
+    leaves |= {name: leaves[name] / np.float32(factor) for name, factor in factors.items() if factor != 1.0}
     table = table or tables.TABLES[config.model_type]
     rows = [row for row in table if row.kind == "top" and all(part.leaf in leaves for part in row.parts)]
     return {row.name: tables.from_leaves(config, row, leaves) for row in rows}
@@ -285,7 +251,7 @@ def export(
             writer.add(name, cast(name, value, DTYPES[dtype]))
         del top
         for i in progress(range(len(config.pattern)), "export"):
-            for name, value in layer_to_hf(config, i, checkpoint.layer(i, keep[i]), table).items():
+            for name, value in layer_to_hf(config, i, checkpoint.layer(i, keep[i], shared_whole=True), table).items():
                 writer.add(name, cast(name, value, DTYPES[dtype]))
         writer.finish()
         (staging / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")

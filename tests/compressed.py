@@ -22,11 +22,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama-multihead": published.shrink(published.LLAMA_2_7B, **TWO),
     "llama-biased": published.shrink(published.LLAMA_3_1_8B, attention_bias=True, mlp_bias=True, head_dim=24, **TWO),
     "qwen2": published.shrink(published.QWEN2_5_05B, **TWO),
+    # norms of queries and keys, whose heads do not fill the hidden size
+    "qwen3": published.shrink(published.QWEN3_06B, **TWO),
+    # its second layer does not rotate; a sliding window that no text reaches; four multipliers
+    "smollm3": published.shrink(published.SMOLLM3_3B, no_rope_layers=[1, 0], **TWO),
+    "mistral": published.shrink(published.MISTRAL_7B, sliding_window=512, **TWO),
+    "granite": published.shrink(published.GRANITE_4_1_3B, **TWO),
+    # one tensor for queries, keys and values; most of a head rotates, by longrope
+    "phi3": published.shrink(published.PHI_4_MINI, **TWO),
     # several groups of B and C; half of a head rotates; attention without positions, plain MLPs
     "mamba2": published.shrink_ssm(published.MAMBA2_8B, **TWO),
     "mamba2-tied-biased": published.shrink_ssm(published.MAMBA2_130M, use_bias=True, **TWO),
     "bamba": published.shrink_ssm(published.BAMBA_9B_V2, num_hidden_layers=2, attn_layer_indices=[1]),
-    "nemotron_h": published.shrink_ssm(published.NEMOTRON_H_8B, hybrid_override_pattern="M-*", num_hidden_layers=3),
+    "granitemoehybrid": published.shrink_ssm(
+        published.GRANITE_4_0_H_MICRO, num_hidden_layers=2, layer_types=["mamba", "attention"], mamba_n_groups=2
+    ),
+    "nemotron_h": published.shrink_ssm(
+        published.NEMOTRON_NANO_9B_V2, hybrid_override_pattern="M-*", num_hidden_layers=3
+    ),
 }
 RATES = (0.05, 0.15, 0.25, 0.35)
 

@@ -155,6 +155,43 @@ QWEN2_5_7B: dict[str, Any] = {
     "vocab_size": 152064,
 }
 
+QWEN3_06B: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+QWEN3_8B: dict[str, Any] = QWEN3_06B | {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_window_layers": 36,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "tie_word_embeddings": False,
+}
+
 SMOLLM2_135M: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -181,6 +218,173 @@ SMOLLM2_135M: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "use_cache": True,
     "vocab_size": 49152,
+}
+
+MISTRAL_7B: dict[str, Any] = {
+    "architectures": ["MistralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 32768,
+}
+
+SMOLLM3_3B: dict[str, Any] = {
+    "architectures": ["SmolLM3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 65536,
+    "max_window_layers": 28,
+    "mlp_bias": False,
+    "model_type": "smollm3",
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 4,
+    "pad_token_id": 128004,
+    "pretraining_tp": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 5000000.0,
+    "sliding_window": None,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 128256,
+}
+"""It does not say that it is tied: that is its family's default."""
+
+GRANITE_4_1_3B: dict[str, Any] = {
+    "architectures": ["GraniteForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attention_multiplier": 0.015625,
+    "bos_token_id": 100257,
+    "embedding_multiplier": 12.0,
+    "eos_token_id": 100257,
+    "hidden_act": "silu",
+    "hidden_size": 2560,
+    "initializer_range": 0.1,
+    "intermediate_size": 8192,
+    "logits_scaling": 10.0,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "granite",
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 8,
+    "residual_multiplier": 0.22,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 100352,
+}
+
+PHI_4_MINI: dict[str, Any] = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 199999,
+    "embd_pdrop": 0.0,
+    "eos_token_id": 199999,
+    "full_attn_mod": 1,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "phi3",
+    "num_attention_heads": 24,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "original_max_position_embeddings": 4096,
+    "pad_token_id": 199999,
+    "partial_rotary_factor": 0.75,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "long_factor": [
+            1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898,
+            2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424,
+            6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252,
+            16.37415215, 18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23,
+            32.6, 32.61, 32.64, 32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
+        ],
+        "short_factor": [1.0] * 48,
+        "type": "longrope",
+    },
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 200064,
+}  # fmt: skip
+
+_GRANITE_HYBRID: dict[str, Any] = {
+    "architectures": ["GraniteMoeHybridForCausalLM"],
+    "mamba_chunk_size": 256,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_d_state": 128,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_proj_bias": False,
+    "model_type": "granitemoehybrid",
+    "num_experts_per_tok": 0,
+    "num_local_experts": 0,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.01,
+    "shared_intermediate_size": 8192,
+}
+
+GRANITE_4_0_MICRO: dict[str, Any] = (
+    {key: value for key, value in GRANITE_4_1_3B.items() if key != "mlp_bias"}
+    | _GRANITE_HYBRID
+    | {
+        "layer_types": ["attention"] * 40,
+        "mamba_d_head": 64,
+        "mamba_n_heads": 80,
+        "position_embedding_type": "rope",
+    }
+)
+"""The hybrid family's code with attention in every layer."""
+
+GRANITE_4_0_H_MICRO: dict[str, Any] = GRANITE_4_0_MICRO | {
+    "hidden_size": 2048,
+    "layer_types": ["attention" if i % 10 == 5 else "mamba" for i in range(40)],
+    "logits_scaling": 8,
+    "mamba_n_heads": 64,
+    "num_attention_heads": 32,
+    "position_embedding_type": "nope",
+    "rope_theta": 10000,
 }
 
 MAMBA2_8B: dict[str, Any] = {
@@ -340,11 +544,27 @@ NEMOTRON_H_8B: dict[str, Any] = {
     "vocab_size": 131072,
 }
 
+NEMOTRON_NANO_9B_V2: dict[str, Any] = {
+    key: value for key, value in NEMOTRON_H_8B.items() if key not in ("attention_head_dim", "expand")
+} | {
+    "eos_token_id": 12,
+    "head_dim": 128,
+    "hidden_size": 4480,
+    "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+    "intermediate_size": 15680,
+    "mamba_head_dim": 80,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 56,
+}
+
 PUBLISHED_SSM: dict[str, dict[str, Any]] = {
     "mamba2-8b": MAMBA2_8B,
     "mamba2-130m": MAMBA2_130M,
     "bamba-9b-v2": BAMBA_9B_V2,
     "nemotron-h-8b": NEMOTRON_H_8B,
+    "nemotron-nano-9b-v2": NEMOTRON_NANO_9B_V2,
+    "granite-4.0-h-micro": GRANITE_4_0_H_MICRO,
 }
 """Models with Mamba2 layers: `shrink_ssm` makes them small."""
 
@@ -355,8 +575,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": LLAMA_3_2_1B,
     "qwen2.5-0.5b": QWEN2_5_05B,
     "qwen2.5-7b": QWEN2_5_7B,
+    "qwen3-0.6b": QWEN3_06B,
+    "qwen3-8b": QWEN3_8B,
     "smollm2-135m": SMOLLM2_135M,
+    "mistral-7b-v0.3": MISTRAL_7B,
+    "smollm3-3b": SMOLLM3_3B,
+    "granite-4.1-3b": GRANITE_4_1_3B,
+    "granite-4.0-micro": GRANITE_4_0_MICRO,
+    "phi-4-mini": PHI_4_MINI,
 }
+ALIKE = ("qwen3-8b", "mistral-7b-v0.3", "granite-4.0-micro", "nemotron-nano-9b-v2")
+"""Models whose code paths others show as well: the fast tests look at their sizes alone."""
 
 _SMALL_ATTENTION: dict[str, Any] = {
     "hidden_size": 64,
@@ -385,6 +614,16 @@ SMALL_SSM: dict[str, dict[str, Any]] = {
         "mamba_n_heads": 8,
         "num_hidden_layers": 4,
     },
+    "granitemoehybrid": {
+        **_SMALL_ATTENTION,
+        "layer_types": ["mamba", "mamba", "attention", "mamba"],
+        "mamba_chunk_size": 16,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_n_heads": 8,
+        "num_hidden_layers": 4,
+        "shared_intermediate_size": 96,
+    },
     "nemotron_h": {
         **_SMALL_ATTENTION,
         # published files say attention_head_dim (128, as is transformers' default); transformers reads head_dim only
@@ -410,7 +649,7 @@ def shrink(config: dict[str, Any], **overrides: Any) -> dict[str, Any]:
     """
     small = copy.deepcopy(config)
     query_groups = config["num_attention_heads"] // config["num_key_value_heads"]
-    kv_heads = {1: 4, 3: 3, 4: 2, 7: 2, 8: 2}[query_groups]
+    kv_heads = {1: 4, 2: 2, 3: 3, 4: 2, 5: 2, 7: 2, 8: 2}[query_groups]
     small.update(
         hidden_size=kv_heads * query_groups * 16,
         intermediate_size=160,
@@ -425,12 +664,22 @@ def shrink(config: dict[str, Any], **overrides: Any) -> dict[str, Any]:
     )
     if "head_dim" in config:
         small.update(head_dim=24)
-    if config.get("rope_scaling"):
+    if "original_max_position_embeddings" in config:
+        # Twelve of sixteen dimensions rotate; texts of the tests are short ones, for which the model has factors too.
+        factors = {key: [1.0 + i / 5 for i in range(6)] for key in ("short_factor", "long_factor")}
+        small.update(rope_scaling={**config["rope_scaling"], **factors}, original_max_position_embeddings=256)
+        small.update(pad_token_id=0)
+    elif config.get("rope_scaling"):
         # A short original context and a low base, so that all three bands of the llama3 rule are met at length 64.
         small["rope_scaling"] = {**config["rope_scaling"], "original_max_position_embeddings": 64}
         small["rope_theta"] = 5000.0
-    if "sliding_window" in small:
+    if small.get("sliding_window"):
         small.update(sliding_window=512, max_window_layers=3)
+    if "no_rope_layers" in small:
+        small.update(no_rope_layers=[1, 0, 1], pad_token_id=0)
+    if "layer_types" in small:
+        small.update(layer_types=small["layer_types"][:3], shared_intermediate_size=160)
+        small.update(mamba_d_head=16, mamba_n_heads=small["mamba_expand"] * small["hidden_size"] // 16)
     small.update(overrides)
     return small
 
@@ -445,6 +694,8 @@ def shrink_ssm(config: dict[str, Any], **overrides: Any) -> dict[str, Any]:
     small.update(SMALL_SSM[config["model_type"]], vocab_size=256, torch_dtype="float32")
     if config["model_type"] == "mamba2" and config["n_groups"] == 1:
         small.update(hidden_size=96, num_heads=12, n_groups=1)
+    if config["model_type"] == "nemotron_h":
+        small.update(mamba_head_dim=config["mamba_head_dim"] // 4)
     if config["bos_token_id"] != config["eos_token_id"]:
         small.update(bos_token_id=1, eos_token_id=2)
     small.update(overrides)

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import published, tiny
 from tests.ahead_of_time import ahead_of_time  # noqa: F401  a fixture
+from uniql_jax import config as model_config
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.commands import benchmark as benchmark_command
 from uniql_jax.commands import cli
@@ -135,6 +136,20 @@ def test_sizes_alone_run_nothing(runs_nothing: None, tmp_path: Path, capsys: pyt
     assert command(*argv, "--overwrite", "--bits", 8, "--no-dense") == 0
     full, small = json.loads(out.read_text())["rows"]
     assert full["times_smaller"] == pytest.approx(1.97, abs=0.01)
+
+
+@pytest.mark.parametrize("name", sorted(published.ALL))
+def test_sizes_of_every_published_config(name: str, runs_nothing: None, tmp_path: Path) -> None:
+    """No weights are there, and none are asked for."""
+    out = tmp_path / "found.json"
+    assert command("--config", name, "--size", "--json", out, "--prune-rates", "0,0.35") == 0
+    found = json.loads(out.read_text())
+    dense, full, small = found["rows"]
+    assert found["model"]["parameters"] == parameter_count(model_config.from_hf(published.ALL[name]))
+    assert dense["weight_bytes"] == pytest.approx(4 * found["model"]["parameters"], rel=0.01)
+    assert 3.5 < full["times_smaller"] < 4 < small["times_smaller"]
+    assert small["kept_fraction"] == pytest.approx(0.65, abs=0.01)
+    assert small["cache_bytes"] < full["cache_bytes"] == dense["cache_bytes"]
 
 
 def test_one_model_at_a_time(small_copy: None, monkeypatch: pytest.MonkeyPatch) -> None:

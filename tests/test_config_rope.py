@@ -11,8 +11,13 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 from transformers.models.bamba.modeling_bamba import BambaRotaryEmbedding
+from transformers.models.granite.modeling_granite import GraniteRotaryEmbedding
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3RotaryEmbedding
 
 from tests import published, reference
 from uniql_jax.config import ConfigError, from_hf
@@ -20,6 +25,11 @@ from uniql_jax.config import ConfigError, from_hf
 MODELS = {
     "llama": ("llama-2-7b", LlamaRotaryEmbedding),
     "qwen2": ("qwen2.5-0.5b", Qwen2RotaryEmbedding),
+    "qwen3": ("qwen3-0.6b", Qwen3RotaryEmbedding),
+    "mistral": ("mistral-7b-v0.3", MistralRotaryEmbedding),
+    "smollm3": ("smollm3-3b", SmolLM3RotaryEmbedding),
+    "granite": ("granite-4.1-3b", GraniteRotaryEmbedding),
+    "granitemoehybrid": ("granite-4.0-micro", GraniteMoeHybridRotaryEmbedding),
     "bamba": ("bamba-9b-v2", BambaRotaryEmbedding),
 }
 LLAMA3 = {
@@ -73,8 +83,10 @@ WHOLE: dict[str, dict[str, Any]] = {
     "yarn ratio": {"rope_scaling": YARN | {"factor": None}},
     "yarn without original": {"rope_scaling": {"type": "yarn", "factor": 4.0}},
 }
-"""Settings that scale attention, which is served where whole heads rotate."""
-CASES = [(family, name) for family in MODELS for name in SETTINGS] + [("llama", name) for name in WHOLE]
+"""Settings that scale attention."""
+CASES = [(family, name) for family in MODELS for name in SETTINGS] + [
+    (family, name) for family in ("llama", "qwen3", "granite", "bamba") for name in WHOLE
+]
 PARTS = ("partial outside", "partial inside")
 
 
@@ -96,7 +108,8 @@ def test_frequencies_are_those_of_transformers(tmp_path, family, name):
     assert config.rope is not None
     np.testing.assert_allclose(config.rope.inv_freq(), theirs.inv_freq.numpy(), rtol=2e-6)
     assert config.rope.attention_factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
-    assert config.softmax_scale == pytest.approx(config.head_dim**-0.5 * theirs.attention_scaling**2, rel=1e-12)
+    scale = hf.get("attention_multiplier", config.head_dim**-0.5)
+    assert config.softmax_scale == pytest.approx(scale * theirs.attention_scaling**2, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +121,10 @@ def test_frequencies_are_those_of_transformers(tmp_path, family, name):
         ("bamba", "partial outside"),
         ("llama", "partial outside"),
         ("llama", "yarn betas"),
+        ("qwen3", "yarn in parameters"),
+        ("smollm3", "nothing"),
+        ("granite", "yarn factor"),
+        ("bamba", "yarn factor"),
     ],
 )
 def test_logits_are_those_of_transformers(tmp_path, rng, family, name):

@@ -21,6 +21,27 @@ SIZES: dict[str, dict[str, Any]] = {
     "llama": dict(hidden_size=256, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2, head_dim=64),
     # biases, and groups of 112 in o: 7 heads
     "qwen2": dict(hidden_size=256, intermediate_size=256, num_attention_heads=7, num_key_value_heads=1, head_dim=32),
+    "qwen3": dict(hidden_size=256, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=32),
+    # scales, and an epsilon of its own for the gated norm
+    "granitemoehybrid": dict(
+        hidden_size=256,
+        layer_types=["mamba", "attention"],
+        mamba_d_head=32,
+        mamba_d_state=32,
+        mamba_expand=1,
+        mamba_n_heads=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        shared_intermediate_size=256,
+    ),
+    # most of a head rotates
+    "phi3": dict(
+        hidden_size=256,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_scaling={"type": "longrope", "short_factor": [1.5] * 24, "long_factor": [2.0] * 24},
+    ),
     "mamba2": dict(hidden_size=256, expand=1, num_heads=8, head_dim=32, state_size=32, n_groups=2),
     "bamba": dict(
         hidden_size=256,
@@ -41,7 +62,7 @@ SIZES: dict[str, dict[str, Any]] = {
         num_key_value_heads=2,
         head_dim=32,
         mamba_num_heads=8,
-        mamba_head_dim=32,
+        mamba_head_dim=40,  # as in Nemotron Nano v2 no power of two
         ssm_state_size=32,
         n_groups=2,
         hybrid_override_pattern="M*-",
@@ -50,9 +71,12 @@ SIZES: dict[str, dict[str, Any]] = {
 BASE = {
     "llama": published.LLAMA_3_1_8B,
     "qwen2": published.QWEN2_5_7B,
+    "qwen3": published.QWEN3_8B,
+    "granitemoehybrid": published.GRANITE_4_0_H_MICRO,
+    "phi3": published.PHI_4_MINI,
     "mamba2": published.MAMBA2_8B,
     "bamba": published.BAMBA_9B_V2,
-    "nemotron_h": published.NEMOTRON_H_8B,
+    "nemotron_h": published.NEMOTRON_NANO_9B_V2,
 }
 
 
@@ -98,7 +122,7 @@ def distance(got: Any, want: Any) -> float:
 MORE = [pytest.param(0.0, 1, True, marks=pytest.mark.slow), pytest.param(0.25, 1, False, marks=pytest.mark.slow)]
 
 
-OFTEN = ("llama", "mamba2")
+OFTEN = ("qwen3", "mamba2")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ PARAMETERS = {
     "llama-3.2-1b": 1_235_814_400,
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
     "smollm2-135m": 134_515_008,
     "mamba2-8b": 8_236_999_680,
 }
@@ -38,18 +40,18 @@ def test_the_leaves_are_all_of_the_model(name: str) -> None:
     assert parameter_count(CONFIGS[name]) - O_BIAS.get(name, 0) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", sorted(published.PUBLISHED_SSM))
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - set(PARAMETERS)))
 def test_transformers_counts_the_same(name: str) -> None:
     """The full-size model, built without memory."""
     torch = pytest.importorskip("torch")
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    published_config = published.PUBLISHED_SSM[name]
+    published_config = published.ALL[name]
     kwargs = {k: v for k, v in published_config.items() if k not in ("torch_dtype", "architectures", "model_type")}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(published_config["model_type"], **kwargs))
     parameters = {id(p): p.numel() for p in model.parameters()}
-    if published_config["tie_word_embeddings"]:
+    if CONFIGS[name].tie_embeddings:
         parameters.pop(id(model.get_output_embeddings().weight))
         parameters[id(model.get_input_embeddings().weight)] = model.get_input_embeddings().weight.numel()
     assert parameter_count(CONFIGS[name]) == sum(parameters.values())
@@ -76,7 +78,7 @@ def test_costs_add_up_to_the_prunable_matrices(name: str) -> None:
     config = CONFIGS[name]
     full = elastic.sizes(config)
     axes = {
-        "attention": {"qk", "vo"} | ({"qk_pass"} if config.model_type == "bamba" else set()),
+        "attention": {"qk", "vo"} | ({"qk_pass"} if config.model_type in ("bamba", "phi3") else set()),
         "mlp": {"ffn"},
         "mamba2": {"ssm_head", "ssm_state"},
     }

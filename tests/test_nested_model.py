@@ -14,7 +14,7 @@ from uniql_jax import elastic
 from uniql_jax.joint_plan import TOP, JointPlan, Kept, Piece, make_joint_plan
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.nested import take_setting
-from uniql_jax.plan import groups, make_plan
+from uniql_jax.plan import grouping, make_plan
 from uniql_jax.runtime.generation import generate_tokens
 from uniql_jax.weights.nested import NestedArray, from_nested_codes
 
@@ -35,7 +35,7 @@ def nested_leaf(rng: np.random.Generator, leaf: elastic.Leaf, shape: tuple[int, 
 def made(rng: np.random.Generator) -> Made:
     """A tiny model with nested weights, and the dense ones of its 4 and of its 3 bits."""
     base = tiny.model(rng)
-    config, sizes = base.config, groups(base.config)
+    config, sizes = base.config, grouping(base.config)["groups"]
 
     def leaf(described: elastic.Leaf, value: Any) -> Any:
         if not described.contract:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
+from uniql_jax.convert.leaves import folded_top, pass_factors
 from uniql_jax.elastic import Leaf
 
 STD = 0.02
@@ -93,7 +94,7 @@ def initialize(config: ModelConfig, seed: int) -> Params:
 
     def draw(kind: str) -> dict[str, Array]:
         return {
-            name: jnp.asarray(leaf_rule(name, leaf, blocks)(rng, elastic.shape(config, leaf)), jnp.float32)
+            name: jnp.asarray(leaf_rule(name, leaf, blocks)(rng, _shape(config, leaf)), jnp.float32)
             for name, leaf in checkpoint_leaves(config, kind).items()
         }
 
@@ -101,33 +102,42 @@ def initialize(config: ModelConfig, seed: int) -> Params:
     return draw("top") | {"layers": layers}
 
 
+def _shape(config: ModelConfig, leaf: Leaf) -> Shape:
+    """Shape of a leaf with one entry for all where a checkpoint has one."""
+    return elastic.shape(config, leaf, dict.fromkeys(leaf.shared, 1))
+
+
 def checkpoint_parameters(config: ModelConfig) -> int:
     """Parameters of a checkpoint of this model."""
     kinds = ["top", *(kind for kinds in config.pattern for kind in kinds)]
     leaves = (leaf for kind in kinds for leaf in checkpoint_leaves(config, kind).values())
-    return sum(math.prod(elastic.shape(config, leaf)) for leaf in leaves)
+    return sum(elastic.parameters(config, leaf) for leaf in leaves)
 
 
 def complete(config: ModelConfig, params: Params) -> Params:
     """Checkpoint leaves -> the leaves that the model computes with; differentiable.
 
-    A value bias goes into o_bias (softmax weights sum to one) and RoPE frequencies are added as constants.
+    A value bias goes into o_bias (softmax weights sum to one), RoPE frequencies are added as constants, and what heads
+    share is handed to each.
     """
     layers = [
-        {kind: _complete_block(config, kind, leaves) for kind, leaves in layer.items()} for layer in params["layers"]
+        {kind: _complete_block(config, kind, leaves, i) for kind, leaves in layer.items()}
+        for i, layer in enumerate(params["layers"])
     ]
-    return params | {"layers": layers}
+    return folded_top(config, {name: value for name, value in params.items() if name != "layers"}) | {"layers": layers}
 
 
-def _complete_block(config: ModelConfig, kind: str, leaves: dict[str, Array]) -> dict[str, Array]:
+def _complete_block(config: ModelConfig, kind: str, leaves: dict[str, Array], layer: int) -> dict[str, Array]:
     wanted, out = elastic.leaves(config, kind), dict(leaves)
+    out |= {name: out[name] * factor for name, factor in pass_factors(config).items() if name in out}
     if "v_bias" in leaves:
         v_bias = jnp.repeat(leaves["v_bias"], config.query_groups, axis=1)  # [vo, head]
         folded: Float[Array, " embed"] = jnp.einsum("rn,rnh->h", v_bias, leaves["o"], precision="highest")
         out["o_bias"] = folded + leaves["o_bias"] if "o_bias" in leaves else folded
-    if "inv_freq" in wanted and config.rope is not None:
-        shape = elastic.shape(config, wanted["inv_freq"])
-        out["inv_freq"] = jnp.broadcast_to(jnp.asarray(config.rope.inv_freq())[:, None], shape)
+    if "inv_freq" in wanted:
+        out["inv_freq"] = jnp.asarray(config.inv_freq(layer))[:, None]
+    shared = {name: leaf for name, leaf in wanted.items() if leaf.shared}
+    out |= {name: jnp.broadcast_to(out[name], elastic.shape(config, leaf)) for name, leaf in shared.items()}
     return {name: out[name] for name in wanted}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 
@@ -11,7 +9,7 @@ from uniql_jax.config import ModelConfig
 def block_parameters(config: ModelConfig, kind: str) -> int:
     """Parameters of one block of a kind (`elastic.BLOCKS`); RoPE frequencies are constants, not parameters."""
     leaves = elastic.leaves(config, kind)
-    return sum(math.prod(elastic.shape(config, leaf)) for name, leaf in leaves.items() if name != "inv_freq")
+    return sum(elastic.parameters(config, leaf) for name, leaf in leaves.items() if name != "inv_freq")
 
 
 def parameter_count(config: ModelConfig) -> int:

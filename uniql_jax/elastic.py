@@ -28,10 +28,12 @@ class Leaf:
 
     `contract` is "last" for weights applied as rows (y = W x over the last dimension), "first" for weights whose
     contracted dimensions lead (y = x W over all but the last), None for vectors, which stay in float32 or as they are.
+    Along `shared` a model has one value for all: there is a copy for each only since each head has its own order.
     """
 
     dims: tuple[str, ...]
     contract: str | None = None
+    shared: tuple[str, ...] = ()
 
     @property
     def axis(self) -> str | None:
@@ -46,7 +48,9 @@ BLOCKS: dict[str, dict[str, Leaf]] = {
         "k": Leaf(("qk", "pair", "kv_head", "embed"), "last"),
         "q_bias": Leaf(("qk", "pair", "head")),
         "k_bias": Leaf(("qk", "pair", "kv_head")),
-        "inv_freq": Leaf(("qk", "kv_head")),
+        "q_norm": Leaf(("qk", "pair", "head"), shared=("head",)),
+        "k_norm": Leaf(("qk", "pair", "kv_head"), shared=("kv_head",)),
+        "inv_freq": Leaf(("qk", "kv_head"), shared=("kv_head",)),
         "q_pass": Leaf(("qk_pass", "head", "embed"), "last"),
         "k_pass": Leaf(("qk_pass", "kv_head", "embed"), "last"),
         "q_pass_bias": Leaf(("qk_pass", "head")),
@@ -133,6 +137,7 @@ def leaves(config: ModelConfig, kind: str) -> dict[str, Leaf]:
     ssm, partial = config.ssm, sizes(config)["qk_pass"] > 0
     present = dict.fromkeys(("q_bias", "k_bias"), config.qkv_bias)
     present |= {"o_bias": config.qkv_bias or config.o_bias, "inv_freq": config.rope is not None}
+    present |= dict.fromkeys(("q_norm", "k_norm"), config.qk_norm)
     present |= dict.fromkeys(("q_pass", "k_pass"), partial)
     present |= dict.fromkeys(("q_pass_bias", "k_pass_bias"), partial and config.qkv_bias)
     present |= {"gate": config.gated_mlp, "gate_bias": config.gated_mlp and config.mlp_bias}
@@ -156,6 +161,12 @@ def shape(config: ModelConfig, leaf: Leaf, keep: Mapping[str, int] | None = None
     """
     full = sizes(config) | dict(keep or {})
     return tuple(full[dim] for dim in leaf.dims)
+
+
+def parameters(config: ModelConfig, leaf: Leaf, keep: Mapping[str, int] | None = None) -> int:
+    """Parameters of a leaf at these kept sizes; what heads share counts once."""
+    sized = zip(leaf.dims, shape(config, leaf, keep), strict=True)
+    return math.prod(size for dim, size in sized if dim not in leaf.shared)
 
 
 def layer_axes(config: ModelConfig, kinds: tuple[str, ...]) -> tuple[str, ...]:

@@ -32,6 +32,8 @@ NAMES = {
     "mlp.down_proj.weight": "ffn_down.weight",
     "input_layernorm.weight": "attn_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
     "self_attn.q_proj.bias": "attn_q.bias",
     "mlp.down_proj.bias": "ffn_down.bias",
 }
@@ -68,7 +70,10 @@ def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.35])
-@pytest.mark.parametrize(("name", "bits"), [("tied", 4), ("biased", 4), ("biased", 8), ("qwen2", 4)])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("tied", 4), ("biased", 4), ("biased", 8), ("qwen2", 4), ("qwen3", 4), ("portable", 4), ("portable", 8)],
+)
 def test_every_number_is_that_of_the_dense_export(made, tmp_path, name, bits, rate):
     checkpoint = made.checkpoint(name, bits)
     exports.export(checkpoint, tmp_path / "m.gguf", rate, "gguf", dense_head=rate > 0)
@@ -88,10 +93,12 @@ def test_every_number_is_that_of_the_dense_export(made, tmp_path, name, bits, ra
                 continue
             want, got = reader.read(tensor), values[f"blk.{layer}.{ours}"]
             kind = types[f"blk.{layer}.{ours}"]
-            if ours in ("attn_q.weight", "attn_k.weight", "attn_q.bias"):
+            if ours in ("attn_q.weight", "attn_k.weight", "attn_q.bias") and name != "qwen3":
                 heads = hf["num_attention_heads" if "_q" in ours else "num_key_value_heads"]
                 want = interleaved(want, heads)
-            if "norm" in ours:
+            if "_norm" in theirs:
+                np.testing.assert_array_equal(got, want)
+            elif "norm" in ours:
                 np.testing.assert_allclose(got[columns], want * gain, rtol=1e-6)
             elif "ffn" in ours and "weight" in ours:
                 want, got = (want.T, got.T) if "down" in ours else (want, got)
@@ -105,7 +112,7 @@ def test_every_number_is_that_of_the_dense_export(made, tmp_path, name, bits, ra
                     free = np.flatnonzero((want != got[columns]).any(0))
                     want[:, free] = 0
                 np.testing.assert_array_equal(got[columns], want)
-                assert kind == ("F16" if bits == 4 else "F32")
+                assert kind == (packed if name == "portable" else "F16" if bits == 4 else "F32")
             elif want.ndim == 2:
                 np.testing.assert_array_equal(got[:, columns], want)
                 assert not np.delete(got, columns, 1).any()
@@ -116,7 +123,7 @@ def test_every_number_is_that_of_the_dense_export(made, tmp_path, name, bits, ra
                 np.testing.assert_array_equal(got[columns], want)
     np.testing.assert_array_equal(values["token_embd.weight"][:, columns], reader.read("model.embed_tokens.weight"))
     head = reader.read("lm_head.weight")
-    if rate == 0 and hf["tie_word_embeddings"]:
+    if rate == 0 and hf["tie_word_embeddings"] and name != "qwen3":  # whose llama.cpp form has no layer before the head
         assert "output.weight" not in values
         return
     np.testing.assert_allclose(values["output.weight"][:, columns], head, rtol=2**-11, atol=2**-24)
@@ -283,3 +290,24 @@ def test_without_the_package_the_extra_is_named(made, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "gguf")
     with pytest.raises(UserError, match=r"uniql-jax\[gguf\]"):
         exports.export(made.checkpoint("tied", 4), tmp_path / "m.gguf", 0.0, "gguf")
+
+
+def test_norms_of_heads_leave_with_one_width(made, tmp_path):
+    """llama.cpp's form of them has one MLP width for all layers: that of the widest one, the rest zeros."""
+    exports.export(made.checkpoint("qwen3", 4), tmp_path / "m.gguf", 0.35, "gguf")
+    kept = [layer["ffn"] for layer in open_checkpoint(made.checkpoint("qwen3", 4)).keep(0.35)]
+    values, _, fields = content(tmp_path / "m.gguf")
+    assert fields["qwen3.feed_forward_length"] >= max(kept) > min(kept)
+    assert [int(values[f"blk.{i}.ffn_up.weight"].any(1).sum()) for i in range(2)] == kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "match"), [({"attention_bias": True}, "no biases"), ({"hidden_size": 40}, "blocks of 32")]
+)
+def test_norms_of_heads_stay_where_llama_cpp_has_no_place(tmp_path, monkeypatch, seed, changes, match):
+    monkeypatch.setitem(exports.MODELS, "odd", exports.MODELS["qwen3"] | changes)
+    odd = exports.Made(tmp_path / match, seed).checkpoint("odd", 4)
+    with pytest.raises(UserError, match=match):
+        exports.export(odd, tmp_path / "odd.gguf", 0.0, "gguf")
+    assert not (tmp_path / "odd.gguf").exists()

@@ -15,7 +15,7 @@ from uniql_jax import config as configs
 from uniql_jax import elastic
 from uniql_jax.commands import export as export_command
 from uniql_jax.commands import from_hf as from_hf_command
-from uniql_jax.convert import to_hf
+from uniql_jax.convert import full_size, to_hf
 from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader
@@ -79,15 +79,15 @@ def test_equal_frequencies_and_foreign_ones(rng):
     config = configs.from_hf(common.hf_config("llama", rope_theta=1.0))  # every pair turns alike
     frequencies = config.rope.inv_freq()
     assert len(set(frequencies.tolist())) == 1
-    found = to_hf.original_pairs(config, np.stack([frequencies[:3]] * 2, 1))
+    found = full_size.original_pairs(config, np.stack([frequencies[:3]] * 2, 1))
     assert all(len(set(column)) == 3 for column in found.T)
     config = configs.from_hf(common.hf_config("llama"))
     frequencies = config.rope.inv_freq()
     order = rng.permutation(4)
-    np.testing.assert_array_equal(to_hf.original_pairs(config, frequencies[order][:, None])[:, 0], order)
+    np.testing.assert_array_equal(full_size.original_pairs(config, frequencies[order][:, None])[:, 0], order)
     for bad in (np.full((1, 2), 0.123, np.float32), np.full((2, 2), frequencies[0])):
         with pytest.raises(ValueError, match="frequency"):
-            to_hf.original_pairs(config, bad)
+            full_size.original_pairs(config, bad)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])

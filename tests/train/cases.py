@@ -22,6 +22,7 @@ SSM = {"num_hidden_layers": 2, "tie_word_embeddings": True, "hidden_size": 32, "
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": tiny.HF | {"vocab_size": VOCAB},
     "qwen2": tiny.HF | {"vocab_size": VOCAB, "model_type": "qwen2"},
+    "qwen3": tiny.HF | {"vocab_size": VOCAB, "model_type": "qwen3", "head_dim": 16},
     "mamba2": SSM
     | {"model_type": "mamba2", "num_heads": 4, "head_dim": 16, "state_size": 16, "n_groups": 2, "chunk_size": 8},
     "bamba": SSM

@@ -18,8 +18,9 @@ def parser() -> cli.Parser:
         description="Perplexity and task accuracy of an elastic checkpoint at each prune rate, next to its size.",
     )
     parser.add_argument(
-        "--ckpt", required=True, type=cli.named, metavar="DIR", help="elastic checkpoint made by uniql_jax.compress"
+        "--ckpt", required=True, type=cli.named, metavar="DIR", help="elastic checkpoint, or its hub id (owner/name)"
     )
+    cli.add_revision(parser)
     parser.add_argument(
         "--prune-rates", type=cli.prune_rates, default="0,0.15,0.25,0.35", metavar="R,R,...", help="rates to measure"
     )
@@ -81,11 +82,12 @@ def main(argv: list[str]) -> None:
     from uniql_jax.evaluation import tasks
     from uniql_jax.evaluation.evaluate import evaluate
     from uniql_jax.evaluation.evaluate_report import report
+    from uniql_jax.runtime import hub
 
     if args.tasks:
         tasks.require()
     rows = evaluate(
-        args.ckpt,
+        hub.local(args.ckpt, args.revision),
         args.prune_rates,
         args.text or [],
         window=args.window,

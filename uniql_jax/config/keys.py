@@ -72,9 +72,9 @@ class Keys:
         """A whole number, or `otherwise` where the value is null."""
         return otherwise if self.raw(key) is None else self.size(key, least)
 
-    def number(self, key: str, least: float = -math.inf) -> float:
+    def number(self, key: str, least: float = -math.inf, above: float = -math.inf) -> float:
         """A finite number; null is refused."""
-        return number(key, self.raw(key), least=least)
+        return number(key, self.raw(key), above, least)
 
     def interval(self, key: str) -> tuple[float, float]:
         """Two numbers, the second not below the first; either may be infinite."""

@@ -19,7 +19,14 @@ THETA = 10000.0
 SCALINGS = ("default", "linear", "llama3", "yarn")
 
 
-def read_rope(hf: Mapping[str, Any], head_dim: int, max_position: int, partial: float | None = None) -> Rope:
+def read_rope(
+    hf: Mapping[str, Any],
+    head_dim: int,
+    max_position: int,
+    partial: float | None = None,
+    base: float = THETA,
+    longrope: bool = False,
+) -> Rope:
     """Read the rotary embedding of a config.json.
 
     Args:
@@ -28,15 +35,20 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, max_position: int, partial: 
         max_position: The model's max_position_embeddings.
         partial: The part of a head that rotates where the rope dictionary names none; None for a family whose heads
             rotate whole.
+        base: rope_theta where none is named.
+        longrope: whether that scaling is served too, by its factors for short texts; older names of it are others'.
 
     Raises:
         ConfigError: for a scaling that is not supported and for values that no model can have.
     """
     where, parameters = _parameters(hf)
     scaling = parameters.get("rope_type", parameters.get("type", "default"))
-    if scaling not in SCALINGS:
-        raise ConfigError(f"RoPE scaling {shown(scaling)} ({where}) is not supported; we have {', '.join(SCALINGS)}")
-    theta = parameters.get("rope_theta", hf.get("rope_theta", THETA))
+    if longrope:
+        scaling = "longrope" if scaling in ("su", "yarn") else scaling
+    served = ("default", "longrope") if longrope else SCALINGS
+    if scaling not in served:
+        raise ConfigError(f"RoPE scaling {shown(scaling)} ({where}) is not supported; we have {', '.join(served)}")
+    theta = parameters.get("rope_theta", hf.get("rope_theta", base))
     theta = number("rope_theta", theta, above=1.0 if scaling == "yarn" else 0.0)
     rope = Rope(theta=theta, dim=_rotating(hf, parameters, head_dim, partial, scaling), scaling=scaling)
     if scaling == "default":
@@ -55,6 +67,9 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, max_position: int, partial: 
         settings["original_max_position"] = original = whole("original_max_position_embeddings", original)
         if scaling == "yarn" and "factor" in parameters and parameters["factor"] is None:
             parameters["factor"] = max_position / original
+    if scaling == "longrope":
+        settings |= _longrope(where, parameters, rope.dim // 2, max_position, settings["original_max_position"])
+        return _finite(where, Rope(theta, rope.dim, scaling, **settings))
     settings["factor"] = wanted("factor")
     if scaling == "llama3":
         settings |= {key: wanted(key) for key in ("low_freq_factor", "high_freq_factor")}
@@ -62,8 +77,6 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, max_position: int, partial: 
             raise refuse(f"{where}.low_freq_factor", parameters["low_freq_factor"], "below high_freq_factor")
     if scaling == "yarn":
         settings |= _yarn(where, parameters, settings["factor"])
-        if rope.dim != head_dim and settings["attention_factor"] != 1.0:
-            raise ConfigError("yarn with an attention factor is supported for heads that rotate whole only")
     return _finite(where, Rope(theta, rope.dim, scaling, **settings))
 
 
@@ -108,6 +121,23 @@ def _rotating(
     if dim > head_dim or dim < 2 or dim % 2:
         raise ConfigError(f"{dim} of {head_dim} dimensions of a head would rotate, but it must be an even part of them")
     return dim
+
+
+def _longrope(
+    where: str, parameters: Mapping[str, Any], pairs: int, max_position: int, original: int
+) -> dict[str, Any]:
+    found = {}
+    for key in ("short_factor", "long_factor"):
+        values = parameters.get(key)
+        if not isinstance(values, list) or len(values) != pairs:
+            raise refuse(f"{where}.{key}", values, f"a list of {pairs} numbers")
+        found[key] = tuple(number(f"{where}.{key}", value, above=0.0) for value in values)
+    factor, attention = parameters.get("factor"), parameters.get("attention_factor")
+    factor = max_position / original if factor is None else number(f"{where}.factor", factor, above=0.0)
+    if attention is None:
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    attention = number(f"{where}.attention_factor", attention, above=0.0)
+    return dict(factor=factor, attention_factor=attention, short_factor=found["short_factor"])
 
 
 def _yarn(where: str, parameters: Mapping[str, Any], factor: float) -> dict[str, Any]:

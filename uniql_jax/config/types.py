@@ -19,12 +19,13 @@ class ConfigError(UserError):
 class Rope:
     """Rotary position embedding: base, scaling and how many of a head's dimensions rotate.
 
-    `attention_factor` multiplies rotated queries and keys alike (yarn), so attention scores see its square.
+    `attention_factor` multiplies rotated queries and keys alike (yarn, longrope), so attention scores see its square.
+    `short_factor` (longrope) divides the frequency of every pair, in texts up to `original_max_position`.
     """
 
     theta: float = 10000.0
     dim: int = 64
-    scaling: str = "default"  # default | linear | llama3 | yarn
+    scaling: str = "default"  # default | linear | llama3 | yarn | longrope
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -33,6 +34,7 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    short_factor: tuple[float, ...] = ()
 
     def inv_freq(self) -> Float[np.ndarray, " pairs"]:
         """Angle per position of each pair, float32 [dim / 2]; pair j turns dimensions j and j + dim / 2."""
@@ -42,6 +44,8 @@ class Rope:
             freq = freq / np.float32(self.factor)
         elif self.scaling == "llama3":
             freq = self._llama3(freq)
+        elif self.scaling == "longrope":
+            freq = freq / np.asarray(self.short_factor, np.float32)
         elif self.scaling == "yarn":
             freq = self._yarn(freq)
         return freq.astype(np.float32)
@@ -88,6 +92,7 @@ class Ssm:
     dt_max: float = math.inf
     conv_bias: bool = True
     bias: bool = False
+    norm_eps: float | None = None  # of the gated norm; None: that of all norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +120,11 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False  # queries and keys of a head are normed before they rotate
+    unrotated: tuple[int, ...] = ()  # layers whose attention knows no positions, in a model whose others do
+    attention_scale: float | None = None  # of scores, instead of one over the root of the head size
+    embed_scale: float = 1.0  # the embedding is multiplied by it when a checkpoint is read
+    logit_scale: float = 1.0  # and the final norm by this
     residual_fp32: bool = False  # the stream between blocks stays in float32 where these compute in fewer bits
     max_position: int = 2048
     bos_id: int | None = None
@@ -129,4 +139,16 @@ class ModelConfig:
     @property
     def softmax_scale(self) -> float:
         """What attention scores are multiplied by; it comes from the ORIGINAL head size, whatever was cut."""
-        return self.head_dim**-0.5 * (self.rope.attention_factor**2 if self.rope else 1.0)
+        scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        return scale * (self.rope.attention_factor**2 if self.rope else 1.0)
+
+    @property
+    def gate_norm_eps(self) -> float:
+        """Epsilon of the gated norm of SSM blocks."""
+        return self.norm_eps if self.ssm is None or self.ssm.norm_eps is None else self.ssm.norm_eps
+
+    def inv_freq(self, layer: int) -> Float[np.ndarray, " pairs"]:
+        """Angle per position of each pair of a layer's attention, float32: zeros where it does not rotate."""
+        if self.rope is None:
+            return np.zeros(0, np.float32)
+        return self.rope.inv_freq() * np.float32(layer not in self.unrotated)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,7 @@ def describe_checkpoint(
         "prunable_parameters": _prunable(checkpoint, 0.0),
         "bits": checkpoint.bits,
         "groups": dict(meta.get("groups") or {}),
+        "runs": dict(meta.get("runs") or {}),
         "sorted": checkpoint.plan is not None,
         "provenance": meta.get("provenance") or {key: meta[key] for key in ("source",) if meta.get(key)},
         "options": meta.get("options"),
@@ -100,8 +100,7 @@ def _parameters(checkpoint: Checkpoint, rate: float) -> int:
     stored = {name.partition(".")[0] for name in checkpoint.tensors}
 
     def count(leaves: Mapping[str, elastic.Leaf], kept: Mapping[str, int] | None) -> int:
-        shapes = [elastic.shape(config, leaf, kept) for name, leaf in leaves.items() if name not in NO_PARAMETERS]
-        return sum(math.prod(shape) for shape in shapes)
+        return sum(elastic.parameters(config, leaf, kept) for name, leaf in leaves.items() if name not in NO_PARAMETERS)
 
     layers = zip(config.pattern, checkpoint.keep(rate), strict=True)
     inside = sum(count(elastic.leaves(config, kind), kept) for kinds, kept in layers for kind in kinds)

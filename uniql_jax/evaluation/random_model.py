@@ -25,7 +25,7 @@ from uniql_jax.errors import UserError
 from uniql_jax.evaluation.published import CONFIGS, published
 from uniql_jax.files import read_json
 from uniql_jax.model.causal_lm import CausalLM
-from uniql_jax.plan import Plan, check_rate, groups, make_plan
+from uniql_jax.plan import Plan, check_rate, grouping, make_plan
 from uniql_jax.runtime.loading import default_dtype, place_layer, place_top
 from uniql_jax.weights.quantized import QuantizedArray, from_codes
 
@@ -62,7 +62,7 @@ def _leaf_shape(config: ModelConfig, leaf: elastic.Leaf, keep: Mapping[str, int]
     last = leaf.contract == "last"
     width = shape[-1] if last else math.prod(shape[:-1])
     rows = math.prod(shape) // width
-    group = leaf_group({"groups": groups(config)}, leaf)
+    group = leaf_group(grouping(config), leaf)
     assemble = functools.partial(from_codes, bits=bits, group=group, contract=leaf.contract, shape=shape)
     codes = jax.ShapeDtypeStruct((rows, width), jnp.int32)
     return jax.eval_shape(assemble, codes, jax.ShapeDtypeStruct((rows, -(-width // group)), jnp.float32))
@@ -129,14 +129,14 @@ class _Drawer:
         self.count += 1
         return _draw(self.key, np.int32(self.count), like.shape, jnp.dtype(like.dtype), low, high)
 
-    def leaf(self, name: str, leaf: elastic.Leaf, like: Any) -> Any:
+    def leaf(self, name: str, leaf: elastic.Leaf, like: Any, layer: int = 0) -> Any:
         if isinstance(like, QuantizedArray):
             scale = 1 / (SPREAD[like.bits] * math.sqrt(like.width))
             return dataclasses.replace(
                 like, data=self.array(like.data), scale=self.array(like.scale, scale / 2, scale * 1.5)
             )
-        if name == "inv_freq" and self.config.rope is not None:
-            return jnp.asarray(np.repeat(self.config.rope.inv_freq()[: like.shape[0], None], like.shape[1], 1))
+        if name == "inv_freq":
+            return jnp.asarray(np.repeat(self.config.inv_freq(layer)[: like.shape[0], None], like.shape[1], 1))
         if leaf.contract is None:
             middle = 1.0 if name.endswith("norm") else 0.0
             return self.array(like, middle - 0.1, middle + 0.1)
@@ -161,9 +161,9 @@ def random_model(
     top = {name: drawer.leaf(name, elastic.TOP[name], like) for name, like in shapes.items() if name != "layers"}
     layers = [
         {
-            kind: {name: drawer.leaf(name, elastic.BLOCKS[kind][name], like) for name, like in block.items()}
+            kind: {name: drawer.leaf(name, elastic.BLOCKS[kind][name], like, i) for name, like in block.items()}
             for kind, block in layer.items()
         }
-        for layer in shapes["layers"]
+        for i, layer in enumerate(shapes["layers"])
     ]
     return CausalLM(config, top | {"layers": layers}, plan, rate, None, dtype)

@@ -18,7 +18,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.model.cache import LayerCache
 from uniql_jax.model.layers.context import Causal, Context
 from uniql_jax.model.layers.linear import apply_columns, apply_rows
-from uniql_jax.model.layers.norm import rms_norm
+from uniql_jax.model.layers.norm import head_norm, rms_norm
 from uniql_jax.pallas_kernels.attention import causal_attention, masked_attention
 from uniql_jax.pallas_kernels.rope import rope_qk
 
@@ -41,9 +41,10 @@ def project(
     q, k = apply_rows(normed, leaves["q"]), apply_rows(normed, leaves["k"])  # [b, t, qk, 2, heads]
     if "q_bias" in leaves:
         q, k = q + leaves["q_bias"].astype(q.dtype), k + leaves["k_bias"].astype(k.dtype)
+    q, k = elastic.mask(q, context.keep, "qk", 2), elastic.mask(k, context.keep, "qk", 2)
+    q, k = normed_heads(config, leaves, q, k)
     if "inv_freq" in leaves:
         q, k = rope_qk(q, k, context.positions, leaves["inv_freq"])
-    q, k = elastic.mask(q, context.keep, "qk", 2), elastic.mask(k, context.keep, "qk", 2)
     v = elastic.mask(apply_rows(normed, leaves["v"]), context.keep, "vo", 2)  # [b, t, vo, kv heads]
     batch, length = normed.shape[:2]
     q = q.transpose(0, 1, 4, 2, 3).reshape(batch, length, config.heads, -1)
@@ -52,6 +53,16 @@ def project(
         q = jnp.concatenate([q, _passed(leaves, "q_pass", normed, context)], axis=-1)
         k = jnp.concatenate([k, _passed(leaves, "k_pass", normed, context)], axis=-1)
     return q, k, v.transpose(0, 1, 3, 2)
+
+
+def normed_heads(
+    config: ModelConfig, leaves: Leaves, q: Float[Array, "b t p w n"], k: Float[Array, "b t p w g"]
+) -> tuple[Float[Array, "b t p w n"], Float[Array, "b t p w g"]]:
+    """Queries and keys, each head divided by its root mean square and multiplied by learned gains, if there are any."""
+    if "q_norm" not in leaves:
+        return q, k
+    size, eps = config.head_dim, config.norm_eps  # the original size: a pruned head is one with zeros in it
+    return head_norm(q, leaves["q_norm"], size, eps), head_norm(k, leaves["k_norm"], size, eps)
 
 
 def _passed(leaves: Leaves, name: str, normed: Array, context: Context) -> Float[Array, "b t n dp"]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from uniql_jax.config import ModelConfig
 from uniql_jax.model.cache import LayerCache, SsmCache
+from uniql_jax.model.layers.attention import normed_heads
 from uniql_jax.pallas_kernels import ahead, dispatch
 from uniql_jax.pallas_kernels.ahead import Ahead, Budget
 from uniql_jax.pallas_kernels.attention import decode_pallas
@@ -52,6 +53,8 @@ def weight_of(leaf: Any) -> Weight:
     """The static half of a packed leaf. Raises NotImplementedError for any other."""
     if not isinstance(leaf, QuantizedArray) or leaf.bits != 4:
         raise NotImplementedError("fused kernels take 4-bit weights")
+    if leaf.run > 1:
+        raise NotImplementedError("fused kernels take groups that span all heads")
     last = leaf.contract == "last"
     groups = leaf.scale.shape[-1 if last else 0]
     if groups * leaf.group != leaf.width:
@@ -114,13 +117,15 @@ def mlp(
 def attention(
     config: ModelConfig, leaves: Leaves, stream: Stream, norm: Float[Array, " h"], step: Step, state: LayerCache
 ) -> tuple[Stream, LayerCache, Step]:
-    """Queries, keys and values; rotation, cache and attention; output: three launches."""
+    """Queries, keys and values; rotation, cache and attention; output: three launches, and norms of heads between."""
     names: dict[str, str | None] = {"q": "q_bias", "k": "k_bias", "v": None}
     if "q_pass" in leaves:
         names |= {"q_pass": "q_pass_bias", "k_pass": "k_pass_bias"}
     batch = stream.x.shape[0]
     found, stream = _read(config, leaves, stream, names, step.coming[0])
     found = {name: value.reshape(batch, *leaves[name].shape[:-1]) for name, value in found.items()}
+    q, k = normed_heads(config, leaves, found["q"][:, None], found["k"][:, None])
+    found |= {"q": q[:, 0], "k": k[:, 0]}
     hidden, caches, done = decode_pallas.attend(
         Token(**found),
         Caches(state.k, state.v),
@@ -151,7 +156,7 @@ def mamba2(
         SsmToken(**found),
         weights,
         Window(state.x, state.b, state.c, state.state),
-        Limits(ssm.dt_min, ssm.dt_max, config.norm_eps, width),
+        Limits(ssm.dt_min, ssm.dt_max, config.gate_norm_eps, width),
         blocked=_blocked(leaves["out"], batch),
         coming=step.coming[1],
     )

@@ -116,7 +116,7 @@ def gated_norm(
     split = value.reshape(*value.shape[:3], ssm.groups, -1)
     width = ssm.head_dim * ssm.heads // ssm.groups
     square = jnp.sum(split * split, axis=(2, 4), keepdims=True) / width
-    normed = (split * jax.lax.rsqrt(square + config.norm_eps)).reshape(value.shape)
+    normed = (split * jax.lax.rsqrt(square + config.gate_norm_eps)).reshape(value.shape)
     return normed.astype(dtype) * weight.astype(dtype)
 
 
