@@ -36,7 +36,7 @@ from uniql_jax.compression.streams import StreamStore, Windows
 from uniql_jax.config import ModelConfig
 from uniql_jax.evaluation.random_model import read_config
 from uniql_jax.evaluation.timing import environment
-from uniql_jax.plan import groups
+from uniql_jax.plan import grouping
 
 Row = tuple[str, float, float]
 
@@ -131,14 +131,14 @@ def steps(config: ModelConfig, kinds: tuple[str, ...], args: argparse.Namespace,
     streams = StreamStore(folder / "streams", windows, devices=parked)
     timed("save layer", lambda: store.save("layer", flatten(layer)), rows)
     timed("stream to NumPy", lambda: [np.asarray(x + 1) for x in xs], rows)
-    parked = timed("stream to the host and back", lambda: streams.mapped(lambda x: x, xs), rows)
+    parked = timed("stream to the host and back", lambda: streams.mapped(lambda _, x: x, [None], xs), rows)
     timed("parked stream to NumPy", lambda: [np.asarray(x) for x in parked], rows)
     for kind in kinds:
-        leaves, block, group = elastic.leaves(config, kind), layer[kind], groups(config)
+        leaves, block, group = elastic.leaves(config, kind), layer[kind], grouping(config)["groups"]
         reading = {name: block[name] for name, leaf in leaves.items() if leaf.contract == "last"}
         hessian = timed(
             f"{kind}: Gram read",
-            lambda k=kind, b=block: streams.summed(lambda x: refit.read_gram(config, k, b, x), xs),
+            lambda k=kind, b=block: streams.summed(lambda _, x: refit.read_gram(config, k, b, x), [None], xs),
             rows,
         )
         timed(
@@ -151,7 +151,7 @@ def steps(config: ModelConfig, kinds: tuple[str, ...], args: argparse.Namespace,
         name = next(name for name, leaf in leaves.items() if leaf.contract == "first")
         hessian = timed(
             f"{kind}: Gram written",
-            lambda k=kind, b=block: streams.summed(lambda x: refit.hidden_gram(config, k, b, x, None), xs),
+            lambda k=kind, b=block: streams.summed(lambda _, x: refit.hidden_gram(config, k, b, x, None), [None], xs),
             rows,
         )
         timed(
@@ -171,7 +171,8 @@ def steps(config: ModelConfig, kinds: tuple[str, ...], args: argparse.Namespace,
             lambda: [sorting.loss_gradient(top, x, t, config.norm_eps) for x, t in zip(xs, ids, strict=True)],
             rows,
         )
-        leaf, hessian = elastic.TOP["head"], streams.summed(lambda x: sorting.final_gram(x, config.norm_eps), xs)
+        leaf = elastic.TOP["head"]
+        hessian = streams.summed(lambda _, x: sorting.final_gram(x, config.norm_eps), [None], xs)
         timed("embedding", lambda: pack_leaf(elastic.TOP["embed"], embed, None, settings, 128).weight.data, rows)
         timed("GPTQ of the head", lambda: pack_leaf(leaf, embed, hessian, settings, 128).weight.data, rows)
     yield from rows
@@ -205,7 +206,7 @@ def main() -> None:
     print(f"device peak {stats.get('peak_bytes_in_use', 0) / 2**30:.1f} GiB")
     if args.json:
         where = environment(sys.argv) | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
-        settings = vars(args) | {"json": str(args.json)}
+        settings = vars(args) | {"json": None}
         console.write_whole(
             args.json, json.dumps({"environment": where, "settings": settings, "rows": record}, indent=1)
         )

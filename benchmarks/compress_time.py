@@ -2,21 +2,28 @@
 
     python benchmarks/compress_time.py --config llama-3.1-8b --windows 128 --length 512 2048 --json record.json
     python benchmarks/compress_time.py --config llama-3.1-8b --layers 4 --precision float32 bf16x3 tf32
+    python benchmarks/compress_time.py --source DIR --work DIR --kill-after 60; ... --source DIR --work DIR --resume
 
 The source is a Hugging Face folder of bfloat16 tensors in the published shapes; calibration tokens
-are random. Peaks are those of the device's allocator and of the process. Every row ends with its table.
+are random. Peaks are those of the device's allocator, of the process and of the output's folder; each stands next to
+what the plan said. Every row ends with its table, in which `busy` is the part of a stage's time that any kernel ran.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
+import os
 import resource
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,8 +35,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.watch import Watch
 from uniql_jax import console
 from uniql_jax.commands import cli
+from uniql_jax.compression import estimate
+from uniql_jax.compression.budget import lay_out
 from uniql_jax.compression.compress import compress
 from uniql_jax.compression.settings import PRECISIONS, CompressionSettings, Resources
 from uniql_jax.config import from_hf
@@ -81,8 +91,8 @@ class Timeline:
             if number % 8 == 0:
                 print(f"  {ends[-1]:7.1f} s  {stage} {number}", flush=True)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Seconds per stage: until its first item ended, of the median item, in all."""
+    def rows(self, watch: Watch) -> list[dict[str, Any]]:
+        """Seconds per stage: until its first item ended, of the median item, in all; percent that each card worked."""
         found = []
         for stage, ends in self.stages.items():
             steps = np.diff([self.begun[stage], *ends])
@@ -92,6 +102,8 @@ class Timeline:
                     "stage": stage, "begun": round(self.begun[stage], 1), "first": round(float(steps[0]), 2),
                     "median": round(float(np.median(rest)), 2), "items": len(steps),
                     "total": round(ends[-1] - self.begun[stage], 1),
+                    "busy": watch.busy_between(self.begun[stage], ends[-1]),
+                    "busy_after_first": watch.busy_between(ends[0], ends[-1]),
                 }
             )  # fmt: skip
         return found
@@ -100,28 +112,62 @@ class Timeline:
 def measure(
     source: Path, calib: Path, args: argparse.Namespace, precision: str, length: int, work: Path
 ) -> dict[str, Any]:
-    """One run of the pass; its timeline and peaks."""
-    timeline = Timeline()
-    shutil.rmtree(work / "out", ignore_errors=True)
-    report = compress(
-        str(source), work / "out", calib=[str(calib)], calib_windows=args.windows, calib_length=length,
-        settings=dataclasses.replace(CompressionSettings(), bits=args.bits, precision=precision),
-        resources=Resources(
-            batch_tokens=args.batch_tokens,
-            max_device_memory=args.max_device_memory,
-            max_host_memory=args.max_host_memory,
-        ),
-        log=args.log, progress=timeline, say=lambda text: print(text, flush=True),
-    )  # fmt: skip
-    seconds = time.perf_counter() - timeline.start
-    stats = jax.devices()[0].memory_stats() or {}
+    """One run of the pass; its timeline and peaks, and what the plan said of them."""
+    out = work / "made" / "out"
+    out.parent.mkdir(exist_ok=True)
+    if not args.resume:
+        for left in ("out", "out.partial"):
+            shutil.rmtree(out.with_name(left), ignore_errors=True)
+    settings = dataclasses.replace(CompressionSettings(), bits=args.bits, precision=precision)
+    resources = Resources(
+        batch_tokens=args.batch_tokens,
+        max_device_memory=args.max_device_memory,
+        max_host_memory=args.max_host_memory,
+        devices=args.devices,
+    )
+    planned = plan(source, settings, resources, args.windows, length, work)
+    with Watch(out.parent) as watch:
+        timeline = Timeline()
+        report = compress(
+            str(source), out, calib=[str(calib)], calib_windows=args.windows, calib_length=length,
+            settings=settings, resources=resources, resume=args.resume, log=args.log,
+            progress=timeline, say=lambda text: print(text, flush=True),
+        )  # fmt: skip
+        seconds = time.perf_counter() - timeline.start
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
     assert report is not None
     return {
-        "precision": precision, "length": length, "seconds": round(seconds, 1), "stages": timeline.rows(),
-        "bytes": report.bytes,
-        "device_peak": stats.get("peak_bytes_in_use"),
+        "precision": precision, "length": length, "seconds": round(seconds, 1), "planned": planned,
+        "stages": timeline.rows(watch), "bytes": report.bytes,
+        "device_peak": max(found.get("peak_bytes_in_use", 0) for found in stats),
         "host_peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "disk_peak": watch.largest,
+        "sha256": digest(out),
     }  # fmt: skip
+
+
+def plan(
+    source: Path, settings: CompressionSettings, resources: Resources, windows: int, length: int, work: Path
+) -> dict[str, Any]:
+    """What the plan says of a run: bytes of a device, of the host, of the disk; seconds."""
+    config = from_hf(json.loads((source / "config.json").read_text()))
+    budget = lay_out(config, settings, resources, (windows, length))
+    needed = estimate.work(config, settings, windows * length, budget.interval)
+    return {
+        "seconds": round(estimate.seconds(needed, estimate.pace(settings, work)), 1),
+        "device": sum(budget.device.values()), "host": sum(budget.host.values()), "disk": budget.disk,
+        "interval": budget.interval, "batch_tokens": budget.batch_tokens, "parked": budget.parked,
+    }  # fmt: skip
+
+
+def digest(folder: Path) -> str:
+    """One hash of all tensors of a checkpoint, by name."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(path.name.encode())
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
 
 
 def main() -> None:
@@ -138,11 +184,25 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="file that gets a line per layer")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["bf16"])
     parser.add_argument("--source", type=Path, help="folder of the source: written there once, and kept")
-    parser.add_argument("--work", type=Path, help="folder for source and checkpoint (default: a temporary one)")
+    parser.add_argument("--devices", type=int, help="how many GPUs work (default: all)")
+    parser.add_argument("--resume", action="store_true", help="go on with what a killed run left in --work")
+    parser.add_argument("--kill-after", type=float, metavar="SECONDS", help="kill this process (-9) while it works")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="folder of the output (default: a temporary one)",
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.work) as temporary:
-        work, rows = Path(temporary), []
+    with contextlib.ExitStack() as stack:
+        work, rows = args.work, []
+        if work is None:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        work.mkdir(exist_ok=True)
+        if args.kill_after:
+            timer = threading.Timer(args.kill_after, os.kill, (os.getpid(), signal.SIGKILL))
+            timer.daemon = True
+            timer.start()
         start, source = time.perf_counter(), args.source or work / "source"
         if not (source / "config.json").is_file():
             size = write_source(args.config, args.layers, source)
@@ -158,10 +218,11 @@ def main() -> None:
                 record["settings"] |= {"work": None, "source": None, "log": None, "json": None}
                 console.write_whole(args.json, json.dumps(record | {"rows": rows}, indent=1, default=str) + "\n")
     for row in rows:
-        device, host = (row["device_peak"] or 0) / 2**30, row["host_peak"] / 2**30
         name = f"{args.config} {args.windows} x {row['length']} {row['precision']}"
         print(f"\n{name}: {row['seconds']} s, {row['bytes'] / 1e9:.2f} GB of weights")
-        print(f"peaks: device {device:.1f} GiB, host {host:.1f} GiB")
+        for name in ("device", "host", "disk"):
+            print(f"{name}: {row[name + '_peak'] / 2**30:.1f} GiB, planned {row['planned'][name] / 2**30:.1f}")
+        print(f"time: {row['seconds']} s, planned {row['planned']['seconds']}; sha256 {row['sha256'][:16]}")
         print(console.table([list(stage.values()) for stage in row["stages"]], list(row["stages"][0])))
 
 

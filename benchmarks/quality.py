@@ -95,6 +95,19 @@ def bits() -> dict[str, CompressionSettings]:
     } | {f"gptq, rotated, embed_mix {mix}": dataclasses.replace(base, embed_mix=mix) for mix in (0.01, 1.0)}
 
 
+def descents() -> dict[str, CompressionSettings]:
+    """Coordinate descent after GPTQ, at every rate: what it wins at rate 0 must not be lost where weights are cut."""
+    base = CompressionSettings(bits=4)
+    rows = {"no descent": base}
+    for count in (1, 2, 4):
+        rows[f"{count} descents"] = dataclasses.replace(base, descents=count)
+    for damping in (1e-3, 1e-4):
+        rows[f"damping {damping:g}"] = dataclasses.replace(base, damping=damping)
+    rows["2 descents, refit 0.4"] = dataclasses.replace(base, descents=2, refit=0.4)
+    rows["no descent, refit 0.4"] = dataclasses.replace(base, refit=0.4)
+    return rows
+
+
 def ssm() -> dict[str, CompressionSettings]:
     """State-space blocks and hybrids: scores of channels and states, plans, refit, 16 and 4 bits."""
     base = CompressionSettings(bits=32)
@@ -136,7 +149,16 @@ def arithmetic() -> dict[str, CompressionSettings]:
     return rows
 
 
-TABLES = {"scores": scores, "refits": refits, "bits": bits, "ssm": ssm, "arithmetic": arithmetic}
+def groups() -> dict[str, CompressionSettings]:
+    """What groups that other runtimes take cost at 4 bits."""
+    base = CompressionSettings(bits=4)
+    return {"groups fast": base, "groups portable": dataclasses.replace(base, groups="portable")}
+
+
+TABLES = {
+    "scores": scores, "refits": refits, "bits": bits, "ssm": ssm, "arithmetic": arithmetic, "descents": descents,
+    "groups": groups,
+}  # fmt: skip
 
 
 @jax.jit

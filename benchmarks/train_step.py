@@ -3,9 +3,10 @@
     python benchmarks/train_step.py --config llama-3.1-8b --json benchmarks/results/train-step.json
 
 Each variant (parts of a batch, activations kept or computed again) is compiled and run by itself; what does not fit the
-device's memory is recorded as such. The arithmetic that a step needs is set against what an 8192 x 8192 x 8192 product
-of bfloat16 reaches in the same run: forward and backward through frozen weights take 4 operations per weight and token,
-LoRA 6, and what is computed again to save memory counts as nothing.
+device's memory is recorded as such. All devices of the machine share a step. The arithmetic that it needs is set
+against what an 8192 x 8192 x 8192 product of bfloat16 reaches on one of them in the same run, times their number:
+forward and backward through frozen weights take 4 operations per weight and token, trained ones 6, and what is computed
+again to save memory counts as nothing. Rank 0 trains every weight of the layers.
 """
 
 from __future__ import annotations
@@ -50,12 +51,14 @@ def needed_flops(config: ModelConfig, options: RecoverySettings, rows: int, leng
     tokens = rows * length
     shapes = [elastic.shape(config, leaf) for _, leaf in lora.targets(config)]
     frozen = sum(math.prod(shape) for shape in shapes) + config.vocab_size * config.hidden_size
-    factors = sum(options.rank * (math.prod(shape[:-1]) + shape[-1]) for shape in shapes)
+    factors = 6 * sum(options.rank * (math.prod(shape[:-1]) + shape[-1]) for shape in shapes)
+    if not options.rank:  # the third product of each weight; the other two count as the frozen one's
+        factors = 2 * sum(math.prod(shape) for shape in shapes)
     layers = sum("attention" in kinds for kinds in config.pattern)
     scores = rows * config.heads * length * (length + 1) / 2
     return {
         "frozen": 4.0 * frozen * tokens,
-        "lora": 6.0 * factors * tokens,
+        "trained": float(factors * tokens),
         "attention": 12.0 * layers * scores * config.head_dim,
     }
 
@@ -106,7 +109,7 @@ def measure(trainer: Trainer, plan: Any, length: int, repeats: int) -> dict[str,
         factors, state, loss = compiled(factors, state, trainer.frozen, batch, keeps[rate], jnp.int32(step))
         losses.append(float(loss))  # waits for the step
         seconds.append(time.perf_counter() - begin)
-    used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    used = max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.devices())
     return {
         "trace_seconds": round(traced - start, 2),
         "compile_seconds": round(done - traced, 2),
@@ -143,7 +146,8 @@ def main() -> None:
     peak = product_rate(args.product, 5)
     print(f"needed {total / 1e12:.1f} TFLOP a step; product of {args.product}: {peak / 1e12:.0f} TFLOP/s", flush=True)
     record: dict[str, Any] = {
-        "environment": environment(), "config": args.config, "batch": args.batch, "length": args.length,
+        "environment": environment(), "config": args.config, "devices": jax.device_count(),
+        "batch": args.batch, "length": args.length,
         "options": dataclasses.asdict(base), "needed_flops": flops, "product_flops_a_second": peak, "variants": {},
     }  # fmt: skip
     plan = make_plan(config, None)
@@ -162,10 +166,11 @@ def main() -> None:
             found = {"fits": False}
             print(f"{words:10s} does not fit", flush=True)
         else:
-            found |= {"fits": True, "fraction": total / found["median_seconds"] / peak}
+            found |= {"fits": True, "fraction": total / found["median_seconds"] / peak / jax.device_count()}
             print(
                 f"{words:10s} {1e3 * found['median_seconds']:8.1f} ms, {100 * found['fraction']:5.1f} % of peak, "
-                f"{console.format_bytes(found['program_bytes'] or 0)}, traced in {found['trace_seconds']} s, "
+                f"{console.format_bytes(found['program_bytes'] or 0)} a device, at most "
+                f"{console.format_bytes(found['peak_bytes_so_far'])} so far, traced in {found['trace_seconds']} s, "
                 f"compiled in {found['compile_seconds']} s, loss {found['losses'][0]:.3f} to {found['losses'][-1]:.3f}",
                 flush=True,
             )

@@ -21,6 +21,7 @@ def convert(
     out: str,
     overwrite: bool = False,
     *,
+    dequantize_source: bool = False,
     say: Callable[[str], object] = lambda text: None,
     progress: Progress = lambda items, _: items,
 ) -> None:
@@ -32,6 +33,7 @@ def convert(
         ckpt: see convert.source.open_source.
         out: folder to create; it appears once it is whole.
         overwrite: whether an `out` that is a model folder may be replaced.
+        dequantize_source: take a source of packed integers (GPTQ, AWQ, compressed-tensors), with a warning.
         say: receives a line of text on what is done.
         progress: wraps what is iterated over, given a word for it.
 
@@ -39,7 +41,7 @@ def convert(
         UserError: a bad checkpoint or output, a full disk, or a weight that does not fit the number format.
     """
     check_output(out, overwrite, ckpt)
-    source = open_source(ckpt)
+    source = open_source(ckpt, dequantize=dequantize_source)
     config = source.config
     dtype = config.dtype if config.dtype in DTYPES else "bfloat16"
     size = sum(math.prod(s) for s in tables.expected(config, source.table).values()) * DTYPES[dtype].itemsize

@@ -20,7 +20,7 @@ BLOCK = 32
 PACKED = {4: "Q4_0", 8: "Q8_0"}
 DENSE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 Widths = Mapping[str, Blocks]
-"""Contracted dimension, embed or ffn -> how it is laid out in blocks."""
+"""Contracted dimension, embed, ffn, or vo where groups lie inside a head -> how it is laid out in blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Layout:
     def _foreign(self, name: str, value: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
         """One leaf, at the sizes of the written model, in llama.cpp's layout."""
         ffn = sizes.get("ffn", self.config.intermediate_size)
-        config = dataclasses.replace(self.config, hidden_size=sizes["embed"], intermediate_size=ffn)
+        head_dim = sizes.get("vo", self.config.head_dim)
+        config = dataclasses.replace(self.config, hidden_size=sizes["embed"], intermediate_size=ffn, head_dim=head_dim)
         return foreign(config, self.kind, self.rows[name], value, self.inv_freq)
 
 

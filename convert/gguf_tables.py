@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from uniql_jax.convert import tables
 from uniql_jax.convert.rows import Part, Row
-from uniql_jax.convert.tables import LLAMA, QWEN3
 
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -32,8 +32,10 @@ def _renamed(row: Row, neighbours: bool) -> Row:
     return Row(f"{layer}{_NAMES[stem]}.{ending}", row.kind, parts)
 
 
+ROTATES_NEIGHBOURS = {"llama": True, "qwen2": False, "qwen3": False}
+"""By GGUF's general.architecture: whether llama.cpp rotates dimensions 2j and 2j + 1, or j and j + d / 2."""
 TABLES: dict[str, tuple[Row, ...]] = {
-    "llama": tuple(_renamed(row, True) for row in LLAMA),
-    "qwen3": tuple(_renamed(row, False) for row in QWEN3),
+    name: tuple(_renamed(row, neighbours) for row in tables.TABLES[name])
+    for name, neighbours in ROTATES_NEIGHBOURS.items()
 }
 """By GGUF's general.architecture."""

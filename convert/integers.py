@@ -7,6 +7,7 @@ of that is followed by zeros up to the next one, so that every integer keeps its
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
 from uniql_jax.convert.full_size import full_size
 from uniql_jax.weights.quantized import SHIFTS, QuantizedArray
+from uniql_jax.weights.runs import from_runs
 
 MOST = 2.0
 """A dimension grows by no more than this factor; beyond it, zeros would cost more than a wider number format."""
@@ -35,12 +37,17 @@ def integers(weight: QuantizedArray) -> Int[np.ndarray, "..."]:
             codes[(..., k) if last else (slice(None), k)] = ((data >> shift) & 15) - 8
         data = codes.reshape((*data.shape[:-1], -1) if last else (-1, *data.shape[1:]))
     kept = data[..., : weight.width] if last else data[: weight.width]
-    return kept.reshape(weight.shape)
+    return from_runs(kept, math.prod(weight.inner), weight.run).reshape(weight.shape)
 
 
 def scales(weight: QuantizedArray) -> Float[np.ndarray, "..."]:
-    """The scales of a packed weight, float32: [*lead, groups] for the contraction "last", [groups, f] for "first"."""
-    return np.asarray(weight.scale).astype(np.float32)
+    """The scales of a packed weight, float32.
+
+    Returns:
+        [*lead, groups] for the contraction "last"; for "first" [groups, f], or with runs [groups, *inner, f].
+    """
+    found = np.asarray(weight.scale).astype(np.float32)
+    return found.reshape(-1, *weight.inner, found.shape[-1]) if weight.run > 1 else found
 
 
 def foreign(

@@ -24,14 +24,13 @@ from uniql_jax.convert.gguf import GgufReader
 from uniql_jax.convert.leaves import Leaves, complete, complete_on_device, folded_top, top_on_device
 from uniql_jax.convert.locate import demo_file, download
 from uniql_jax.convert.megatron import MegatronReader
+from uniql_jax.convert.prequantized import DequantizingReader
 from uniql_jax.errors import CheckpointWarning, UserError
-from uniql_jax.files import UNREADABLE, ShardReader, copy_side_files, read_json
+from uniql_jax.files import READERS, UNREADABLE, ShardReader, copy_side_files, read_json
 
-Reader = ShardReader | GgufReader | MegatronReader
+Reader = ShardReader | GgufReader | MegatronReader | DequantizingReader
 Progress = Callable[[Iterable[str], str, int], Iterable[str]]
 
-READERS = 4
-"""Tensors of a layer that are read at the same time."""
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -161,10 +160,10 @@ def _plain(parts: Iterable[str], desc: str, total: int) -> Iterable[str]:
     return parts
 
 
-def open_source(ckpt: str | os.PathLike[str]) -> Source:
+def open_source(ckpt: str | os.PathLike[str], *, dequantize: bool = False) -> Source:
     """Open a local folder, a `.gguf` file, a Megatron-LM `.pt` file, a hub id (org/name) or the word `demo`.
 
-    Only headers are read.
+    Only headers are read. `dequantize` also opens folders that hold GPTQ, AWQ or compressed-tensors integers.
 
     Raises UserError, one line, for anything that cannot be opened and for unknown, missing, duplicate and mis-shaped
     tensors.
@@ -174,7 +173,7 @@ def open_source(ckpt: str | os.PathLike[str]) -> Source:
     if text == "demo":  # also where a folder has that name: ./demo is the folder
         return _from_gguf(demo_file(), "demo")
     if path.is_dir():
-        return _from_folder(path, text)
+        return _from_folder(path, text, dequantize)
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return _from_gguf(path, text)
@@ -183,7 +182,7 @@ def open_source(ckpt: str | os.PathLike[str]) -> Source:
         raise UserError(f"{text} is a file; give the folder of a model, a .gguf or Megatron .pt file, or a hub id")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) or path.suffix.lower() == ".gguf":
         raise UserError(f"no such file or folder: {text}")
-    return _from_folder(download(text), text)
+    return _from_folder(download(text), text, dequantize)
 
 
 def open_tensors(
@@ -253,7 +252,7 @@ def _spare_heads(config: ModelConfig, table: tuple[tables.Row, ...]) -> list[tab
     return [row for row in table if config.tie_embeddings and row.kind == "top" and row.parts[0].leaf == "head"]
 
 
-def _from_folder(folder: Path, name: str) -> Source:
+def _from_folder(folder: Path, name: str, dequantize: bool = False) -> Source:
     file = folder / "config.json"
     if not file.exists():
         raise UserError(f"{name} has no config.json")
@@ -262,21 +261,36 @@ def _from_folder(folder: Path, name: str) -> Source:
         raise UserError(f"{file} is not a model's config")
     if "uniql" in hf_config:
         raise UserError(f"{name} is an elastic checkpoint already; give the original model")
-    if hf_config.get("quantization_config"):
-        raise UserError(f"{name} is quantized already; give the original 16- or 32-bit model")
+    section = hf_config.pop("quantization_config", None) or hf_config.pop("compression_config", None)
+    if section and not dequantize:
+        raise UserError(
+            f"{name} is quantized already; give the original 16- or 32-bit model, or --dequantize-source to go on with "
+            "what its integers hold"
+        )
     _config(name, hf_config)  # what is wrong with the config is said before what is wrong with the tensors
     if not list(folder.glob("*.safetensors*")) and list(folder.glob("*.bin")):
         raise UserError(
             f"{name} holds PyTorch pickles only; load it with transformers and save_pretrained() it as safetensors"
         )
-    return open_tensors(name, hf_config, ShardReader(folder), None, lambda target: copy_side_files(folder, target))
+    reader: Reader = ShardReader(folder)
+    if section:
+        if not isinstance(section, dict):
+            raise UserError(f"{file}: quantization_config is no JSON object")
+        reader = DequantizingReader(reader, section, name)
+        method = section.get("quant_method")
+        warnings.warn(
+            f"{name} is quantized already ({method}): what that lost stays lost, and is quantized once more",
+            CheckpointWarning,
+            stacklevel=2,
+        )
+    return open_tensors(name, hf_config, reader, None, lambda target: copy_side_files(folder, target))
 
 
 def _from_gguf(path: Path, name: str) -> Source:
     reader = GgufReader(path)
     hf_config = reader.hf_config()
     reader.check_side_files()
-    return open_tensors(name, hf_config, reader, gguf_tables.TABLES["llama"], reader.write_side_files)
+    return open_tensors(name, hf_config, reader, gguf_tables.TABLES[reader.family()], reader.write_side_files)
 
 
 def _from_megatron(path: Path, name: str) -> Source:

@@ -82,6 +82,8 @@ class Model:
         if layer is not None:
             kept = self._keep["ffn"] if self.config.qk_norm else self.checkpoint.keep(self.rate)[layer]["ffn"]
             found["ffn"] = Blocks(kept, groups["ffn"], BLOCK) if groups else Blocks(kept, kept, 1)
+            if "vo" in (self.checkpoint.meta.get("runs") or {}):
+                found["vo"] = Blocks(self.config.head_dim, groups["vo"], BLOCK)
         return found
 
     @property

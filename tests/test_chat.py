@@ -77,6 +77,17 @@ def test_instructions_come_first(folder: Path, talk) -> None:
     assert want != answer(folder, [user("hi")], 0.1)
 
 
+def test_a_budget_covers_the_cache_too(folder: Path, talk) -> None:
+    code, out, err = talk(folder, "hi\n", "--memory-budget", "1GB", "--context", 64)
+    assert (code, out) == (0, answer(folder, [user("hi")]) + "\n")
+    assert "prune rate 0: the least that fits 1 GB" in err
+    assert "of cache" in err
+    code, _, err = talk(folder, "hi\n", "--memory-budget", "100KB", "--context", 64)
+    assert code == 2
+    assert "work space" in err.splitlines()[-1]
+    assert talk(folder, "hi\n", "--context", 1000)[0] == 2
+
+
 def test_nothing_to_say(folder: Path, talk) -> None:
     code, out, err = talk(folder, "")
     assert (code, out) == (0, "")

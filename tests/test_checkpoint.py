@@ -17,7 +17,7 @@ from uniql_jax import elastic
 from uniql_jax.checkpoint import CheckpointWriter, is_elastic, open_checkpoint, packed, stored
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader
-from uniql_jax.plan import groups, make_plan
+from uniql_jax.plan import grouping, make_plan
 from uniql_jax.weights.quantized import QuantizedArray, from_codes
 
 HF = tiny.HF | {"num_hidden_layers": 2, "intermediate_size": 96}
@@ -29,7 +29,7 @@ def _packed(leaf: elastic.Leaf, bits: int, rng: np.random.Generator) -> Quantize
     last = leaf.contract == "last"
     width = shape[-1] if last else int(np.prod(shape[:-1]))
     rows = int(np.prod(shape)) // width
-    group = groups(CONFIG)["embed" if last else leaf.dims[0]]
+    group = grouping(CONFIG)["groups"]["embed" if last else leaf.dims[0]]
     limit = 8 if bits == 4 else 127
     codes = jnp.asarray(rng.integers(-limit, limit, (rows, width)), jnp.int8)
     scale = jnp.asarray(rng.uniform(0.01, 0.1, (rows, -(-width // group))), jnp.bfloat16)
@@ -53,7 +53,7 @@ def _layer(bits: int, rng: np.random.Generator) -> dict[str, dict[str, Any]]:
 
 def _write(folder: Path, bits: int, rng: np.random.Generator, planned: bool = True, shard: int = 10**9) -> list[Any]:
     folder.mkdir()
-    meta: dict[str, Any] = {"bits": bits, "groups": dict(groups(CONFIG)), "plan": None}
+    meta: dict[str, Any] = {"bits": bits, "groups": dict(grouping(CONFIG)["groups"]), "plan": None}
     if planned:
         meta["plan"] = make_plan(CONFIG, rng.random(2).tolist()).to_json()
     writer = CheckpointWriter(folder, HF, meta, shard)
@@ -172,7 +172,7 @@ def test_a_lost_tensor_is_named(tmp_path: Path, rng: np.random.Generator) -> Non
 def test_a_bare_leaf_needs_its_shape_only(rng: np.random.Generator) -> None:
     """Two stored tensors make a packed weight again, at any kept size."""
     leaf = elastic.BLOCKS["attention"]["o"]
-    meta = {"bits": 4, "groups": dict(groups(CONFIG))}
+    meta = {"bits": 4, "groups": dict(grouping(CONFIG)["groups"])}
     value = _packed(leaf, 4, rng)
     again = packed(CONFIG, meta, leaf, value.data, value.scale)
     np.testing.assert_array_equal(again.dequantize(), value.dequantize())

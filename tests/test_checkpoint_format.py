@@ -20,7 +20,7 @@ from uniql_jax import config as model_config
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.checkpoint_format import SCHEMA, check_groups, check_plan, check_section, check_tensors, expected_tensors
 from uniql_jax.errors import UserError
-from uniql_jax.plan import groups, make_plan
+from uniql_jax.plan import grouping, make_plan
 
 GOLDEN = Path(__file__).parent / "golden"
 LARGE = Path(uniql_jax.__file__).parent / "configs" / "llama-3.1-8b.json"
@@ -123,7 +123,8 @@ def test_a_section_that_is_no_object(folder: Path, value: Any) -> None:
         (put("plan", "units", "ffn", value=float("nan")), "uniql.plan.units.ffn"),
         (put("provenance", value=3), "uniql.provenance must be object"),
         (put("manifest", value={"hash": 3}), "uniql.manifest.hash must be string"),
-        (put("format", value=2), "upgrade"),
+        (put("format", value=3), "upgrade"),
+        (put("runs", value={"ssm_head": 8}), "uniql.runs is of format 2, but the format is 1"),
         *[(put("format", value=value), "checkpoint format") for value in (0, None, "1", True, 1.5, [1])],
     ],
 )
@@ -228,7 +229,14 @@ def test_validating_an_8b_model_is_fast() -> None:
         json.loads((Path(uniql_jax.__file__).parent / "configs" / "llama-3.1-8b.json").read_text())
     )
     section = json.loads(
-        json.dumps({"format": 1, "bits": 4, "groups": dict(groups(config)), "plan": make_plan(config, None).to_json()})
+        json.dumps(
+            {
+                "format": 1,
+                "bits": 4,
+                "groups": dict(grouping(config)["groups"]),
+                "plan": make_plan(config, None).to_json(),
+            }
+        )
     )
     wanted, _ = expected_tensors(section, config)
     headers = {name: (dtypes[0], shape) for name, (dtypes, shape) in wanted.items()}

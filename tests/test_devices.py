@@ -37,7 +37,7 @@ for bits in (32, 4):
 def test_eight_devices_give_what_one_gives(
     name: str, hf_folder: Callable[[str], Path], tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    """18 windows: a batch of 16 is shared out, the last one of two cannot be."""
+    """18 windows in nine batches of two: the last one finds every device taken once."""
     calib = tmp_path / "calib.npy"
     np.save(calib, rng.integers(3, 256, (18, 32)).astype(np.int32))
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"

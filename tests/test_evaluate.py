@@ -19,7 +19,7 @@ from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.commands import cli
 from uniql_jax.commands import evaluate as evaluate_command
 from uniql_jax.errors import UserError
-from uniql_jax.evaluation import evaluate, likelihood, plot
+from uniql_jax.evaluation import evaluate, evaluate_report, likelihood, plot
 from uniql_jax.model.causal_lm import CausalLM
 
 _forward = jax.jit(lambda model, tokens: model(tokens))
@@ -145,7 +145,7 @@ def test_several_texts_and_the_original(
     parameters = sum(p.size for p in _leaves(original.params))
     assert rows[0]["weight_bytes"] == 2 * parameters  # its config says bfloat16
     assert rows[0]["kept_fraction"] == 1.0
-    table = evaluate.report(rows)
+    table = evaluate_report.report(rows)
     assert "/ the original" in table
     assert f"{rows[2]['value'] / rows[0]['value']:.3f}" in table
     assert str(ids) in table
@@ -189,7 +189,7 @@ def test_windows_that_are_cut_are_said(
 
 @pytest.mark.parametrize(
     ("texts", "settings"),
-    [([""], {}), ([" "], {}), (["a"], {"zero_shot": [""]}), (["a"], {"window": 1}), (["a"], {"max_tokens": 1}),
+    [([""], {}), ([" "], {}), (["a"], {"asked": [""]}), (["a"], {"window": 1}), (["a"], {"max_tokens": 1}),
      (["a"], {"limit": 0}), (["a"], {"batch_size": 0})],
 )  # fmt: skip
 def test_what_cannot_be_measured(folder: Path, texts: list[str], settings: dict[str, Any]) -> None:

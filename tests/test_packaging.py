@@ -105,7 +105,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expected() -> set[str]:
     """Every module, table and stub of the package folder, links followed, as a wheel names them."""
-    kinds = {".py", ".pyi", ".json", ".html", ".typed"}
+    kinds = {".py", ".pyi", ".json", ".html", ".css", ".js", ".svg", ".md", ".typed"}
     found = set()
     for folder, _, names in os.walk(ROOT / "uniql_jax", followlinks=True):
         found |= {Path(folder, name).relative_to(ROOT).as_posix() for name in names if Path(name).suffix in kinds}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from uniql_jax import config as model_config
 from uniql_jax import elastic
 from uniql_jax.errors import UserError
-from uniql_jax.plan import MAX_PRUNE_RATE, Plan, axis_group_and_unit, group_and_unit, make_plan, next_cut
+from uniql_jax.plan import MAX_PRUNE_RATE, Plan, axis_layout, group_and_unit, make_plan, next_cut
 
 from .published import PUBLISHED
 
@@ -49,7 +49,7 @@ def test_every_cut_is_a_whole_number_of_groups(name: str, rng: np.random.Generat
     full = elastic.sizes(config)
     for kept in plan.keep(MAX_PRUNE_RATE):
         for axis, count in kept.items():
-            group = axis_group_and_unit(config, axis)[0]
+            group = axis_layout(config, axis).group
             inner = {"vo": config.heads, "ffn": 1, "qk": 1, "qk_pass": 1}[axis]
             assert 0 < count <= full[axis]
             assert count == full[axis] or not group or count * inner % group == 0

@@ -1,4 +1,4 @@
-"""Zero-shot tasks: likelihoods of continuations against their definition, and lm-eval scoring a task of our own."""
+"""Tasks: likelihoods of continuations against their definition, and lm-eval scoring a task of our own."""
 
 from __future__ import annotations
 
@@ -167,7 +167,15 @@ def test_text_is_rated_whole(rng: np.random.Generator, task: Any) -> None:
 
 def test_what_cannot_be_asked_is_said(folder: Path, task: Any, tmp_path: Path, capsys: Any) -> None:
     docs = [{"question": "the", "choices": ["a", "b"], "answer": 0}]
-    writing = task("writing", docs, "generate_until", target="question", more="metric_list:\n  - metric: exact_match")
+    beams = "generation_kwargs:\n  num_beams: 4\n  max_gen_toks: 8\nmetric_list:\n  - metric: exact_match"
+    searching = task("searching", docs, "generate_until", target="question", more=beams)
+    endless = task(
+        "endless",
+        docs,
+        "generate_until",
+        target="question",
+        more=beams.replace("num_beams: 4", "until: x").replace("8", "256"),
+    )
     nameless = tmp_path / "nameless.yaml"
     nameless.write_text("dataset_path: json\n")
     binary = tmp_path / "binary.yaml"
@@ -182,7 +190,8 @@ def test_what_cannot_be_asked_is_said(folder: Path, task: Any, tmp_path: Path, c
         (nameless, "names no task"),
         (binary, "names no task"),
         (blank, "undefined"),
-        (writing, "not supported"),
+        (searching, "num_beams"),
+        (endless, "256 tokens"),
         (gone, "gone"),
     ):
         assert command("--ckpt", folder, "--prune-rates", "0", "--tasks", name) == 2
@@ -260,13 +269,13 @@ def test_tasks_see_as_much_as_the_model_takes(folder: Path, task: Any, monkeypat
     from uniql_jax.evaluation import evaluate
 
     windows: list[int] = []
-    monkeypatch.setattr(tasks, "measure", lambda *args, window, **rest: windows.append(window) or [])
+    monkeypatch.setattr(tasks, "measure", lambda *args, window, **rest: windows.append(window) or ([], {}))
     monkeypatch.setattr(evaluate, "WINDOW", 32)
     path = str(task("ours", [{"question": "the", "choices": ["a", "b"], "answer": 0}]))
-    evaluate.evaluate(str(folder), [0], [], zero_shot=[path])
-    evaluate.evaluate(str(folder), [0], [], zero_shot=[path], window=48)
+    evaluate.evaluate(str(folder), [0], [], asked=[path])
+    evaluate.evaluate(str(folder), [0], [], asked=[path], window=48)
     monkeypatch.setattr(evaluate, "memory_limit", lambda: 4 * 4 * 4 * 100**2)
-    evaluate.evaluate(str(folder), [0], [], zero_shot=[path])
+    evaluate.evaluate(str(folder), [0], [], asked=[path])
     assert windows == [256, 48, 100]
 
 
@@ -299,10 +308,12 @@ def test_groups_of_tasks(task: Any, tmp_path: Path, rng: np.random.Generator, ag
     mean = "aggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n" if aggregate else ""
     group.write_text(f"group: ours\ntask:\n  - one\n  - two\n{mean}")
     names, manager = tasks.named([str(group)])
-    rows = tasks.measure(tiny.model(rng), tiny.tokenizer(), names, manager, window=64)
+    rows, _ = tasks.measure(tiny.model(rng), tiny.tokenizer(), names, manager, window=64)
     found = {row["source"]: row["value"] for row in rows if row["metric"] == "acc"}
     if aggregate:
-        alone = tasks.measure(tiny.model(rng), tiny.tokenizer(), *tasks.named([str(tmp_path / "one.yaml")]), window=64)
+        alone, _ = tasks.measure(
+            tiny.model(rng), tiny.tokenizer(), *tasks.named([str(tmp_path / "one.yaml")]), window=64
+        )
         assert set(found) == {"ours"}
         assert alone
     else:

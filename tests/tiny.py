@@ -5,6 +5,7 @@ No torch here.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from uniql_jax import config as model_config
 from uniql_jax import elastic
 from uniql_jax.checkpoint import CheckpointWriter
+from uniql_jax.evaluation.random_model import SPREAD, weight_shapes
 from uniql_jax.model.causal_lm import CausalLM
-from uniql_jax.plan import make_plan
+from uniql_jax.plan import grouping, make_plan
+from uniql_jax.weights.quantized import QuantizedArray
 
 VOCAB = 320
 LINES = (
@@ -99,6 +102,40 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant:{% endif %}"
 )
+
+
+def packed(folder: Path, hf: dict[str, Any], bits: int, rng: np.random.Generator) -> Path:
+    """An elastic checkpoint at `folder` of random weights of any config.json, in 4, 8 or 16 bits; no tokenizer."""
+    cfg = model_config.from_hf(hf)
+    plan = make_plan(cfg, None)
+
+    def draw(name: str, like: Any) -> np.ndarray:
+        if name == "inv_freq":
+            assert cfg.rope is not None
+            return np.repeat(cfg.rope.inv_freq()[:, None], like.shape[1], 1)
+        if np.issubdtype(like.dtype, np.integer):
+            info = np.iinfo(like.dtype)
+            return rng.integers(info.min, info.max, like.shape, like.dtype, endpoint=True)
+        center = 1.0 if name.endswith("norm") else 0.0
+        return (center + 0.1 * rng.standard_normal(like.shape)).astype(like.dtype)
+
+    def leaf(name: str, like: Any) -> Any:
+        if not isinstance(like, QuantizedArray):
+            return draw(name, like)
+        scale = rng.uniform(0.5, 1.5, like.scale.shape) / (SPREAD[bits] * like.width**0.5)
+        return dataclasses.replace(like, data=draw(name, like.data), scale=scale.astype(like.scale.dtype))
+
+    shapes = weight_shapes(cfg, bits, 0.0, plan, jnp.bfloat16)
+    layers = shapes.pop("layers")
+    folder.mkdir()
+    writer = CheckpointWriter(
+        folder, hf, {"bits": bits, "groups": dict(grouping(cfg)["groups"]), "plan": plan.to_json()}
+    )
+    writer.add_top({name: leaf(name, like) for name, like in shapes.items()})
+    for i, layer in enumerate(layers):
+        writer.add_layer(i, {kind: {n: leaf(n, like) for n, like in block.items()} for kind, block in layer.items()})
+    writer.finish()
+    return folder
 
 
 def checkpoint(folder: Path, rng: np.random.Generator, with_tokenizer: bool = True) -> Path:

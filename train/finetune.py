@@ -22,6 +22,7 @@ from uniql_jax.train import examples, lora, recover
 from uniql_jax.train.examples import Examples
 from uniql_jax.train.placement import data_mesh, memory_bytes
 from uniql_jax.train.settings import RecoverySettings, resolved
+from uniql_jax.train.stack import Lazy
 from uniql_jax.train.work import RUN, check_work_folder, disk_errors, has_state, state_bytes
 from uniql_jax.version import __version__
 
@@ -170,7 +171,7 @@ def finetune(
     say(describe(checkpoint, out, options, training, validation))
     folder = work_folder(out)
     config, plan, top = checkpoint.config, checkpoint.plan, checkpoint.top()
-    layers = [checkpoint.layer(i) for i in range(len(config.pattern))]
+    layers = Lazy(checkpoint.layer, len(config.pattern))
     fresh = not (folder / RUN).exists()
     if fresh:  # what a started run still needs is less
         check_space(folder, state_bytes(config, options) + checkpoint.weight_bytes(0.0))

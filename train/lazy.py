@@ -17,7 +17,9 @@ from uniql_jax.train.settings import RecoverySettings
 
 
 class LazyAdamState(NamedTuple):
-    """Per entry: how many steps saw it, int32, and the means of its gradient and of the gradient's square."""
+    """Per row, the entries along the last axis: how many steps saw any of them, int32. Per entry: the means of its
+    gradient and of the gradient's square.
+    """
 
     seen: Any
     mu: Any
@@ -27,23 +29,23 @@ class LazyAdamState(NamedTuple):
 def scale_by_lazy_adam(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
-    """`optax.scale_by_adam`, and `optax.add_decayed_weights` after it, with a clock of its own for every entry, which
-    stands still where the gradient is zero.
+    """`optax.scale_by_adam`, and `optax.add_decayed_weights` after it, with a clock of its own for every row, which
+    stands still where its gradient is zero. What pruning cuts are rows, since every weight's sorted axis comes first.
 
-    Where no gradient is zero the two are the same.
+    Where no row's gradient is zero the two are the same.
     """
 
     def init(params: Any) -> LazyAdamState:
-        seen = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.int32), params)
+        seen = jax.tree.map(lambda x: jnp.zeros(x.shape[:-1], jnp.int32), params)
         # buffers of their own, since a step takes them over
         return LazyAdamState(seen, jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
 
     def one(g: Array, seen: Array, mu: Array, nu: Array, param: Array) -> tuple[Array, Array, Array, Array]:
-        now = g != 0
-        seen = seen + now
+        now = jnp.any(g != 0, axis=-1, keepdims=True)
+        seen = seen + now[..., 0]
         mu = jnp.where(now, b1 * mu + (1 - b1) * g, mu)
         nu = jnp.where(now, b2 * nu + (1 - b2) * g * g, nu)
-        clock = jnp.maximum(seen, 1).astype(g.dtype)
+        clock = jnp.maximum(seen, 1).astype(g.dtype)[..., None]
         step = (mu / (1 - b1**clock)) / (jnp.sqrt(nu / (1 - b2**clock)) + eps)
         return jnp.where(now, step + weight_decay * param, 0.0), seen, mu, nu
 

@@ -6,6 +6,7 @@ A step draws nothing itself: rate, rows and dropout follow from (seed, step), so
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from uniql_jax.train.examples import Examples
 from uniql_jax.train.lazy import optimizer
 from uniql_jax.train.lora import Factors
 from uniql_jax.train.losses import head_losses
-from uniql_jax.train.placement import data_mesh, sharding
+from uniql_jax.train.placement import data_mesh, gathered, layer_sharding, sharding, shared
 from uniql_jax.train.settings import TEACHERS, RecoverySettings, resolved
 from uniql_jax.train.settings import on_device as on_device
 from uniql_jax.weights.fake_quantized import FakeQuantizedArray
@@ -63,12 +64,13 @@ class Trainer:
         self._compile(options, steps)
 
     def _place_model(self, layers: Sequence[lora.Layer], top: Mapping[str, Any]) -> dict[str, Any]:
-        return self.spread(
-            {
-                "top": {name: self._cast(elastic.TOP[name], value) for name, value in top.items()},
-                "runs": [self._cast_run(stack.stack(layers, run)) for run in stack.runs(self.config)],
-            }
-        )
+        return {
+            "top": self.spread({name: self._cast(elastic.TOP[name], value) for name, value in top.items()}),
+            "runs": [
+                stack.stack(layers, run, functools.partial(self._place_layer, count=run.count))
+                for run in stack.runs(self.config)
+            ],
+        }
 
     def _compile(self, options: RecoverySettings, steps: int) -> None:
         if options.teacher not in TEACHERS:
@@ -101,11 +103,13 @@ class Trainer:
         # what a device holds already need not pass through the host
         return value.astype(dtype) if isinstance(value, jax.Array) else np.asarray(value).astype(dtype)
 
-    def _cast_run(self, stacked: lora.Layer) -> dict[str, dict[str, Any]]:
-        return {
+    def _place_layer(self, layer: lora.Layer, count: int) -> Any:
+        """One of `count` layers that will be stacked, where the stack will lie."""
+        cast = {
             kind: {name: self._cast(elastic.BLOCKS[kind][name], value) for name, value in block.items()}
-            for kind, block in stacked.items()
+            for kind, block in layer.items()
         }
+        return jax.tree.map(lambda value: jax.device_put(value, layer_sharding(self.mesh, value.shape, count)), cast)
 
     def spread(self, tree: Any) -> Any:
         """Every array where `sharding` says."""
@@ -155,10 +159,10 @@ class Trainer:
 
     def with_tables(self, factors: Factors | None, frozen: Mapping[str, Any]) -> dict[str, Any]:
         """The frozen model with embedding and head dense, float32 where they train as they will be stored."""
-        top = dict(frozen["top"])
+        top = gathered(dict(frozen["top"]))
         for name, value in top.items():
             if isinstance(value, FakeQuantizedArray):
-                own = (factors or {})[f"top.{name}"]
+                own = gathered((factors or {})[f"top.{name}"])
                 moved = lora.with_factors(value, elastic.TOP[name], own, self.options.alpha)
                 top[name] = cast(FakeQuantizedArray, moved).value()
         return {**frozen, "top": top}
@@ -170,10 +174,10 @@ class Trainer:
         tokens: Int[Array, "b t"],
         valid: Bool[Array, "b t"],
         keep: tuple[elastic.Keep, ...] | None,
-        key: Key[Array, ""] | None = None,
+        key: Key[Array, "..."] | None = None,
     ) -> Float[Array, "b t h"]:
         """The stream after the last layer at masked sizes; the frozen model's own without factors. Dropout where there
-        is a key. `frozen` is what `with_tables` gives.
+        is a key, or one for each row. `frozen` is what `with_tables` gives.
         """
         options, layers = self.options, frozen["runs"]
         if factors is not None:
@@ -182,8 +186,6 @@ class Trainer:
         # Padding is on the right: no real token sees it, and attention needs no mask for it.
         context = full_context(valid, padded=False)
         x = embed(frozen["top"], tokens, self.dtype)
-        if self.mesh.size > 1:
-            x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec("data")))
         return stack.apply_runs(self.config, layers, x, context, keep, options.remat)
 
     def loss_sum(
@@ -192,13 +194,15 @@ class Trainer:
         frozen: Mapping[str, Any],
         batch: Batch,
         keep: tuple[elastic.Keep, ...],
-        key: Key[Array, ""] | None,
+        key: Key[Array, "..."] | None,
     ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""]]]:
         """(what is minimised, (cross entropy, tokens that count)), all summed over one part of a batch."""
         tokens, valid = batch["tokens"], batch["valid"]
         frozen = self.with_tables(factors, frozen)
         x = self.hidden(factors, frozen, tokens, valid, keep, key)
         share, given = self.options.distill, frozen.get("teacher")
+        if given:
+            given = {**given, "top": gathered(given["top"])}
         grown = self.options.teacher == "rate 0"
         model, own = given or frozen, None if given else factors if grown else frozen.get("adapted")
         teacher = teacher_top = None
@@ -219,19 +223,24 @@ class Trainer:
         step: Int[Array, ""],
     ) -> tuple[Factors, Float[Array, ""]]:
         """Gradient of what is minimised, per token that counts, and the mean cross entropy of the batch."""
-        drop = self.options.dropout > 0
+        drop, loss = self.options.dropout > 0, shared(self.mesh, self.loss_sum)
         key = jax.random.fold_in(jax.random.key(self.options.seed), step)
 
-        def part(carry: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
-            one, number = inputs
+        def part(one: Batch, number: Int[Array, ""]) -> tuple[Any, Array, Array]:
             own = jax.random.fold_in(key, number) if drop else None
-            gradients, (entropy, count) = jax.grad(self.loss_sum, has_aux=True)(factors, frozen, one, keep, own)
-            return jax.tree.map(jnp.add, carry, (gradients, entropy, count)), None
+            gradients, (entropy, count) = jax.grad(loss, has_aux=True)(factors, frozen, one, keep, own)
+            return gradients, entropy, count
+
+        def add(carry: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, part(*inputs)), None
 
         # Sums, divided once by all tokens that count: parts with few answers weigh no more than they should.
         parts = batch["tokens"].shape[0]
-        zero = (jax.tree.map(jnp.zeros_like, factors), jnp.float32(0), jnp.float32(0))
-        (gradients, entropy, count), _ = jax.lax.scan(part, zero, (batch, jnp.arange(parts)))
+        if parts == 1:  # no sum, which would be as large as what is trained
+            gradients, entropy, count = part({name: value[0] for name, value in batch.items()}, jnp.int32(0))
+        else:
+            zero = (jax.tree.map(jnp.zeros_like, factors), jnp.float32(0), jnp.float32(0))
+            (gradients, entropy, count), _ = jax.lax.scan(add, zero, (batch, jnp.arange(parts)))
         return jax.tree.map(lambda g: g / count, gradients), entropy / count
 
     def _train(
@@ -250,12 +259,16 @@ class Trainer:
     def _losses(
         self, factors: Factors, frozen: Mapping[str, Any], batch: Batch, keep: tuple[elastic.Keep, ...]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        frozen = self.with_tables(factors, frozen)
-
-        def part(carry: Any, one: Batch) -> tuple[Any, None]:
+        def losses(
+            factors: Factors, frozen: Mapping[str, Any], one: Batch, keep: tuple[elastic.Keep, ...], _: None
+        ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+            frozen = self.with_tables(factors, frozen)
             x = self.hidden(factors, frozen, one["tokens"], one["valid"], keep)
             weights = one["learn"].astype(jnp.float32)
-            found = head_losses(frozen["top"], self.config.norm_eps, x, one["tokens"], weights)[1]
+            return head_losses(frozen["top"], self.config.norm_eps, x, one["tokens"], weights)[1]
+
+        def part(carry: Any, one: Batch) -> tuple[Any, None]:
+            found = shared(self.mesh, losses)(factors, frozen, one, keep, None)
             return jax.tree.map(jnp.add, carry, found), None
 
         return jax.lax.scan(part, (jnp.float32(0), jnp.float32(0)), batch)[0]

@@ -114,20 +114,26 @@ def attach(
     factors: Factors,
     alpha: float,
     dropout: float = 0.0,
-    key: Key[Array, ""] | None = None,
+    key: Key[Array, "..."] | None = None,
 ) -> list[dict[str, dict[str, Any]]]:
     """The layers with what `with_factors` makes of every weight that has factors; traceable, nothing is copied.
 
-    With a key, `dropout` of what each low-rank path receives is dropped, differently for every leaf.
+    With a key, or one for each row of a batch, `dropout` of what each low-rank path receives is dropped, differently
+    for every leaf.
     """
 
     def attached(name: str, leaf: Leaf, value: Any) -> Any:
         if name not in factors:
             return value
-        own = None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
+        own = None if key is None else fold_in(key, zlib.crc32(name.encode()))
         return with_factors(value, leaf, factors[name], alpha, dropout, own)
 
     return [_mapped(i, layer, attached) for i, layer in enumerate(layers)]
+
+
+def fold_in(key: Key[Array, "..."], number: Any) -> Key[Array, "..."]:
+    """`jax.random.fold_in` for one key or for each of several."""
+    return jax.random.fold_in(key, number) if key.ndim == 0 else jax.vmap(lambda one: fold_in(one, number))(key)
 
 
 def _mapped(i: int, layer: Layer, change: Callable[[str, Leaf, Any], Any]) -> dict[str, dict[str, Any]]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Key
 
 from uniql_jax.config import ModelConfig
 from uniql_jax.train import lora
@@ -22,8 +26,8 @@ def memory_bytes(config: ModelConfig, options: RecoverySettings, devices: int = 
     """About what weights, factors and optimizer take on each of so many devices; activations come on top."""
     trained, frozen = lora.planned(config, options.rank)
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    # factors, their gradients and three numbers of the optimizer for each, the best state, what came of `adapt`
-    copies = 6 + bool(options.adapt)
+    # factors, their gradients, two means of the optimizer for each, what came of `adapt`
+    copies = 4 + bool(options.adapt)
     return (jnp.dtype(options.compute).itemsize * (frozen + tables) + 4 * copies * trained) // devices
 
 
@@ -37,8 +41,85 @@ def sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     """Where an array of weights, factors or optimizer state lies: shared out along its longest axis that divides among
     the devices, but the first one, which counts stacked layers; on every device if it is small or none divides.
     """
+    axis = _axis(mesh, shape)
+    return NamedSharding(mesh, PartitionSpec(*("data" if i == axis else None for i in range(len(shape)))))
+
+
+def layer_sharding(mesh: Mesh, shape: Sequence[int], count: int) -> NamedSharding:
+    """Where a layer's array lies before `count` of them are stacked, which `sharding` then places."""
+    return NamedSharding(mesh, PartitionSpec(*sharding(mesh, (count, *shape)).spec[1:]))
+
+
+def _axis(mesh: Mesh, shape: Sequence[int]) -> int | None:
     axes = [axis for axis in range(1, len(shape)) if shape[axis] % mesh.size == 0]
     if mesh.size == 1 or math.prod(shape) < SPREAD or not axes:
-        return NamedSharding(mesh, PartitionSpec())
-    longest = max(axes, key=lambda axis: shape[axis])
-    return NamedSharding(mesh, PartitionSpec(*("data" if axis == longest else None for axis in range(len(shape)))))
+        return None
+    return max(axes, key=lambda axis: shape[axis])
+
+
+@flax.struct.dataclass
+class Shard:
+    """A device's part of an array that is shared out along `axis` among `count` devices, inside `jax.shard_map`."""
+
+    value: Any
+    axis: int = flax.struct.field(pytree_node=False)
+    count: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole array."""
+        return tuple(size * self.count if i == self.axis else size for i, size in enumerate(self.value.shape))
+
+    def gathered(self, layer: bool) -> Array:
+        """The whole array, or of a `layer` that a scan took from the stacked ones; its gradient is summed over the
+        devices and shared out again.
+        """
+        return jax.lax.all_gather(self.value, "data", axis=self.axis - layer, tiled=True)
+
+
+def shards(mesh: Mesh, shapes: Any, parts: Any) -> Any:
+    """Parts of the arrays of these shapes, as `jax.shard_map` hands them out, as Shards where they are not whole."""
+
+    def one(array: Any, part: Any) -> Any:
+        axis = _axis(mesh, array.shape)
+        return part if axis is None else Shard(part, axis, mesh.size)
+
+    return jax.tree.map(one, shapes, parts)
+
+
+def gathered(tree: Any, layer: bool = False) -> Any:
+    """A pytree with its Shards whole, for as long as they are computed with."""
+    return jax.tree.map(
+        lambda leaf: leaf.gathered(layer) if isinstance(leaf, Shard) else leaf,
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, Shard),
+    )
+
+
+def shared(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(factors, frozen, part of a batch, keep, key)`, which gives a pytree of sums, by all devices.
+
+    Each takes some rows, and the weights as Shards. Every row has a key of its own, so that it makes no difference who
+    takes it.
+    """
+    rows = PartitionSpec("data")
+
+    def whole(factors: Any, frozen: Any, part: Any, keep: Any, key: Key[Array, ""] | None) -> Any:
+        def local(factors_here: Any, frozen_here: Any, part: Any, keep: Any, key: Key[Array, ""] | None) -> Any:
+            if key is not None:
+                count = len(part["tokens"])
+                first = count * jax.lax.axis_index("data") if mesh.size > 1 else 0
+                key = jax.vmap(functools.partial(jax.random.fold_in, key))(first + jnp.arange(count))
+            weights = shards(mesh, (factors, frozen), (factors_here, frozen_here))
+            return jax.tree.map(lambda value: value[None], function(*weights, part, keep, key))
+
+        if mesh.size == 1:
+            found = local(factors, frozen, part, keep, key)
+        else:
+            places = jax.tree.map(lambda value: sharding(mesh, value.shape).spec, (factors, frozen))
+            specs = (*places, rows, PartitionSpec(), PartitionSpec())
+            each = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+            found = each(factors, frozen, part, keep, key)
+        return jax.tree.map(lambda value: value.sum(0), found)
+
+    return whole

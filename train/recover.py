@@ -123,7 +123,7 @@ class _Run:
         self.keeps = {rate: rates.keep_arrays(plan, rate) for rate in {*rates.RATES, *options.validation_rates}}
         self.every = max(1, steps // evaluations(options, steps, len(validation)))
         self.factors, self.state = trainer.init()
-        self.best = self.factors
+        self.best = jax.device_get(self.factors)  # devices have better use for their memory
         found = saved.load({"factors": self.factors, "state": self.state, "best": self.best})
         if found is None:
             self.start, after = 0, self.validate(self.factors)
@@ -158,7 +158,7 @@ class _Run:
                 bar.set_postfix_str(f"validation loss at {text}")  # pyright: ignore[reportAttributeAccessIssue]
         measured = self.options.validation_rates
         by_rate = {name: dict(zip(measured, self.notes[name], strict=True)) for name in ("before", "after")}
-        best = stack.unstack_factors(self.trainer.config, jax.device_get(self.best))
+        best = stack.unstack_factors(self.trainer.config, self.best)
         return Result(best, **by_rate, steps=self.log.last, best_step=int(self.notes["best_step"]))
 
     def _step(self, i: int) -> tuple[int, float, Any]:
@@ -167,8 +167,6 @@ class _Run:
         rate = rates.draw(options.rates, options.seed, i)
         rows = batch_rows(len(self.training), options.batch, options.seed, i)
         batch = trainer.place(self.training, rows, options.accumulate)
-        if self.best is self.factors:  # the step consumes these buffers
-            self.best = jax.tree.map(lambda x: x.copy(), self.best)
         self.factors, self.state, loss = trainer.step(self.factors, self.state, batch, self.keeps[rate], i)
         return i + 1, rate, loss
 
@@ -183,7 +181,8 @@ class _Run:
             self.log.write({"step": step, "validation": self._by_rate(scores)})
         mean = float(np.mean(scores))
         if mean < np.mean(self.notes["after"]):
-            self.best, self.notes = self.factors, self.notes | {"after": scores, "best_step": step}
+            self.best = jax.device_get(self.factors)
+            self.notes |= {"after": scores, "best_step": step}
         # While the learning rate is high a run may be worse than its start, which is no reason to end it.
         gained = self.notes["lowest"] is None or mean < self.notes["lowest"]
         self.notes |= {"lowest": mean, "bad": 0} if gained else {"bad": self.notes["bad"] + 1}

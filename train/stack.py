@@ -9,19 +9,20 @@ from __future__ import annotations
 import functools
 import itertools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 from uniql_jax.model.causal_lm import apply_layer
 from uniql_jax.model.layers.context import Context
-from uniql_jax.train.lora import Factors, Layer, with_factors
+from uniql_jax.train.lora import Factors, Layer, fold_in, with_factors
+from uniql_jax.train.placement import gathered
 from uniql_jax.train.settings import REMAT
 from uniql_jax.weights.lora import PRODUCT
 
@@ -46,14 +47,46 @@ def runs(config: ModelConfig) -> list[Run]:
     return found
 
 
-def stack(layers: Sequence[Layer], run: Run) -> dict[str, dict[str, Any]]:
-    """The leaves of a run's layers, each [count, ...]; a numpy array where they are, else on their device."""
-    chosen = [dict(layer) for layer in layers[run.first : run.first + run.count]]
+class Lazy(Sequence[Layer]):
+    """Layers that are read whenever they are asked for, and held by nobody."""
 
-    def together(*values: Any) -> Any:
-        return np.stack(values) if all(isinstance(v, np.ndarray) for v in values) else jnp.stack(values)
+    def __init__(self, read: Callable[[int], Layer], count: int):
+        self._read, self._count = read, count
 
-    return jax.tree.map(together, *chosen)
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._read(index)
+
+
+def stack(layers: Sequence[Layer], run: Run, place: Callable[[Layer], Any] = lambda layer: layer) -> dict[str, Any]:
+    """The leaves of a run's layers, each [count, ...], on the devices; a layer at a time is asked for and `place`d."""
+    placed = [place(layers[i]) for i in range(run.first, run.first + run.count)]
+    leaves = [jax.tree.leaves(layer) for layer in placed]
+    tree = jax.tree.structure(placed[0])
+    del placed
+    stacked = []
+    for _ in range(tree.num_leaves):
+        values = [layer.pop(0) for layer in leaves]  # of what is stacked nothing else is held
+        stacked.append(_together(values, getattr(values[0], "sharding", None)))
+    return jax.tree.unflatten(tree, stacked)
+
+
+def _together(values: list[Any], place: Any) -> Array:
+    """The arrays as one, shared out as each of them is."""
+    if not isinstance(place, NamedSharding):
+        return jnp.stack(values)
+    return _stacking(NamedSharding(place.mesh, PartitionSpec(None, *place.spec)))(*values)
+
+
+@functools.cache
+def _stacking(place: NamedSharding) -> Callable[..., Array]:
+    return jax.jit(lambda *parts: jnp.stack(parts), out_shardings=place)
 
 
 def attach(
@@ -62,7 +95,7 @@ def attach(
     factors: Factors,
     alpha: float,
     dropout: float = 0.0,
-    key: Key[Array, ""] | None = None,
+    key: Key[Array, "..."] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """`lora.attach` for a run, stacked, with the factors of `stack_factors`."""
 
@@ -71,7 +104,7 @@ def attach(
         if name not in factors:
             return value
         names = [f"{i}.{kind}.{leaf}" for i in range(run.first, run.first + run.count)]
-        keys = None if key is None else jnp.stack([jax.random.fold_in(key, zlib.crc32(n.encode())) for n in names])
+        keys = None if key is None else jnp.stack([fold_in(key, zlib.crc32(n.encode())) for n in names])
         return with_factors(value, elastic.BLOCKS[kind][leaf], factors[name], alpha, dropout, keys, stacked=True)
 
     return {
@@ -122,7 +155,7 @@ def apply_runs(
     """The residual stream after all layers, given the stacked leaves of every run; `keep`, one mapping a layer, masks.
 
     `remat`: what a gradient keeps of each layer, one of REMAT, and computes the rest again. Raises ValueError for any
-    other.
+    other. Leaves that are Shards are gathered a layer at a time.
     """
     if remat not in REMAT:
         raise ValueError(f"remat is one of {', '.join(REMAT)}, not {remat!r}")
@@ -139,7 +172,11 @@ def apply_runs(
 
 
 def _step(
-    config: ModelConfig, kinds: tuple[str, ...], context: Context, x: Array, one: tuple[Layer, elastic.Keep | None]
+    config: ModelConfig,
+    kinds: tuple[str, ...],
+    context: Context,
+    x: Array,
+    one: tuple[Layer, elastic.Keep | None],
 ) -> tuple[Array, None]:
     leaves, keep = one
-    return apply_layer(config, kinds, leaves, x, context._replace(keep=keep)), None
+    return apply_layer(config, kinds, gathered(leaves, layer=True), x, context._replace(keep=keep)), None

@@ -57,7 +57,7 @@ def check_work_folder(folder: Path, resume: bool) -> None:
 def state_bytes(config: ModelConfig, options: RecoverySettings) -> int:
     """About what the states of a run take on the disk: the newest, the one before, and one that is being written."""
     trained, _ = lora.planned(config, options.rank)
-    copies = 5  # factors, three numbers of the optimizer for each, and the best factors so far
+    copies = 4  # factors, two means of the optimizer for each, and the best factors so far
     return 3 * 4 * copies * trained
 
 

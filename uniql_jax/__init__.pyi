@@ -14,4 +14,5 @@ from .runtime.generation import generate as generate
 from .runtime.generation import generate_tokens as generate_tokens
 from .runtime.loading import load as load
 from .runtime.loading import load_source as load_source
+from .runtime.session import Elastic as Elastic
 from .version import __version__ as __version__

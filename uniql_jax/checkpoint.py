@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,22 @@ from uniql_jax import config as model_config
 from uniql_jax import elastic
 from uniql_jax.casting import cast
 from uniql_jax.checkpoint_format import (
-    FORMAT,
     SECTION,
     check_groups,
     check_plan,
     check_tensors,
     leaf_group,
+    leaf_run,
     read_config,
 )
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
-from uniql_jax.files import ShardReader, ShardWriter, copy_side_files, read_json, side_files
+from uniql_jax.files import INDEX, ShardReader, ShardWriter, copy_side_files, read_json, side_files
 from uniql_jax.plan import Plan
 from uniql_jax.value_bias import free_rank, value_bias
 from uniql_jax.weights.protocol import as_stored, dense
 from uniql_jax.weights.quantized import QuantizedArray
+from uniql_jax.weights.runs import scale_rows
 
 
 def packed(
@@ -55,6 +56,7 @@ def packed(
         contract=str(leaf.contract),
         width=math.prod(shape[-1:] if last else shape[:-1]),
         inner=() if last else shape[1:-1],
+        run=leaf_run(meta, leaf),
     )
 
 
@@ -97,9 +99,15 @@ class Checkpoint:
         return side_files(self.folder)
 
     @property
+    def files(self) -> list[Path]:
+        """Every file that belongs to it, a card (README.md) among them."""
+        own = [self.folder / name for name in ("config.json", INDEX, "README.md")]
+        return [path for path in own if path.is_file()] + self._reader.files + self.side_files
+
+    @property
     def tensors(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every stored tensor, at full size."""
-        return dict(self._names)
+        return self._names
 
     def _kept(self, rate: float) -> tuple[dict[str, int] | None, ...]:
         if self.plan is None:
@@ -116,7 +124,7 @@ class Checkpoint:
             for kept, kinds in zip(self._kept(rate), self.config.pattern, strict=True)
         )
 
-    def _rows(self, leaf: elastic.Leaf, suffix: str, keep: Mapping[str, int] | None) -> int | None:
+    def rows(self, leaf: elastic.Leaf, suffix: str, keep: Mapping[str, int] | None) -> int | None:
         """Entries of a stored tensor's leading axis that a cut keeps; None is all."""
         if keep is None or leaf.axis is None:
             return None
@@ -125,8 +133,10 @@ class Checkpoint:
             return count
         if count == elastic.sizes(self.config)[leaf.axis]:
             return None
-        width = count * math.prod(elastic.shape(self.config, leaf)[1:-1])
-        return width // (8 if self.bits == 4 else 1) if suffix == ".data" else width // leaf_group(self.meta, leaf)
+        inner = math.prod(elastic.shape(self.config, leaf)[1:-1])
+        if suffix == ".data":
+            return count * inner // (8 if self.bits == 4 else 1)
+        return scale_rows(count, inner, leaf_group(self.meta, leaf), leaf_run(self.meta, leaf))
 
     @property
     def bits(self) -> int:
@@ -135,9 +145,9 @@ class Checkpoint:
 
     def _read(self, name: str, leaf: elastic.Leaf, keep: Mapping[str, int] | None) -> np.ndarray | QuantizedArray:
         if name in self._names:
-            return self._reader.read(name, self._rows(leaf, "", keep))
-        data = self._reader.read(f"{name}.data", self._rows(leaf, ".data", keep))
-        scale = self._reader.read(f"{name}.scale", self._rows(leaf, ".scale", keep))
+            return self._reader.read(name, self.rows(leaf, "", keep))
+        data = self._reader.read(f"{name}.data", self.rows(leaf, ".data", keep))
+        scale = self._reader.read(f"{name}.scale", self.rows(leaf, ".scale", keep))
         return packed(self.config, self.meta, leaf, data, scale, keep)
 
     def layer(
@@ -167,8 +177,8 @@ class Checkpoint:
         axis = str(leaf.axis)
 
         def read(suffix: str) -> np.ndarray:
-            first = self._rows(leaf, suffix, start) if start[axis] else 0
-            return self._reader.read(full + suffix, self._rows(leaf, suffix, keep), first or 0)
+            first = self.rows(leaf, suffix, start) if start[axis] else 0
+            return self._reader.read(full + suffix, self.rows(leaf, suffix, keep), first or 0)
 
         if full in self._names:
             return read("")
@@ -185,17 +195,26 @@ class Checkpoint:
 
     def tensor_bytes(self, rate: float = 0.0) -> dict[str, int]:
         """Name -> bytes of every tensor at a prune rate, from the headers alone."""
-        out, kept = {}, self._kept(rate)
-        for name, (dtype, shape) in self._names.items():
+        return {name: end - start for name, _, (start, end) in self._spans(rate)}
+
+    def spans(self, rate: float = 0.0) -> dict[Path, list[tuple[int, int]]]:
+        """File -> (begin, end) of what a prune rate reads of it, from the headers alone."""
+        found: dict[Path, list[tuple[int, int]]] = {}
+        for _, path, span in self._spans(rate):
+            found.setdefault(path, []).append(span)
+        return found
+
+    def _spans(self, rate: float) -> Iterator[tuple[str, Path, tuple[int, int]]]:
+        kept = self._kept(rate)
+        for name in self._names:
             rows = None
             base, _, suffix = name.rpartition(".")
             stem = base if suffix in ("data", "scale") else name
             if stem.startswith("layers."):
                 _, index, kind, leaf_name = stem.split(".")
                 suffix = f".{suffix}" if stem is base else ""
-                rows = self._rows(elastic.BLOCKS[kind][leaf_name], suffix, kept[int(index)])
-            out[name] = (math.prod(shape) if rows is None else rows * math.prod(shape[1:])) * dtype.itemsize
-        return out
+                rows = self.rows(elastic.BLOCKS[kind][leaf_name], suffix, kept[int(index)])
+            yield name, *self._reader.span(name, rows)
 
     def weight_bytes(self, rate: float = 0.0) -> int:
         """Bytes of all tensors at a prune rate, from the headers alone."""
@@ -229,7 +248,7 @@ class CheckpointWriter:
     ):
         self.folder = Path(folder)
         self._hf_config = dict(hf_config)
-        self._meta = {"format": FORMAT} | dict(meta)
+        self._meta = {"format": 2 if meta.get("runs") else 1} | dict(meta)
         self._shards = ShardWriter(self.folder, max_shard_bytes)
 
     def add(self, name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Format 1 of the elastic checkpoint (docs/format.md), validated: section `uniql`, plan, and every tensor's header.
+"""Formats of the elastic checkpoint (docs/format.md), validated: section `uniql`, plan, and every tensor's header.
 
 Headers only: milliseconds at any model size.
 """
@@ -20,10 +20,11 @@ import numpy as np
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
+from uniql_jax.weights.runs import scale_rows
 
-FORMAT = 1
+FORMATS = (1, 2)
 SECTION = "uniql"
-SCHEMA = Path(__file__).parent / "schemas" / f"checkpoint-{FORMAT}.json"
+SCHEMA = Path(__file__).parent / "schemas" / "checkpoint.json"
 
 Headers = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
@@ -61,10 +62,12 @@ def check_section(section: Any, path: Path) -> None:
     if not isinstance(section, dict):
         raise UserError(f"{path}: {SECTION} must be an object, not {_shown(section)}")
     found = section.get("format")
-    if isinstance(found, int) and not isinstance(found, bool) and found > FORMAT:
-        raise UserError(f"{path.parent} has checkpoint format {found}; this version reads {FORMAT}: upgrade uniql-jax")
-    if found != FORMAT or isinstance(found, bool):
-        raise UserError(f"{path.parent} has checkpoint format {_shown(found)}; this version reads {FORMAT}")
+    if type(found) is not int or found not in FORMATS:
+        readable = " and ".join(map(str, FORMATS))
+        advice = ": upgrade uniql-jax" if type(found) is int and found > FORMATS[-1] else ""
+        raise UserError(f"{path.parent} has checkpoint format {_shown(found)}; this version reads {readable}{advice}")
+    if found == 1 and section.get("runs"):
+        raise UserError(f"{path}: {SECTION}.runs is of format 2, but the format is 1")
     # The cuts of a large plan are thousands, and `check_plan` looks at each of them anyway.
     light, plan = dict(section), section.get("plan")
     if isinstance(plan, dict) and isinstance(plan.get("order"), list):
@@ -73,7 +76,7 @@ def check_section(section: Any, path: Path) -> None:
     for error in errors:
         where, said = _explained(error)
         raise UserError(f"{path}: {'.'.join((SECTION, *map(str, where)))} {said}")
-    for key in ("influence", "groups", "plan"):
+    for key in ("influence", "groups", "runs", "plan"):
         if not _finite(light.get(key)):
             raise UserError(f"{path}: {SECTION}.{key} holds a number that is not finite")
 
@@ -167,9 +170,11 @@ def _check_unit(section: Mapping[str, Any], config: ModelConfig, axis: str, refu
     group = (section.get("groups") or {}).get(axis)
     if section["bits"] not in (4, 8) or not contracted or group is None:
         return
-    width = section["plan"]["units"][axis] * math.prod(elastic.shape(config, contracted[0])[1:-1])
-    if width % group:
-        refuse(f"units.{axis}", f"is {section['plan']['units'][axis]}, which splits quantization groups of {group}")
+    unit, run = section["plan"]["units"][axis], leaf_run(section, contracted[0])
+    if run > 1 and unit % run:
+        refuse(f"units.{axis}", f"is {unit}, which splits runs of {run}")
+    if run == 1 and unit * math.prod(elastic.shape(config, contracted[0])[1:-1]) % group:
+        refuse(f"units.{axis}", f"is {unit}, which splits quantization groups of {group}")
 
 
 def _check_order(plan: Mapping[str, Any], axes: list[tuple[str, ...]], refuse: Any) -> None:
@@ -194,6 +199,11 @@ def leaf_group(section: Mapping[str, Any], leaf: elastic.Leaf) -> int:
     return int(section["groups"]["embed" if leaf.contract == "last" else leaf.dims[0]])
 
 
+def leaf_run(section: Mapping[str, Any], leaf: elastic.Leaf) -> int:
+    """Entries of the sorted axis that lie next to one another in a packed leaf (weights/runs.py)."""
+    return int((section.get("runs") or {}).get(leaf.dims[0], 1)) if leaf.contract == "first" else 1
+
+
 def expected_tensors(
     section: Mapping[str, Any], config: ModelConfig
 ) -> tuple[dict[str, tuple[tuple[np.dtype, ...], tuple[int, ...]]], set[str]]:
@@ -209,9 +219,9 @@ def expected_tensors(
             return
         last = leaf.contract == "last"
         lead, width = (shape[:-1], shape[-1]) if last else (shape[-1:], math.prod(shape[:-1]))
-        group = leaf_group(section, leaf)
-        groups = -(-width // group)
-        stored = groups * group // (8 if section["bits"] == 4 else 1)
+        group, run = leaf_group(section, leaf), leaf_run(section, leaf)
+        groups = -(-width // group) if run == 1 else scale_rows(shape[0], math.prod(shape[1:-1]), group, run)
+        stored = (groups * group if run == 1 else width) // (8 if section["bits"] == 4 else 1)
         kind = np.dtype(np.int32 if section["bits"] == 4 else np.int8)
         wanted[f"{name}.data"] = ((kind,), (*lead, stored) if last else (stored, *lead))
         wanted[f"{name}.scale"] = ((_BF16,), (*lead, groups) if last else (groups, *lead))
@@ -237,6 +247,10 @@ def check_groups(section: Mapping[str, Any], config: ModelConfig, path: Path) ->
     for key in sorted({"embed"} | {leaf.dims[0] for leaf in leaves if leaf.contract == "first"}):
         if key not in section["groups"]:
             raise UserError(f"{path}: {SECTION}.groups lacks {key!r}")
+    full = elastic.sizes(config)
+    for axis, run in (section.get("runs") or {}).items():
+        if axis not in section["groups"] or axis not in full or section["groups"][axis] % run or full[axis] % run:
+            raise UserError(f"{path}: {SECTION}.runs.{axis} is {run}, which divides no group and axis of this model")
 
 
 def check_tensors(section: Mapping[str, Any], config: ModelConfig, found: Headers, folder: Path) -> None:

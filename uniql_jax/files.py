@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.numpy import save_file
 
 from uniql_jax.errors import UserError
 from uniql_jax.outputs import check_space
+from uniql_jax.partial import PartialFile
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -48,6 +50,8 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 UNREADABLE = np.dtype(np.void)
+READERS = 4
+"""Tensors read at a time: one thread does not fill a fast disk."""
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -80,7 +84,11 @@ class ShardReader:
         self.bytes_read = 0
         self._home: dict[str, tuple[Path, int]] = {}  # tensor name -> file, and where in it the tensor begins
         self._names: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
-        for path in _shard_paths(self.folder):
+        self.files = _shard_paths(self.folder)
+        self._partial: dict[Path, PartialFile] = {}
+        for path in self.files:
+            if (partial := PartialFile(path)).exists:
+                self._partial[path] = partial
             for name, (kind, shape, start) in _header(path).items():
                 if name in self._home:
                     other = self._home[name][0]
@@ -91,6 +99,12 @@ class ShardReader:
     def names(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every tensor; the dtype is `UNREADABLE` for number formats that numpy lacks."""
         return dict(self._names)
+
+    def span(self, name: str, rows: int | None = None) -> tuple[Path, tuple[int, int]]:
+        """The file of a tensor, and where in it its first `rows` entries (all of them) begin and end."""
+        (path, start), (dtype, shape) = self._home[name], self._names[name]
+        count = math.prod(shape if rows is None else (min(rows, shape[0]), *shape[1:]))
+        return path, (start, start + count * dtype.itemsize)
 
     def read(self, name: str, rows: int | None = None, start: int = 0) -> Shaped[np.ndarray, "..."]:
         """One tensor, or the entries from `start` to `rows` of its leading axis; only their bytes are read.
@@ -107,16 +121,43 @@ class ShardReader:
         if start:
             shape = (max(shape[0] - start, 0), *shape[1:])
             offset += start * math.prod(shape[1:]) * dtype.itemsize
-        size = math.prod(shape) * dtype.itemsize
-        try:
-            # Not through a memory map: its pages would count as this process's memory.
-            data = np.fromfile(path, np.uint8, size, offset=offset)
-        except OSError as error:
-            raise UserError(f"cannot read tensor {name!r} of {path} ({error.strerror or _line(error)})") from None
-        if len(data) < size:
-            raise UserError(f"cannot read tensor {name!r} of {path}: the file has become shorter")
-        self.bytes_read += size
-        return data.view(dtype).reshape(shape)
+        partial = self._partial.get(path)
+        if partial is not None and partial.missing([(offset, offset + math.prod(shape) * dtype.itemsize)]):
+            raise UserError(f"{path} was downloaded for a higher prune rate only; load its hub id again, at this rate")
+        value = _read(path, name, offset, dtype, shape)
+        self.bytes_read += value.nbytes
+        return value
+
+
+def _read(path: Path, name: str, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:
+    """A tensor that begins at byte `start` of a file."""
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        # Not through a memory map: its pages would count as this process's memory.
+        data = np.fromfile(path, np.uint8, size, offset=start)
+    except OSError as error:
+        raise UserError(f"cannot read tensor {name!r} of {path} ({error.strerror or _line(error)})") from None
+    if len(data) < size:
+        raise UserError(f"cannot read tensor {name!r} of {path}: the file has become shorter")
+    return data.view(dtype).reshape(shape)
+
+
+def load_tensors(path: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """All tensors of one safetensors file, several read at a time; other threads run on, unlike with the library.
+
+    Raises:
+        UserError: for a file that is missing or damaged, and a number format that numpy lacks.
+    """
+    header = _header(path)
+    strange = [name for name, (kind, *_) in header.items() if kind not in DTYPES]
+    if strange:
+        raise UserError(f"cannot read tensor {strange[0]!r} of {path}: numpy lacks its number format")
+    with ThreadPoolExecutor(READERS) as pool:
+        coming = {
+            name: pool.submit(_read, path, name, start, DTYPES[kind], shape)
+            for name, (kind, shape, start) in header.items()
+        }
+        return {name: value.result() for name, value in coming.items()}
 
 
 def _shard_paths(folder: Path) -> list[Path]:

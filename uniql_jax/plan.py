@@ -13,7 +13,7 @@ import json
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,24 +57,69 @@ def group_and_unit(count: int, inner: int, least: int) -> tuple[int, int]:
     return entries * inner, unit
 
 
-def axis_group_and_unit(config: ModelConfig, axis: str) -> tuple[int, int]:
-    """Group of the leaf that contracts this elastic axis, and the unit in which the axis is cut.
+PORTABLE = (128, 64, 32)
+"""Group sizes that other runtimes take, along a dimension that no dimension of heads interleaves."""
+INSIDE_HEAD = 32
+"""Group size inside a head: one that every runtime takes."""
+
+
+class AxisLayout(NamedTuple):
+    """How the leaf that contracts an axis is grouped, and how the axis is cut.
+
+    `group` counts contracted inputs where `run` is 1, else entries of the axis in one head (weights/runs.py); 0 where
+    no leaf contracts the axis. `unit` counts entries of the axis.
+    """
+
+    group: int
+    unit: int
+    run: int = 1
+
+
+def axis_layout(config: ModelConfig, axis: str, portable: bool = False) -> AxisLayout:
+    """Groups of the leaf that contracts this elastic axis, and the unit in which the axis is cut.
 
     Q, K, B and C contract no elastic axis: they are cut by 16 dimensions (8 pairs), or fewer where an axis is short.
+
+    Args:
+        config: the model.
+        axis: the elastic axis.
+        portable: group as other runtimes can, where the sizes allow it: inside a head, and by 128, 64 or 32.
     """
     full = elastic.sizes(config)
     if axis in ("qk", "qk_pass", "ssm_state"):
         pair = full["pair"] if axis == "qk" else 1
-        return 0, min(16 // pair, max(1, full[axis] // 8))
-    inner = {"vo": full["head"], "ssm_head": full["mamba_head"]}.get(axis, 1)
-    return group_and_unit(full[axis], inner, 16 if axis == "vo" else 8)
+        return AxisLayout(0, min(16 // pair, max(1, full[axis] // 8)))
+    least = 16 if axis == "vo" else 8
+    if axis not in ("vo", "ssm_head"):
+        group, unit = group_and_unit(full[axis], 1, least)
+        found = [size for size in PORTABLE if full[axis] % size == 0 and size <= max(group, INSIDE_HEAD)]
+        if not portable or not found or group in found:
+            return AxisLayout(group, unit)
+        return AxisLayout(found[0], found[0])
+    if portable and full[axis] % INSIDE_HEAD == 0:
+        unit = max(8, min(least, full[axis] // 8 // 8 * 8))
+        return AxisLayout(INSIDE_HEAD, unit, unit)
+    return AxisLayout(*group_and_unit(full[axis], full[{"vo": "head", "ssm_head": "mamba_head"}[axis]], least))
 
 
-def groups(config: ModelConfig) -> Mapping[str, int]:
-    """Quantization group per contracted dimension: along the hidden size and along each elastic axis."""
-    axes = {axis for kinds in config.pattern for axis in elastic.layer_axes(config, kinds)}
-    found = {axis: axis_group_and_unit(config, axis)[0] for axis in sorted(axes)}
-    return {"embed": group_size(config.hidden_size)} | {axis: group for axis, group in found.items() if group}
+def grouping(config: ModelConfig, portable: bool = False) -> Mapping[str, Mapping[str, int]]:
+    """What a checkpoint says of its groups.
+
+    Args:
+        config: the model.
+        portable: see `axis_layout`.
+
+    Returns:
+        `groups`: quantization group per contracted dimension, along the hidden size and each elastic axis; and, where
+        a run is longer than 1, `runs` by elastic axis.
+    """
+    axes = sorted({axis for kinds in config.pattern for axis in elastic.layer_axes(config, kinds)})
+    found = {axis: axis_layout(config, axis, portable) for axis in axes}
+    embed = next((size for size in PORTABLE if portable and config.hidden_size % size == 0), None)
+    groups = {"embed": embed or group_size(config.hidden_size)}
+    groups |= {axis: layout.group for axis, layout in found.items() if layout.group}
+    runs = {axis: layout.run for axis, layout in found.items() if layout.run > 1}
+    return {"groups": groups} | ({"runs": runs} if runs else {})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,6 +219,7 @@ def make_plan(
     losses: Sequence[Mapping[str, Sequence[float]]] | None = None,
     epsilon: float = 0.1,
     cap: float = LAYER_CAP,
+    portable: bool = False,
 ) -> Plan:
     """Order all units by the global rate at which their layer's share crosses them.
 
@@ -187,6 +233,7 @@ def make_plan(
             in the order of loss per parameter, each at least as dear as the one before it on its axis.
         epsilon: temperature of the softmax.
         cap: largest fraction of a layer that may be removed.
+        portable: see `axis_layout`.
 
     Returns:
         The plan, which holds the units of every rate up to the highest.
@@ -199,7 +246,7 @@ def make_plan(
     weight /= weight.mean()
     full = elastic.sizes(config)
     axes = [elastic.layer_axes(config, kinds) for kinds in config.pattern]
-    units = {axis: axis_group_and_unit(config, axis)[1] for axis in sorted({a for layer in axes for a in layer})}
+    units = {axis: axis_layout(config, axis, portable).unit for axis in sorted({a for layer in axes for a in layer})}
     crossings = []
     for layer in range(count):
         for axis in axes[layer]:

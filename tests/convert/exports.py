@@ -20,6 +20,7 @@ from uniql_jax.convert.formats import export_as
 from uniql_jax.convert.source import open_source
 from uniql_jax.tokenizer import load_tokenizer
 
+HEADS_OF_64 = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 64}
 SMALL = {"num_hidden_layers": 2, "vocab_size": tiny.VOCAB, "bos_token_id": 0, "eos_token_id": 1}
 MODELS: dict[str, dict[str, Any]] = {
     # groups of 144 along the stream, one table for embedding and head
@@ -35,6 +36,9 @@ MODELS: dict[str, dict[str, Any]] = {
     # scales of the embedding and the logits, in one table and in two
     "granite": published.shrink(published.GRANITE_4_1_3B, **SMALL),
     "granite-untied": published.shrink(published.GRANITE_4_1_3B, tie_word_embeddings=False, **SMALL),
+    # heads of 64 and a stream of 96, so that groups lie inside heads and no dimension is padded
+    "portable": published.shrink(published.SMOLLM2_135M, **HEADS_OF_64, **SMALL),
+    "untied": published.shrink(published.SMOLLM2_135M, **HEADS_OF_64, **SMALL, tie_word_embeddings=False),
 }
 
 
@@ -55,7 +59,8 @@ class Made:
     def _checkpoint(self, name: str, bits: int = 4) -> Path:
         out = self.root / f"{name}-{bits}"
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
-        settings = CompressionSettings(bits=bits, rounding="nearest", scale_search=False)
+        groups = "portable" if name in ("portable", "untied") else "fast"
+        settings = CompressionSettings(bits=bits, groups=groups, rounding="nearest", scale_search=False)
         compress(open_source(self.source(name)), out, compressed.tokens(rng, 4, 48), settings)
         return out
 

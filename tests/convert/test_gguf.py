@@ -28,7 +28,8 @@ def llama_cpp_rows(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write(path, hf, tensors, arch="llama", extra=None, quantized=False, vocabulary=False):
+def write(path, hf, tensors, arch=None, extra=None, quantized=False, vocabulary=False):
+    arch = arch or hf["model_type"]
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(hf["num_hidden_layers"])
     writer.add_context_length(hf["max_position_embeddings"])
@@ -48,11 +49,12 @@ def write(path, hf, tensors, arch="llama", extra=None, quantized=False, vocabula
         writer.add_eos_token_id(0)
         writer.add_chat_template("{{ messages }}")
     config = configs.from_hf(hf)
-    table = {row.name: theirs.name for row, theirs in zip(tables.LLAMA, gguf_tables.TABLES["llama"], strict=True)}
+    rows = zip(tables.TABLES[hf["model_type"]], gguf_tables.TABLES[hf["model_type"]], strict=True)
+    table = {row.name: theirs.name for row, theirs in rows}
     for name, value in tensors.items():
         layer = name.split(".")[2] if ".layers." in name else "0"
         theirs = table[name.replace(f".layers.{layer}.", ".layers.{layer}.")].format(layer=layer)
-        if ".q_proj" in name or ".k_proj" in name:
+        if arch == "llama" and (".q_proj" in name or ".k_proj" in name):
             value = llama_cpp_rows(value, config.heads if ".q_proj" in name else config.kv_heads)
         if quantized and value.ndim == 2:
             kind = gguf.GGMLQuantizationType.Q8_0
@@ -76,7 +78,7 @@ def leaves_of(opened):
     return out
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biased", "llama-mha"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biased", "llama-mha", "qwen2", "qwen2-tied"])
 def test_a_gguf_holds_the_same_model(tmp_path, rng, name):
     hf = common.hf_config(name)
     tensors = common.state_dict(hf, rng)
@@ -134,7 +136,7 @@ def test_bad_files_are_one_line(tmp_path, rng):
     del tensors["model.layers.0.mlp.up_proj.weight"]
     with pytest.raises(UserError, match=r"'blk\.0\.ffn_up\.weight' is missing"):
         open_source(write(tmp_path / "b.gguf", hf, tensors))
-    with pytest.raises(UserError, match="llama family only"):
+    with pytest.raises(UserError, match="we read llama and qwen2"):
         open_source(write(tmp_path / "c.gguf", hf, tensors, arch="gemma"))
 
 

@@ -10,11 +10,13 @@ import pytest
 from tests import published, reference
 from tests.convert import exports
 from uniql_jax import config as configs
-from uniql_jax.convert import to_compressed_tensors as packed
+from uniql_jax.convert import packed_folder as packed
+from uniql_jax.convert import tables
+from uniql_jax.convert.to_compressed_tensors import STYLE
 from uniql_jax.convert.to_hf import export as dense_export
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader
-from uniql_jax.plan import groups
+from uniql_jax.plan import grouping
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("compressed_tensors")
@@ -35,7 +37,8 @@ def loaded(folder, dtype):
 
 @pytest.mark.parametrize("rate", [0.0, 0.35])
 @pytest.mark.parametrize(
-    ("name", "bits"), [("tied", 4), ("biased", 4), ("biased", 8), ("qwen2", 4), ("qwen3", 4), *LATER]
+    ("name", "bits"),
+    [("tied", 4), ("biased", 4), ("biased", 8), ("qwen2", 4), ("qwen3", 4), ("portable", 4), ("portable", 8), *LATER],
 )
 def test_transformers_computes_our_model(made, tmp_path, rng, name, bits, rate):
     checkpoint = made.checkpoint(name, bits)
@@ -64,7 +67,7 @@ def test_nothing_is_rounded_but_what_is_not_packed(made, tmp_path, rng, name):
     assert reference.relative_error(got, reference.logits(model, tokens)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["tied", "biased", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["tied", "biased", "qwen2", "qwen3", "portable"])
 def test_every_packed_number_is_that_of_the_dense_export(made, tmp_path, name):
     checkpoint = made.checkpoint(name, 4)
     exports.export(checkpoint, tmp_path / "packed", 0.35, "compressed-tensors")
@@ -83,6 +86,15 @@ def test_every_packed_number_is_that_of_the_dense_export(made, tmp_path, name):
             np.testing.assert_array_equal(got, want, err_msg=module_name)
             count += 1
     assert count >= 2 * 6
+
+
+def test_portable_groups_leave_as_they_are(made, tmp_path):
+    """Groups that vLLM's kernels take, for every matrix."""
+    exports.export(made.checkpoint("portable", 4), tmp_path / "packed", 0.35, "compressed-tensors")
+    section = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    sizes = {group["weights"]["group_size"]: group["targets"] for group in section["config_groups"].values()}
+    assert set(sizes) <= {32, 64, 128}
+    assert any("o_proj" in target for target in sizes[32])
 
 
 def test_the_words_are_the_librarys(rng):
@@ -104,14 +116,14 @@ def test_the_table_is_what_lies_on_disk(made, tmp_path):
 def test_bytes_of_an_8b_model():
     """By sizes alone: 4 bits for all matrices but the embedding, which no loader takes packed."""
     config = configs.from_hf(published.LLAMA_3_1_8B)
-    table = packed.tables.TABLES["llama"]
+    table = tables.TABLES["llama"]
 
     def size(ffn: int) -> int:
-        form = packed.form_of(config, 4, groups(config), ffn, table)
-        return sum(tensor.nbytes for tensor in packed.planned(form, True, False))
+        form = packed.form_of(STYLE, config, 4, grouping(config), ffn, table)
+        return sum(tensor.nbytes for tensor in packed.planned(form, STYLE, True, False))
 
     embedding = 2 * config.vocab_size * config.hidden_size
-    parameters = sum(int(np.prod(shape)) for shape in packed.tables.expected(config, table).values())
+    parameters = sum(int(np.prod(shape)) for shape in tables.expected(config, table).values())
     whole = size(config.intermediate_size)
     assert (whole - embedding) / (2 * parameters - embedding) < 0.28
     assert whole / (2 * parameters) < 0.33

@@ -70,7 +70,10 @@ def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.35])
-@pytest.mark.parametrize(("name", "bits"), [("tied", 4), ("biased", 4), ("biased", 8), ("qwen2", 4), ("qwen3", 4)])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("tied", 4), ("biased", 4), ("biased", 8), ("qwen2", 4), ("qwen3", 4), ("portable", 4), ("portable", 8)],
+)
 def test_every_number_is_that_of_the_dense_export(made, tmp_path, name, bits, rate):
     checkpoint = made.checkpoint(name, bits)
     exports.export(checkpoint, tmp_path / "m.gguf", rate, "gguf", dense_head=rate > 0)
@@ -109,7 +112,7 @@ def test_every_number_is_that_of_the_dense_export(made, tmp_path, name, bits, ra
                     free = np.flatnonzero((want != got[columns]).any(0))
                     want[:, free] = 0
                 np.testing.assert_array_equal(got[columns], want)
-                assert kind == ("F16" if bits == 4 else "F32")
+                assert kind == (packed if name == "portable" else "F16" if bits == 4 else "F32")
             elif want.ndim == 2:
                 np.testing.assert_array_equal(got[:, columns], want)
                 assert not np.delete(got, columns, 1).any()

@@ -6,11 +6,13 @@ import importlib.util
 import unicodedata
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import uniql_jax
 from tests import published, reference
-from tests.convert import exports, gguf_files
+from tests.convert import common, exports, gguf_files, test_gguf
 from tests.convert.test_gguf_llamacpp import LlamaCpp
 from uniql_jax.commands import compress as compress_command
 from uniql_jax.convert.from_hf import convert
@@ -78,6 +80,7 @@ def difference(llama_cpp, prompt: list[int], ours: np.ndarray) -> float:
         ("biased", 8),
         ("qwen2", 4),
         ("qwen3", 4),
+        ("portable", 4),
         pytest.param("mistral", 4, marks=pytest.mark.slow),
     ],
 )
@@ -109,6 +112,20 @@ def test_scaled_frequencies(llama_cpp, tmp_path, rng, seed, scaling):
     prompt, ours = continued(tmp_path / "ours", 0.0, rng.integers(3, exports.tiny.VOCAB, 200))
     llama_cpp.load(tmp_path / "m.gguf")
     assert difference(llama_cpp, prompt, ours) < FLOATS
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "qwen2", "qwen2-tied"])
+def test_what_we_read_is_what_llama_cpp_computes(llama_cpp, tmp_path, rng, name):
+    """A file as llama.cpp's own converter lays it out, opened as a source."""
+    hf = common.hf_config(name, hidden_size=64, intermediate_size=96, head_dim=16, vocab_size=len(test_gguf.PIECES))
+    tensors = {key: 0.3 * value for key, value in common.state_dict(hf, rng).items()}
+    path = test_gguf.write(tmp_path / "m.gguf", hf, tensors, vocabulary=True)
+    prompt = rng.integers(1, len(test_gguf.PIECES), 40)
+    ours = np.asarray(uniql_jax.load_source(str(path), jnp.float32)(jnp.asarray(prompt[None], jnp.int32)))[0]
+    while ours[len(prompt) - 1].argmax() in (0, test_gguf.PIECES.index("Ġ")):  # an end or a space has no answer
+        prompt = prompt[:-1]
+    llama_cpp.load(path)
+    assert difference(llama_cpp, prompt.tolist(), ours[len(prompt) - 1]) < FLOATS
 
 
 def sentencepiece(form: str):

@@ -14,10 +14,13 @@ VERBS = {
     "compress": "one pass over a model: sort, plan, rotate, quantize; one checkpoint for every prune rate",
     "generate": "continue a prompt at a prune rate, or within a memory budget",
     "chat": "talk to a checkpoint in the terminal",
+    "serve": "an OpenAI-compatible HTTP server and a page, at a prune rate that changes while it runs",
     "evaluate": "perplexity and task accuracy at each prune rate",
     "benchmark": "bytes and times at each prune rate, next to a dense model",
     "export": "one prune rate for transformers or llama.cpp",
+    "report": "one HTML page and a model card: rates against quality, size and speed",
     "inspect": "what a checkpoint holds: sizes, rates, plan, provenance",
+    "upload": "a checkpoint to the hub, with a card",
     "finetune": "recover a sorted 16-bit checkpoint by fine-tuning at all rates",
     "own-text": "let a model write calibration and training text itself",
 }

@@ -45,7 +45,8 @@ def parser() -> cli.Parser:
     )
     add = parser.add_argument
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--ckpt", metavar="DIR", help="elastic checkpoint made by uniql_jax.compress")
+    model.add_argument("--ckpt", metavar="DIR", help="elastic checkpoint, or its hub id (owner/name)")
+    cli.add_revision(parser)
     model.add_argument("--config", metavar="NAME", help="random weights of a published model, or of a config.json")
     add("--bits", type=int, choices=(4, 8, 16), help="of a weight, with --config (default: 4)")
     add("--prune-rates", type=cli.prune_rates, default="0,0.15,0.25,0.35", metavar="R,R,...", help="rates to measure")
@@ -82,9 +83,10 @@ def main(argv: list[str]) -> None:
     from uniql_jax.evaluation import benchmark_report
     from uniql_jax.evaluation.benchmark import benchmark, checkpoint_subject, config_subject
     from uniql_jax.evaluation.timing import environment
+    from uniql_jax.runtime import hub
 
     if args.ckpt is not None:
-        subject = checkpoint_subject(args.ckpt, args.prune_rates)
+        subject = checkpoint_subject(hub.local(args.ckpt, args.revision), args.prune_rates)
     else:
         subject = config_subject(args.config, args.bits or 4, args.seed)
     found = benchmark(

@@ -14,8 +14,9 @@ from uniql_jax.commands import cli, serving
 from uniql_jax.errors import UserError
 
 MAX_NEW_TOKENS = 512
+CONTEXT = 2048
 HELP = """\
-/rate R   go on at another prune rate, from 0 (all) to 0.35 (smallest)
+/rate R   go on at another prune rate, from 0 (all) to 0.35 (smallest), in place
 /stats    rate, bytes, and how fast the last answer was
 /reset    forget the conversation
 /help     this list
@@ -28,7 +29,8 @@ examples:
   python -m uniql_jax.chat --ckpt elastic --memory-budget 3GiB --system "Answer in one sentence."
   printf 'Who are you?\\n/rate 0.25\\nAnd now?\\n' | python -m uniql_jax.chat --ckpt elastic
 
-Where stdin is no terminal, each line is a turn. Answers go to stdout, everything else to stderr.
+Where stdin is no terminal, each line is a turn. Answers go to stdout, everything else to stderr. A budget covers
+weights, the cache of a whole context, and the work space of compiled steps.
 """
 
 
@@ -41,6 +43,10 @@ def parser() -> cli.Parser:
         formatter_class=cli.ExamplesHelp,
     )
     parser.add_argument("--system", metavar="TEXT", help="instructions that come before the conversation")
+    parser.add_argument(
+        "--context", type=cli.positive_int, metavar="N", help=f"tokens of a conversation (default: {CONTEXT}, or what "
+        "the model takes); the oldest turns are forgotten beyond",
+    )  # fmt: skip
     serving.add_options(parser, MAX_NEW_TOKENS)
     return parser
 
@@ -48,30 +54,41 @@ def parser() -> cli.Parser:
 class Chat:
     """A conversation: its messages, the model at its present rate, and what the last answer took."""
 
-    def __init__(self, ckpt: str, rate: float, settings: dict[str, Any], system: str | None = None):
+    def __init__(
+        self,
+        ckpt: str,
+        rate: float,
+        settings: dict[str, Any],
+        system: str | None = None,
+        memory_budget: int | None = None,
+        context: int | None = None,
+    ):
+        """Load a checkpoint at a rate, or at the least that a budget allows. Raises UserError."""
+        from uniql_jax.runtime.session import Elastic
+        from uniql_jax.runtime.text import chat_text
+
         self.ckpt, self.settings = ckpt, dict(settings)
         self.messages: list[dict[str, str]] = []
-        self.tokenizer: Any = None
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._answers = 0
         self._last: tuple[int, int, float, float] | None = None  # prompt, new tokens; seconds to the first, in all
-        self.load(rate)
-
-    def load(self, rate: float) -> None:
-        """The model and its tokenizer at another rate; the conversation stays. Raises UserError."""
-        from uniql_jax.checkpoint import open_checkpoint
-        from uniql_jax.runtime.loading import load
-        from uniql_jax.runtime.text import chat_text, folder_tokenizer
-
-        checkpoint = open_checkpoint(self.ckpt)
-        checkpoint.weight_bytes(rate)  # refused before the present model goes
-        self.model = None  # two need not fit
-        self.model = load(self.ckpt, rate)
-        self.checkpoint, self.rate = checkpoint, rate
-        self.tokenizer = folder_tokenizer(self.model.folder)
+        budget: dict[str, Any] = {"rate": rate} if memory_budget is None else {"memory_budget": memory_budget}
+        self.session = Elastic(ckpt, context=context, say=_note if memory_budget else lambda line: None, **budget)
+        self.checkpoint, self.tokenizer = self.session.checkpoint, self.session.tokenizer
         if self.tokenizer is None:
             raise UserError("this checkpoint has no tokenizer, so there is no chat")
         chat_text(self.tokenizer, [*self._system, {"role": "user", "content": "?"}])  # refuses what it cannot serve
+
+    @property
+    def rate(self) -> float:
+        """The present prune rate."""
+        return self.session.rate
+
+    def change(self, rate: float) -> str:
+        """Go on at another rate, the conversation as it is; says what that took. Raises UserError."""
+        start = time.perf_counter()
+        self.session.set_rate(rate)
+        return f"{self.describe()}; changed in {time.perf_counter() - start:.2g} s"
 
     def describe(self) -> str:
         """The model in a line."""
@@ -85,43 +102,40 @@ class Chat:
         """Token ids of the conversation with a new turn; the oldest turns go where they do not fit."""
         from uniql_jax.runtime.text import chat_text, encode
 
-        room = self.checkpoint.config.max_position - min(self.settings["max_new_tokens"], 64)
+        limit = self.session.shape.context
+        room = limit - min(self.settings["max_new_tokens"], 64)
         said, new = list(self.messages), {"role": "user", "content": turn}
         while True:
             ids = encode(self.tokenizer, chat_text(self.tokenizer, [*self._system, *said, new]), False)
             if len(ids) <= max(room, 1):
                 break
             if not said:
-                limit = self.checkpoint.config.max_position
-                raise UserError(f"{len(ids)} tokens leave no room for an answer in the model's {limit}")
+                raise UserError(f"{len(ids)} tokens leave no room for an answer in a context of {limit}")
             said = said[2:]
         if len(said) < len(self.messages):
-            _note(f"(the model reads {self.checkpoint.config.max_position} tokens: the oldest turns are forgotten)")
+            _note(f"(a context of {limit} tokens: the oldest turns are forgotten)")
         self.messages = [*said, new]
         return ids
 
     def answer(self, turn: str) -> Iterator[str]:
         """Pieces of the answer to a turn; what was made of it is kept even where it is left unfinished."""
-        from uniql_jax.runtime.generation import generate
+        from uniql_jax.runtime.requests import Settings
         from uniql_jax.runtime.text import decode_stream
 
-        if self.model is None:
-            raise UserError("no model is loaded since /rate failed; /rate R loads one")
         ids = self._prompt(turn)
         settings = dict(self.settings, seed=(self.settings["seed"] + self._answers) % 2**32)
-        settings["max_new_tokens"] = min(settings["max_new_tokens"], self.checkpoint.config.max_position - len(ids))
+        settings["max_new_tokens"] = min(settings["max_new_tokens"], self.session.shape.context - len(ids))
         self._answers += 1
         start, first, count, text = time.perf_counter(), None, 0, ""
-        model = self.model
+        stops = frozenset(self.session.stops(chat=True))
+        request = self.session.submit(ids, Settings(**settings, stops=stops))
 
         def tokens() -> Iterator[int]:
             nonlocal first, count
-            for token in generate(model, ids, **settings):
+            for item in request:
                 first = first or time.perf_counter()
-                if int(token[0]) == self.tokenizer.eos_token_id:
-                    return
                 count += 1
-                yield int(token[0])
+                yield item.token
 
         try:
             for piece in decode_stream(self.tokenizer, tokens(), ids):
@@ -129,6 +143,7 @@ class Chat:
                 yield piece
         finally:
             end = time.perf_counter()
+            request.cancel()
             self._last = len(ids), count, (first or end) - start, end - start
             self.messages.append({"role": "assistant", "content": text})
 
@@ -137,7 +152,7 @@ class Chat:
         lines = [self.describe()]
         if self._last is not None:
             prompt, new, first, seconds = self._last
-            cache = console.format_bytes(serving.cache_size(self.checkpoint, self.rate, prompt, max(new, 1)))
+            cache = console.format_bytes(self.session.memory()["cache"])
             rest = f", then {(new - 1) / (seconds - first):.3g} tokens/s" if new > 1 and seconds > first else ""
             lines.append(
                 f"last answer: {new} tokens after {prompt} of the conversation, cache {cache}; "
@@ -175,8 +190,7 @@ def _command(chat: Chat, line: str) -> bool:
             rate = cli.prune_rate(value.strip())
         except argparse.ArgumentTypeError as error:
             raise UserError(str(error)) from None
-        chat.load(rate)
-        _note(chat.describe())
+        _note(chat.change(rate))
     elif name == "/stats":
         _note(chat.stats())
     elif name == "/reset":
@@ -205,11 +219,11 @@ def main(argv: list[str]) -> None:
     """Run the command; raises UserError."""
     args = parser().parse_args(argv)
     cli.use_compilation_cache(args.compilation_cache)
-    from uniql_jax.checkpoint import open_checkpoint
+    from uniql_jax.runtime import hub
 
     settings = serving.sampling(args)
-    rate = serving.choose_rate(open_checkpoint(args.ckpt), args)
-    chat = Chat(args.ckpt, rate, settings, args.system)
+    args.ckpt = hub.local(args.ckpt, args.revision)
+    chat = Chat(args.ckpt, args.prune_rate, settings, args.system, args.memory_budget, args.context)
     interactive = sys.stdin is not None and sys.stdin.isatty()
     _note(chat.describe() + ("; /help lists commands" if interactive else ""))
     for line in _lines(interactive):

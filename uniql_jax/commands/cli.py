@@ -9,7 +9,6 @@ import importlib.metadata
 import io
 import math
 import os
-import re
 import signal
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
+from uniql_jax import sizes
 from uniql_jax.errors import CheckpointWarning, UserError
 from uniql_jax.limits import MAX_PRUNE_RATE
 
@@ -27,15 +27,6 @@ T = TypeVar("T")
 
 COMPILED_BYTES = 4 * 2**30
 """Compiled programs that the user's cache folder keeps; the oldest ones go first."""
-
-UNITS = {
-    "": 1,
-    "B": 1,
-    **{letter: 1000 ** (i + 1) for i, letter in enumerate("KMGT")},
-    **{f"{letter}B": 1000 ** (i + 1) for i, letter in enumerate("KMGT")},
-    **{f"{letter}I": 1024 ** (i + 1) for i, letter in enumerate("KMGT")},
-    **{f"{letter}IB": 1024 ** (i + 1) for i, letter in enumerate("KMGT")},
-}
 
 
 class _Help(argparse.HelpFormatter):
@@ -199,14 +190,15 @@ def prune_rates(text: str) -> list[float]:
 
 def memory_size(text: str) -> int:
     """Argument type: bytes, as 3GiB, 900MB, 1.5 GB, 500M, 0.5g or a plain number."""
-    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", text, re.ASCII)
-    count = float(match[1]) * UNITS.get(match[2].upper(), 0) if match else 0
-    if not 1 <= count < 2**63:
-        raise argparse.ArgumentTypeError(f"a memory size looks like 3GiB, 900MB or 0.5G, not {text!r}")
-    return int(count)
+    try:
+        return sizes.memory_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _bounded_int(low: int, high: int) -> Callable[[str], int]:
+def bounded_int(low: int, high: int) -> Callable[[str], int]:
+    """Argument type factory: an integer in [low, high]."""
+
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -222,12 +214,12 @@ def _bounded_int(low: int, high: int) -> Callable[[str], int]:
 
 def positive_int(text: str) -> int:
     """Argument type: an integer from 1 to 2**31 - 1."""
-    return _bounded_int(1, 2**31 - 1)(text)
+    return bounded_int(1, 2**31 - 1)(text)
 
 
 def natural_int(text: str) -> int:
     """Argument type: an integer from 0 to 2**32 - 1, such as a seed (JAX keeps 32 bits of one)."""
-    return _bounded_int(0, 2**32 - 1)(text)
+    return bounded_int(0, 2**32 - 1)(text)
 
 
 def named(text: str) -> str:
@@ -253,13 +245,17 @@ def bounded_float(low: float | int, high: float | int = math.inf) -> Callable[[s
     return parse
 
 
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that take a hub id, for `uniql_jax.runtime.hub.local`."""
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id (default: main)")
+
+
 def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
     """The option of commands that compile for long; hand its value to `use_compilation_cache` before anything runs."""
     parser.add_argument(
         "--compilation-cache",
         metavar="DIR",
-        help="keep compiled programs here, so that the next run starts sooner (default on GPUs: a folder in the user's "
-        "cache; the word none keeps nothing)",
+        help="keep compiled programs here for the next run (default on GPUs: in the user's cache; none: nowhere)",
     )
 
 

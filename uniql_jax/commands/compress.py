@@ -68,6 +68,7 @@ def _settings(args: Any) -> CompressionSettings:
     return dataclasses.replace(
         DEFAULTS,
         bits=args.bits,
+        groups=args.groups,
         seed=args.seed,
         mlp_score=args.mlp_score,
         pair_score=args.pair_score,
@@ -130,6 +131,7 @@ def main(argv: list[str]) -> None:
         resume=args.resume,
         overwrite=args.overwrite,
         dry_run=args.dry_run,
+        dequantize_source=args.dequantize_source,
         log=args.log,
         progress=console.progress,
         say=lambda text: print(text, flush=True),

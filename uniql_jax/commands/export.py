@@ -8,6 +8,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = {
     "transformers": "a dense Hugging Face folder, of every family; what was cut is zeros",
     "compressed-tensors": "a Hugging Face folder in 4 bits (pack-quantized), which transformers loads",
+    "mlx": "a folder in 4 bits (affine) for mlx-lm",
     "gguf": "one file in 4 bits for llama.cpp; a smaller one at a higher rate",
 }
 EXAMPLES = """examples:
@@ -26,7 +27,8 @@ def parser() -> cli.Parser:
         epilog=EXAMPLES.format(prog=prog),
         formatter_class=cli.ExamplesHelp,
     )
-    parser.add_argument("checkpoint", metavar="DIR", help="elastic checkpoint, as uniql_jax.compress writes it")
+    parser.add_argument("checkpoint", metavar="DIR", help="elastic checkpoint, or its hub id (owner/name)")
+    cli.add_revision(parser)
     parser.add_argument("out", metavar="OUT", help="folder to create; for gguf also a file NAME.gguf")
     parser.add_argument("--prune-rate", type=cli.prune_rate, default=0.0, metavar="R", help="0 to 0.35")
     parser.add_argument("--format", choices=FORMATS, default="transformers", metavar="F", help=", ".join(FORMATS))
@@ -49,14 +51,19 @@ def main(argv: list[str]) -> None:
     """Run the command; raises UserError."""
     args = parser().parse_args(argv)
     from uniql_jax import console  # here: `--help` and argument errors need none of this
+    from uniql_jax.checkpoint import open_checkpoint
     from uniql_jax.convert.exporting import Request
     from uniql_jax.convert.formats import export_as
+    from uniql_jax.runtime import hub
     from uniql_jax.tokenizer import load_tokenizer
 
+    folder = hub.local(args.checkpoint, args.revision)
+    if folder != args.checkpoint:
+        hub.complete(open_checkpoint(folder), args.prune_rate)
     export_as(
         args.format,
         Request(
-            args.checkpoint,
+            folder,
             args.out,
             args.prune_rate,
             dtype=args.dtype,

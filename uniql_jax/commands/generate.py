@@ -30,12 +30,14 @@ def main(argv: list[str]) -> None:
     import numpy as np
 
     from uniql_jax.checkpoint import open_checkpoint
+    from uniql_jax.runtime import hub
     from uniql_jax.runtime.generation import generate
     from uniql_jax.runtime.loading import load
     from uniql_jax.runtime.prompts import check_prompt
     from uniql_jax.runtime.text import Folder, folder_tokenizer, prompt_ids
 
     settings = serving.sampling(args)
+    args.ckpt = hub.local(args.ckpt, args.revision)
     checkpoint = open_checkpoint(args.ckpt)
     rate = serving.choose_rate(checkpoint, args)
     tokenizer = folder_tokenizer(Folder(args.ckpt))

@@ -31,7 +31,8 @@ def parser() -> cli.Parser:
         epilog=EXAMPLES,
         formatter_class=cli.ExamplesHelp,
     )
-    parser.add_argument("checkpoint", metavar="DIR", help="elastic checkpoint, as uniql compress writes it")
+    parser.add_argument("checkpoint", metavar="DIR", help="elastic checkpoint, or its hub id (owner/name)")
+    cli.add_revision(parser)
     parser.add_argument("--rates", type=cli.prune_rates, metavar="R,R,...", help="of the table (default: 0 to 0.35)")
     parser.add_argument(
         "--prune-rate", type=cli.prune_rate, metavar="R", help="list what each layer keeps at this rate"
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> None:
     from uniql_jax import console  # here: `--help` and argument errors need none of this
     from uniql_jax.evaluation.describe import describe_checkpoint
     from uniql_jax.outputs import check_output_files
+    from uniql_jax.runtime import hub
 
     files = [args.json if args.json != "-" else None, args.plot]
     check_output_files(files, args.overwrite, [args.checkpoint])
@@ -58,6 +60,7 @@ def main(argv: list[str]) -> None:
         from uniql_jax.evaluation.plot import require_matplotlib
 
         require_matplotlib()
+    args.checkpoint = hub.local(args.checkpoint, args.revision)
     found = describe_checkpoint(
         args.checkpoint, rates=args.rates, prune_rate=args.prune_rate or 0.0, context=args.context
     )
@@ -79,7 +82,8 @@ def report(found: Mapping[str, Any], with_layers: bool = False) -> str:
     """What `describe_checkpoint` found, for people."""
     from uniql_jax import console
 
-    groups = ", ".join(f"{axis} {size}" for axis, size in found["groups"].items())
+    inside = found["runs"]
+    groups = ", ".join(f"{axis} {size}{' in a head' * (axis in inside)}" for axis, size in found["groups"].items())
     lines = [
         f"{found['checkpoint']}: {found['family']}, {found['parameters'] / 1e6:,.1f} M parameters, "
         f"{found['prunable_parameters'] / 1e6:,.1f} M of them prunable",

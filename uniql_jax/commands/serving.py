@@ -18,7 +18,8 @@ STEPS = 350  # rates tried for a budget: every 0.001
 def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """The options of a checkpoint, its size, and sampling."""
     add = parser.add_argument
-    add("--ckpt", required=True, type=cli.named, metavar="DIR", help="elastic checkpoint made by uniql_jax.compress")
+    add("--ckpt", required=True, type=cli.named, metavar="DIR", help="elastic checkpoint, or its hub id (owner/name)")
+    cli.add_revision(parser)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--prune-rate", type=cli.prune_rate, default=0.0, metavar="R", help="0 (all) to 0.35 (smallest)")
     size.add_argument(

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 from safetensors import safe_open
-from safetensors.numpy import load_file
 
 from uniql_jax.compression.writer import Future, Writer
-from uniql_jax.files import save_tensors
+from uniql_jax.files import load_tensors, save_tensors
 from uniql_jax.outputs import sync
 from uniql_jax.weights.quantized import QuantizedArray
 
@@ -90,12 +89,18 @@ class LayerStore:
 
     def load(self, name: str) -> dict[str, np.ndarray]:
         """Tensors of one entry; whoever computes with bfloat16 ones widens them."""
-        return load_file(self._path(name))
+        return load_tensors(self._path(name))
+
+    def stored(self, index: int) -> dict[str, dict[str, np.ndarray]]:
+        """A dense layer as it is stored, {kind: {leaf: array}}, in the host's memory."""
+        return unflatten(self.load(layer_name(index)))
 
     def layer(self, index: int) -> dict[str, dict[str, Array]]:
-        """A dense layer, float32 {kind: {leaf: array}}, on the device."""
-        loaded = unflatten(self.load(layer_name(index)))
-        return {kind: {n: jnp.asarray(v, jnp.float32) for n, v in block.items()} for kind, block in loaded.items()}
+        """A dense layer, float32 {kind: {leaf: array}}, on the device, where it is widened."""
+        return {
+            kind: {n: jnp.asarray(v).astype(jnp.float32) for n, v in block.items()}
+            for kind, block in self.stored(index).items()
+        }
 
     def record(self, name: str) -> dict[str, Any]:
         """The JSON record of one entry."""

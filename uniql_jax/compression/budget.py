@@ -90,7 +90,10 @@ def lay_out(
     memory = _memory(config, settings, resources, shape[1], one)
     most = min(resources.max_disk or sys.maxsize, free_disk or sys.maxsize)
     room, wanted = memory.held, one * (count + 1)
-    interval = resources.stream_interval or max(1, math.isqrt(count))
+    # Where memory holds all streams, the disk's are for a killed run alone, and a GPU is sooner done with a layer than
+    # a disk with its stream.
+    rare = memory.device and room >= wanted
+    interval = resources.stream_interval or max(1, -(-count // 3) if rare else math.isqrt(count))
     if resources.stream_interval is None:
         # Streams between two on disk are computed again together, so memory must hold them.
         interval = max(1, min(interval, room // max(1, one)))

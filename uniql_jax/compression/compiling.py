@@ -8,8 +8,9 @@ import jax
 
 from uniql_jax.compression.settings import PRECISIONS, CompressionSettings
 
-# Trying out Triton's matrix products takes most of the time of compiling, and cuBLAS is as fast at these sizes.
-jit = functools.partial(jax.jit, compiler_options={"xla_gpu_enable_triton_gemm": False})
+# Trying out Triton's matrix products takes most of the time of compiling, and cuBLAS is as fast at these sizes. Its
+# algorithms are not tried out either: two processes would choose differently, and round differently.
+jit = functools.partial(jax.jit, compiler_options={"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0})
 
 
 def matmul_precision(settings: CompressionSettings, *, solves: bool = False) -> str:

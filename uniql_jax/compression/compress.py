@@ -44,6 +44,7 @@ def compress(
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    dequantize_source: bool = False,
     log: str | Path | None = None,
     progress: Progress = lambda items, _: items,
     say: Callable[[str], object] = lambda text: None,
@@ -67,6 +68,7 @@ def compress(
         resume: go on with an unfinished run of the very same inputs.
         overwrite: replace `out`, if it is a model folder, once all is done.
         dry_run: say the plan, and end.
+        dequantize_source: take a source of packed integers (GPTQ, AWQ, compressed-tensors), with a warning.
         log: file that gets one JSON line a layer (uniql_jax/compression/log.py); None: OUT.partial/log.jsonl, while the
             run lasts.
         progress: called with the items of each stage and its name.
@@ -79,7 +81,7 @@ def compress(
         UserError: for bad input; nothing is left behind by a run that cannot start.
     """
     _check_arguments(settings, calib_length, recover, recover_tune)
-    source = open_source(ckpt)
+    source = open_source(ckpt, dequantize=dequantize_source)
 
     def read() -> tuple[data.Windows, RecoveryData | None]:
         windows = calibration_windows(source, calib, calib_windows, calib_length, settings.seed)

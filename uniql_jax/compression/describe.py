@@ -10,10 +10,12 @@ from uniql_jax import console, data, elastic
 from uniql_jax.compression.budget import Budget
 from uniql_jax.compression.contract import RecoveryData, Source
 from uniql_jax.compression.estimate import estimated_bytes, pace, seconds, work
+from uniql_jax.compression.estimate_training import training_seconds
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.workspace import work_folder
+from uniql_jax.config import ModelConfig
 from uniql_jax.counting import parameter_count, prunable_count
-from uniql_jax.plan import MAX_PRUNE_RATE, axis_group_and_unit, groups
+from uniql_jax.plan import MAX_PRUNE_RATE, axis_layout, grouping
 from uniql_jax.train.loop import resolved
 from uniql_jax.train.lora import described
 from uniql_jax.train.placement import data_mesh, memory_bytes
@@ -50,16 +52,20 @@ def describe(
     config = source.config
     total = parameter_count(config)
     count, length = calibration.tokens.shape
-    group = groups(config)
+    meta = grouping(config, options.portable)
     axes = [axis for axis in elastic.AXES if any(axis in elastic.layer_axes(config, kinds) for kinds in config.pattern)]
     counts = COUNTS if config.rope else COUNTS | {"qk": COUNTS["qk_pass"]}
-    units = {axis: axis_group_and_unit(config, axis)[1] for axis in axes}
+    units = {axis: axis_layout(config, axis, options.portable).unit for axis in axes}
     sizes = elastic.sizes(config)
     speeds = pace(options, work_folder(out))
     bits = f"{options.bits} bits"
     if options.packed:
         how = [options.rounding, "rotated" if options.rotate else "not rotated"]
-        spans = ", ".join(f"{'hidden' if name == 'embed' else name} {size}" for name, size in group.items())
+        names = {"embed": "hidden"}
+        spans = ", ".join(
+            f"{names.get(name, name)} {size}{' in a head' if name in meta.get('runs', ()) else ''}"
+            for name, size in meta["groups"].items()
+        )
         bits += f" ({', '.join(how)}), one scale per group of weights ({spans})"
     if options.refit is not None:
         bits += f"; output matrices refitted, {options.refit:.0%} of the windows unpruned"
@@ -81,11 +87,7 @@ def describe(
         ("disk", f"up to {console.format_bytes(budget.disk)} in {work_folder(out).name} until it is whole"),
         *([("device", _memory(budget.device))] if budget.device else []),
         ("memory", _memory(budget.host)),
-        (
-            "time",
-            f"about {format_seconds(seconds(work(config, options, count * length, budget.interval), speeds))} "
-            f"on {jax.devices()[0].device_kind}" + (", recovery aside" if recover else ""),
-        ),
+        ("time", _time(seconds(work(config, options, count * length, budget.interval), speeds), config, recover)),
     ]
     small = [f"{counts[axis]} by {units[axis]}" for axis in axes if units[axis] < min(LIKED[axis], sizes[axis])]
     if small:
@@ -97,6 +99,14 @@ def _memory(parts: dict[str, int]) -> str:
     """Bytes of memory, in all and by what they are for."""
     each = ", ".join(f"{name} {console.format_bytes(size)}" for name, size in parts.items() if size)
     return f"about {console.format_bytes(sum(parts.values()))}: {each}"
+
+
+def _time(pass_seconds: float, config: ModelConfig, recover: RecoveryData | None) -> str:
+    """How long a run takes, and of that recovery."""
+    training = training_seconds(config, recover) if recover else 0.0
+    return f"about {format_seconds(pass_seconds + training)} on {jax.devices()[0].device_kind}" + (
+        f", {format_seconds(training)} of it training" if recover else ""
+    )
 
 
 def _training(recover: RecoveryData, source: Source) -> str:

@@ -1,82 +1,75 @@
-"""Several devices of one machine: windows and rows are shared out among them, what there is one of is on each."""
+"""Several devices of one machine: batches and rows are shared out among them, what there is one of is copied to each.
+
+Every program runs on one device. Nothing is partitioned, so no device ever waits for another in the middle of a
+program, and threads may work on the same devices at the same time.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
-
-from uniql_jax.compression.compiling import jit
-
-AXIS = "data"
 
 
 class Devices:
     """The first `count` devices of this machine, or all. With one, nothing is moved anywhere.
 
-    parked: batches stay in the host's memory, from where `fetch` brings them.
+    Batch number i is worked on by device i, numbers beyond the last begin anew. parked: batches stay in the host's
+    memory, from where `fetch` brings them.
     """
 
     def __init__(self, count: int | None = 1, parked: bool = False):
         self.all = jax.local_devices()[:count]
-        self.mesh = Mesh(np.asarray(self.all), (AXIS,)) if len(self.all) > 1 else None
         kinds = {memory.kind for memory in self.all[0].addressable_memories()}
         # A CPU's memory is the host's.
         self._parked = parked and self.all[0].platform != "cpu" and {"pinned_host", "device"} <= kinds
 
-    def park(self, batch: Array | np.ndarray) -> Array:
-        """The batch where batches are, its windows shared out."""
-        place = self._place(batch, "pinned_host" if self._parked else None)
-        return jnp.asarray(batch) if place is None else jax.device_put(batch, place)
+    def __len__(self) -> int:
+        return len(self.all)
 
-    def fetch(self, batches: Any) -> Any:
-        """A pytree of arrays [windows, ...], on the devices, their windows shared out."""
-        kind = "device" if self._parked else None
-        if self.mesh is None and kind is None:
-            return batches
-        return jax.tree.map(lambda batch: jax.device_put(batch, self._place(batch, kind)), batches)
+    def park(self, batch: Array | np.ndarray, number: int) -> Array:
+        """Batch `number` where batches are kept."""
+        if self._parked:
+            return jax.device_put(batch, SingleDeviceSharding(self._device(number), memory_kind="pinned_host"))
+        return jnp.asarray(batch) if len(self) == 1 else jax.device_put(batch, self._device(number))
 
-    def everywhere(self, tree: Any) -> Any:
-        """Arrays on every device."""
-        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+    def fetch(self, parts: Any, number: int) -> Any:
+        """A pytree of arrays on the device that works on batch `number`."""
+        if self._parked:
+            return jax.device_put(parts, SingleDeviceSharding(self._device(number), memory_kind="device"))
+        return self.on(number, parts)
 
     def on(self, number: int, tree: Any) -> Any:
-        """Arrays on one device; numbers beyond the last begin anew.
+        """Arrays on one device."""
+        return tree if len(self) == 1 else jax.device_put(tree, self._device(number))
 
-        What another thread than the main one computes with must be: two threads that have all devices work on one
-        array may wait for each other.
-        """
-        return tree if self.mesh is None else jax.device_put(tree, self.all[number % len(self.all)])
+    def everywhere(self, tree: Any) -> list[Any]:
+        """A copy of the arrays for each device."""
+        return [self.on(number, tree) for number in range(len(self))]
+
+    def total(self, trees: Sequence[Any], number: int = 0) -> Any:
+        """The sum of pytrees of arrays that lie on different devices, on one."""
+        first, *rest = (self.on(number, tree) for tree in trees)
+        for tree in rest:
+            first = jax.tree.map(jnp.add, first, tree)
+        return first
 
     def by_rows(
         self, function: Callable[..., Any], rows: Float[Array, "rows width"], *others: Any, **settings: Any
     ) -> Any:
-        """`function(rows, *others, **settings)`, jitted, whose results have a row for each: each device takes some."""
-        if self.mesh is None:
+        """`function(rows, *others, **settings)`, whose results have a row for each: each device takes some."""
+        if len(self) == 1:
             return function(rows, *others, **settings)
-        count = len(rows)
-        padded = jnp.pad(rows, ((0, -count % len(self.all)), (0, 0)))
-        shared = _by_rows(function, self.mesh, len(others), tuple(sorted(settings.items())))
-        found = self.everywhere(shared(*self.everywhere((padded, *others))))
-        return jax.tree.map(lambda value: value[:count], found)
+        count, each = len(rows), -(-len(rows) // len(self))
+        padded = jnp.pad(rows, ((0, each * len(self) - count), (0, 0)))
+        parts = [padded[start : start + each] for start in range(0, len(padded), each)]
+        found = [function(*self.on(number, (part, *others)), **settings) for number, part in enumerate(parts)]
+        return jax.tree.map(lambda *values: jnp.concatenate(self.on(0, values))[:count], *found)
 
-    def _place(self, batch: Any, kind: str | None) -> Sharding | None:
-        if self.mesh is None:
-            return None if kind is None else SingleDeviceSharding(self.all[0], memory_kind=kind)
-        spec = PartitionSpec(AXIS) if len(batch) % len(self.all) == 0 else PartitionSpec()
-        return NamedSharding(self.mesh, spec, memory_kind=kind)
-
-
-@functools.cache
-def _by_rows(function: Any, mesh: Mesh, others: int, settings: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    """The jitted function with its first argument's rows shared out over the mesh; made once."""
-    split, whole = PartitionSpec(AXIS), PartitionSpec()
-    inner = functools.partial(function.__wrapped__, **dict(settings))
-    specs = (split, *(whole for _ in range(others)))
-    return jit(jax.shard_map(inner, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False))
+    def _device(self, number: int) -> jax.Device:
+        return self.all[number % len(self.all)]

@@ -21,7 +21,7 @@ from uniql_jax.compression.sorting import no_statistics
 from uniql_jax.config import ModelConfig
 from uniql_jax.counting import block_parameters, parameter_count
 from uniql_jax.pallas_kernels.ssd.reference import LONGEST_CHUNK
-from uniql_jax.plan import groups
+from uniql_jax.plan import grouping
 
 # From recorded runs (benchmarks/results/compress-*.json): parts of a large product's speed that the stages reach, the
 # seconds that a kind of block takes to compile, and those that starting, reading and writing take.
@@ -35,7 +35,7 @@ def _blocks(config: ModelConfig) -> Iterator[str]:
 
 def estimated_bytes(config: ModelConfig, options: CompressionSettings, rate: float = 0.0) -> int:
     """Bytes of the checkpoint's tensors at a prune rate, to a few percent (cuts fall on units, the plan is unknown)."""
-    group = groups(config)
+    group = grouping(config, options.portable)["groups"]
     rotated = options.packed and options.rotate
 
     def size(leaf: elastic.Leaf) -> float:
@@ -192,8 +192,8 @@ def pace(options: CompressionSettings, folder: Path) -> Pace:
     """Measured on the machine in a second or two; what is not measured is in proportion, from recorded runs."""
     cpu = jax.default_backend() == "cpu"
     precision = "highest" if cpu else PRECISIONS[options.precision]
-    fast = _product_speed(1024 if cpu else 8192, precision)
-    exact = fast if cpu else _product_speed(4096, "highest")
+    fast = product_speed(1024 if cpu else 8192, precision)
+    exact = fast if cpu else product_speed(4096, "highest")
     start = time.perf_counter()
     wide = np.ones((768, 768))
     for _ in range(4):
@@ -216,7 +216,8 @@ def seconds(work: Work, pace: Pace) -> float:
     return FIXED + work.programs * pace.program + max(computing, work.written / pace.disk)
 
 
-def _product_speed(size: int, precision: str) -> float:
+def product_speed(size: int, precision: str) -> float:
+    """Operations a second of one square float32 product at this precision."""
     x = jnp.ones((size, size), jnp.float32)
     product = jit(lambda a: jnp.matmul(a, a, precision=precision))
     jax.block_until_ready(product(x))

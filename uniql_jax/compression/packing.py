@@ -17,6 +17,7 @@ from uniql_jax.compression.math.gptq import quantize
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.weights.fake_quantized import unrounded_steps
 from uniql_jax.weights.quantized import QuantizedArray, from_codes
+from uniql_jax.weights.runs import from_runs, to_runs
 
 
 class Packed(NamedTuple):
@@ -46,6 +47,7 @@ def _quantize_rows(
             search=settings.scale_search,
             propagate=settings.rounding == "gptq",
             damping=settings.damping,
+            descents=settings.descents,
             return_unrounded=return_unrounded,
         )
     return codes, scale, None if rounded is None else unrounded_steps(rounded, codes, scale, group)
@@ -59,6 +61,7 @@ def pack_leaf(
     group: int,
     return_unrounded: bool = False,
     devices: Devices | None = None,
+    run: int = 1,
 ) -> Packed:
     """Pack one matrix leaf.
 
@@ -67,18 +70,27 @@ def pack_leaf(
         value: the weight.
         hessian: float32 [width, width], the Gram matrix of what the leaf contracts; None rounds to nearest.
         settings: bits, rounding, scale search and damping.
-        group: contracted weights that share a scale.
+        group: contracted weights that share a scale; with runs, entries of the leading axis in one head.
         return_unrounded: also return what was rounded.
         devices: take some rows each; None: the first one takes all.
+        run: see QuantizedArray.
 
     Returns:
         The packed weight and, with `return_unrounded`, what was rounded to its integers.
     """
     width = value.shape[-1] if leaf.contract == "last" else int(np.prod(value.shape[:-1]))
     rows = value.reshape(-1, width) if leaf.contract == "last" else value.reshape(width, -1).T
+    # Rounded group after group; a group's entries lie next to one another meanwhile.
+    inner, apart = int(np.prod(value.shape[1:-1])), group if run > 1 else 1
+    rows = to_runs(rows, inner, apart, 1)
+    if hessian is not None:
+        hessian = to_runs(to_runs(hessian, inner, apart, 0), inner, apart, 1)
     codes, scale, unrounded = _quantize_rows(rows, hessian, settings, group, return_unrounded, devices)
-    weight = from_codes(codes, scale, bits=settings.bits, group=group, contract=str(leaf.contract), shape=value.shape)
+    codes = from_runs(codes, inner, apart, 1)
+    contract, shape = str(leaf.contract), value.shape
+    weight = from_codes(codes, scale, bits=settings.bits, group=group, contract=contract, shape=shape, run=run)
     if unrounded is not None:
+        unrounded = from_runs(unrounded, inner, apart, 1)
         unrounded = (unrounded if leaf.contract == "last" else unrounded.T).reshape(value.shape)
     return Packed(weight, unrounded)
 

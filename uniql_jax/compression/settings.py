@@ -20,6 +20,7 @@ CHANNEL_SCORES = (
 VALUE_OUTPUTS = ("attention_output", "joint", "published", "random")
 PLANS = ("loss", "influence", "uniform")
 ROUNDINGS = ("gptq", "nearest")
+GROUPS = ("fast", "portable")
 STREAM_DTYPES = ("bfloat16", "float32")
 PRECISIONS = {
     "float32": "highest",
@@ -49,6 +50,7 @@ class CompressionSettings:
     """
 
     bits: int = 4
+    groups: str = "fast"  # of what GPU kernels read fastest | of what other runtimes take: fast | portable
     seed: int = 0
     mlp_score: str = "fisher"
     pair_score: str = "fisher_diagonal"
@@ -62,6 +64,7 @@ class CompressionSettings:
     rounding: str = "gptq"  # gptq | nearest
     scale_search: bool = True
     damping: float = 0.01
+    descents: int = 0  # of the codes after GPTQ, on the output error, with refitted scales
     embed_mix: float = 0.1  # weight of the plain embedding error next to the head's when one table serves both
     refit: float | None = None
     refit_ridge: float = 1e-2
@@ -73,6 +76,11 @@ class CompressionSettings:
     def packed(self) -> bool:
         """Whether weights become integers."""
         return self.bits < 16
+
+    @property
+    def portable(self) -> bool:
+        """Whether groups are such that other runtimes take them (plan.axis_layout)."""
+        return self.groups == "portable" and self.packed
 
     @property
     def thorough(self) -> bool:

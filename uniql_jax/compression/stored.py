@@ -13,7 +13,7 @@ from uniql_jax.checkpoint import packed, stored
 from uniql_jax.compression.artifacts import LayerStore, layer_name, unflatten
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.config import ModelConfig
-from uniql_jax.plan import groups
+from uniql_jax.plan import grouping
 
 TOP = "top"
 """Name of the entry that holds embedding, final norm and head."""
@@ -30,7 +30,7 @@ class StoredLayers:
     def __init__(self, config: ModelConfig, settings: CompressionSettings, store: LayerStore):
         self.config, self.store = config, store
         self.dtype = matrix_dtype(settings)
-        self.meta = {"bits": settings.bits, "groups": groups(config)}
+        self.meta = {"bits": settings.bits} | dict(grouping(config, settings.portable))
 
     def layer(self, index: int) -> dict[str, dict[str, Any]]:
         """One layer, {kind: {leaf: value}}."""

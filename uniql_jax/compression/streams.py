@@ -23,10 +23,12 @@ Stream = Sequence[Float[Array, "_ t h"]]
 
 
 class Windows:
-    """Calibration windows in batches, of a bounded number of tokens a device, whose results are summed or joined."""
+    """Calibration windows in batches of a bounded number of tokens, whose results are summed or joined; no fewer than
+    there are devices, if there are as many windows.
+    """
 
     def __init__(self, tokens: Int[np.ndarray, "n t"], batch_tokens: int, devices: int = 1):
-        size = devices * max(1, batch_tokens // tokens.shape[1])
+        size = max(1, min(batch_tokens // tokens.shape[1], -(-len(tokens) // devices)))
         self.tokens = tokens.size
         self.batches = [jnp.asarray(tokens[i : i + size]) for i in range(0, len(tokens), size)]
 
@@ -97,28 +99,36 @@ class StreamStore:
         if path in self._pending:
             self._pending[path].result()
         value = np.load(path, mmap_mode="r").view(self.dtype)
-        return [self.devices.park(part) for part in np.split(value, self.windows.ends[:-1])]
+        return [self.devices.park(part, number) for number, part in enumerate(np.split(value, self.windows.ends[:-1]))]
 
     def nearest(self, name: str, index: int) -> int | None:
         """The last index up to `index` whose stream is at hand."""
         return next((i for i in range(index, -1, -1) if self.has(name, i)), None)
 
-    def mapped(self, function: Callable[..., Array], *streams: Iterable[Any]) -> list[Array]:
-        """`function` of the batches of streams; the next batch comes while one is computed, no more are on the way."""
+    def mapped(self, function: Callable[..., Array], shared: Sequence[Any], *streams: Iterable[Any]) -> list[Array]:
+        """`function(shared, *parts)` for the batches of streams, `shared` being what the batch's device has of it.
+
+        A device gets its next batch while it computes one, and no more than that.
+        """
         done: list[Array] = []
-        for parts in zip(*streams, strict=True):
-            done.append(self.devices.park(function(*self.devices.fetch(parts))))
-            jax.block_until_ready(done[-2:-1])
+        for number, parts in enumerate(zip(*streams, strict=True)):
+            found = function(shared[number % len(self.devices)], *self.devices.fetch(parts, number))
+            done.append(self.devices.park(found, number))
+            if number >= len(self.devices):
+                jax.block_until_ready(done[number - len(self.devices)])
         return done
 
-    def summed(self, function: Callable[..., Any], *streams: Iterable[Any]) -> Any:
-        """The sum of what `function` gives for the batches of streams: arrays, or pytrees of them."""
-        total = None
-        for parts in zip(*streams, strict=True):
-            found, before = function(*self.devices.fetch(parts)), total
-            total = found if before is None else jax.tree.map(jnp.add, before, found)
+    def summed(self, function: Callable[..., Any], shared: Sequence[Any], *streams: Iterable[Any]) -> Any:
+        """The sum of what `function(shared, *parts)` gives for the batches of streams: arrays, or pytrees of them; on
+        the first device.
+        """
+        totals: dict[int, Any] = {}
+        for number, parts in enumerate(zip(*streams, strict=True)):
+            at = number % len(self.devices)
+            found, before = function(shared[at], *self.devices.fetch(parts, number)), totals.get(at)
+            totals[at] = found if before is None else jax.tree.map(jnp.add, before, found)
             jax.block_until_ready(before)
-        return total
+        return self.devices.total(list(totals.values()))
 
     def release(self, name: str, index: int) -> None:
         """Forget what memory holds of a stream; a file of it stays."""

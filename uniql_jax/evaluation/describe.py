@@ -47,6 +47,7 @@ def describe_checkpoint(
         "prunable_parameters": _prunable(checkpoint, 0.0),
         "bits": checkpoint.bits,
         "groups": dict(meta.get("groups") or {}),
+        "runs": dict(meta.get("runs") or {}),
         "sorted": checkpoint.plan is not None,
         "provenance": meta.get("provenance") or {key: meta[key] for key in ("source",) if meta.get(key)},
         "options": meta.get("options"),

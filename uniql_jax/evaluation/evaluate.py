@@ -1,4 +1,4 @@
-"""Perplexity and zero-shot tasks of an elastic checkpoint at each prune rate, next to its size."""
+"""Perplexity and tasks of an elastic checkpoint at each prune rate, next to its size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxtyping import Int
 from uniql_jax import console, data
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
-from uniql_jax.evaluation import plot, tasks
+from uniql_jax.evaluation import paired, tasks
 from uniql_jax.evaluation.likelihood import BROKEN, Masks, masks, rows_at_once, token_nll
 from uniql_jax.evaluation.timing import device_name, memory_limit
 from uniql_jax.model.causal_lm import CausalLM
@@ -71,8 +71,9 @@ def evaluate(
     max_tokens: int | None = None,
     batch_size: int = 4,
     baseline: str | None = None,
-    zero_shot: Sequence[str] = (),
+    asked: Sequence[str] = (),
     limit: int | None = None,
+    fewshot: int | None = None,
     progress: Progress | None = None,
     say: Say = lambda line: None,
     plan: Say = lambda text: None,
@@ -88,16 +89,18 @@ def evaluate(
         max_tokens: the most tokens of each text; a lower one than the window shortens the window.
         batch_size: windows at a time.
         baseline: the original, measured on the same windows and tasks.
-        zero_shot: tasks, groups or tags of lm-eval, or .yaml files of tasks or groups.
+        asked: tasks, groups or tags of lm-eval, or .yaml files of tasks or groups.
         limit: so many questions of each task at most.
+        fewshot: examples in each prompt of the tasks; None: as many as each task itself says.
         progress: wraps what is iterated over, (iterable, description, total), to show how far it is.
         say: hears a line for each text, and of whatever is cut short.
         plan: hears, before any weights are loaded, what will be measured.
 
     Returns:
         Rows {"prune_rate" (None: the original), "source", "metric", "value", "weight_bytes", "kept_fraction"}. Those of
-        tasks have metrics such as "acc" and "acc_norm", and "stderr" as well. weight_bytes: all tensors as stored (the
-        original's at its own dtype). kept_fraction: of the prunable parameters.
+        tasks have metrics such as "acc" and "acc_norm", "stderr" and "items" as well, and next to a baseline "paired":
+        what `paired.compare` finds of the same items, or None where the metric is no mean over items. weight_bytes: all
+        tensors as stored (the original's at its own dtype). kept_fraction: of the prunable parameters.
 
     Raises:
         UserError: what is asked for is not there or cannot be served, or the model's output is not finite.
@@ -105,12 +108,12 @@ def evaluate(
     from uniql_jax.checkpoint import open_checkpoint
     from uniql_jax.runtime.loading import load, load_source
 
-    _check(ckpt, texts, zero_shot, window, max_tokens, batch_size, limit)
+    _check(ckpt, texts, asked, window, max_tokens, batch_size, limit)
     checkpoint = open_checkpoint(ckpt)
     config, order = checkpoint.config, checkpoint.plan
     # asked first: a rate that cannot be served is refused before long work
     sizes = {float(rate): checkpoint.weight_bytes(float(rate)) for rate in prune_rates}
-    names, manager = tasks.named(zero_shot) if zero_shot else ([], None)
+    names, manager = tasks.named(asked) if asked else ([], None)
     tokenizer = load_tokenizer(ckpt)
     if names and tokenizer is None:
         raise UserError(f"{ckpt} has no tokenizer, which tasks need")
@@ -123,6 +126,7 @@ def evaluate(
     for found in sources.values():
         say(found.description + lowered)
     reach = min(config.max_position, window or task_window(config))
+    original: tasks.Items = {}
 
     def measure(
         model: CausalLM, rate: float | None, weight_bytes: int, kept: float, name: str, keep: Masks | None = None
@@ -138,10 +142,16 @@ def evaluate(
             for text, windows in sources.items()
         ]
         if names:
-            found += tasks.measure(
+            answers, items = tasks.measure(
                 model, tokenizer, names, manager, window=reach, batch_tokens=batch_size * min(reach, WINDOW),
-                limit=limit, progress=progress, desc=f"{name}, tasks", say=say, keep=keep,
+                limit=limit, fewshot=fewshot, progress=progress, desc=f"{name}, tasks", say=say,
+                rate=None if keep is None else rate,
             )  # fmt: skip
+            if rate is None:
+                original.update(items)
+            elif baseline is not None:
+                answers = [answer | {"paired": _paired(answer, items, original)} for answer in answers]
+            found += answers
         return [{"prune_rate": rate, **one, "weight_bytes": weight_bytes, "kept_fraction": kept} for one in found]
 
     rows = []
@@ -157,16 +167,21 @@ def evaluate(
     return rows
 
 
+def _paired(answer: Mapping[str, Any], items: tasks.Items, original: tasks.Items) -> dict[str, Any] | None:
+    key = answer["source"], answer["metric"]
+    return paired.compare(items[key], original[key]) if key in items and key in original else None
+
+
 def _check(
     ckpt: str,
     texts: Sequence[str],
-    zero_shot: Sequence[str],
+    asked: Sequence[str],
     window: int | None,
     max_tokens: int | None,
     batch_size: int,
     limit: int | None,
 ) -> None:
-    if not all(str(name).strip() for name in (ckpt, *texts, *zero_shot)):
+    if not all(str(name).strip() for name in (ckpt, *texts, *asked)):
         raise UserError("an empty name of a checkpoint, text or task")  # Path("") would be the working folder
     if window is not None and window < 2:
         raise UserError("the window must be at least 2 tokens: its first one is not predicted")
@@ -206,49 +221,3 @@ def _plan(ckpt: str, checkpoint: Any, sizes: Mapping[float, int], measured: Sequ
         f"measured  {', '.join(measured)}\n"
         f"device    {device_name()}\n"
     )
-
-
-def report(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as tables for people: perplexity with ratios to the original's (or rate 0's), then tasks by metric."""
-    text = [row for row in rows if row["metric"] == PERPLEXITY and "stderr" not in row]
-    asked = [row for row in rows if "stderr" in row]
-    return "\n\n".join([*([_perplexities(text)] if text else []), *_answers(asked)])
-
-
-def _name(rate: float | None) -> str:
-    return "original" if rate is None else f"{rate:g}"
-
-
-def _answers(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A table of each metric: a line for each rate, a column for each task, and their mean."""
-    tables = []
-    for metric in dict.fromkeys(row["metric"] for row in rows):
-        some = [row for row in rows if row["metric"] == metric]
-        names = list(dict.fromkeys(row["source"] for row in some))
-        lines = []
-        for rate in dict.fromkeys(row["prune_rate"] for row in some):
-            at = [row for row in some if row["prune_rate"] == rate]
-            kept, size = f"{at[0]['kept_fraction']:.3f}", console.format_bytes(at[0]["weight_bytes"])
-            values = [row["value"] for row in at]
-            if len(names) > 1:
-                values.append(sum(values) / len(values))
-            lines.append([_name(rate), kept, size, *(f"{value:.4f}" for value in values)])
-        header = ["rate", "kept", "weights", *names, *(["mean"] if len(names) > 1 else [])]
-        tables.append(f"{metric}\n{console.table(lines, header)}")
-    return tables
-
-
-def _perplexities(rows: Sequence[dict[str, Any]]) -> str:
-    lines = []
-    several = len({row["source"] for row in rows}) > 1
-    for row in rows:
-        found = plot.reference(rows, row["source"])
-        name = _name(row["prune_rate"])
-        size = console.format_bytes(row["weight_bytes"])
-        ratio = f"{row['value'] / found[0]:.3f}" if found else None
-        lines.append([name, f"{row['kept_fraction']:.3f}", size, f"{row['value']:.2f}", ratio])
-        if several:
-            lines[-1].append(row["source"])
-    found = plot.reference(rows, rows[0]["source"])
-    header = ["rate", "kept", "weights", "perplexity", f"/ {found[1]}" if found else "ratio"]
-    return console.table(lines, header + (["text"] if several else []))

@@ -25,7 +25,7 @@ from uniql_jax.errors import UserError
 from uniql_jax.evaluation.published import CONFIGS, published
 from uniql_jax.files import read_json
 from uniql_jax.model.causal_lm import CausalLM
-from uniql_jax.plan import Plan, check_rate, groups, make_plan
+from uniql_jax.plan import Plan, check_rate, grouping, make_plan
 from uniql_jax.runtime.loading import default_dtype, place_layer, place_top
 from uniql_jax.weights.quantized import QuantizedArray, from_codes
 
@@ -62,7 +62,7 @@ def _leaf_shape(config: ModelConfig, leaf: elastic.Leaf, keep: Mapping[str, int]
     last = leaf.contract == "last"
     width = shape[-1] if last else math.prod(shape[:-1])
     rows = math.prod(shape) // width
-    group = leaf_group({"groups": groups(config)}, leaf)
+    group = leaf_group(grouping(config), leaf)
     assemble = functools.partial(from_codes, bits=bits, group=group, contract=leaf.contract, shape=shape)
     codes = jax.ShapeDtypeStruct((rows, width), jnp.int32)
     return jax.eval_shape(assemble, codes, jax.ShapeDtypeStruct((rows, -(-width // group)), jnp.float32))

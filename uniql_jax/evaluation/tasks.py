@@ -1,28 +1,33 @@
-"""Zero-shot tasks, asked and scored by lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), the `eval` extra:
-an elastic model at one rate is one of its models.
+"""Tasks asked and scored by lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), the `eval` extra: an elastic
+model at one rate is one of its models.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
 from jinja2 import TemplateError
 
 from uniql_jax.errors import UserError
-from uniql_jax.evaluation.likelihood import Masks, continuations
-from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.evaluation.likelihood import continuations, masks
+from uniql_jax.evaluation.writing import write, writing
+from uniql_jax.model.causal_lm import CausalLM, prune, require_plan
 from uniql_jax.runtime.text import encode
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 Say = Callable[[str], object]
+Items = dict[tuple[str, str], Float[np.ndarray, " items"]]
+"""A number for every item, by task and metric: 1 for a right answer, 0 for a wrong one."""
 SPREAD = "_stderr"
 UNUSABLE = (OSError, ValueError, LookupError, TemplateError)
 """What lm-eval and datasets raise for data that is not there or not as described."""
-WRITING = "a task that has text written is not supported, only those that choose or rate text"
 
 
 def require() -> None:
@@ -39,17 +44,19 @@ def harness_model(
     progress: Progress | None = None,
     desc: str = "",
     say: Say = lambda line: None,
-    keep: Masks | None = None,
+    rate: float | None = None,
 ) -> Any:
-    """The model as lm-eval's LM, which answers for likelihoods.
+    """The model as lm-eval's LM, which rates text and writes it.
 
     Text is encoded as lm-eval's own backend for transformers does: special tokens as the tokenizer adds them by
-    default, but no second BOS. `say` hears of texts that are longer than `window`.
+    default, but no second BOS. `say` hears of texts that are longer than `window`. rate: the prune rate at which the
+    model answers; None: as it is.
     """
     from lm_eval.api.model import TemplateLM  # slow to import
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     ends = model.config.eos_ids
+    keep = None if rate is None else masks(require_plan(model.plan), rate)
     shown = functools.partial(_shown, progress, desc)
 
     class Elastic(TemplateLM):
@@ -97,7 +104,20 @@ def harness_model(
             return found
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            raise UserError(WRITING)
+            eos = tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
+            together: dict[str, list[int]] = {}
+            for i, request in enumerate(requests):  # those that are written alike share batches
+                together.setdefault(repr(request.args[1]), []).append(i)
+            found = [""] * len(requests)
+            whole = model if rate is None else prune(model, rate)
+            for members in together.values():
+                how = writing(requests[members[0]].args[1], eos)
+                texts = [requests[i].args[0] for i in members]
+                prompts = [self.tok_encode(text) or [self.prefix_token_id] for text in texts]
+                written = write(whole, tokenizer, prompts, how, window, batch_tokens, shown)
+                for i, text in zip(members, written, strict=True):
+                    found[i] = text
+            return found
 
     return Elastic()
 
@@ -110,8 +130,7 @@ def named(tasks: Sequence[str]) -> tuple[list[str], Any]:
     """(names, lm-eval's TaskManager) of names that it knows (tasks, groups, tags), or paths of .yaml or .yml files that
     describe a task or a group; their data is fetched here.
 
-    Raises UserError for other names, where data cannot be had, for two files of the same name, and for tasks that have
-    text written.
+    Raises UserError for other names, where data cannot be had, and for two files of the same name.
     """
     require()
     from lm_eval.tasks import TaskManager
@@ -139,11 +158,9 @@ def named(tasks: Sequence[str]) -> tuple[list[str], Any]:
     manager.task_index.update(entries)  # the very files, whatever else their folders hold
     for name in names:
         try:
-            found = manager.load(name)["tasks"]
+            manager.load(name)
         except Exception as error:  # lm-eval, datasets and a task's own code raise whatever they like
             raise _refusal(name, error) from None
-        if any(task.get_config("output_type") == "generate_until" for task in found.values()):
-            raise UserError(f"{name}: {WRITING}")
     return names, manager
 
 
@@ -191,41 +208,71 @@ def measure(
     window: int,
     batch_tokens: int = 4096,
     limit: int | None = None,
+    fewshot: int | None = None,
     progress: Progress | None = None,
     desc: str = "tasks",
     say: Say = lambda line: None,
-    keep: Masks | None = None,
-) -> list[dict[str, Any]]:
-    """Rows {"source": task, "metric", "value", "stderr"}, no examples in the prompt; `limit`: the first questions;
-    `keep`: the sizes at which the model answers.
+    rate: float | None = None,
+) -> tuple[list[dict[str, Any]], Items]:
+    """What lm-eval finds of a model.
 
-    Raises UserError where what a task asks for is not a likelihood.
+    Args:
+        model: the model.
+        tokenizer: of transformers.
+        names: tasks, groups or tags, as `named` returns them.
+        manager: lm-eval's, from there too.
+        window: tokens seen at a time.
+        batch_tokens: about how many tokens a batch holds.
+        limit: the first questions of each task only.
+        fewshot: examples in each prompt, drawn by lm-eval from its own seed; None: as many as the task itself says.
+        progress: wraps the batches.
+        desc: names the model in messages.
+        say: hears of texts that are cut.
+        rate: the prune rate at which the model answers; None: as it is.
+
+    Returns:
+        Rows {"source": task, "metric", "value", "stderr", "items"}, and the items' own numbers wherever their mean is
+        the value. items: how many; None where that is not so.
+
+    Raises:
+        UserError: the data of a task is not as it says, or it asks for what this package does not have.
     """
     from lm_eval.evaluator import simple_evaluate  # slow to import
 
-    wrapped = harness_model(model, tokenizer, window, batch_tokens, progress, desc, say, keep)
+    wrapped = harness_model(model, tokenizer, window, batch_tokens, progress, desc, say, rate)
     try:
         found: Any = simple_evaluate(
-            wrapped, tasks=list(names), num_fewshot=0, limit=limit, task_manager=manager, log_samples=False,
+            wrapped, tasks=list(names), num_fewshot=fewshot, limit=limit, task_manager=manager, log_samples=True,
             bootstrap_iters=100,
         )  # fmt: skip
     except UNUSABLE as error:
         raise _refusal(", ".join(names), error) from None
-    results = found["results"]
-    rows = {name: _rows(name, values) for name, values in results.items()}
+    members = {name: found.get("group_subtasks", {}).get(name) or [name] for name in found["results"]}
+    rows, items = {}, {}
+    for name, values in found["results"].items():
+        samples = [one for task in members[name] for one in found["samples"].get(task, [])]
+        rows[name] = _rows(name, values, samples, items)
     # A tag, or a group that aggregates nothing, has no result of its own, but its tasks do.
     chosen = names if all(rows.get(name) for name in names) else rows
-    return [row for name in chosen for row in rows[name]]
+    return [row for name in chosen for row in rows[name]], items
 
 
-def _rows(name: str, values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What lm-eval found of a task or group: keys are METRIC,FILTER and METRIC_stderr,FILTER."""
+def _rows(
+    name: str, values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], items: Items
+) -> list[dict[str, Any]]:
+    """What lm-eval found of a task or group: keys are METRIC,FILTER and METRIC_stderr,FILTER. Fills `items`."""
     rows = []
     for key, value in values.items():
         metric, _, kind = key.partition(",")
         if kind and not metric.endswith(SPREAD) and isinstance(value, (int, float)):
             spread = values.get(f"{metric}{SPREAD},{kind}")
-            metric = metric if kind == "none" else f"{metric} ({kind})"
             error = float(spread) if isinstance(spread, (int, float)) else None
-            rows.append({"source": name, "metric": metric, "value": float(value), "stderr": error})
+            numbers = [one.get(metric) for one in samples if one.get("filter") == kind]
+            metric = metric if kind == "none" else f"{metric} ({kind})"
+            row = {"source": name, "metric": metric, "value": float(value), "stderr": error, "items": None}
+            if numbers and all(isinstance(one, (int, float, np.number)) for one in numbers):
+                each = np.asarray(numbers, np.float64)
+                if math.isclose(each.mean(), value, rel_tol=1e-6, abs_tol=1e-9):  # a mean, not a ratio or a perplexity
+                    items[name, metric], row["items"] = each, len(each)
+            rows.append(row)
     return rows

@@ -2,31 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax
-from jaxtyping import Array, Bool, Float, Int
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped
+
+
+def _resize(value: Shaped[Array, "..."] | Shaped[np.ndarray, "..."], axis: int, count: int) -> Any:
+    """A prefix of an axis, or the axis with zeros behind it; numpy stays numpy."""
+    have = value.shape[axis]
+    if count <= have:
+        return value[(slice(None),) * axis + (slice(0, count),)]
+    pad = [(0, count - have if i == axis else 0) for i in range(value.ndim)]
+    return (np if isinstance(value, np.ndarray) else jnp).pad(value, pad)
 
 
 @flax.struct.dataclass
 class LayerCache:
     """Keys [batch, slots, kv heads, 2 * pairs] (rotated) and values [batch, slots, kv heads, ranks] of one layer."""
 
-    k: Float[Array, "b s g dk"]
-    v: Float[Array, "b s g dv"]
+    k: Any  # float arrays; Any here and below, since jax.tree.map and jax.eval_shape may put anything into a pytree
+    v: Any
+
+    def resized(self, have: Mapping[str, int], keep: Mapping[str, int], pair: int) -> LayerCache:
+        """The same tokens at other kept sizes: what goes is cut off, what was never stored is zero.
+
+        Args:
+            have: kept sizes now.
+            keep: kept sizes wanted.
+            pair: dimensions of one entry of the axis `qk`: 2 where it rotates, else 1.
+        """
+        split = pair * have["qk"]
+        rotated = _resize(self.k[..., :split], 3, pair * keep["qk"])
+        passed = _resize(self.k[..., split:], 3, keep.get("qk_pass", 0))
+        join: Any = np if isinstance(rotated, np.ndarray) else jnp
+        k = join.concatenate([rotated, passed], axis=3) if passed.shape[3] else rotated
+        return LayerCache(k=k, v=_resize(self.v, 3, keep["vo"]))
 
 
 @flax.struct.dataclass
 class SsmCache:
-    """State of one SSM block: the last inputs of its convolutions [batch, conv - 1, ...], and its states in float32
-    [batch, SSM heads, channels, states].
+    """State of one SSM block: the last inputs of its convolutions, x [batch, conv - 1, channels, SSM heads], b and c
+    [batch, conv - 1, states, groups], and its states in float32 [batch, SSM heads, channels, states].
     """
 
-    x: Float[Array, "b w hd nh"]
-    b: Float[Array, "b w ds g"]
-    c: Float[Array, "b w ds g"]
-    state: Float[Array, "b nh hd ds"]
+    x: Any
+    b: Any
+    c: Any
+    state: Any
+
+    def resized(self, have: Mapping[str, int], keep: Mapping[str, int], pair: int) -> SsmCache:
+        """The same tokens at other kept sizes: what goes is cut off, what was never stored is zero."""
+        channels, states = keep["ssm_head"], keep["ssm_state"]
+        return SsmCache(
+            x=_resize(self.x, 2, channels),
+            b=_resize(self.b, 2, states),
+            c=_resize(self.c, 2, states),
+            state=_resize(_resize(self.state, 2, channels), 3, states),
+        )
 
 
 @flax.struct.dataclass
@@ -38,9 +75,9 @@ class Cache:
     """
 
     layers: tuple[dict[str, Any], ...]
-    valid: Bool[Array, "b s"]
-    position: Int[Array, " b"]
-    slot: Int[Array, ""]
+    valid: Any  # bool [batch, slots]
+    position: Any  # int32 [batch]
+    slot: Any  # int32
     empty: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property

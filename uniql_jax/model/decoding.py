@@ -30,10 +30,15 @@ def init_cache(model: CausalLM, batch: int, length: int) -> Cache:
         Keys, values and states of every layer in the model's dtype, `valid` bool [batch, length], `position` int32
         [batch] and `slot` int32.
     """
+    return empty_cache(model.config, model.keep, batch, length, model.dtype)
+
+
+def empty_cache(config: ModelConfig, keep: Sequence[Mapping[str, int]], batch: int, length: int, dtype: Any) -> Cache:
+    """`init_cache` from the kept sizes of every layer."""
     return Cache(
         layers=tuple(
-            {kind: KINDS[kind].init_state(model.config, kept, batch, length, model.dtype) for kind in kinds}
-            for kinds, kept in zip(model.config.pattern, model.keep, strict=True)
+            {kind: KINDS[kind].init_state(config, kept, batch, length, dtype) for kind in kinds}
+            for kinds, kept in zip(config.pattern, keep, strict=True)
         ),
         valid=jnp.zeros((batch, length), bool),
         position=jnp.zeros((batch,), jnp.int32),
@@ -46,16 +51,8 @@ def cache_bytes(
     config: ModelConfig, keep: Sequence[Mapping[str, int]], batch: int, length: int, dtype: Any = jnp.bfloat16
 ) -> int:
     """Bytes that decoding remembers at these kept sizes: keys and values, convolution inputs, SSM states."""
-
-    def states() -> list[Array]:
-        found = [
-            KINDS[kind].init_state(config, kept, batch, length, dtype)
-            for kinds, kept in zip(config.pattern, keep, strict=True)
-            for kind in kinds
-        ]
-        return jax.tree.leaves(found)
-
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.eval_shape(states))
+    found = jax.eval_shape(lambda: empty_cache(config, keep, batch, length, dtype).layers)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(found))
 
 
 def _extend(

@@ -14,8 +14,10 @@ from uniql_jax.casting import cast
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.convert.source import open_source
 from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.pallas_kernels import dispatch
 from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout
 from uniql_jax.plan import check_rate
+from uniql_jax.runtime import hub
 from uniql_jax.runtime.text import Folder
 from uniql_jax.weights.quantized import QuantizedArray
 
@@ -42,7 +44,9 @@ def place(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = True,
         UserError: a value does not fit `dtype`.
     """
     if isinstance(value, QuantizedArray):
-        if tiles:
+        if dispatch.default("dequant_matmul") == "pallas":
+            value = value.in_runs()  # once instead of for every product
+        if tiles and value.run == 1:
             layout = preferred_layout(bits=value.bits, group=value.group, contract=value.contract, dtype=dtype)
             value = value.in_layout(layout)
         return jax.tree.map(jnp.asarray, value)
@@ -69,22 +73,27 @@ def place_top(top: dict[str, Any], dtype: Any) -> dict[str, Any]:
     }
 
 
-def load(folder: str | Path, prune_rate: float = 0.0, dtype: Any = None) -> CausalLM:
+def load(folder: str | Path, prune_rate: float = 0.0, dtype: Any = None, *, revision: str | None = None) -> CausalLM:
     """An elastic checkpoint at a prune rate; only the kept bytes are read.
 
     Args:
-        folder: elastic checkpoint, as `compress` writes it.
+        folder: elastic checkpoint, as `compress` writes it, or a hub id (owner/name), of which only the bytes of this
+            rate are downloaded.
         prune_rate: fraction of the prunable parameters to leave out, from 0 to 0.35.
         dtype: of activations and dense weights (default: bfloat16 on GPUs, float32 on CPUs).
+        revision: branch, tag or commit of a hub id (default: its main branch).
 
     Returns:
         The model on the default device. Its `folder` is absolute.
 
     Raises:
-        UserError: a rate outside the range, a folder that is no elastic checkpoint, or damaged files.
+        UserError: a rate outside the range, a folder that is no elastic checkpoint, damaged files, or a hub that does
+            not give us what is missing.
     """
     rate = check_rate(prune_rate)
+    folder = hub.local(folder, revision)
     checkpoint = open_checkpoint(folder)
+    hub.complete(checkpoint, rate)
     dtype = default_dtype() if dtype is None else dtype
     found = Folder(folder)
     keep = checkpoint.keep(rate)
@@ -93,12 +102,13 @@ def load(folder: str | Path, prune_rate: float = 0.0, dtype: Any = None) -> Caus
     return CausalLM(checkpoint.config, params, checkpoint.plan, rate, found, dtype)
 
 
-def load_source(ckpt: str, dtype: Any = None) -> CausalLM:
+def load_source(ckpt: str, dtype: Any = None, *, dequantize: bool = False) -> CausalLM:
     """The original model, unsorted and unquantized.
 
     Args:
         ckpt: Hugging Face folder, hub id, .gguf file, Megatron-LM file or the word `demo`.
         dtype: of activations and dense weights (default: bfloat16 on GPUs, float32 on CPUs).
+        dequantize: also take a folder of packed integers (GPTQ, AWQ, compressed-tensors), with a warning.
 
     Returns:
         The model on the default device; its plan is None, so that it cannot be pruned. Its `folder` is `ckpt`,
@@ -107,7 +117,7 @@ def load_source(ckpt: str, dtype: Any = None) -> CausalLM:
     Raises:
         UserError: a checkpoint that is missing, damaged, or of a family that is not supported.
     """
-    source = open_source(ckpt)
+    source = open_source(ckpt, dequantize=dequantize)
     dtype = default_dtype() if dtype is None else dtype
     folder = Folder(ckpt) if Path(ckpt).is_dir() else str(ckpt)
     layers = [place_layer(source.layer(i), dtype) for i in range(len(source.config.pattern))]

@@ -140,12 +140,57 @@ def prompt_ids(tokenizer: Any, prompt: str, chat: bool = False) -> Int[np.ndarra
 # ---------------------------------------------------------------------------------------------- streams
 
 
-def decode_stream(tokenizer: Any, tokens: Iterator[int], context: Sequence[int] = ()) -> Iterator[str]:
+class TextStream:
     """Text of tokens as they arrive; joined, it is the tokenizer's text of context and tokens less that of the context.
 
     A piece waits until no later token can change it: until a character whose bytes span tokens is whole, and, with byte
     fallback, until a run of byte tokens ends, all of which the decoder would take back for one byte too many.
-    Characters that are never finished are dropped at the end.
+    """
+
+    def __init__(self, tokenizer: Any, context: Sequence[int] = ()):
+        """Begin after some tokens.
+
+        Args:
+            tokenizer: a transformers tokenizer.
+            context: the ids before the first one.
+        """
+        self._tokenizer, self._probe = tokenizer, _byte_token(tokenizer)
+        # ids: a window of what there is, which begins where text can be cut (at first: at the beginning).
+        # shown: the window's text that is out already, or belongs to the context. cut: the last place to cut it.
+        self._ids, self._cut = list(context), None
+        self._shown = self._text(self._ids)
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def push(self, token: int) -> str:
+        """The text that one more token makes certain; empty where it must wait."""
+        ids = self._ids
+        ids.append(token)
+        whole, piece = self._text(ids), ""
+        fixed = whole if self._probe is None else whole[: _common(whole, self._text([*ids, self._probe]))]
+        fixed = fixed.rstrip(REPLACEMENT)
+        # a context that ends inside a character has less text alone than within the whole
+        known = _common(fixed, self._shown)
+        if len(fixed) > known:
+            piece, self._shown = fixed[known:], fixed
+        if fixed == whole and self._shown == whole:
+            window = ids[self._cut :] if self._cut is not None and len(ids) >= SHORTEST_WINDOW else []
+            # The window may begin anew where its own text is the end of the whole; it must hold some text, since some
+            # tokenizers drop the space of a first word.
+            if window and (found := self._text(window)) and whole.endswith(found):
+                self._ids, self._shown = window, found
+            self._cut = len(self._ids)
+        return piece
+
+    def end(self) -> str:
+        """The text that waited, once no more tokens come; characters that were never finished are dropped."""
+        whole = self._text(self._ids)
+        return whole[_common(whole, self._shown) :].rstrip(REPLACEMENT)
+
+
+def decode_stream(tokenizer: Any, tokens: Iterator[int], context: Sequence[int] = ()) -> Iterator[str]:
+    """`TextStream` over an iterator of ids.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -155,35 +200,11 @@ def decode_stream(tokenizer: Any, tokens: Iterator[int], context: Sequence[int] 
     Yields:
         Text, never empty.
     """
-    probe = _byte_token(tokenizer)
-
-    def text(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    # ids: a window of what there is, which begins where text can be cut (at first: at the beginning).
-    # shown: the window's text that is out already, or belongs to the context. cut: the last place where it can be cut.
-    ids, cut = list(context), None
-    shown = text(ids)
+    stream = TextStream(tokenizer, context)
     for token in tokens:
-        ids.append(token)
-        whole = text(ids)
-        fixed = whole if probe is None else whole[: _common(whole, text([*ids, probe]))]
-        fixed = fixed.rstrip(REPLACEMENT)
-        # a context that ends inside a character has less text alone than within the whole
-        known = _common(fixed, shown)
-        if len(fixed) > known:
-            yield fixed[known:]
-            shown = fixed
-        if fixed == whole and shown == whole:
-            window = ids[cut:] if cut is not None and len(ids) >= SHORTEST_WINDOW else []
-            # The window may begin anew where its own text is the end of the whole; it must hold some text, since some
-            # tokenizers drop the space of a first word.
-            if window and (found := text(window)) and whole.endswith(found):
-                ids, shown = window, found
-            cut = len(ids)
-    whole = text(ids)
-    rest = whole[_common(whole, shown) :].rstrip(REPLACEMENT)
-    if rest:
+        if piece := stream.push(token):
+            yield piece
+    if rest := stream.end():
         yield rest
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from uniql_jax.weights.lora import PRODUCT, product
 from uniql_jax.weights.quantized import QuantizedArray, from_codes, limits
+from uniql_jax.weights.runs import scale_of_runs, scale_rows
 
 FRACTION = 0.49
 """How far from its integer an unrounded weight may lie: below one half, with room for float16 to round to it."""
@@ -32,8 +33,9 @@ class FakeQuantizedArray:
     """round(unrounded + scale * left @ right / step) * step, clipped to the grid.
 
     `unrounded` is the weight in steps, float16, of the logical shape [*lead, h]; `step` is the scale of every group,
-    [*lead, groups] for contract "last", [groups, h] for "first". `left` [*lead, rank] and `right` [rank, h] are as in
-    a LoraArray; `change`, in their stead, is of the weight's shape and in steps. Without either nothing moves.
+    [*lead, groups] for contract "last", [groups, h] for "first", both as in a QuantizedArray of this `run`. `left`
+    [*lead, rank] and `right` [rank, h] are as in a LoraArray; `change`, in their stead, is of the weight's shape and
+    in steps. Without either nothing moves.
     """
 
     unrounded: Any  # arrays as above; Any, since jax.tree.map and jax.eval_shape may put anything into a pytree
@@ -45,6 +47,7 @@ class FakeQuantizedArray:
     group: int = flax.struct.field(pytree_node=False, default=128)
     contract: str = flax.struct.field(pytree_node=False, default="last")
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
+    run: int = flax.struct.field(pytree_node=False, default=1)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,10 +60,10 @@ class FakeQuantizedArray:
         if self.contract == "last":
             step = step[:count]
         elif count != self.shape[0]:
-            width = count * math.prod(self.shape[1:-1])
-            if width % self.group:
+            inner = math.prod(self.shape[1:-1])
+            if (count % self.run) if self.run > 1 else (count * inner % self.group):
                 raise ValueError(f"a cut at {count} splits a quantization group of {self.group}")
-            step = step[: width // self.group]
+            step = step[: scale_rows(count, inner, self.group, self.run)]
         left, change = (None if part is None else part[:count] for part in (self.left, self.change))
         return dataclasses.replace(self, unrounded=unrounded, step=step, left=left, change=change)
 
@@ -77,7 +80,10 @@ class FakeQuantizedArray:
         step = jnp.asarray(self.step, jnp.float32)
         if self.contract == "last":
             return jnp.repeat(step, self.group, axis=-1)[..., : self.shape[-1]]
-        return jnp.repeat(step, self.group, axis=0)[: math.prod(self.shape[:-1])].reshape(self.shape)
+        count, inner = self.shape[0], math.prod(self.shape[1:-1])
+        if self.run > 1:
+            return scale_of_runs(step, count, inner, self.group, 1).reshape(self.shape)
+        return jnp.repeat(step, self.group, axis=0)[: count * inner].reshape(self.shape)
 
     def _update(self) -> Float[Array, "..."]:
         if self.change is not None:
@@ -123,7 +129,9 @@ class FakeQuantizedArray:
         flat = self.codes().reshape(-1, shape[-1])
         step = step.reshape(-1, step.shape[-1])
         codes, step = (flat, step) if last else (flat.T, step.T)
-        return from_codes(codes, step, bits=self.bits, group=self.group, contract=self.contract, shape=shape)
+        return from_codes(
+            codes, step, bits=self.bits, group=self.group, contract=self.contract, shape=shape, run=self.run
+        )
 
 
 def _on_grid(places: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
@@ -157,4 +165,6 @@ def unrounded_steps(
 
 def from_quantized(weight: QuantizedArray, unrounded: Float[np.ndarray | Array, "..."]) -> FakeQuantizedArray:
     """A packed weight, in its plain layout, as one that trains; `unrounded` of its logical shape."""
-    return FakeQuantizedArray(unrounded, weight.scale, bits=weight.bits, group=weight.group, contract=weight.contract)
+    return FakeQuantizedArray(
+        unrounded, weight.scale, bits=weight.bits, group=weight.group, contract=weight.contract, run=weight.run
+    )

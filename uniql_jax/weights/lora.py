@@ -24,8 +24,9 @@ PRODUCT = "product"
 class LoraArray:
     """base + scale * left @ right, the sum never formed while training.
 
-    `base` is [*lead, h], `left` [*lead, rank], `right` [rank, h]; `scale` is alpha / rank. With a `key`, a part
-    `dropout` of what the low-rank path receives is dropped, which part depends on the key, and the rest scaled up.
+    `base` is [*lead, h], `left` [*lead, rank], `right` [rank, h]; `scale` is alpha / rank. With a `key`, or one
+    for each row of x, a part `dropout` of what the low-rank path receives is dropped, which part depends on the key,
+    and the rest scaled up.
     """
 
     base: Any  # arrays as above; Any, since jax.tree.map and jax.eval_shape may put anything into a pytree
@@ -54,8 +55,12 @@ class LoraArray:
         """What the low-rank path receives of x."""
         if self.key is None or not self.dropout:
             return x
-        kept = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
-        return jnp.where(kept, x / (1.0 - self.dropout), 0).astype(x.dtype)
+        share = 1.0 - self.dropout
+        if self.key.ndim:
+            kept = jax.vmap(lambda key, row: jax.random.bernoulli(key, share, row.shape))(self.key, x)
+        else:
+            kept = jax.random.bernoulli(self.key, share, x.shape)
+        return jnp.where(kept, x / share, 0).astype(x.dtype)
 
     def lookup(self, index: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b h"]:
         """Entries of the leading axis, as an embedding's are looked up."""

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from uniql_jax.pallas_kernels.dequant_matmul import dequant_matmul, tiling
 from uniql_jax.pallas_kernels.embedding import embed as embed_packed
 from uniql_jax.weights.protocol import dense as dense
+from uniql_jax.weights.runs import from_runs, scale_of_runs, scale_rows, to_runs
 
 TARGET_GROUP = 128
 SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
@@ -60,6 +61,9 @@ class QuantizedArray:
     contract "last": the logical shape is [*lead, width], `data` is [*lead, words] and `scale` [*lead, groups].
     contract "first": the logical shape is [count, *inner, features] with count * prod(inner) contracted; `data` is
     [words, features] and `scale` [groups, features].
+    With `run` > 1 groups lie inside one place of `inner`: `group` and `run` count entries of the leading axis, what is
+    contracted is stored in the order [count / run, *inner, run], and `scale` is [ceil(count / group) * prod(inner),
+    features] (runs.py).
     4 bits: `data` int32, eight weights a word in the order of SHIFTS, each stored as weight + 8 in 0..15.
     8 bits: `data` int8, one weight an element. A weight is integer * scale; scale is bfloat16.
 
@@ -76,6 +80,7 @@ class QuantizedArray:
     width: int = flax.struct.field(pytree_node=False)  # contracted elements (unpadded)
     inner: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())  # contracted dims after the leading one
     layout: str = flax.struct.field(pytree_node=False, default="plain")
+    run: int = flax.struct.field(pytree_node=False, default=1)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,14 +105,23 @@ class QuantizedArray:
             else:  # whole tiles; rows of the last one beyond the cut have no scale any more
                 data = tiling.take_prefix(self.data, "last", count * math.prod(self.scale.shape[1:-1]))
             return dataclasses.replace(self, data=data, scale=self.scale[:count])
-        width = count * math.prod(self.inner)
+        inner = math.prod(self.inner)
+        width = count * inner
         if count == self.shape[0]:
             return self
-        if width % self.group:
-            raise ValueError(f"a cut at {count} splits a quantization group of {self.group}")
+        if (count % self.run) if self.run > 1 else (width % self.group):
+            what = f"run of {self.run}" if self.run > 1 else f"quantization group of {self.group}"
+            raise ValueError(f"a cut at {count} splits a {what}")
         per_row = (8 if self.bits == 4 else 1) if self.layout == "plain" else self.group
-        data, scale = self.data[: width // per_row], self.scale[: width // self.group]
+        data, scale = self.data[: width // per_row], self.scale[: scale_rows(count, inner, self.group, self.run)]
         return dataclasses.replace(self, data=data, scale=scale, width=width)
+
+    def in_runs(self) -> QuantizedArray:
+        """The same weight with a scale for every run, whose groups are contiguous as kernels have them."""
+        if self.run in (1, self.group):
+            return self
+        scale = scale_of_runs(self.scale, self.shape[0], math.prod(self.inner), self.group, self.run)
+        return dataclasses.replace(self, scale=scale, group=self.run)
 
     def in_layout(self, layout: str) -> QuantizedArray:
         """The same weight held in another layout. Raises NotImplementedError for tiles that it does not fit.
@@ -135,7 +149,9 @@ class QuantizedArray:
 
     def columns(self, flat: Float[Array, "*b k"]) -> Float[Array, "*b h"]:
         """x @ weight, x flattened like the weight's leading dimensions."""
-        return self._product(flat, self.data, self.scale, "first")
+        stored = self.in_runs()
+        flat = to_runs(flat, math.prod(self.inner), self.run, flat.ndim - 1)
+        return stored._product(flat, stored.data, stored.scale, "first")
 
     def _product(self, x: Array, data: Any, scale: Any, contract: str) -> Array:
         return dequant_matmul(
@@ -162,14 +178,15 @@ class QuantizedArray:
 @functools.partial(jax.jit, static_argnames="dtype")
 def _dequantize(weight: QuantizedArray, dtype: np.dtype) -> Float[Array, "..."]:
     # Compiled as one: outside a jit, a dozen small programs per shape would be.
-    weight = _plain(weight)
+    weight = _plain(weight).in_runs()
     axis = -1 if weight.contract == "last" else 0
     values = unpack(weight.data, weight.bits, axis).astype(jnp.float32)
     scale = jnp.repeat(weight.scale.astype(jnp.float32), weight.group, axis=axis)
     dense = values * scale
     if weight.contract == "last":
         return dense[..., : weight.width].astype(dtype)
-    return dense[: weight.width].reshape(weight.shape).astype(dtype)
+    dense = from_runs(dense[: weight.width], math.prod(weight.inner), weight.run)
+    return dense.reshape(weight.shape).astype(dtype)
 
 
 def _plain(weight: QuantizedArray) -> QuantizedArray:
@@ -241,22 +258,27 @@ def from_codes(
     group: int,
     contract: str,
     shape: tuple[int, ...],
+    run: int = 1,
 ) -> QuantizedArray:
     """Assemble a packed weight.
 
     Args:
-        codes: signed integers.
+        codes: signed integers in logical order.
         scale: a scale for every group of a row; stored as bfloat16.
         bits: 4 or 8.
         group: contracted weights that share a scale.
         contract: "last" or "first": which dimensions of `shape` the columns of `codes` are.
         shape: the logical shape.
+        run: entries of the leading axis that lie next to one another; 1 where groups span all between it and features.
 
     Returns:
         The weight in plain layout.
     """
     width = codes.shape[1]
-    codes = jnp.pad(codes, ((0, 0), (0, scale.shape[1] * group - width)))
+    if run > 1:
+        codes = to_runs(codes, math.prod(shape[1:-1]), run, 1)
+    else:
+        codes = jnp.pad(codes, ((0, 0), (0, scale.shape[1] * group - width)))
     scale = scale.astype(jnp.bfloat16)
     if contract == "last":
         lead = shape[:-1]
@@ -264,6 +286,5 @@ def from_codes(
         return QuantizedArray(
             data.reshape(*lead, -1), scale.reshape(*lead, -1), bits=bits, group=group, contract=contract, width=width
         )
-    return QuantizedArray(
-        pack(codes.T, bits, 0), scale.T, bits=bits, group=group, contract=contract, width=width, inner=shape[1:-1]
-    )
+    data, inner = pack(codes.T, bits, 0), shape[1:-1]
+    return QuantizedArray(data, scale.T, bits=bits, group=group, contract=contract, width=width, inner=inner, run=run)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.compression.compiling import jit
+from uniql_jax.compression.math.refine import refine
 from uniql_jax.weights.quantized import limits
 
 SCALE_GRID = tuple(1.0 - 0.025 * i for i in range(21))
@@ -120,7 +121,7 @@ def round_to(
     return jnp.clip(jnp.round(weight * inverse), low, high)
 
 
-@functools.partial(jit, static_argnames=("bits", "group", "search", "propagate", "return_unrounded"))
+@functools.partial(jit, static_argnames=("bits", "group", "search", "propagate", "descents", "return_unrounded"))
 def quantize(
     weight: Float[Array, "rows width"],
     hessian: Float[Array, "width width"] | None = None,
@@ -130,6 +131,7 @@ def quantize(
     search: bool = True,
     propagate: bool = True,
     damping: float | Float[Array, ""] = 0.01,
+    descents: int = 0,
     return_unrounded: bool = False,
 ) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"] | None]:
     """Round a weight whose rows each contract `width` inputs.
@@ -142,6 +144,7 @@ def quantize(
         search: False takes max-abs scales (a baseline).
         propagate: False rounds without carrying errors over (a baseline).
         damping: see `inverse_factor`.
+        descents: passes of coordinate descent afterwards, with refitted scales (refine.py); needs a Hessian.
         return_unrounded: return what was rounded as well.
 
     Returns:
@@ -153,10 +156,11 @@ def quantize(
     groups = -(-width // group)
     pad = groups * group - width
     if hessian is None:
-        importance, factor = jnp.ones(groups * group, jnp.float32), None
+        importance, factor, scaled = jnp.ones(groups * group, jnp.float32), None, None
     else:
         hessian = jnp.pad(hessian.astype(jnp.float32), ((0, pad), (0, pad)))
-        diagonal = jnp.diagonal(hessian) / _peak(jnp.diagonal(hessian))
+        scaled = hessian / _peak(jnp.diagonal(hessian))
+        diagonal = jnp.diagonal(scaled)
         importance = diagonal + 1e-6 * jnp.mean(diagonal) + jnp.finfo(jnp.float32).tiny
         factor = inverse_factor(hessian, damping) if propagate else None
 
@@ -166,6 +170,10 @@ def quantize(
         codes, scales, rounded, left = _quantize_columns(
             columns, importance, factor, bits, group, search, return_unrounded
         )
+        if descents and scaled is not None:
+            how = {"bits": bits, "group": group, "descents": descents}
+            refined, scales, rounded = refine(columns, codes.astype(jnp.float32), scales, scaled, **how)
+            codes, rounded = refined.astype(jnp.int8), rounded if return_unrounded else None
         scales = jnp.where(jnp.isfinite(weight).all() & jnp.isfinite(left).all(), scales, jnp.nan)
         return codes[:width].T, scales.T.astype(jnp.bfloat16), None if rounded is None else rounded[:width].T
 

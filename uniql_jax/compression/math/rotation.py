@@ -6,6 +6,7 @@ at run time: norm weights move into the matrices that follow, and every matrix t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from uniql_jax import elastic
+from uniql_jax.compression.compiling import jit
 
 
 def orthogonal(size: int, seed: int) -> Float[np.ndarray, "size size"]:
@@ -30,6 +32,7 @@ def orthogonal(size: int, seed: int) -> Float[np.ndarray, "size size"]:
     return rng.choice([-1.0, 1.0], size)[:, None] * np.kron(hadamard / np.sqrt(power), odd)
 
 
+@functools.partial(jit, static_argnames="kind")
 def rotate_block(kind: str, block: Mapping[str, Any], q: Float[Array, "h h"]) -> dict[str, Any]:
     """A block that reads and writes the rotated stream x Q; its norm weight becomes ones.
 
@@ -54,6 +57,7 @@ def rotate_block(kind: str, block: Mapping[str, Any], q: Float[Array, "h h"]) ->
     return out
 
 
+@jit
 def rotate_top(top: Mapping[str, Any], q: Float[Array, "h h"]) -> dict[str, Any]:
     """Embedding and head on the rotated stream.
 

@@ -6,11 +6,16 @@ All scale goes into V, and the rows of O get one norm, which is kind to a 4-bit 
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from threadpoolctl import threadpool_limits
 
 from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.finite import first_nonfinite
@@ -76,6 +81,13 @@ def _apply(matrix: Float[Array, "g d d"], basis: Float[Array, "g d n"]) -> Float
     return jnp.matmul(matrix, basis, precision="highest")
 
 
+@jit
+def _turned(basis: Float[Array, "g d d"], weight: Float[Array, "d n h"]) -> Float[Array, "d n h"]:
+    """The weight of all heads with the ranks of each group in its new basis."""
+    grouped = weight.reshape(weight.shape[0], basis.shape[0], -1, weight.shape[-1])
+    return jnp.einsum("grd,dgmh->rgmh", basis, grouped, precision="highest").reshape(weight.shape)
+
+
 def _small_factors(
     left: Float[np.ndarray, "d k"], gram: Float[np.ndarray, "d d"], weight: Float[np.ndarray, "k k"]
 ) -> tuple[Float[np.ndarray, "k d"], Float[np.ndarray, "k k"]]:
@@ -130,25 +142,39 @@ def decompose(
     heads, hidden = o.shape[1:]
     grams = np.asarray(gram, np.float64)
     stacked = _by_group(np.asarray(o), groups)
-    lefts: list[np.ndarray] = []
-    basis = np.zeros(stacked.shape, np.float32)
-    for g in range(groups):
+    values = None if v is None else np.asarray(v)
+
+    def reachable(g: int) -> tuple[np.ndarray, np.ndarray]:
         mine = stacked[g].astype(np.float64)
-        if v is not None:
-            mine = within_values(np.asarray(v[:, g], np.float64), mine)
-        left, rows = row_basis(mine)
-        lefts.append(left)
+        if values is not None:
+            mine = within_values(values[:, g].astype(np.float64), mine)
+        return row_basis(mine)
+
+    basis = np.zeros(stacked.shape, np.float32)
+    found = _each(reachable, groups)
+    for g, (_, rows) in enumerate(found):
         basis[g, : len(rows)] = rows
     on_device = jnp.asarray(basis)
     weights = _output_weights(on_device, metric, hidden)
     change, turn = np.zeros((2, groups, d, d), np.float32)
-    for g, left in enumerate(lefts):
+
+    def factors(g: int) -> None:
+        left = found[g][0]
         rank = left.shape[1]
         if rank:
-            found = _small_factors(left, grams[g], weights[g, :rank, :rank])
-            change[g, :rank], turn[g, :rank, :rank] = found
+            change[g, :rank], turn[g, :rank, :rank] = _small_factors(left, grams[g], weights[g, :rank, :rank])
+
+    _each(factors, groups)
     new = _apply(jnp.asarray(turn), on_device).reshape(groups, d, heads // groups, hidden)
     return jnp.asarray(change), new.transpose(1, 0, 2, 3).reshape(o.shape)
+
+
+def _each(function: Callable[[int], Any], groups: int) -> list[Any]:
+    """`function` of every group, side by side. BLAS gets one thread for each: its own threads take longer to meet than
+    such small factorizations take, and results should not depend on their number.
+    """
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(min(groups, os.cpu_count() or 1)) as pool:
+        return list(pool.map(function, range(groups)))
 
 
 def _by_group(o: Float[np.ndarray, "d n h"], groups: int) -> Float[np.ndarray, "g d mh"]:
@@ -168,7 +194,8 @@ def _output_weights(
     metric = metric / peak
     floor = METRIC_FLOOR * float(jnp.mean(jnp.diagonal(metric)))
     weights = np.asarray(_weighed(basis, metric, hidden), np.float64)
-    values, vectors = np.linalg.eigh((weights + weights.swapaxes(-1, -2)) / 2)
+    with threadpool_limits(1, "blas"):
+        values, vectors = np.linalg.eigh((weights + weights.swapaxes(-1, -2)) / 2)
     return (vectors * (np.maximum(values, 0.0) + floor)[..., None, :]) @ vectors.swapaxes(-1, -2)
 
 
@@ -187,11 +214,11 @@ def published(
     Returns:
         The change of basis of every key/value head, and O in the new basis.
     """
-    d, groups, hidden = v.shape
     carried = np.asarray(_carried(v, gram_x), np.float64)
-    zt = jnp.asarray(np.linalg.eigh(carried)[1][..., ::-1].swapaxes(-1, -2), jnp.float32)
-    grouped = o.reshape(d, groups, -1, hidden)
-    return zt, jnp.einsum("grd,dgmh->rgmh", zt, grouped, precision="highest").reshape(o.shape)
+    with threadpool_limits(1, "blas"):
+        vectors = np.linalg.eigh(carried)[1]
+    zt = jnp.asarray(vectors[..., ::-1].swapaxes(-1, -2), jnp.float32)
+    return zt, _turned(zt, o)
 
 
 @jit
@@ -240,7 +267,7 @@ def sort_value_output(
         change, new_o = jnp.broadcast_to(jnp.eye(d)[order], (groups, d, d)), o[order]
     else:
         raise ValueError(f"unknown V/O method {method!r}; one of {', '.join(VALUE_OUTPUTS)}")
-    return change, jnp.einsum("grk,kgh->rgh", change, v, precision="highest"), new_o
+    return change, _turned(change, v), new_o
 
 
 @jit

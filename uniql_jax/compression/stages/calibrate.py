@@ -37,10 +37,12 @@ class Calibration(NamedTuple):
     final_gram: Float[Array, "h h"]
 
 
-def read_ahead(read: Callable[[int], Layer], indices: Sequence[int], devices: Devices) -> Iterator[tuple[int, Layer]]:
-    """(index, layer) on every device; the next layer is read while this one is worked on."""
+def read_ahead(
+    read: Callable[[int], Layer], indices: Sequence[int], devices: Devices
+) -> Iterator[tuple[int, list[Layer]]]:
+    """(index, copies of the layer for every device); the next layer is read while this one is worked on."""
 
-    def place(index: int) -> Layer:
+    def place(index: int) -> list[Layer]:
         return devices.everywhere(read(index))
 
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
@@ -63,12 +65,12 @@ def forward_sweep(
         UserError: naming the layer, when a stream is no longer finite.
     """
     config, count, windows = source.config, len(source.config.pattern), streams.windows
-    top = streams.devices.everywhere(top)
+    tops = streams.devices.everywhere(top)
     if not store.has(SUMMARY):
         known = next((i for i in range(count) if not store.has(layer_name(i))), count)
         start = streams.nearest(FORWARD, known)
         if start is None:
-            start, xs = 0, streams.mapped(lambda batch: embed(top, batch, streams.dtype), windows.batches)
+            start, xs = 0, streams.mapped(lambda top, batch: embed(top, batch, streams.dtype), tops, windows.batches)
             streams.save(FORWARD, 0, xs)
             streams.hold(FORWARD, 0, xs)
         else:
@@ -77,17 +79,17 @@ def forward_sweep(
         for index in progress(range(count), "calibrate"):
             if index < start:
                 continue
-            i, layer = next(layers)
-            xs, cosine = _forward(config, config.pattern[i], layer, xs, streams)
+            i, copies = next(layers)
+            xs, cosine = _forward(config, config.pattern[i], copies, xs, streams)
             check_finite(cosine, f"layer {i}: the residual stream after it")
             streams.save(FORWARD, i + 1, xs)
             streams.hold(FORWARD, i + 1, xs)
             influence = 1.0 - float(cosine) / windows.tokens
             store.save(layer_name(i), {}, {"influence": influence})
             clock.line("calibrate", i, influence=influence)
-        gram = streams.summed(lambda x: final_gram(x, config.norm_eps), xs) / windows.tokens
+        gram = streams.summed(lambda _, x: final_gram(x, config.norm_eps), tops, xs) / windows.tokens
         influence = [store.record(layer_name(i))["influence"] for i in range(count)]
-        store.save(SUMMARY, {"gram": streams.devices.on(0, gram)}, {"influence": influence})
+        store.save(SUMMARY, {"gram": gram}, {"influence": influence})
     gram = jnp.asarray(store.load(SUMMARY)["gram"], jnp.float32)
     return Calibration(tuple(store.record(SUMMARY)["influence"]), gram)
 
@@ -95,7 +97,7 @@ def forward_sweep(
 def backward_sweep(
     source: DenseModel, top: Top, streams: StreamStore, start: int, thorough: bool = False
 ) -> Iterator[tuple[int, Layer, dict[str, Statistics]]]:
-    """(index, layer, mean statistics) of the layers `start`, `start` - 1, ... 0, each read once.
+    """(index, layer, mean statistics) of the layers `start`, `start` - 1, ... 0, each read once, on one device each.
 
     What one item needed is dropped from the streams when the next but one is asked for: by then its layer must be
     stored.
@@ -104,27 +106,28 @@ def backward_sweep(
         UserError: naming the layer and the statistic, when one is not finite.
     """
     config, count, windows = source.config, len(source.config.pattern), streams.windows
-    top = streams.devices.everywhere(top)
+    tops = streams.devices.everywhere(top)
     after = next(i for i in range(start + 1, count + 1) if i == count or streams.has(GRADIENT, i))
     if streams.has(GRADIENT, after):
         gradients = streams.load(GRADIENT, after)
     else:
         xs = _stream(source, streams, count)
         gradients = streams.mapped(
-            lambda x, tokens: loss_gradient(top, x, tokens, config.norm_eps), xs, windows.batches
+            lambda top, x, tokens: loss_gradient(top, x, tokens, config.norm_eps), tops, xs, windows.batches
         )
         streams.save(GRADIENT, count, gradients)
     outdated = None
-    for i, layer in read_ahead(source.device_layer, range(after - 1, -1, -1), streams.devices):
+    for i, copies in read_ahead(source.device_layer, range(after - 1, -1, -1), streams.devices):
         xs = _stream(source, streams, i)
-        gradients, stats, peaks = _backward(config, config.pattern[i], layer, xs, gradients, streams, thorough)
-        means = mean(stats, windows.tokens)
+        gradients, stats, peaks = _backward(config, config.pattern[i], copies, xs, gradients, streams, thorough)
+        means = mean(streams.devices.total(stats, i), windows.tokens)
+        del stats
         check_finite(means, f"layer {i}: the statistic")
         check_finite(peaks, f"layer {i}: the gradient of the loss before it, batch")
         kept = streams.save(GRADIENT, i, gradients)
         streams.release(FORWARD, i + 1)
         if i <= start:
-            yield i, layer, means
+            yield i, copies[i % len(copies)], means
         if outdated is not None:  # nothing above it will be needed again
             streams.drop(GRADIENT, range(outdated + 1, count + 1))
             streams.drop(FORWARD, range(outdated, count + 1))
@@ -132,32 +135,41 @@ def backward_sweep(
 
 
 def _forward(
-    config: ModelConfig, kinds: Kinds, layer: Layer, xs: Stream, streams: StreamStore
+    config: ModelConfig, kinds: Kinds, copies: Sequence[Layer], xs: Stream, streams: StreamStore
 ) -> tuple[list[Array], Array]:
     """The stream after a layer, and the cosine between input and output summed over tokens."""
     cosines = []
 
-    def forward(x: Array) -> Array:
+    def forward(layer: Layer, x: Array) -> Array:
         y, cosine = layer_forward(config, kinds, layer, x)
         cosines.append(cosine)
         return y
 
-    return streams.mapped(forward, xs), sum(cosines, jnp.zeros(()))
+    return streams.mapped(forward, copies, xs), streams.devices.total(cosines)
 
 
 def _backward(
-    config: ModelConfig, kinds: Kinds, layer: Layer, xs: Stream, gradients: Stream, streams: StreamStore, thorough: bool
-) -> tuple[list[Array], dict[str, Statistics], list[Array]]:
-    """Gradients before a layer, its statistics summed over tokens, and the gradients' peaks."""
-    stats, peaks = streams.devices.everywhere(no_statistics(config, kinds, layer, xs[0].shape, thorough)), []
+    config: ModelConfig,
+    kinds: Kinds,
+    copies: Sequence[Layer],
+    xs: Stream,
+    gradients: Stream,
+    streams: StreamStore,
+    thorough: bool,
+) -> tuple[list[Array], list[dict[str, Statistics]], list[Array]]:
+    """Gradients before a layer, its statistics summed over the tokens of each device, and the gradients' peaks."""
+    none = no_statistics(config, kinds, copies[0], xs[0].shape, thorough)
+    stats, peaks = streams.devices.everywhere(none), []
+    del none
 
-    def backward(x: Array, gradient: Array) -> Array:
-        nonlocal stats
-        gradient, stats = layer_statistics(config, kinds, layer, x, gradient, stats, thorough)
+    def backward(own: tuple[int, Layer], x: Array, gradient: Array) -> Array:
+        at, layer = own
+        gradient, stats[at] = layer_statistics(config, kinds, layer, x, gradient, stats[at], thorough)
         peaks.append(peak(gradient))
         return gradient
 
-    return streams.mapped(backward, xs, gradients), stats, peaks
+    done = streams.mapped(backward, list(enumerate(copies)), xs, gradients)
+    return done, stats, streams.devices.on(0, peaks)
 
 
 @functools.partial(jit, donate_argnums=0)
@@ -172,7 +184,7 @@ def _stream(source: DenseModel, streams: StreamStore, index: int) -> list[Float[
         start = streams.nearest(FORWARD, index)
         assert start is not None, "the stream before layer 0 is always kept"
         xs = streams.load(FORWARD, start)
-        for j, layer in read_ahead(source.device_layer, range(start, index), streams.devices):
-            xs, _ = _forward(source.config, source.config.pattern[j], layer, xs, streams)
+        for j, copies in read_ahead(source.device_layer, range(start, index), streams.devices):
+            xs, _ = _forward(source.config, source.config.pattern[j], copies, xs, streams)
             streams.hold(FORWARD, j + 1, xs, always=True)
     return streams.load(FORWARD, index)

@@ -19,4 +19,5 @@ def plan(
         calibration.influence if kind == "influence" else None,
         losses=[sorted_layers.record(layer_name(i)) for i in layers] if kind == "loss" else None,
         epsilon=settings.epsilon,
+        portable=settings.portable,
     )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uniql_jax import elastic
-from uniql_jax.checkpoint import reachable_bias, stored
+from uniql_jax.checkpoint import leaf_group, leaf_run, reachable_bias, stored
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
 from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.contract import Progress, SortedModel
@@ -34,7 +34,7 @@ from uniql_jax.compression.stages.running import Streams, resume
 from uniql_jax.compression.stored import TOP, StoredLayers, matrix_dtype
 from uniql_jax.compression.streams import StreamStore
 from uniql_jax.config import ModelConfig
-from uniql_jax.plan import groups
+from uniql_jax.plan import grouping
 from uniql_jax.weights.quantized import QuantizedArray, dense
 
 Block = Mapping[str, Any]
@@ -73,33 +73,36 @@ def quantize(
         )
         check_finite(finished, "outside the layers, quantized:")
         if unrounded is not None:
-            unrounded.save(TOP, streams.devices.on(0, offsets))
-        done.save(TOP, streams.devices.on(0, finished))
+            unrounded.save(TOP, offsets)
+        done.save(TOP, finished)
     start = next((i for i in range(count) if not done.has(layer_name(i))), count)
     if start == count:
         return
     running = None
     if settings.packed or settings.refit is not None:
         running = resume(model, q, settings, stored_layers, streams, start)
+    qs = streams.devices.everywhere(q)
     dense_layers, clock = read_ahead(model.layers.layer, range(start, count), streams.devices), Clock()
     for index in progress(range(count), "quantize" if settings.packed else "finish"):
         if index < start:
             continue
-        i, layer = next(dense_layers)
-        original = rotated_layer(layer, q)
+        i, copies = next(dense_layers)
+        originals = [rotated_layer(layer, own) for layer, own in zip(copies, qs, strict=True)]
+        original = originals[0]
         finished, offsets = {}, {}
         for kind in config.pattern[i]:
             finished[kind], offsets[kind] = _finish_block(
-                config, i, kind, original[kind], running, settings, unrounded is not None, streams.devices
-            )
+                config, i, kind, [each[kind] for each in originals], running, settings, unrounded is not None,
+                streams.devices,
+            )  # fmt: skip
             if running is not None:
-                running = running.after(config, i, kind, finished[kind], original[kind])
+                running = running.after(config, i, kind, finished[kind], [each[kind] for each in originals])
         check_finite(finished, f"layer {i}, quantized:")
         if unrounded is not None:
-            unrounded.save(layer_name(i), flatten(streams.devices.on(0, offsets)))
+            unrounded.save(layer_name(i), flatten(offsets))
         if running is not None:
             running.save(i + 1)
-        done.save(layer_name(i), flatten(streams.devices.on(0, finished)))
+        done.save(layer_name(i), flatten(finished))
         error = _relative_error(finished, {kind: dict(original[kind]) for kind in finished})
         clock.line("quantize", i, relative_error=round(float(error), 5))
         if running is not None:
@@ -133,12 +136,8 @@ def _finish_top(
     turned = rotated_top(top, q)
     if not settings.packed:
         return {name: stored(elastic.TOP[name], value, dtype, name) for name, value in turned.items()}, {}
-    if q is None:
-        read = norm[:, None] * gram * norm
-    elif "head" in turned:
-        read = q.T @ gram @ q
-    else:
-        read = q.T @ (norm[:, None] * gram * norm) @ q
+    # A rotated head holds the norm's weight itself.
+    read = _turned_gram(gram if q is not None and "head" in turned else norm[:, None] * gram * norm, q)
     out: dict[str, Any] = {n: stored(elastic.TOP[n], value, dtype, n) for n, value in turned.items() if n != "head"}
     if "head" in turned:
         hessians = {"head": read, "embed": None}
@@ -146,31 +145,39 @@ def _finish_top(
         # One table is read as embedding and as head: its errors count in both ways.
         scale = jnp.mean(jnp.diagonal(read)) + jnp.finfo(jnp.float32).tiny
         hessians = {"embed": read / scale + settings.embed_mix * jnp.eye(read.shape[0])}
-    before = {}
+    before, group = {}, grouping(config, settings.portable)["groups"]["embed"]
     for name, hessian in hessians.items():
-        done = pack_leaf(elastic.TOP[name], turned[name], hessian, settings, groups(config)["embed"], offsets, devices)
+        done = pack_leaf(elastic.TOP[name], turned[name], hessian, settings, group, offsets, devices)
         out[name] = done.weight
         if done.unrounded is not None:
             before[name] = done.unrounded
     return out, before
 
 
+@jit
+def _turned_gram(gram: Float[Array, "h h"], q: Rotation) -> Float[Array, "h h"]:
+    """The Gram matrix of the rotated stream."""
+    return gram if q is None else q.T @ gram @ q
+
+
 def _finish_block(
     config: ModelConfig,
     index: int,
     kind: str,
-    original: Block,
+    originals: Sequence[Block],
     running: Streams | None,
     settings: CompressionSettings,
     offsets: bool,
     devices: Devices,
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """A block in its stored form, and with `offsets` what its packed leaves were before rounding, in steps.
+    """A block, of which every device has a copy, in its stored form, and with `offsets` what its packed leaves were
+    before rounding, in steps.
 
     First the matrices that read the stream, which share one Hessian, then vectors, then the output matrix, fitted to
     what the finished ones give it.
     """
-    leaves, dtype, group = elastic.leaves(config, kind), matrix_dtype(settings), groups(config)
+    leaves, dtype, meta = elastic.leaves(config, kind), matrix_dtype(settings), grouping(config, settings.portable)
+    original = originals[0]
     done: dict[str, Any] = {}
     before: dict[str, Array] = {}
 
@@ -182,10 +189,11 @@ def _finish_block(
     hessian = None
     if running is not None and settings.packed and (settings.rounding == "gptq" or settings.scale_search):
         tokens = sum(x.shape[0] * x.shape[1] for x in running.x)
-        hessian = running.store.summed(lambda x: read_gram(config, kind, original, x), running.x) / tokens
+        hessian = running.store.summed(lambda block, x: read_gram(config, kind, block, x), originals, running.x)
+        hessian = hessian / tokens
     reading = {name: original[name] for name, leaf in leaves.items() if settings.packed and leaf.contract == "last"}
     if reading:
-        for name, value in pack_together(reading, hessian, settings, group["embed"], offsets, devices).items():
+        for name, value in pack_together(reading, hessian, settings, meta["groups"]["embed"], offsets, devices).items():
             take(name, value)
     for name, leaf in leaves.items():
         if leaf.contract != "first" and name not in reading:
@@ -193,9 +201,12 @@ def _finish_block(
     working = dict(original) | {name: dense(value) for name, value in done.items()}
     for name, leaf in leaves.items():
         if leaf.contract == "first":
-            weight, gram = _output(config, index, kind, original, working, name, running, settings, hessian is not None)
+            weight, gram = _output(
+                config, index, kind, originals, working, name, running, settings, hessian is not None
+            )
             if settings.packed:
-                take(name, pack_leaf(leaf, weight, gram, settings, group[leaf.dims[0]], offsets, devices))
+                group, run = leaf_group(meta, leaf), leaf_run(meta, leaf)
+                take(name, pack_leaf(leaf, weight, gram, settings, group, offsets, devices, run))
             else:
                 done[name] = stored(leaf, weight, dtype, f"layers.{index}.{kind}.{name}")
     return reachable_bias(config, kind, done), before
@@ -205,7 +216,7 @@ def _output(
     config: ModelConfig,
     index: int,
     kind: str,
-    original: Block,
+    originals: Sequence[Block],
     working: Block,
     name: str,
     running: Streams | None,
@@ -213,15 +224,17 @@ def _output(
     weighted: bool,
 ) -> tuple[Float[Array, "..."], Float[Array, "k k"] | None]:
     """The output matrix, refitted where that was asked, and the mean Gram matrix of what it contracts if `weighted`."""
-    weight = original[name]
+    weight = originals[0][name]
     if running is None:
         return weight, None
+    copies = running.store.devices.everywhere(working)
     tokens = sum(x.shape[0] * x.shape[1] for x in running.x)
     kept: Sequence[Keep | None] = running.kept(index)
     if running.unpruned is not None:
         target = settings.refit_target
         gram, cross = running.store.summed(
-            lambda x, t, keep: hidden_gram_and_cross(config, kind, working, original, x, t, keep, target),
+            lambda both, x, t, keep: hidden_gram_and_cross(config, kind, *both, x, t, keep, target),
+            list(zip(copies, originals, strict=True)),
             running.x,
             running.unpruned,
             kept,
@@ -231,5 +244,7 @@ def _output(
         return refitted(gram, cross, flat, settings.refit_ridge).reshape(weight.shape), gram
     if not weighted:
         return weight, None
-    gram = running.store.summed(lambda x, keep: hidden_gram(config, kind, working, x, keep), running.x, kept)
+    gram = running.store.summed(
+        lambda block, x, keep: hidden_gram(config, kind, block, x, keep), copies, running.x, kept
+    )
     return weight, gram / tokens

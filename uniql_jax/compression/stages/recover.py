@@ -11,6 +11,7 @@ from uniql_jax.compression.contract import Gains, Progress, RecoveryData, Sorted
 from uniql_jax.compression.finite import check_finite
 from uniql_jax.train import recover as training
 from uniql_jax.train.lora import merge_layer
+from uniql_jax.train.stack import Lazy
 
 SUMMARY = "summary"
 
@@ -31,7 +32,7 @@ def recover(model: SortedModel, data: RecoveryData, folder: Path, store: LayerSt
         UserError: when the loss or a merged weight is not finite.
     """
     if not store.has(SUMMARY):
-        layers = [jax.device_get(model.layers.layer(i)) for i in range(len(model.config.pattern))]
+        layers = Lazy(model.layers.stored, len(model.config.pattern))
         result = training.train(
             model.config, layers, jax.device_get(model.top), model.plan, data.train, data.validation, data.settings,
             folder, lambda steps: progress(steps, "recover"),

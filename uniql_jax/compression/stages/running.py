@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from uniql_jax.compression.contract import SortedModel
 from uniql_jax.compression.refit import Keep, advance, keep_per_window, refit_rates
 from uniql_jax.compression.settings import CompressionSettings
-from uniql_jax.compression.stages.rotate import Rotation, rotated_layer
+from uniql_jax.compression.stages.rotate import Rotation, rotated_layer, rotated_top
 from uniql_jax.compression.stored import StoredLayers
 from uniql_jax.compression.streams import StreamStore
 from uniql_jax.config import ModelConfig
@@ -36,12 +36,14 @@ class Streams(NamedTuple):
         """Kept sizes at layer `index`, per batch."""
         return [None] * len(self.x) if self.keep is None else [batch[index] for batch in self.keep]
 
-    def after(self, config: ModelConfig, index: int, kind: str, finished: Block, original: Block) -> Streams:
-        """Both streams after one block: finished, and as it was."""
-        held = {name: dense(value) for name, value in finished.items()}
-        x = self.store.mapped(lambda x, keep: advance(config, kind, held, x, keep), self.x, self.kept(index))
+    def after(self, config: ModelConfig, index: int, kind: str, finished: Block, original: Sequence[Block]) -> Streams:
+        """Both streams after one block: finished, and as it was, of which every device has a copy."""
+        held = self.store.devices.everywhere({name: dense(value) for name, value in finished.items()})
+        x = self.store.mapped(
+            lambda block, x, keep: advance(config, kind, block, x, keep), held, self.x, self.kept(index)
+        )
         unpruned = self.unpruned and self.store.mapped(
-            lambda t: advance(config, kind, original, t, None), self.unpruned
+            lambda block, t: advance(config, kind, block, t, None), original, self.unpruned
         )
         return self._replace(x=x, unpruned=unpruned)
 
@@ -76,12 +78,10 @@ def resume(
         ]
     at = streams.nearest(FINISHED, start)
     if at is None:
-        at, table = 0, finished.top()["embed"]
-        x = streams.mapped(lambda batch: embed({"embed": table}, batch, streams.dtype), windows.batches)
-        unpruned = None
+        at, unpruned = 0, None
+        x = _embedded(streams, finished.top()["embed"])
         if keep is not None:
-            table = model.top["embed"] if q is None else model.top["embed"] @ q
-            unpruned = streams.mapped(lambda batch: embed({"embed": table}, batch, streams.dtype), windows.batches)
+            unpruned = _embedded(streams, rotated_top(model.top, q)["embed"])
         running = Streams(streams, x, unpruned, keep)
         running.save(0)
     else:
@@ -90,5 +90,11 @@ def resume(
     for i in range(at, start):
         original, done = rotated_layer(model.layers.layer(i), q), finished.layer(i)
         for kind in config.pattern[i]:
-            running = running.after(config, i, kind, done[kind], original[kind])
+            running = running.after(config, i, kind, done[kind], streams.devices.everywhere(original[kind]))
     return running
+
+
+def _embedded(streams: StreamStore, table: Any) -> list[Float[Array, "_ t h"]]:
+    """The calibration windows before the first layer."""
+    tables = streams.devices.everywhere({"embed": table})
+    return streams.mapped(lambda top, batch: embed(top, batch, streams.dtype), tables, streams.windows.batches)

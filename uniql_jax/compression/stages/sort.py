@@ -60,7 +60,7 @@ def sort(
             found = next(layers)
             if working is not None:
                 working.result()
-            working = pool.submit(sorted_and_stored, found[0], *streams.devices.on(found[0], found[1:]))
+            working = pool.submit(sorted_and_stored, *found)
             del found
         if working is not None:
             working.result()

@@ -15,6 +15,7 @@ from uniql_jax.compression.stages.recover import SUMMARY
 from uniql_jax.compression.stored import TOP, StoredLayers
 from uniql_jax.train import recover as training
 from uniql_jax.train.lora import packed_layer, packed_top
+from uniql_jax.train.stack import Lazy
 from uniql_jax.weights.fake_quantized import from_quantized
 from uniql_jax.weights.quantized import QuantizedArray
 
@@ -49,24 +50,26 @@ def tune(
         raise ValueError("tuning wants settings of its own")
     count = len(config.pattern)
     if not store.has(SUMMARY):
-        layers = []
-        for i in range(count):
+
+        def layer(i: int) -> dict[str, dict[str, Any]]:
             before = unflatten(unrounded.load(layer_name(i)))
             packed = quantized.layer(i).items()
-            layers.append({kind: _trainable(block, before.get(kind, {})) for kind, block in packed})
+            return {kind: _trainable(block, before.get(kind, {})) for kind, block in packed}
+
+        layers = Lazy(layer, count)
         tops = _trainable(quantized.top(), unrounded.load(TOP))
         dense = None
         if settings.distill:
-            dense = [jax.device_get(teacher.layers.layer(i)) for i in range(count)], jax.device_get(dict(teacher.top))
+            dense = Lazy(teacher.layers.stored, count), jax.device_get(dict(teacher.top))
         result = training.train(
             config, layers, tops, teacher.plan, data.train, data.validation, settings, folder,
             lambda steps: progress(steps, "tune"), teacher=dense,
         )  # fmt: skip
         factors = jax.device_get(result.factors)
-        for i, layer in enumerate(layers):
+        for i in range(count):
             if store.has(layer_name(i)):
                 continue
-            tuned = packed_layer(config, i, layer, factors, settings.alpha)
+            tuned = packed_layer(config, i, layers[i], factors, settings.alpha)
             check_finite(tuned, f"layer {i}, tuned:")
             store.save(layer_name(i), flatten(tuned))
         if not store.has(TOP):

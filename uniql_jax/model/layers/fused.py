@@ -53,6 +53,8 @@ def weight_of(leaf: Any) -> Weight:
     """The static half of a packed leaf. Raises NotImplementedError for any other."""
     if not isinstance(leaf, QuantizedArray) or leaf.bits != 4:
         raise NotImplementedError("fused kernels take 4-bit weights")
+    if leaf.run > 1:
+        raise NotImplementedError("fused kernels take groups that span all heads")
     last = leaf.contract == "last"
     groups = leaf.scale.shape[-1 if last else 0]
     if groups * leaf.group != leaf.width:

@@ -1,0 +1,191 @@
+"""What a change of the rate costs, and what it leaves: a running `Elastic` against fresh ones.
+
+    python -m benchmarks.session --ckpt DIR --text TEXT [--json FILE]            switches, memory, perplexity
+    python -m benchmarks.session --config llama-3.2-1b --batch 16 [--json FILE]  random weights: also throughput
+
+Measured: seconds of a switch up, warm, next to `load`; bytes after it next to a fresh session's; perplexity of the text
+after 0 -> 0.35 -> 0.15, next to a fresh run at 0.15 with the same prefix, for both ways to treat caches; tokens/s of a
+full batch of requests next to `generate_tokens`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import uniql_jax
+from uniql_jax import console, data
+from uniql_jax.checkpoint import CheckpointWriter, open_checkpoint
+from uniql_jax.evaluation.published import CONFIGS
+from uniql_jax.evaluation.random_model import random_model, read_config
+from uniql_jax.evaluation.timing import device_name, environment
+from uniql_jax.plan import grouping, make_plan
+from uniql_jax.runtime.requests import Settings
+from uniql_jax.tokenizer import load_tokenizer
+
+RATES = (0.0, 0.15, 0.35)
+
+
+def random_checkpoint(name: str, folder: Path) -> Path:
+    """An elastic checkpoint of random weights of a published config."""
+    config = read_config(name)
+    plan = make_plan(config, None)
+    model = random_model(config, 4, plan=plan)
+    folder.mkdir()
+    hf = json.loads((CONFIGS / f"{name}.json").read_text())
+    writer = CheckpointWriter(
+        folder, hf, {"bits": 4, "groups": dict(grouping(config)["groups"]), "plan": plan.to_json()}
+    )
+    params = dict(model.params)
+    layers = params.pop("layers")
+    plain = lambda tree: jax.tree.map(  # noqa: E731
+        lambda w: w.in_layout("plain") if hasattr(w, "in_layout") else w,
+        tree,
+        is_leaf=lambda w: hasattr(w, "in_layout"),
+    )
+    writer.add_top(plain(params))
+    for i, layer in enumerate(layers):
+        writer.add_layer(i, plain(layer))
+    writer.finish()
+    return folder
+
+
+def held() -> int:
+    """Bytes of all live arrays."""
+    return sum(int(x.nbytes) for x in jax.live_arrays())
+
+
+def seconds(run: Any) -> float:
+    """How long something takes until the device is done."""
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def switches(ckpt: Path, context: int) -> Iterator[dict[str, Any]]:
+    """Changes of the rate with a text at work: seconds next to those of loading, bytes next to a fresh session's."""
+    session = uniql_jax.Elastic(ckpt, context=context)
+    session.warm_up(RATES, sampling=False, lengths=[context])
+    request = session.submit(np.arange(3, 3 + context // 2), Settings(context // 2))
+    session.step()
+
+    def change(rate: float) -> Any:
+        session.rate = rate
+        return jax.tree.leaves(dict(session.model.params))
+
+    for rate in (0.35, 0.0, 0.15, 0.35, 0.15):  # once each way, so that what follows is warm
+        change(rate)
+        session.step()
+    change(0.0)
+    session.step()
+    for before, after in ((0.0, 0.35), (0.35, 0.15), (0.15, 0.35), (0.35, 0.0)):
+        took = seconds(lambda rate=after: change(rate))
+        session.step()
+        load = min(
+            seconds(lambda rate=after: jax.tree.leaves(dict(uniql_jax.load(ckpt, rate).params))) for _ in range(3)
+        )
+        bytes_held = sum(session.memory().values())
+        yield {
+            "from": before, "to": after, "seconds": took, "load_seconds": load,
+            "held_bytes": bytes_held, "fresh_bytes": session.bytes_at(after),
+        }  # fmt: skip
+    request.cancel()
+
+
+def perplexities(ckpt: Path, tokens: np.ndarray, prompt: int) -> Iterator[dict[str, Any]]:
+    """Perplexity of what follows 0 -> 0.35 -> 0.15, for both policies, next to fresh runs with the same prefix."""
+    context, third = len(tokens), 64
+
+    def run(changes: dict[int, float], **settings: Any) -> np.ndarray:
+        session = uniql_jax.Elastic(ckpt, context=context, **settings)
+        scores, found = session.score(tokens[:prompt], tokens[prompt:]), []
+        for i in range(len(tokens) - prompt):
+            if i in changes:
+                session.rate = changes[i]
+            found.append(next(scores))
+        return np.asarray(found)
+
+    def value(scores: np.ndarray) -> float:
+        return math.exp(-scores[2 * third + 2 :].mean())
+
+    fresh = {rate: value(run({}, rate=rate)) for rate in (0.15, 0.35)}
+    up = value(run({2 * third: 0.35}))
+    yield {"switch": "0 -> 0.35", "cache": "cut", "perplexity": up, "fresh": fresh[0.35], "ratio": up / fresh[0.35]}
+    for policy in ("read-again", "extend"):
+        found = value(run({third: 0.35, 2 * third: 0.15}, cache=policy))
+        yield {
+            "switch": "0 -> 0.35 -> 0.15", "cache": policy, "perplexity": found, "fresh": fresh[0.15],
+            "ratio": found / fresh[0.15],
+        }  # fmt: skip
+
+
+def throughput(ckpt: Path, batch: int, prompt: int, new: int) -> dict[str, Any]:
+    """Tokens/s of a full batch of requests, and of `generate_tokens` with the same prompts."""
+    model = uniql_jax.load(ckpt)
+    prompts = np.random.default_rng(0).integers(3, model.config.vocab_size, (batch, prompt)).astype(np.int32)
+    loop = min(
+        seconds(lambda: uniql_jax.generate_tokens(model, prompts, max_new_tokens=new, eos_ids=())) for _ in range(3)
+    )
+    session = uniql_jax.Elastic(ckpt, context=prompt + new, batch=batch)
+
+    def serve() -> list[int]:
+        requests = [session.submit(row, Settings(new)) for row in prompts]
+        while session.step():
+            pass
+        return [len(request.tokens) for request in requests]
+
+    serve()
+    requests = min(seconds(serve) for _ in range(3))
+    rates = {"requests_tokens_per_second": batch * new / requests, "loop_tokens_per_second": batch * new / loop}
+    return rates | {"batch": batch, "prompt": prompt, "new": new, "ratio": loop / requests}
+
+
+def main() -> None:
+    """Measure and print; write what --json names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--ckpt", help="elastic checkpoint")
+    model.add_argument("--config", help="random weights of a published config")
+    parser.add_argument("--text", help="held-out text: perplexities are measured on it")
+    parser.add_argument("--tokens", type=int, default=768, help="of the text")
+    parser.add_argument("--context", type=int, default=512, help="of the session whose switches are timed")
+    parser.add_argument("--batch", type=int, default=0, help="measure the throughput of so many requests at a time")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of their prompts")
+    parser.add_argument("--new", type=int, default=256, help="tokens of their answers")
+    parser.add_argument("--json", help="write everything here")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        ckpt = Path(args.ckpt) if args.ckpt else random_checkpoint(args.config, Path(scratch) / args.config)
+        found: dict[str, Any] = {"environment": environment(["benchmarks.session", *sys.argv[1:]]), "model": ckpt.name}
+        print(device_name())
+        found["switches"] = list(switches(ckpt, args.context))
+        rows = [list(row.values())[:4] + [console.format_bytes(row[key]) for key in ("held_bytes", "fresh_bytes")]
+                for row in found["switches"]]  # fmt: skip
+        print(console.table(rows, ["from", "to", "switch s", "load s", "held", "fresh"]))
+        if args.text:
+            tokenizer = load_tokenizer(str(ckpt))
+            vocabulary = open_checkpoint(ckpt).config.vocab_size
+            made = data.evaluation_windows([args.text], tokenizer, args.tokens, args.tokens, vocab_size=vocabulary)
+            tokens = made.tokens[0]
+            found["perplexity"] = list(perplexities(ckpt, np.asarray(tokens), 64))
+            rows = [list(row.values()) for row in found["perplexity"]]
+            print(console.table(rows, ["switch", "cache", "perplexity", "fresh run", "ratio"]))
+        if args.batch:
+            found["throughput"] = throughput(ckpt, args.batch, args.prompt, args.new)
+            print(json.dumps(found["throughput"]))
+    if args.json:
+        console.write_whole(args.json, json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

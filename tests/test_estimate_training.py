@@ -1,0 +1,57 @@
+"""The time that the plan gives recovery, against runs that were recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests import published
+from uniql_jax import config as model_config
+from uniql_jax.compression import estimate_training
+from uniql_jax.compression.contract import RecoveryData
+from uniql_jax.train.examples import from_windows
+from uniql_jax.train.settings import RecoverySettings
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+H100, H200 = 700e12, 690e12
+FIELDS = {field.name for field in dataclasses.fields(RecoverySettings)}
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "speed"),
+    [("long-h100", "all rates", H100), ("every-weight-h200", "all rates", H200),
+     ("every-weight-h200", "all rates, tuned", H200)],
+)  # fmt: skip
+def test_a_small_model(file: str, row: str, speed: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2 on one GPU, in examples of 512 tokens, 128 of them for validation."""
+    run = json.loads((RESULTS / f"recovery-smollm2-{file}.json").read_text())["training_rows"][row]
+    settings = RecoverySettings(**{name: value for name, value in run["options"].items() if name in FIELDS})
+    assert seconds("smollm2-135m", settings, 512, speed, monkeypatch) == pytest.approx(run["seconds"], rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("file", "variant", "devices"),
+    [("llama-3.1-8b-h100", "1 products", 1), ("llama-3.1-8b-rank64-two-h200", "1 products", 2)],
+)
+def test_a_step_of_a_large_model(file: str, variant: str, devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = json.loads((RESULTS / f"train-step-{file}.json").read_text())
+    rank, batch = record["options"]["rank"], record["batch"]
+    settings = RecoverySettings(rank=rank, batch=batch, steps=1000, evaluations=1, remat="products", compute="bfloat16")
+    monkeypatch.setattr(estimate_training, "data_mesh", lambda rows: np.zeros(devices))
+    speed = record["product_flops_a_second"]
+    found = seconds("llama-3.1-8b", settings, record["length"], speed, monkeypatch) / 1000
+    assert found == pytest.approx(record["variants"][variant]["median_seconds"], rel=0.3)
+
+
+def seconds(name: str, settings: RecoverySettings, length: int, speed: float, monkeypatch: pytest.MonkeyPatch) -> float:
+    """What the plan would have said on a GPU of this speed."""
+    monkeypatch.setattr(estimate_training, "product_speed", lambda *_: speed)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    examples = from_windows(np.zeros((4096, length), np.int32))
+    data = RecoveryData(examples, examples.take(np.arange(128)), settings)
+    return estimate_training.training_seconds(model_config.from_hf(published.ALL[name]), data)

@@ -1,0 +1,160 @@
+"""Nested codes: one 4-bit integer a weight whose leading 3 bits are a model of their own.
+
+A code c from -8 to 7 stands for c * fine at 4 bits and, with h = floor(c / 2) from -4 to 3, for (h + 1/4) * coarse at
+3 bits: with coarse = 2 * fine that is midway between the two codes that share h. Both models' rounding errors are
+carried over to later columns, each through its own Hessian and on its own copy of the weight (GPTQ, twice); at each
+entry that code is taken which adds least to a weighted sum of both output errors. Coordinate descent on that sum
+follows, with both models' scales refitted by least squares.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from uniql_jax.compression.compiling import jit
+from uniql_jax.compression.math.gptq import SCALE_GRID, inverse_factor
+from uniql_jax.compression.math.refine import limits, nearest, refit_scales
+from uniql_jax.weights.nested import OFFSET
+
+Pair = tuple[Array, Array]
+"""Of the 4-bit and of the 3-bit model."""
+
+
+def candidates(block: Float[Array, "group rows"], bits: int) -> Float[Array, "tries rows"]:
+    """Scales to try for a group, bfloat16-exact, the max-abs one first.
+
+    The longer end of the grid meets the entry of largest magnitude.
+    """
+    top, bottom = block.max(0), block.min(0)
+    base = jnp.where(top > -bottom, top, bottom) / limits(bits)[0]
+    tries = base * jnp.asarray(SCALE_GRID, block.dtype)[:, None]
+    return tries.astype(jnp.bfloat16).astype(block.dtype)
+
+
+def leading(codes: Float[Array, "..."]) -> Float[Array, "..."]:
+    """What the leading 3 bits of 4-bit codes stand for, in steps of the coarse scale."""
+    return jnp.floor(codes / 2) + OFFSET
+
+
+@functools.partial(jit, static_argnames=("group", "sweeps"))
+def quantize_nested(
+    columns: Float[Array, "width rows"],
+    hessians: tuple[Float[Array, "width width"], Float[Array, "width width"]],
+    *,
+    group: int,
+    share: float | Float[Array, ""] = 0.5,
+    sweeps: int = 2,
+    damping: float | Float[Array, ""] = 0.01,
+) -> tuple[Int[Array, "width rows"], Float[Array, "groups rows"], Float[Array, "groups rows"]]:
+    """Round a weight to nested codes.
+
+    Args:
+        columns: the weight, a column of it an output; the width is a multiple of the group.
+        hessians: mean outer products of the inputs in the 4-bit and in the 3-bit model.
+        group: entries of an output that share a scale.
+        share: weight of the 3-bit model's error, from 0 (GPTQ at 4 bits) to 1 (GPTQ at 3 bits). In its own steps: one
+            of 3 bits is twice as wide, so its squared error is divided by 4.
+        sweeps: coordinate descents.
+        damping: see `gptq.inverse_factor`.
+
+    Returns:
+        Codes from -8 to 7 (int8), the scales of 4 bits and those of 3 bits, bfloat16-exact.
+    """
+    hessians = tuple(h / jnp.maximum(jnp.diagonal(h).mean(), jnp.finfo(jnp.float32).tiny) for h in hessians)  # type: ignore[assignment]
+    factors = inverse_factor(hessians[0], damping), inverse_factor(hessians[1], damping)
+    weights = jnp.float32(4 * (1 - share)), jnp.asarray(share, jnp.float32)
+    codes, fine = _gptq(columns, hessians, factors, weights, group)
+    coarse = 2 * fine
+    for sweep in range(sweeps + 1):
+        coarse = refit_scales(columns, leading(codes), hessians[1], coarse, group)
+        if sweeps:
+            fine = refit_scales(columns, codes, hessians[0], fine, group)
+        if sweep < sweeps:
+            codes = _descend(columns, codes, (fine, coarse), hessians, weights, group)
+    return codes.astype(jnp.int8), fine, coarse
+
+
+def _gptq(columns: Array, hessians: Pair, factors: Pair, weights: Pair, group: int) -> tuple[Array, Array]:
+    """Codes and fine scales by two GPTQs that share their codes."""
+    width = len(columns)
+    importance = [jnp.diagonal(h) + 1e-6 for h in hessians]
+
+    def one(g: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        a, b, codes, scales = state
+        start = g * group
+        blocks = [jax.lax.dynamic_slice_in_dim(copy, start, group) for copy in (a, b)]
+        stripes = [jax.lax.dynamic_slice_in_dim(factor, start, group) for factor in factors]
+        squares = [jax.lax.dynamic_slice_in_dim(stripe, start, group, axis=1) for stripe in stripes]
+        near = [jax.lax.dynamic_slice_in_dim(value, start, group)[:, None] for value in importance]
+        tries = candidates(blocks[0], 4)
+        nearby = nearest(blocks[0], tries[:, None], 4)
+        errors = blocks[0] - nearby * tries[:, None], blocks[1] - leading(nearby) * 2 * tries[:, None]
+        cost = sum((weights[i] * jnp.square(errors[i]) * near[i]).sum(-2) for i in (0, 1))
+        scale = jnp.take_along_axis(tries, jnp.argmin(jnp.asarray(cost), axis=0)[None], axis=0)[0]
+        code, found = _gptq_block((blocks[0], blocks[1]), scale, (squares[0], squares[1]), weights)
+        later = jnp.arange(width) >= start + group
+        a, b = (
+            copy - jnp.where(later, stripe, 0.0).T @ error
+            for copy, stripe, error in zip((a, b), stripes, found, strict=True)
+        )
+        codes = jax.lax.dynamic_update_slice_in_dim(codes, code, start, axis=0)
+        return a, b, codes, jax.lax.dynamic_update_slice_in_dim(scales, scale[None], g, axis=0)
+
+    empty = jnp.zeros((width // group, columns.shape[1]), columns.dtype)
+    _, _, codes, scales = jax.lax.fori_loop(0, width // group, one, (columns, columns, jnp.zeros_like(columns), empty))
+    return codes, scales
+
+
+def _gptq_block(blocks: Pair, scale: Array, squares: Pair, weights: Pair) -> tuple[Array, Pair]:
+    """Codes of one group, and both copies' errors over their factors' diagonals."""
+    index = jnp.arange(len(squares[0]))[:, None]
+
+    def one(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        a, b, codes = state
+        rows = squares[0][j], squares[1][j]
+        # What an error costs after compensation is its square over the factor's squared diagonal.
+        code = _choose(a[j], b[j], scale, (weights[0] / rows[0][j] ** 2, weights[1] / rows[1][j] ** 2))
+        errors = (a[j] - code * scale) / rows[0][j], (b[j] - leading(code) * 2 * scale) / rows[1][j]
+        a, b = (
+            jnp.where(index > j, copy - row[:, None] * error, jnp.where(index == j, error, copy))
+            for copy, row, error in zip((a, b), rows, errors, strict=True)
+        )
+        return a, b, codes.at[j].set(code)
+
+    a, b, codes = jax.lax.fori_loop(0, len(index), one, (*blocks, jnp.zeros_like(blocks[0])))
+    return codes, (a, b)
+
+
+def _choose(a: Array, b: Array, scale: Array, weights: Pair) -> Array:
+    """The code of least weighted error among those near what either copy of the weight would take."""
+    here = nearest(a, scale, 4)
+    there = 2 * nearest(b - OFFSET * 2 * scale, 2 * scale, 3)
+    tries = [here, jnp.clip(here - 1, -8, 7), jnp.clip(here + 1, -8, 7), jnp.clip(here, there, there + 1)]
+    tries = jnp.stack(tries)
+    cost = weights[0] * jnp.square(a - tries * scale) + weights[1] * jnp.square(b - leading(tries) * 2 * scale)
+    return jnp.take_along_axis(tries, cost.argmin(0)[None], axis=0)[0]
+
+
+def _descend(columns: Array, codes: Array, scales: Pair, hessians: Pair, weights: Pair, group: int) -> Array:
+    """One pass of coordinate descent over the codes on the weighted sum of both output errors."""
+    each = [jnp.repeat(scale, group, axis=0) for scale in scales]
+    steps = jnp.arange(-8.0, 8.0)[:, None]
+
+    def one(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        codes, *slopes = state
+        held = codes[j] * each[0][j], leading(codes[j]) * each[1][j]
+        tries = steps * each[0][j], leading(steps) * each[1][j]
+        # A change lowers an output error by 2 slope change - H_jj change^2.
+        changes = [tries[i] - held[i] for i in (0, 1)]
+        cost = [weights[i] * (hessians[i][j, j] * changes[i] ** 2 - 2 * slopes[i][j] * changes[i]) for i in (0, 1)]
+        code = steps[jnp.argmin(cost[0] + cost[1], axis=0), 0]
+        now = code * each[0][j], leading(code) * each[1][j]
+        first, second = (slopes[i] - hessians[i][:, j][:, None] * (now[i] - held[i]) for i in (0, 1))
+        return codes.at[j].set(code), first, second
+
+    begin = hessians[0] @ (columns - codes * each[0]), hessians[1] @ (columns - leading(codes) * each[1])
+    return jax.lax.fori_loop(0, len(columns), one, (codes, *begin))[0]

@@ -1,0 +1,250 @@
+"""Continuous batching: requests of any length join rows of one running batch, and leave them as they end.
+
+The host knows everything but the tokens: which rows run, the slot, how many tokens each row holds. Not thread-safe:
+`session.Elastic` holds its lock around every call.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from uniql_jax.errors import UserError
+from uniql_jax.runtime import steps
+from uniql_jax.runtime.compiled import Compiled, Shape
+from uniql_jax.runtime.generation import chunk
+from uniql_jax.runtime.requests import TOP_LOGPROBS, Emitted, Request
+from uniql_jax.runtime.sampling import NOT_FINITE
+from uniql_jax.runtime.steps import Chosen, Sampling, Variant
+
+
+@dataclasses.dataclass
+class Row:
+    """A request in its row, and the tokens that were asked of the device for it, some of which may be on their way."""
+
+    request: Request
+    made: int = 0
+
+    @property
+    def held(self) -> int:
+        """Tokens of it in the cache."""
+        return len(self.request.prompt) + self.made - 1
+
+
+@dataclasses.dataclass
+class Flight:
+    """A step whose tokens the host has not looked at: what it chose, for which requests, from which token number on."""
+
+    chosen: Chosen
+    rows: list[tuple[int, Request, int]]
+    rate: float
+
+
+class Batch:
+    """Rows, queue and cache of a running batch. `rate` is what new tokens are reported to be made at."""
+
+    def __init__(self, shape: Shape):
+        self.shape = shape
+        self.rows: list[Row | None] = [None] * shape.rows
+        self.waiting: collections.deque[Request] = collections.deque()
+        self.rate = 0.0
+        self.slot = 0
+        self.cache: Any = None
+        self._params: Any = None
+        self._compiled: Compiled
+        self._token: Any = np.zeros(shape.rows, np.int32)
+        self._sampling = Sampling.empty(shape.rows)
+        self._flights: collections.deque[Flight] = collections.deque()
+        self._whole = False  # whether the cache holds what the rows say
+
+    def use(self, compiled: Compiled, params: Any, cache: Any, rate: float) -> None:
+        """Go on with these weights. cache: of their sizes, with all rows in it; None: rows are read again."""
+        assert not self._flights
+        self._compiled, self._params, self.rate = compiled, params, rate
+        self.cache = cache
+        self._whole = cache is not None
+
+    def give_cache(self) -> Any:
+        """The cache, if it holds what the rows say, to be changed; the batch has none until `use`."""
+        assert not self._flights
+        cache, self.cache = (self.cache if self._whole else None), None
+        self._whole = False
+        return cache
+
+    def cache_bytes(self) -> int:
+        """Bytes of the cache as it is."""
+        cache = self.cache  # another thread may take it away
+        return 0 if cache is None else int(cache.nbytes)
+
+    def seconds_per_token(self, repeats: int = 5) -> float:
+        """Least seconds of several steps without requests, per token of a row."""
+        assert not self.busy
+        self._read_again()
+        self._whole = False
+        program, sampling = self._compiled.advance(Variant()), Sampling.empty(self.shape.rows)
+        forced = np.full((self.shape.rows, chunk()), steps.FREE, np.int32)
+        taken = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            jax.block_until_ready(self._run(program, sampling, forced))
+            taken.append(time.perf_counter() - start)
+        self._whole = True
+        return min(taken) / chunk()
+
+    @property
+    def active(self) -> list[tuple[int, Row]]:
+        """Rows at work."""
+        return [(i, row) for i, row in enumerate(self.rows) if row is not None]
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.waiting or self._flights or self.active)
+
+    def step(self) -> None:
+        """Let requests join, make the next tokens of all rows, and hand out those that are there."""
+        for i, row in self.active:
+            if row.request.reason is not None:
+                self.rows[i] = None
+        if not self._whole:
+            self._read_again()
+        self._join()
+        dispatched = bool(self.active)
+        if dispatched:
+            self._advance()
+        # The newest step stays on its way while the host looks at the one before, so that a device never waits.
+        self.land(1 if dispatched else 0)
+
+    def land(self, stay: int = 0) -> None:
+        """Look at all steps but the newest `stay`."""
+        while len(self._flights) > stay:
+            flight = self._flights[0]
+            tokens = np.asarray(flight.chosen.token)
+            scores = None if flight.chosen.top is None else jax.tree.map(np.asarray, flight.chosen)
+            for i, request, start in flight.rows:
+                _hand_out(request, start, i, tokens, scores, flight.rate)
+            self._flights.popleft()  # last: after an interrupt, what is handed out already is left out
+
+    def fail(self, error: BaseException) -> None:
+        """End every request with an error."""
+        self._flights.clear()
+        for _, row in self.active:
+            row.request.finish("error", error)
+        while self.waiting:
+            self.waiting.popleft().finish("error", error)
+        self.rows = [None] * self.shape.rows
+        self._whole = False
+
+    # ---------------------------------------------------------------------------------------- what a step does
+    # `_whole` is false while cache and rows do not agree. An interrupt in between leaves it so, and the next step reads
+    # all texts again: the cache is donated to the step that fills it, so that an interrupted one may have lost it.
+
+    def _run(self, program: Any, *rest: Any) -> Chosen:
+        chosen, self._token, self.cache = program(self._params, self._placed(), self._token, *rest)
+        return chosen
+
+    def _placed(self) -> Any:
+        return dataclasses.replace(self.cache, slot=np.int32(self.slot))
+
+    def _move(self, slot: int) -> None:
+        """Move all rows so that the next token goes to `slot`."""
+        if slot != self.slot and self.active:
+            self.cache = self._compiled.shift()(self._placed(), np.int32(slot - self.slot))
+        self.slot = slot
+
+    def _join(self) -> None:
+        free = [i for i, row in enumerate(self.rows) if row is None]
+        while free and self.waiting:
+            request = self.waiting[0]
+            if request.reason is None:
+                self._whole = False
+                if len(request.prompt) > self.slot:
+                    self._move(len(request.prompt))
+                row = self.rows[free[0]] = Row(request)
+                self._admit(free.pop(0), row)
+                self._whole = True
+            if self.waiting:
+                self.waiting.popleft()
+
+    def _admit(self, i: int, row: Row) -> None:
+        """Read a row's text, which ends just before the slot."""
+        request, settings = row.request, row.request.settings
+        tokens = request.tokens
+        text = np.concatenate([request.prompt, np.asarray(tokens[:-1], np.int32)]).astype(np.int32)
+        own = settings.temperature, settings.top_p, min(settings.top_k, 2**31 - 1), settings.seed, 0
+        sampling: Any = Sampling.empty(1)
+        for whole, part, value in zip(jax.tree.leaves(self._sampling), jax.tree.leaves(sampling), own, strict=True):
+            whole[i] = part[0] = value
+        length = self.shape.padded(len(text))
+        pad = ((0, 0), (length - len(text), 0))
+        prompt = np.pad(text[None], pad), np.pad(np.ones((1, len(text)), np.int32), pad)
+        forced = tokens[-1] if tokens else int(request.forced(0, 1)[0])
+        program = self._compiled.admit(_variant([request]), length)
+        chosen = self._run(program, np.int32(i), prompt, sampling, np.asarray([forced], np.int32))
+        row.made = len(tokens)
+        if not tokens:
+            self._flights.append(Flight(chosen, [(0, request, 0)], self.rate))
+            row.made = 1
+        if row.made >= settings.max_new_tokens:
+            self.rows[i] = None
+
+    def _read_again(self) -> None:
+        """Fill a new cache with the rows' texts."""
+        self.land()
+        self.rows = [None if row is None or row.request.reason else row for row in self.rows]
+        self.cache = None  # first, so that two never stand side by side
+        self.cache, self._token = self._compiled.empty()(), np.zeros(self.shape.rows, np.int32)
+        self.slot = max((row.request.length for _, row in self.active), default=0)
+        for i, row in self.active:
+            self._admit(i, row)
+        self._whole = True
+
+    def _advance(self) -> None:
+        self._whole = False
+        count, longest = chunk(), max(row.held for _, row in self.active)
+        # Where texts are short and the slot is far on, attention over all the slots before it is wasted on a GPU.
+        if self.slot + count > self.shape.slots or self.slot - longest > max(longest, self.shape.slots // 4):
+            self._move(longest)
+        forced = np.full((self.shape.rows, count), steps.FREE, np.int32)
+        for i, row in self.active:
+            self._sampling.step[i] = row.made
+            forced[i] = row.request.forced(row.made, count)
+        requests = [row.request for _, row in self.active]
+        sampling = jax.tree.map(np.copy, self._sampling)  # the device may still read it when the next step fills it
+        chosen = self._run(self._compiled.advance(_variant(requests)), sampling, forced)
+        self._flights.append(Flight(chosen, [(i, row.request, row.made) for i, row in self.active], self.rate))
+        self.slot += count
+        for i, row in self.active:
+            row.made += count
+            if row.made >= row.request.settings.max_new_tokens:
+                self.rows[i] = None  # all its tokens are on their way
+        self._whole = True
+
+
+def _variant(requests: Iterable[Request]) -> Variant:
+    settings = [request.settings for request in requests]
+    wanted = any(s.logprobs is not None for s in settings)
+    return Variant(all(s.temperature == 0 for s in settings), TOP_LOGPROBS if wanted else None)
+
+
+def _hand_out(request: Request, start: int, i: int, tokens: np.ndarray, scores: Chosen | None, rate: float) -> None:
+    for j, token in enumerate(tokens[i].tolist()):
+        if request.reason is not None:
+            return
+        if start + j < request.made:
+            continue
+        if token < 0:
+            request.finish("error", UserError(NOT_FINITE))
+        elif scores is None or request.settings.logprobs is None:
+            request.push(Emitted(token, rate))
+        else:
+            count = request.settings.logprobs
+            ids, values = scores.top_token[i, j, :count].tolist(), scores.top[i, j, :count].tolist()
+            top = tuple(zip(ids, values, strict=True))
+            request.push(Emitted(token, rate, float(scores.logprob[i, j]), top))

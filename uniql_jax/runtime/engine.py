@@ -1,0 +1,238 @@
+"""One checkpoint at a prune rate that can change, and the batch that it runs; `session.Elastic` decides on the rate."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+from uniql_jax import elastic
+from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.errors import UserError
+from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.plan import check_rate
+from uniql_jax.runtime import resizing
+from uniql_jax.runtime.batching import Batch
+from uniql_jax.runtime.budget import Need, Needs
+from uniql_jax.runtime.compiled import Shape
+from uniql_jax.runtime.loading import default_dtype, load
+from uniql_jax.runtime.prompts import check_prompt, token_array
+from uniql_jax.runtime.requests import TOP_LOGPROBS, Request, Settings
+from uniql_jax.runtime.steps import Variant, programs_of
+
+CONTEXT = 2048
+CACHES = ("read-again", "extend")
+
+
+class Engine:
+    """Weights, caches and compiled steps of one checkpoint. All methods may be called from any thread.
+
+    Attributes:
+        checkpoint: what it runs.
+        shape: rows of the batch, and tokens of each.
+        model: the weights at the present rate; it changes in place.
+    """
+
+    model: CausalLM
+
+    def __init__(self, folder: str | Path, context: int | None, batch: int, dtype: Any, cache: str):
+        """Open a checkpoint, without reading its weights; `start` does."""
+        self.checkpoint = open_checkpoint(folder)
+        longest = self.checkpoint.config.max_position
+        context = min(CONTEXT, longest) if context is None else context
+        for name, value in (("context", context), ("batch", batch)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be an integer of at least 1, not {value!r}")
+        if context > longest:
+            raise UserError(f"a context of {context} tokens exceeds the model's {longest}")
+        self.shape = Shape(batch, context)
+        self._folder, self._dtype = folder, default_dtype() if dtype is None else dtype
+        self._cache_policy = _check_policy(cache)
+        self._turnstile = threading.RLock()
+        self._lock, self._programs, self._batch = (
+            threading.RLock(),
+            programs_of(self.checkpoint.config),
+            Batch(self.shape),
+        )
+        self._needs = Needs(self.checkpoint, self.shape, self._dtype, self._programs)
+        self._warm: list[float] = []
+        self._target: float | None = None  # of a switch under way
+
+    def start(self, rate: float) -> None:
+        """Read the weights."""
+        self.model = load(self._folder, rate, self._dtype)
+        self._use(rate, None)
+
+    # ---------------------------------------------------------------------------------------------- the rate
+
+    @property
+    def rate(self) -> float:
+        """The present prune rate; set it to change it, also while texts are being made."""
+        return self.model.rate
+
+    @rate.setter
+    def rate(self, rate: float | int) -> None:
+        self.set_rate(rate)
+
+    @property
+    def need(self) -> Need:
+        """Bytes that the present rate needs."""
+        return self._needs.at(self.rate)
+
+    @property
+    def highest_rate(self) -> float:
+        """The highest prune rate that the checkpoint has; 0 for an unsorted one."""
+        return self._needs.highest
+
+    @property
+    def warm_rates(self) -> list[float]:
+        """Rates whose steps were compiled by `warm_up`, rising."""
+        return list(self._warm)
+
+    def bytes_at(self, rate: float) -> int:
+        """Bytes of weights and cache at a rate, from shapes alone."""
+        return self._needs.weights(rate) + self._needs.cache(rate)
+
+    def set_rate(self, rate: float | int, cache: str | None = None) -> None:
+        """Go on at another prune rate.
+
+        Args:
+            rate: from 0 to 0.35. Higher than now: suffixes of weights and caches go, and their memory with them. Lower:
+                the missing bytes are read from disk.
+            cache: "read-again" or "extend", in place of the session's own choice.
+
+        Raises:
+            UserError: a rate that the checkpoint does not have, or files that cannot be read; the rate is as before.
+        """
+        target = check_rate(rate)
+        self.checkpoint.keep(target)
+        policy = self._cache_policy if cache is None else _check_policy(cache)
+        with self._turnstile, self._lock:
+            if target == self.rate and self._target is None:
+                return
+            before = self.rate
+            self._batch.land()
+            try:
+                self._switch(target, policy)
+            except Exception:
+                self._switch(before, policy)  # what has grown is cut again, for which nothing is read
+                raise
+
+    def _switch(self, target: float, policy: str) -> None:
+        """Bring every layer to the target's sizes, one after another; an interrupted switch is finished later."""
+        pair = elastic.sizes(self.checkpoint.config)["pair"]
+        wanted, layers = self.checkpoint.keep(target), self.model.params["layers"]
+        grows = any(
+            keep[axis] > have[axis] for have, keep in zip(self.model.keep, wanted, strict=True) for axis in keep
+        )
+        self._target = target
+        cache = self._batch.give_cache()
+        if grows and policy == "read-again":
+            cache = None  # two need not fit
+        states = None if cache is None else list(cache.layers)
+        for i, (have, keep) in enumerate(zip(self.model.keep, wanted, strict=True)):
+            if have == keep:
+                continue
+            if states is not None:
+                states[i] = resizing.cut_state(self._programs, states[i], have, keep, pair)
+            between = {axis: min(have[axis], keep[axis]) for axis in keep}
+            if between != have:
+                layers[i] = resizing.cut(self._programs, layers[i], have, between)
+            if keep != between:
+                layers[i] = resizing.grow(self._programs, self.checkpoint, i, layers[i], between, keep, self._dtype)
+        if cache is not None and states is not None:
+            cache = cache.replace(layers=tuple(states))
+        self.model.rate = target
+        self._use(target, cache)
+        self._target = None
+        _return_memory()
+
+    def _use(self, rate: float, cache: Any) -> None:
+        self._batch.use(self._needs.compiled(rate), self.model.params, cache, rate)
+
+    def warm_up(self, rates: Sequence[float], lengths: Sequence[int] | None = None, sampling: bool = True) -> None:
+        """Compile what these rates need, so that switching between them compiles nothing.
+
+        Args:
+            rates: prune rates; `fit` and `watch` choose among them from now on.
+            lengths: of the prompts, and of texts when they are read again (default: every length to the context).
+            sampling: whether temperatures above 0 and log-probabilities are wanted, too.
+        """
+        lengths = self.shape.lengths() if lengths is None else sorted({self.shape.padded(n) for n in lengths})
+        variants = [Variant()]
+        if sampling:
+            variants += [Variant(greedy, top) for greedy in (True, False) for top in (None, TOP_LOGPROBS)][1:]
+        for rate in dict.fromkeys(check_rate(rate) for rate in rates):
+            self._needs.compiled(rate).prepare_all(variants, lengths)
+            self._warm = sorted({*self._warm, rate})
+        if not resizing.on_host():
+            for have, keep in itertools.permutations(self._warm, 2):
+                resizing.prepare(self._programs, self._needs, have, keep)
+
+    def seconds_per_token(self) -> float:
+        """Seconds that a step over an empty batch takes, per token of a row."""
+        with self._lock:
+            return self._batch.seconds_per_token()
+
+    # ---------------------------------------------------------------------------------------------- requests
+
+    def submit(self, prompt: Sequence[int] | Int[np.ndarray, " t"] | Int[Array, " t"], settings: Settings) -> Request:
+        """Queue a prompt of token ids; iterate over the request for its tokens. Raises UserError for bad ones."""
+        ids = token_array(prompt)
+        settings.check(self.checkpoint.config.vocab_size)
+        check_prompt(self.checkpoint.config, ids[None], np.ones((1, ids.size), np.int32), settings.max_new_tokens)
+        if ids.size + settings.max_new_tokens > self.shape.context:
+            raise UserError(
+                f"{ids.size} prompt tokens and {settings.max_new_tokens} new ones exceed the session's context of "
+                f"{self.shape.context}"
+            )
+        request = Request(ids.astype(np.int32), settings, self.step)
+        self._batch.waiting.append(request)  # no lock: a step may take as long as compiling does
+        return request
+
+    def step(self) -> bool:
+        """Make the batch go on by a step; whether there is more to do."""
+        with self._turnstile:  # whoever wants to change the rate gets the lock before the next step
+            pass
+        with self._lock:
+            if self._target is not None:
+                self._switch(self._target, self._cache_policy)
+            try:
+                self._batch.step()
+            except Exception as error:  # not an interrupt, after which requests go on
+                self._batch.fail(error)
+                if isinstance(error, UserError):
+                    return False
+                raise
+            return self._batch.busy
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held now: weights and cache."""
+        weights = sum(int(x.nbytes) for x in jax.tree.leaves(dict(self.model.params)))
+        return {"weights": weights, "cache": self._batch.cache_bytes()}
+
+    def load_now(self) -> dict[str, int]:
+        """Rows at work, and requests that wait for one."""
+        return {"active": len(self._batch.active), "waiting": len(self._batch.waiting)}
+
+
+def _check_policy(cache: str) -> str:
+    if cache not in CACHES:
+        raise UserError(f"cache must be one of {', '.join(CACHES)}, not {cache!r}")
+    return cache
+
+
+def _return_memory() -> None:
+    """Give what was freed back to the system; glibc keeps it otherwise."""
+    if resizing.on_host() and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -1,0 +1,162 @@
+"""Weights of a layer at other kept sizes: suffixes are dropped in memory, or read from disk and appended.
+
+On a CPU arrays are numpy's, so that nothing is compiled; elsewhere one small program a layer is, once per change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from uniql_jax import elastic
+from uniql_jax.checkpoint import Checkpoint
+from uniql_jax.pallas_kernels.dequant_matmul import tiling
+from uniql_jax.runtime.budget import Needs
+from uniql_jax.runtime.loading import place
+from uniql_jax.runtime.steps import Programs
+from uniql_jax.weights.quantized import QuantizedArray
+
+Layer = Mapping[str, Mapping[str, Any]]
+Keep = Mapping[str, int]
+
+
+def on_host() -> bool:
+    """Whether arrays lie in the host's memory, where numpy can cut them."""
+    return jax.default_backend() == "cpu"
+
+
+def _apply(programs: Programs, name: Any, function: Any, *args: Any) -> Any:
+    """Run a function of slices and joins: by numpy into memory of its own, or compiled."""
+    if on_host():
+        done = function(*jax.tree.map(np.asarray, args))
+        # copies: JAX would go on with a view, which holds on to what was cut off
+        return jax.device_put(jax.tree.map(np.copy, done), jax.devices()[0])
+    return programs.call(name, function, *args)
+
+
+def _changed(layer: Layer, have: Keep, keep: Keep) -> dict[str, dict[str, Any]]:
+    """The leaves that other kept sizes concern."""
+    return {
+        kind: {
+            name: value
+            for name, value in block.items()
+            if (axis := elastic.BLOCKS[kind][name].axis) is not None and keep[axis] != have[axis]
+        }
+        for kind, block in layer.items()
+    }
+
+
+def _merged(layer: Layer, new: Layer) -> dict[str, dict[str, Any]]:
+    return {kind: dict(block) | dict(new[kind]) for kind, block in layer.items()}
+
+
+def cut(programs: Programs, layer: Layer, have: Keep, keep: Keep) -> dict[str, dict[str, Any]]:
+    """A layer without what it has beyond the kept sizes `keep`, none of which is larger than in `have`."""
+    found = _changed(layer, have, keep)
+    slices = functools.partial(elastic.slice_layer, keep=dict(keep))
+    return _merged(layer, _apply(programs, ("cut", tuple(sorted(keep.items()))), slices, found))
+
+
+def cut_state(programs: Programs, state: Mapping[str, Any], have: Keep, keep: Keep, pair: int) -> dict[str, Any]:
+    """The cache of a layer at other kept sizes: cut where they are smaller, filled up with zeros where larger."""
+    resized = functools.partial(_resized, have=have, keep=keep, pair=pair)
+    return _apply(programs, _state_name(have, keep), resized, dict(state))
+
+
+def _resized(state: Mapping[str, Any], have: Keep, keep: Keep, pair: int) -> dict[str, Any]:
+    return {kind: None if old is None else old.resized(have, keep, pair) for kind, old in state.items()}
+
+
+def _state_name(have: Keep, keep: Keep) -> Any:
+    return "state", tuple(sorted(have.items())), tuple(sorted(keep.items()))
+
+
+def grow(
+    programs: Programs, checkpoint: Checkpoint, i: int, layer: Layer, have: Keep, keep: Keep, dtype: Any
+) -> dict[str, dict[str, Any]]:
+    """A layer with what it lacks of the kept sizes `keep`, which is all that is read from disk."""
+    old: dict[str, dict[str, Any]] = {}
+    new: dict[str, dict[str, Any]] = {}
+    for kind, block in _changed(layer, have, keep).items():
+        old[kind], new[kind] = {}, {}
+        for name, value in block.items():
+            leaf = elastic.BLOCKS[kind][name]
+            start = dict(have) | {str(leaf.axis): _whole_tiles(value)}
+            old[kind][name] = elastic.slice_leaf(leaf, value, start)
+            suffix = checkpoint.suffix(i, kind, name, start, keep)
+            new[kind][name] = place(leaf, suffix, dtype, name=f"{kind}.{name}")
+    return _merged(layer, _apply(programs, "join", _join_layers, old, new))
+
+
+def prepare(programs: Programs, needs: Needs, have_rate: float, keep_rate: float) -> None:
+    """Compile what `cut`, `cut_state` and `grow` run on the way from one rate to another."""
+    checkpoint = needs.checkpoint
+    pair = elastic.sizes(checkpoint.config)["pair"]
+    old, new = needs.compiled(have_rate), needs.compiled(keep_rate)
+    sizes = zip(checkpoint.keep(have_rate), checkpoint.keep(keep_rate), strict=True)
+    for i, (have, keep) in enumerate(sizes):
+        if have == keep:
+            continue
+        layer, wanted = old.params["layers"][i], new.params["layers"][i]
+        found = _changed(layer, have, keep)
+        if keep_rate > have_rate:
+            slices = functools.partial(elastic.slice_layer, keep=dict(keep))
+            programs.prepare(("cut", tuple(sorted(keep.items()))), slices, found)
+        else:
+            kept = {
+                kind: {
+                    name: jax.eval_shape(lambda x, leaf=elastic.BLOCKS[kind][name]: _leading(leaf, x), value)
+                    for name, value in block.items()
+                }
+                for kind, block in found.items()
+            }
+            missing = {
+                kind: {name: _rest(value, wanted[kind][name]) for name, value in block.items()}
+                for kind, block in kept.items()
+            }
+            programs.prepare("join", _join_layers, kept, missing)
+        resized = functools.partial(_resized, have=have, keep=keep, pair=pair)
+        programs.prepare(_state_name(have, keep), resized, old.cache.layers[i])
+
+
+def _leading(leaf: elastic.Leaf, value: Any) -> Any:
+    return elastic.slice_leaf(leaf, value, {str(leaf.axis): _whole_tiles(value)})
+
+
+def _rest(part: Any, whole: Any) -> Any:
+    """Shapes of what follows `part` in `whole`, along the leading axis."""
+    if isinstance(part, QuantizedArray):
+        width = whole.width - part.width if part.contract == "first" else part.width
+        return dataclasses.replace(
+            part, data=_rest(part.data, whole.data), scale=_rest(part.scale, whole.scale), width=width
+        )
+    return jax.ShapeDtypeStruct((whole.shape[0] - part.shape[0], *whole.shape[1:]), whole.dtype)
+
+
+def _whole_tiles(value: Any) -> int:
+    """Entries of a leaf that can be kept when more are appended: all, or those of whole tiles."""
+    count = int(value.shape[0])
+    if not isinstance(value, QuantizedArray) or value.layout != tiling.LAYOUTS["last"]:
+        return count
+    rows = math.prod(value.scale.shape[1:-1])  # of an entry
+    entries = tiling.ROWS // math.gcd(tiling.ROWS, rows)
+    return count // entries * entries
+
+
+def _join_layers(old: Layer, new: Layer) -> dict[str, dict[str, Any]]:
+    return {kind: {name: _join(value, new[kind][name]) for name, value in block.items()} for kind, block in old.items()}
+
+
+def _join(old: Any, new: Any) -> Any:
+    """Two parts of a leaf as one, along the leading axis."""
+    if not isinstance(old, QuantizedArray):
+        return (np if isinstance(old, np.ndarray) else jnp).concatenate([old, new])
+    width = old.width + new.width if old.contract == "first" else old.width
+    return dataclasses.replace(old, data=_join(old.data, new.data), scale=_join(old.scale, new.scale), width=width)
