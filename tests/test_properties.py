@@ -28,12 +28,13 @@ from uniql_jax.weights.quantized import QuantizedArray, dense
 DENSE, FULL = CompressionSettings(bits=32), CompressionSettings(bits=4)
 # GPTQ and scale search choose integers, which no property here depends on: one family pays for compiling them.
 PACKED = dataclasses.replace(FULL, rounding="nearest", scale_search=False)
+HALF = CompressionSettings(bits=16)
 BYTES = dataclasses.replace(PACKED, bits=8)
 KINDS = pytest.mark.parametrize("packed", [False, True], ids=["32 bits", "4 bits"])
 EVERY = pytest.mark.parametrize("family", sorted(FAMILIES))
 # Biases and a tied head of a state-space model are in what it computes and in what is exported, nowhere else; so are
-# the scales of granite, and mistral has the blocks of llama.
-SPARED = ("mamba2-tied-biased", "granite", "mistral")
+# the scales of granite and what phi3 packs into one tensor, and mistral has the blocks of llama.
+SPARED = ("mamba2-tied-biased", "granite", "mistral", "phi3")
 FAMILY = pytest.mark.parametrize(
     "family", [pytest.param(name, marks=pytest.mark.slow) if name in SPARED else name for name in sorted(FAMILIES)]
 )
@@ -308,6 +309,29 @@ def test_pruning_step_by_step_is_pruning_at_once(made: Made) -> None:
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     with pytest.raises(uniql_jax.UserError, match=r"0\.35"):
         uniql_jax.prune(at_once, 0.1)
+
+
+# ------------------------------------------------------------------------------- all of them at 16 bits
+
+
+@SLOW
+@EVERY
+def test_the_same_holds_at_16_bits(family: str, made: Made, rng: np.random.Generator, tmp_path: Path) -> None:
+    folder, tokens = made.checkpoint(family, HALF), _tokens(rng)
+    full, plan = _load(folder), open_checkpoint(folder).plan
+    assert plan is not None
+    original = _logits(uniql_jax.load_source(str(made.source(family)), dtype=jnp.float32), tokens)
+    assert reference.relative_error(_logits(_load(folder), tokens), original) < 0.03  # bfloat16 weights
+    for rate in (0.0, 0.15, 0.35):
+        small, pruned = _load(folder, rate), uniql_jax.prune(full, rate)
+        for a, b in zip(jax.tree.leaves(small.params), jax.tree.leaves(pruned.params), strict=True):
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        sliced = _logits(small, tokens)
+        masked = np.asarray(_jitted()["masked"](full, tokens, _traced(plan.keep(rate))))
+        assert reference.relative_error(masked, sliced) < 1e-5
+        to_hf.export(str(folder), str(tmp_path / f"{rate}"), rate, dtype="float32")
+        error = reference.relative_error(reference.logits(reference.load(tmp_path / f"{rate}"), tokens), sliced)
+        assert error < 1e-4
 
 
 # ------------------------------------------------------------------------------- and decoding

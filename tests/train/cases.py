@@ -34,6 +34,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "chunk_size": 8, "intermediate_size": 64}
     | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": False},
 }
+MORE: dict[str, dict[str, Any]] = {
+    "smollm3": tiny.HF | {"vocab_size": VOCAB, "model_type": "smollm3", "no_rope_layers": [1, 0], "pad_token_id": None},
+    "granite": tiny.HF
+    | {"vocab_size": VOCAB, "model_type": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.5}
+    | {"attention_multiplier": 0.3, "logits_scaling": 2.0},
+    "phi3": tiny.HF | {"vocab_size": VOCAB, "model_type": "phi3", "partial_rotary_factor": 0.5},
+}
+"""Families whose training differs in how checkpoints are read alone."""
 FAMILIES = [name for name in CONFIGS if name in tables.TABLES and name in model_config.FAMILIES]
 
 

@@ -61,10 +61,10 @@ def test_it_learns_far_below_the_unigram_entropy(family: str, rng: np.random.Gen
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", cases.FAMILIES)
+@pytest.mark.parametrize("family", [*cases.FAMILIES, *cases.MORE])
 def test_every_family_is_written_as_its_own_checkpoint(family: str, rng: np.random.Generator, tmp_path: Path) -> None:
     """What is read back from the file computes what was trained, rounded as the file rounds it."""
-    hf = cases.CONFIGS[family]
+    hf = (cases.CONFIGS | cases.MORE)[family]
     config = model_config.from_hf(hf)
     params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), initialize(config, 0))
     size = scratch.write_hf(tmp_path, config, hf, params)
