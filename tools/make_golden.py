@@ -27,32 +27,44 @@ from uniql_jax.outputs import staged_output
 SEED = 20261128
 RATES = (0.0, 0.25)
 SMALL = {"vocab_size": 64}
-FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
-    "llama": (published.shrink(published.SMOLLM2_135M, num_hidden_layers=2, **SMALL), 4),
+BITS = {bits: CompressionSettings(bits=bits) for bits in (4, 8, 16)}
+FAMILIES: dict[str, tuple[dict[str, Any], CompressionSettings]] = {
+    "llama": (published.shrink(published.SMOLLM2_135M, num_hidden_layers=2, **SMALL), BITS[4]),
     "qwen2": (
         published.shrink(published.QWEN2_5_05B, num_hidden_layers=2, hidden_size=96, num_attention_heads=6, **SMALL),
-        4,
+        BITS[4],
     ),
-    "mamba2": (published.shrink_ssm(published.MAMBA2_8B, num_hidden_layers=2, **SMALL), 8),
-    "bamba": (published.shrink_ssm(published.BAMBA_9B_V2, num_hidden_layers=2, attn_layer_indices=[1], **SMALL), 4),
+    "mamba2": (published.shrink_ssm(published.MAMBA2_8B, num_hidden_layers=2, **SMALL), BITS[8]),
+    "bamba": (
+        published.shrink_ssm(published.BAMBA_9B_V2, num_hidden_layers=2, attn_layer_indices=[1], **SMALL),
+        BITS[4],
+    ),
     "nemotron_h": (
         published.shrink_ssm(published.NEMOTRON_H_8B, hybrid_override_pattern="M-*", num_hidden_layers=3, **SMALL),
-        16,
+        BITS[16],
     ),
-}
-"""Family -> (config.json of the source, bits)."""
+    # format 2: groups inside heads
+    "nemotron_h-portable": (
+        published.shrink_ssm(
+            published.NEMOTRON_H_8B, hybrid_override_pattern="M-*", num_hidden_layers=3, mamba_head_dim=64,
+            mamba_num_heads=2, head_dim=32, attention_head_dim=32, **SMALL,
+        ),
+        CompressionSettings(groups="portable"),
+    ),
+}  # fmt: skip
+"""Name of the folder -> (config.json of the source, settings)."""
 
 
 def make(family: str, out: Path) -> None:
     """Write one golden checkpoint into an empty folder, and golden.npz with tokens, rates, logits and weight bytes."""
-    config, bits = FAMILIES[family]
+    config, settings = FAMILIES[family]
     rng = np.random.default_rng(SEED)
     calibration = rng.integers(3, config["vocab_size"], (12, 48)).astype(np.int32)
     tokens = rng.integers(3, config["vocab_size"], (1, 12)).astype(np.int32)
     with tempfile.TemporaryDirectory() as work:
         source = reference.save(reference.build(config, SEED), Path(work) / family, config)
         made = Path(work) / "elastic"
-        compress(open_source(source), made, calibration, CompressionSettings(bits=bits))
+        compress(open_source(source), made, calibration, settings)
         logits = []
         for rate in RATES:
             dense = Path(work) / f"{rate:g}"

@@ -71,6 +71,7 @@ class PartialFile:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.log = self.path.with_name(self.path.name + LOG)
+        self._read: tuple[int, list[Range]] = -1, []
 
     @property
     def exists(self) -> bool:
@@ -82,13 +83,17 @@ class PartialFile:
         """What has been written."""
         if not self.exists:
             return []
+        length = self.log.stat().st_size
+        if self._read[0] == length:
+            return self._read[1]
         found = []
         for line in self.log.read_text(encoding="ascii", errors="replace").splitlines():
             parts = line.split()
             # the last line of a process that was killed may lack its end
             if len(parts) == 3 and parts[2] == "ok" and parts[0].isdigit() and parts[1].isdigit():
                 found.append((int(parts[0]), int(parts[1])))
-        return merged(found)
+        self._read = length, merged(found)
+        return self._read[1]
 
     def create(self, size: int) -> None:
         """Give the file its length; what it may have held is forgotten unless its length is that."""
