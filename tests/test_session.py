@@ -285,6 +285,37 @@ def test_a_second_switch_compiles_nothing(folder: Any, rng: np.random.Generator)
         jax.monitoring.clear_event_listeners()
 
 
+def test_texts_go_on_while_another_rate_is_compiled(
+    folder: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of the rate in another thread holds texts up only once its programs are there."""
+    where, [prompt] = folder("bamba"), prompts_of(rng, 5)
+    session = uniql_jax.Elastic(where, **SHAPE)
+    request = session.submit(prompt, Settings(20))
+    session.step()
+    asked, may_go_on, real = threading.Event(), threading.Event(), session._programs.prepare
+
+    def slow(*args: Any, **named: Any) -> Any:
+        if threading.current_thread() is changing:
+            asked.set()
+            assert may_go_on.wait(60)
+        return real(*args, **named)
+
+    monkeypatch.setattr(session._programs, "prepare", slow)
+    changing = threading.Thread(target=session.set_rate, args=(0.35,))
+    changing.start()
+    assert asked.wait(60)
+    for _ in range(6):
+        session.step()
+    assert 4 <= request.made < 20
+    assert {item.rate for item in request.take(0)} == {0.0}
+    may_go_on.set()
+    changing.join(60)
+    assert session.rate == 0.35
+    assert len(list(request)) == 20
+    assert request.take(0)[-1].rate == 0.35
+
+
 def test_memory_after_a_switch_is_that_of_a_fresh_load(folder: Any, rng: np.random.Generator) -> None:
     """All live arrays of the process, not what the session thinks that it holds."""
     where = folder("bamba")

@@ -185,7 +185,7 @@ class Batch:
         pad = ((0, 0), (length - len(text), 0))
         prompt = np.pad(text[None], pad), np.pad(np.ones((1, len(text)), np.int32), pad)
         forced = tokens[-1] if tokens else int(request.forced(0, 1)[0])
-        program = self._compiled.admit(_variant([request]), length)
+        program = self._compiled.admit(variant_of([request]), length)
         chosen = self._run(program, np.int32(i), prompt, sampling, np.asarray([forced], np.int32))
         row.made = len(tokens)
         if not tokens:
@@ -217,7 +217,7 @@ class Batch:
             forced[i] = row.request.forced(row.made, count)
         requests = [row.request for _, row in self.active]
         sampling = jax.tree.map(np.copy, self._sampling)  # the device may still read it when the next step fills it
-        chosen = self._run(self._compiled.advance(_variant(requests)), sampling, forced)
+        chosen = self._run(self._compiled.advance(variant_of(requests)), sampling, forced)
         self._flights.append(Flight(chosen, [(i, row.request, row.made) for i, row in self.active], self.rate))
         self.slot += count
         for i, row in self.active:
@@ -227,7 +227,8 @@ class Batch:
         self._whole = True
 
 
-def _variant(requests: Iterable[Request]) -> Variant:
+def variant_of(requests: Iterable[Request]) -> Variant:
+    """The variant of a step that serves these requests together."""
     settings = [request.settings for request in requests]
     wanted = any(s.logprobs is not None for s in settings)
     return Variant(all(s.temperature == 0 for s in settings), TOP_LOGPROBS if wanted else None)

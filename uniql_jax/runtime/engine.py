@@ -20,7 +20,7 @@ from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.plan import check_rate
 from uniql_jax.runtime import resizing
-from uniql_jax.runtime.batching import Batch
+from uniql_jax.runtime.batching import Batch, variant_of
 from uniql_jax.runtime.budget import Need, Needs
 from uniql_jax.runtime.compiled import Shape
 from uniql_jax.runtime.loading import default_dtype, load
@@ -101,13 +101,15 @@ class Engine:
         """Bytes of weights and cache at a rate, from shapes alone."""
         return self._needs.weights(rate) + self._needs.cache(rate)
 
-    def set_rate(self, rate: float | int, cache: str | None = None) -> None:
+    def set_rate(self, rate: float | int, cache: str | None = None, ahead: bool = True) -> None:
         """Go on at another prune rate.
 
         Args:
             rate: from 0 to 0.35. Higher than now: suffixes of weights and caches go, and their memory with them. Lower:
                 the missing bytes are read from disk.
             cache: "read-again" or "extend", in place of the session's own choice.
+            ahead: compile first what the texts at work will need, while other threads make them go on at the present
+                rate; otherwise memory is free sooner, and texts wait.
 
         Raises:
             UserError: a rate that the checkpoint does not have, or files that cannot be read; the rate is as before.
@@ -115,6 +117,8 @@ class Engine:
         target = check_rate(rate)
         self.checkpoint.keep(target)
         policy = self._cache_policy if cache is None else _check_policy(cache)
+        if ahead and target != self.rate:
+            self._prepare(target, policy)
         with self._turnstile, self._lock:
             if target == self.rate and self._target is None:
                 return
@@ -125,6 +129,19 @@ class Engine:
             except Exception:
                 self._switch(before, policy)  # what has grown is cut again, for which nothing is read
                 raise
+
+    def _prepare(self, target: float, policy: str) -> None:
+        """Compile what the requests at work need at another rate; no lock is held."""
+        requests = [row.request for _, row in self._batch.active]
+        if not requests:
+            return
+        compiled = self._needs.compiled(target)
+        compiled.advance(variant_of(requests))
+        compiled.shift()
+        if target < self.rate and policy == "read-again":
+            compiled.empty()
+            for request in requests:
+                compiled.admit(variant_of([request]), self.shape.padded(request.length))
 
     def _switch(self, target: float, policy: str) -> None:
         """Bring every layer to the target's sizes, one after another; an interrupted switch is finished later."""

@@ -114,6 +114,6 @@ class Watcher:
 
     def _change(self, rate: float, free: int) -> float:
         log.info("prune rate %g -> %g: %s are free of a reserve of %s", self.session.rate, rate, *self._sizes(free))
-        self.session.set_rate(rate)
+        self.session.set_rate(rate, ahead=rate < self.session.rate)  # what shrinks must not wait for a compiler
         self._changed(rate)
         return rate
