@@ -23,7 +23,7 @@ FORMATS = {
     "compressed-tensors": Format(
         "to_compressed_tensors", "transformers: 4 bits; no SSM, no phi3", ("max_shard_bytes",)
     ),
-    "mlx": Format("to_mlx", "mlx-lm: 4 bits; llama, qwen2", ("max_shard_bytes",)),
+    "mlx": Format("to_mlx", "mlx-lm: 4 bits; llama, qwen2, qwen3, mistral, smollm3", ("max_shard_bytes",)),
     "gguf": Format("to_gguf", "llama.cpp: 4 bits; llama, qwen2, qwen3, mistral", ("dtype", "dense_head")),
 }
 """By the name that `uniql export --format` takes."""

@@ -45,7 +45,8 @@ def _quantization(form: Form, has_head: bool, has_head_in: bool) -> dict[str, An
 
 STYLE = Style(
     name="mlx",
-    families=("llama", "qwen2"),
+    # not granite: what its embedding is multiplied by would have to leave the packed scales, which are bfloat16
+    families=("llama", "qwen2", "qwen3", "mistral", "smollm3"),
     pack=_pack,
     overhead=lambda count, group: count // group * 2,
     section=_quantization,
