@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from uniql_jax.compression.blas import one_blas_thread
 from uniql_jax.compression.budget import lay_out
 from uniql_jax.compression.compiling import matmul_precision
 from uniql_jax.compression.contract import Gains, Inputs, Progress, RecoveryData, Report, SortedModel, Source
@@ -83,6 +84,7 @@ def compress(
         return run(work, inputs, manifest, overwrite, provenance or {}, progress)
 
 
+@one_blas_thread
 def run(
     work: Workspace,
     inputs: Inputs,
