@@ -1,7 +1,7 @@
-"""One thread for BLAS and LAPACK, whose own threads fight with XLA's for the cores.
+"""One thread for BLAS and LAPACK, whose own threads wait for each other where other programs use the cores.
 
-A factorization of a few hundred rows took half a second with two of them, and ten milliseconds with one. Results do not
-depend on the number of cores either.
+On two cores with other work a factorization of a few hundred rows took half a second with two threads and ten
+milliseconds with one; alone both take ten. Results do not depend on the number of cores either.
 """
 
 from __future__ import annotations
