@@ -11,9 +11,10 @@ import pytest
 
 from uniql_jax.compression.math import nested
 from uniql_jax.compression.math.gptq import quantize
-from uniql_jax.compression.math.refine import DAMPING, damped, descend, limits, nearest, output_error, refit_scales
+from uniql_jax.compression.math.refine import DAMPING, damped, descend, nearest, output_error, refit_scales
 from uniql_jax.weights.nested import NestedArray, from_nested_codes
 from uniql_jax.weights.protocol import StoredWeight
+from uniql_jax.weights.quantized import limits
 
 GROUP = 24
 SHAPES = {"last": (12, 4, 60), "first": (12, 4, 20)}

@@ -50,8 +50,8 @@ def group_size(width: int, target: int = TARGET_GROUP, multiple: int = 8) -> int
 
 
 def limits(bits: int) -> tuple[int, int]:
-    """Smallest and largest integer of a symmetric grid."""
-    return (-8, 7) if bits == 4 else (-127, 127)
+    """Smallest and largest integer of a grid; 8 bits are symmetric."""
+    return -(2 ** (bits - 1)) + (bits == 8), 2 ** (bits - 1) - 1
 
 
 @flax.struct.dataclass

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.compression.compiling import jit
-from uniql_jax.compression.math.refine import refine
+from uniql_jax.compression.math.refine import nearest, refine
 from uniql_jax.weights.quantized import limits
 
 SCALE_GRID = tuple(1.0 - 0.025 * i for i in range(21))
@@ -84,7 +84,7 @@ def search_scale(
     Returns:
         Scales, float32. 0 for a row of zeros and where the scale would be too small for a normal bfloat16.
     """
-    low, high = limits(bits)
+    low = limits(bits)[0]
     top, bottom = jnp.max(weight, axis=0), jnp.min(weight, axis=0)
     most = jnp.where(top > -bottom, top, bottom)
     most = jnp.where(jnp.abs(most / low) < 2 * SMALLEST, 0.0, most)
@@ -93,7 +93,7 @@ def search_scale(
 
     def attempt(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
         scale = (base * jnp.asarray(SCALE_GRID, weight.dtype)[i]).astype(jnp.bfloat16).astype(weight.dtype)
-        error = (weight - round_to(weight, scale, low, high) * scale) / unit
+        error = (weight - nearest(weight, scale, bits) * scale) / unit
         cost = jnp.sum(error * error * importance[:, None], axis=0)
         better = cost < best[0]
         return jnp.where(better, cost, best[0]), jnp.where(better, scale, best[1])
@@ -101,24 +101,6 @@ def search_scale(
     steps = len(SCALE_GRID) if search else 1
     start = (jnp.full(base.shape, jnp.inf, weight.dtype), jnp.zeros_like(base))
     return jax.lax.fori_loop(0, steps, attempt, start)[1]
-
-
-def round_to(
-    weight: Float[Array, "group rows"], scale: Float[Array, " rows"], low: int, high: int
-) -> Float[Array, "group rows"]:
-    """Nearest integers of weight / scale inside the grid; 0 where the scale is 0.
-
-    Args:
-        weight: entries that share a scale, for every row.
-        scale: of every row.
-        low: smallest integer of the grid.
-        high: largest integer of the grid.
-
-    Returns:
-        The integers, as floats of the weight's dtype.
-    """
-    inverse = jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
-    return jnp.clip(jnp.round(weight * inverse), low, high)
 
 
 @functools.partial(jit, static_argnames=("bits", "group", "search", "propagate", "descents", "return_unrounded"))
@@ -202,7 +184,6 @@ def _quantize_columns(
     return_unrounded: bool,
 ) -> tuple[Array, Array, Array | None, Array]:
     """Codes, scales [groups, rows], what was rounded, and what is left of the columns; a factor carries errors over."""
-    low, high = limits(bits)
     padded, rows = columns.shape
     groups = padded // group
     later = jnp.arange(padded)
@@ -213,7 +194,7 @@ def _quantize_columns(
         block = jax.lax.dynamic_slice(columns, (start, 0), (group, rows))
         scale = search_scale(block, jax.lax.dynamic_slice(importance, (start,), (group,)), bits, search)
         if factor is None:
-            quantized, before = round_to(block, scale, low, high), block
+            quantized, before = nearest(block, scale, bits), block
         else:
             stripe = jax.lax.dynamic_slice(factor, (start, 0), (group, padded))
             square = jax.lax.dynamic_slice(stripe, (0, start), (group, group))
@@ -221,7 +202,7 @@ def _quantize_columns(
             def one_column(j: Array, inner: tuple[Any, ...]) -> tuple[Any, ...]:
                 block, quantized, before = inner
                 column = jax.lax.dynamic_slice_in_dim(block, j, 1)
-                integer = round_to(column, scale, low, high)
+                integer = nearest(column, scale, bits)
                 row = jax.lax.dynamic_slice_in_dim(square, j, 1)[0]
                 error = (column - integer * scale) / row[j]
                 # Rows before j are done; row j itself keeps its error, which the later groups need.

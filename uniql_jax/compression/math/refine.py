@@ -13,13 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from uniql_jax.weights.quantized import limits
+
 DAMPING = 0.1
 """Share of the median input that is added to the Hessian's diagonal: the least error on windows not calibrated on."""
-
-
-def limits(bits: int) -> tuple[int, int]:
-    """Smallest and largest integer of a grid; 8 bits are symmetric."""
-    return -(2 ** (bits - 1)) + (bits == 8), 2 ** (bits - 1) - 1
 
 
 def nearest(values: Float[Array, "..."], scale: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
