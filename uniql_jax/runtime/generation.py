@@ -20,7 +20,7 @@ from uniql_jax.errors import UserError
 from uniql_jax.model.cache import Cache
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import decode, init_cache, prefill
-from uniql_jax.runtime.prompts import check_prompt, stop_ids, token_array
+from uniql_jax.runtime.prompts import check_prompt, read_prompt, stop_ids, token_array
 from uniql_jax.runtime.sampling import (
     NOT_FINITE,
     Settings,
@@ -31,7 +31,7 @@ from uniql_jax.runtime.sampling import (
     sample,
     settings_of,
 )
-from uniql_jax.runtime.text import decode_stream, folder_tokenizer, prompt_ids
+from uniql_jax.runtime.text import decode_stream, prompt_ids
 
 __all__ = [
     "bucket",
@@ -244,15 +244,7 @@ def generate(
         UserError: at once, on a prompt or settings that cannot be used; on the way, where logits are not finite.
     """
     check_sampling(temperature, top_p, top_k, max_new_tokens)
-    if isinstance(prompt, str):
-        tokenizer = tokenizer or folder_tokenizer(getattr(model, "folder", None))
-        if tokenizer is None:
-            raise UserError("this checkpoint has no tokenizer; give token ids instead of text")
-        ids = prompt_ids(tokenizer, prompt, chat)
-    elif chat:
-        raise UserError("a chat prompt must be text")
-    else:
-        ids = token_array(prompt)
+    ids, tokenizer = read_prompt(prompt, tokenizer, getattr(model, "folder", None), chat)
     check_prompt(model.config, ids[None], np.ones((1, ids.size), np.int32), max_new_tokens)
     stops = set(stop_ids(model))
     if chat and tokenizer is not None and tokenizer.eos_token_id is not None:

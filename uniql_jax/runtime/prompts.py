@@ -11,6 +11,7 @@ import numpy as np
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.runtime.text import folder_tokenizer, prompt_ids
 
 
 def stop_ids(model: CausalLM) -> tuple[int, ...]:
@@ -44,6 +45,31 @@ def _generation_config_ids(path: Path) -> list[int]:
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in more):
         raise UserError(f"eos_token_id in {path} must be an integer or a list of integers")
     return more
+
+
+def read_prompt(prompt: Any, tokenizer: Any | None, folder: str | None, chat: bool) -> tuple[np.ndarray, Any | None]:
+    """Token ids of one prompt, text or ids, and the tokenizer of its answer.
+
+    Args:
+        prompt: text, or token ids as `token_array` takes them.
+        tokenizer: of transformers; None: for text, the one in the folder.
+        folder: of the model, if it came from one.
+        chat: wrap text in the chat template as the user's turn.
+
+    Returns:
+        The ids, and the tokenizer; None for ids without one.
+
+    Raises:
+        UserError: text without a tokenizer, or ids where a chat was asked for.
+    """
+    if isinstance(prompt, str):
+        tokenizer = tokenizer or folder_tokenizer(folder)
+        if tokenizer is None:
+            raise UserError("this checkpoint has no tokenizer; give token ids instead of text")
+        return prompt_ids(tokenizer, prompt, chat), tokenizer
+    if chat:
+        raise UserError("a chat prompt must be text")
+    return token_array(prompt), tokenizer
 
 
 def token_array(tokens: Any) -> np.ndarray:

@@ -14,9 +14,9 @@ from uniql_jax.errors import UserError
 from uniql_jax.plan import check_rate
 from uniql_jax.runtime.budget import Need, parse_budget
 from uniql_jax.runtime.engine import Engine
-from uniql_jax.runtime.prompts import stop_ids, token_array
+from uniql_jax.runtime.prompts import read_prompt, stop_ids
 from uniql_jax.runtime.requests import Settings
-from uniql_jax.runtime.text import decode_stream, folder_tokenizer, prompt_ids
+from uniql_jax.runtime.text import decode_stream, folder_tokenizer
 from uniql_jax.runtime.watching import Watcher
 
 
@@ -168,15 +168,7 @@ class Elastic(Engine):
         Raises:
             UserError: a prompt or settings that cannot be used.
         """
-        if isinstance(prompt, str):
-            tokenizer = tokenizer or self.tokenizer
-            if tokenizer is None:
-                raise UserError("this checkpoint has no tokenizer; give token ids instead of text")
-            ids = prompt_ids(tokenizer, prompt, chat)
-        elif chat:
-            raise UserError("a chat prompt must be text")
-        else:
-            ids = token_array(prompt)
+        ids, tokenizer = read_prompt(prompt, tokenizer, self.model.folder, chat)
         settings = Settings(max_new_tokens, temperature, top_p, top_k, seed, frozenset(self.stops(chat)))
         request = self.submit(ids, settings)
         if tokenizer is None:
