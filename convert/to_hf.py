@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from uniql_jax import console, elastic
+from uniql_jax.blas import one_blas_thread
 from uniql_jax.casting import cast
 from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.config import ModelConfig
@@ -97,6 +98,7 @@ def layer_to_hf(
     return tensors
 
 
+@one_blas_thread
 def _carry_o_bias(config: ModelConfig, leaves: Tensors) -> None:
     """Move o_bias into a value bias, for a family without an output bias: softmax weights sum to one."""
     free = free_rank(leaves["v"], leaves["o"])
@@ -176,6 +178,7 @@ def hf_form(
     return hf, tables.TABLES["llama"]
 
 
+@one_blas_thread
 def o_bias_fits(checkpoint: Checkpoint, keep: Sequence[Mapping[str, int]]) -> bool:
     """Whether the family's own form can carry every layer's o_bias exactly.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
-from threadpoolctl import threadpool_limits
 
 CUTOFF = 1e-6
 """Directions of O below this part of the largest are what rounding to float32 left of zero: nothing is put on them."""
@@ -15,7 +14,8 @@ def value_bias(
 ) -> tuple[Float[np.ndarray, "vo kv_head"], Float[np.ndarray, " embed"]]:
     """The smallest value bias that O turns into an output bias as nearly as one can; solved in float64.
 
-    A value bias reaches the output through the sum of the O columns of its query heads.
+    A value bias reaches the output through the sum of the O columns of its query heads. Call it under
+    `blas.one_blas_thread`: threads take longer to meet than the solve takes.
 
     Args:
         o: output weight, of any rank.
@@ -30,8 +30,7 @@ def value_bias(
     matrix = columns.reshape(-1, embed).T
     # Through the Gram matrix, whose eigenvalues are squares: float64 resolves them to the cutoff, in a twentieth of the
     # time of a singular value decomposition.
-    with threadpool_limits(1, "blas"):  # threads take longer to meet
-        squares, vectors = np.linalg.eigh(matrix.T @ matrix)
+    squares, vectors = np.linalg.eigh(matrix.T @ matrix)
     kept = squares > CUTOFF**2 * squares[-1]
     inverse = np.divide(1.0, squares, where=kept, out=np.zeros_like(squares))
     solution = vectors @ (inverse * (vectors.T @ (matrix.T @ np.asarray(o_bias, np.float64))))

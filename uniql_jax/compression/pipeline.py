@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from uniql_jax.compression.blas import one_blas_thread
+from uniql_jax.blas import one_blas_thread
 from uniql_jax.compression.budget import lay_out
 from uniql_jax.compression.compiling import matmul_precision
 from uniql_jax.compression.contract import Gains, Inputs, Progress, RecoveryData, Report, SortedModel, Source
