@@ -19,6 +19,7 @@ from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.inputs import manifest_of
 from uniql_jax.compression.settings import CompressionSettings, Resources
 from uniql_jax.compression.stages.calibrate import Calibration, Top, forward_sweep
+from uniql_jax.compression.stages.plan import joint_plan
 from uniql_jax.compression.stages.plan import plan as make
 from uniql_jax.compression.stages.quantize import quantize
 from uniql_jax.compression.stages.recover import recover
@@ -116,8 +117,9 @@ def run(
         model = original._replace(layers=work.layers("recovered"))
         gained = recover(original, recovery, work.folder / "recover", model.layers, progress)
     finished, unrounded = work.layers("quantized"), work.layers("unrounded") if inputs.tuning else None
+    fisher = work.layers("fisher") if settings.nested else None
     with jax.default_matmul_precision(matmul_precision(settings)):
-        quantize(model, calibration, settings, finished, unrounded, _streams(work, inputs), progress)
+        quantize(model, calibration, settings, finished, unrounded, _streams(work, inputs), progress, fisher)
     stored = StoredLayers(source.config, settings, finished)
     if recovery is not None and inputs.tuning is not None and unrounded is not None:
         store = work.layers("tuned")
@@ -131,7 +133,13 @@ def run(
         "provenance": _provenance(source, provenance, recovery, gained, tuned),
         "manifest": manifest.to_json(),
     }
-    size = write(work.folder / "checkpoint", source, stored, section)
+    nested = None
+    if settings.nested:
+
+        def nested(total: int) -> dict[str, Any]:
+            return joint_plan(source.config, original.plan, original.layers, finished, total).to_json()
+
+    size = write(work.folder / "checkpoint", source, stored, section, nested)
     work.publish(work.folder / "checkpoint", overwrite)
     return Report(original.plan, calibration.influence, size, gained, tuned)
 
@@ -141,7 +149,7 @@ def _sorted(work: Workspace, inputs: Inputs, top: Top, progress: Progress) -> tu
     source, settings, layers = inputs.source, inputs.settings, work.layers("sorted")
     streams = _streams(work, inputs)
     calibration = forward_sweep(source, top, work.layers("calibration"), streams, progress)
-    sort(source, top, settings, layers, streams, progress)
+    sort(source, top, settings, layers, streams, progress, work.layers("fisher") if settings.nested else None)
     return calibration, SortedModel(source.config, make(source.config, calibration, layers, settings), top, layers)
 
 

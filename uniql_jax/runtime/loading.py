@@ -19,6 +19,8 @@ from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout
 from uniql_jax.plan import check_rate
 from uniql_jax.runtime import hub
 from uniql_jax.runtime.text import Folder
+from uniql_jax.weights.mixed import in_parts
+from uniql_jax.weights.nested import NestedArray
 from uniql_jax.weights.quantized import QuantizedArray
 
 
@@ -43,6 +45,10 @@ def place(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = True,
     Raises:
         UserError: a value does not fit `dtype`.
     """
+    if isinstance(value, NestedArray):
+        value = in_parts(value)
+        if not isinstance(value, QuantizedArray):
+            return jax.tree.map(jnp.asarray, value)
     if isinstance(value, QuantizedArray):
         if dispatch.default("dequant_matmul") == "pallas":
             value = value.in_runs()  # once instead of for every product

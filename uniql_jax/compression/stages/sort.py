@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
@@ -27,10 +28,12 @@ def sort(
     store: LayerStore,
     streams: StreamStore,
     progress: Progress,
+    fisher: LayerStore | None = None,
 ) -> None:
     """Sort the layers from the last to the first into `store`; the record of each is the loss of cutting its axes.
 
-    Goes on below the layers that an earlier run stored.
+    Goes on below the layers that an earlier run stored. `fisher` gets the Gram matrices of the loss's gradient after
+    each block; None: nobody wants them.
 
     Raises:
         UserError: naming layer and tensor, when a statistic or a sorted weight is not finite.
@@ -46,6 +49,8 @@ def sort(
         with jax.default_matmul_precision(matmul_precision(settings, solves=True)):
             done, losses = sort_layer(config, config.pattern[i], layer, means, settings, settings.seed + i)
             check_finite((done, losses), f"layer {i}, sorted:")
+        if fisher is not None:
+            fisher.save(layer_name(i), {kind: found["fisher"].astype(jnp.bfloat16) for kind, found in means.items()})
         record = {axis: np.asarray(loss).tolist() for axis, loss in losses.items()}
         store.save(layer_name(i), flatten(done), record)
         most = {axis: loss[round((1 - MAX_PRUNE_RATE) * (len(loss) - 1))] for axis, loss in record.items()}
