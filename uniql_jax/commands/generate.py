@@ -32,25 +32,26 @@ def main(argv: list[str]) -> None:
     from uniql_jax.checkpoint import open_checkpoint
     from uniql_jax.runtime import hub
     from uniql_jax.runtime.generation import generate
-    from uniql_jax.runtime.loading import load
+    from uniql_jax.runtime.loading import load_size
     from uniql_jax.runtime.prompts import check_prompt
     from uniql_jax.runtime.text import Folder, folder_tokenizer, prompt_ids
 
     settings = serving.sampling(args)
     args.ckpt = hub.local(args.ckpt, args.revision)
     checkpoint = open_checkpoint(args.ckpt)
-    rate = serving.choose_rate(checkpoint, args)
+    size = serving.choose_size(checkpoint, args)
     tokenizer = folder_tokenizer(Folder(args.ckpt))
     if tokenizer is None:
         raise UserError("this checkpoint has no tokenizer, which a prompt needs")
     ids = prompt_ids(tokenizer, args.prompt, args.chat)[None]
     check_prompt(checkpoint.config, ids, np.ones(ids.shape, np.int32), args.max_new_tokens)
-    cache = console.format_bytes(serving.cache_size(checkpoint, rate, ids.size, args.max_new_tokens))
+    cache = console.format_bytes(serving.cache_size(checkpoint, size, ids.size, args.max_new_tokens))
     plan = (
-        f"{serving.describe(args.ckpt, checkpoint, rate)}; cache {cache} for {ids.size} + {args.max_new_tokens} tokens"
+        f"{serving.describe(args.ckpt, checkpoint, size.rate, size)}; "
+        f"cache {cache} for {ids.size} + {args.max_new_tokens} tokens"
     )
     print(plan, file=sys.stderr)
-    pieces = generate(load(args.ckpt, rate), args.prompt, chat=args.chat, tokenizer=tokenizer, **settings)
+    pieces = generate(load_size(checkpoint, size), args.prompt, chat=args.chat, tokenizer=tokenizer, **settings)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

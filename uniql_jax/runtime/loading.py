@@ -11,13 +11,16 @@ import numpy as np
 
 from uniql_jax import elastic
 from uniql_jax.casting import cast
-from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.convert.source import open_source
+from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.pallas_kernels import dispatch
 from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout
 from uniql_jax.plan import check_rate
 from uniql_jax.runtime import hub
+from uniql_jax.runtime.budget import parse_budget
+from uniql_jax.runtime.choice import Choice, choose
 from uniql_jax.runtime.text import Folder
 from uniql_jax.weights.mixed import in_parts
 from uniql_jax.weights.nested import NestedArray
@@ -79,33 +82,56 @@ def place_top(top: dict[str, Any], dtype: Any) -> dict[str, Any]:
     }
 
 
-def load(folder: str | Path, prune_rate: float = 0.0, dtype: Any = None, *, revision: str | None = None) -> CausalLM:
-    """An elastic checkpoint at a prune rate; only the kept bytes are read.
+def load(
+    folder: str | Path,
+    prune_rate: float = 0.0,
+    dtype: Any = None,
+    *,
+    budget: int | float | str | None = None,
+    revision: str | None = None,
+) -> CausalLM:
+    """An elastic checkpoint at a prune rate, or at the size that fits a budget; only the kept bytes are read.
 
     Args:
         folder: elastic checkpoint, as `compress` writes it, or a hub id (owner/name), of which only the bytes of this
-            rate are downloaded.
+            size are downloaded.
         prune_rate: fraction of the prunable parameters to leave out, from 0 to 0.35.
         dtype: of activations and dense weights (default: bfloat16 on GPUs, float32 on CPUs).
+        budget: in place of a rate, bytes that the weights may take: a number, a size ("50MB"), or a share of the
+            device's memory ("80%"). A checkpoint of nested bits gives up bits and units in the order of its joint plan,
+            any other one takes the least prune rate that fits.
         revision: branch, tag or commit of a hub id (default: its main branch).
 
     Returns:
-        The model on the default device. Its `folder` is absolute.
+        The model on the default device. Its `folder` is absolute. At a setting of the joint plan it has no prune rates.
 
     Raises:
-        UserError: a rate outside the range, a folder that is no elastic checkpoint, damaged files, or a hub that does
-            not give us what is missing.
+        UserError: a rate outside the range, a budget that is too small, a folder that is no elastic checkpoint, damaged
+            files, or a hub that does not give us what is missing.
     """
     rate = check_rate(prune_rate)
+    if budget is not None and rate:
+        raise UserError("give a prune rate or a budget, not both")
+    size = None if budget is None else parse_budget(budget)
     folder = hub.local(folder, revision)
     checkpoint = open_checkpoint(folder)
-    hub.complete(checkpoint, rate)
+    return load_size(checkpoint, Choice(0, rate) if size is None else choose(checkpoint, size), dtype)
+
+
+def load_size(checkpoint: Checkpoint, size: Choice, dtype: Any = None) -> CausalLM:
+    """`load` of an opened checkpoint at a size that was chosen before."""
+    setting = size.setting
+    hub.complete(checkpoint, size.rate, setting)
     dtype = default_dtype() if dtype is None else dtype
-    found = Folder(folder)
-    keep = checkpoint.keep(rate)
-    layers = [place_layer(checkpoint.layer(i, kept), dtype) for i, kept in enumerate(keep)]
-    params = place_top(checkpoint.top(), dtype) | {"layers": layers}
-    return CausalLM(checkpoint.config, params, checkpoint.plan, rate, found, dtype)
+    if setting is None:
+        each = (checkpoint.layer(i, kept) for i, kept in enumerate(checkpoint.keep(size.rate)))
+        top, plan = checkpoint.top(), checkpoint.plan
+    else:
+        each = (checkpoint.layer_at(i, setting) for i in range(len(checkpoint.config.pattern)))
+        top, plan = checkpoint.top_at(setting), None
+    layers = [place_layer(layer, dtype) for layer in each]
+    params = place_top(top, dtype) | {"layers": layers}
+    return CausalLM(checkpoint.config, params, plan, size.rate, Folder(checkpoint.folder), dtype)
 
 
 def load_source(ckpt: str, dtype: Any = None, *, dequantize: bool = False) -> CausalLM:
