@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     size.add_argument("--prune-rate", type=cli.prune_rate, default=0.0, metavar="R", help="0 (all) to 0.35 (smallest)")
     size.add_argument(
         "--memory-budget", type=cli.memory_size, metavar="SIZE",
-        help="3GiB, 900MB, 0.5G: the largest size whose weights fit it: least pruning, or with nested bits the joint plan's",
+        help="3GiB, 900MB, 0.5G: the largest size whose weights fit, by least pruning or by the plan of nested bits",
     )  # fmt: skip
     add("--max-new-tokens", type=cli.positive_int, default=max_new_tokens, metavar="N", help="tokens to make")
     add("--temperature", type=cli.bounded_float(0), default=0.0, metavar="T", help="0: always the likeliest token")

@@ -1,4 +1,4 @@
-"""Which size of a checkpoint fits a budget of bytes: a prune rate, or a setting of bits and units where codes are nested."""
+"""Which size of a checkpoint fits a budget of bytes: a prune rate, or with nested bits a setting of the joint plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS = 350
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A size of a checkpoint: a prune rate, or in its place a setting of the joint plan; and the bytes of its weights."""
+    """A size of a checkpoint: bytes of its weights, and its prune rate, or else a setting of the joint plan."""
 
     bytes: int
     rate: float = 0.0
@@ -28,6 +28,16 @@ class Choice:
         if setting is None:
             return checkpoint.keep(self.rate)
         return tuple({axis: setting[i, axis].entries for axis in whole} for i, whole in enumerate(checkpoint.keep(0.0)))
+
+    def kept_fraction(self, checkpoint: Checkpoint) -> float:
+        """Prunable parameters that stay, over all prunable parameters."""
+        plan = checkpoint.plan
+        if plan is None:
+            return 1.0
+        if self.setting is None:
+            return plan.kept_fraction(self.rate)
+        layers = zip(self.keep(checkpoint), plan.costs, strict=True)
+        return sum(kept[axis] * cost for kept, costs in layers for axis, cost in costs.items()) / plan.total
 
     def __str__(self) -> str:
         if self.setting is None:
