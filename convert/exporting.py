@@ -23,8 +23,9 @@ class Request:
     """One export: from where, to where, at which rate; `dtype`, `max_shard_bytes` and `dense_head` where a format
     has a use for them.
 
-    `setting`, of the joint plan of nested bits, stands in place of the rate. `load_tokenizer` gives the transformers tokenizer of a folder, or None; `say` receives lines of text, `progress`
-    wraps what is iterated over, given a word for it.
+    `setting`, of the joint plan of nested bits, stands in place of the rate. `load_tokenizer` gives the transformers
+    tokenizer of a folder, or None; `say` receives lines of text, `progress` wraps what is iterated over, given a word
+    for it.
     """
 
     checkpoint: str | Path

@@ -76,13 +76,8 @@ def test_products_are_those_of_the_values(
     truth = np.asarray(x) @ (flat.T if last else flat)
     for block in (1 << 20, 200):  # of several sizes, the last one smaller
         monkeypatch.setattr(nested_weights, "BLOCK", block)
-        for weight in (
-            cut,
-            cut.drop_prefix(6),
-            cut.take_bits(0),
-            whole,
-            jax.tree.map(jnp.asarray, in_parts(jax.device_get(cut))),
-        ):
+        mixed = jax.tree.map(jnp.asarray, in_parts(jax.device_get(cut)))
+        for weight in (cut, cut.take_bits(0).drop_prefix(6), cut.take_bits(0), whole, mixed):
             some = truth
             if weight is not cut:
                 values = np.asarray(weight.dense()).reshape(-1, flat.shape[1])

@@ -40,7 +40,7 @@ def describe_checkpoint(
         Plain data: `family`, `parameters`, `prunable_parameters`, `bits`, `groups`, `format`, `sorted`, `provenance`,
         `options`, `manifest`; `rates`, a list of {prune_rate, kept_fraction, parameters, prunable_parameters,
         weight_bytes, state_bytes}; `layers`, a list of {layer, blocks, kept, full, weight_bytes} at `prune_rate`, or at
-        what fits the budget: then `size` says what that is, and layers have `all_bits` where bits were given up as well.
+        what fits the budget: then `size` says what that is, and layers have `all_bits` where bits were given up too.
         `nested`: {leading_bits, steps, most_bytes, least_bytes} of a joint plan, or None.
 
     Raises:
