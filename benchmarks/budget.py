@@ -125,9 +125,7 @@ def parser() -> argparse.ArgumentParser:
     add = found.add_argument
     add("--nested", required=True, help="checkpoint of compress --nested-bits")
     add("--ckpt", required=True, help="the original")
-    add(
-        "--plain", help="checkpoint of the same calibration without --nested-bits: what nested codes cost"
-    )
+    add("--plain", help="checkpoint of the same calibration without --nested-bits: what nested codes cost")
     add("--text", nargs="+", required=True, help="NAME=SPEC, to measure")
     add("--eval-tokens", type=int, default=65536)
     add("--eval-window", type=int, default=1024)

@@ -204,15 +204,19 @@ def pieces_of(config: ModelConfig, plan: Plan, groups: Mapping[str, int]) -> lis
     for layer, kinds in enumerate(config.pattern):
         for axis in elastic.layer_axes(config, kinds):
             leaves = [leaf for kind in kinds for leaf in elastic.leaves(config, kind).values() if leaf.axis == axis]
-            sizes = np.sum([_entry_bytes(config, leaf, groups) for leaf in leaves], axis=0).tolist()
-            found.append(Piece(layer, axis, plan.sizes[axis], plan.units[axis], *sizes[:2], LAYER_CAP, *sizes[2:]))
+            each = [_entry_bytes(config, leaf, groups) for leaf in leaves]
+            bit, rest, spare_bit, spare_rest = (sum(column) for column in zip(*each, strict=True))
+            size, unit = plan.sizes[axis], plan.units[axis]
+            found.append(Piece(layer, axis, size, unit, bit, rest, LAYER_CAP, spare_bit, spare_rest))
     for name in ("embed",) if config.tie_embeddings else ("embed", "head"):
-        sizes = _entry_bytes(config, elastic.TOP[name], groups)
-        found.append(Piece(TOP, name, config.vocab_size, config.vocab_size, *sizes[:2], 0.0, *sizes[2:]))
+        bit, rest, *_ = _entry_bytes(config, elastic.TOP[name], groups)
+        found.append(Piece(TOP, name, config.vocab_size, config.vocab_size, bit, rest, 0.0))
     return found
 
 
-def _entry_bytes(config: ModelConfig, leaf: elastic.Leaf, groups: Mapping[str, int]) -> tuple[float, ...]:
+def _entry_bytes(
+    config: ModelConfig, leaf: elastic.Leaf, groups: Mapping[str, int]
+) -> tuple[float, float, float, float]:
     """Of an entry of the leading axis: bytes of the last bit and of all else, then those of padding."""
     shape = elastic.shape(config, leaf)
     if leaf.contract is None:

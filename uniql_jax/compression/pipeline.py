@@ -133,13 +133,11 @@ def run(
         "provenance": _provenance(source, provenance, recovery, gained, tuned),
         "manifest": manifest.to_json(),
     }
-    nested = None
-    if settings.nested:
 
-        def nested(total: int) -> dict[str, Any]:
-            return joint_plan(source.config, original.plan, original.layers, finished, total).to_json()
+    def nested(total: int) -> dict[str, Any]:
+        return joint_plan(source.config, original.plan, original.layers, finished, total).to_json()
 
-    size = write(work.folder / "checkpoint", source, stored, section, nested)
+    size = write(work.folder / "checkpoint", source, stored, section, nested if settings.nested else None)
     work.publish(work.folder / "checkpoint", overwrite)
     return Report(original.plan, calibration.influence, size, gained, tuned)
 

@@ -120,8 +120,8 @@ def quantize(
             running.drop_before(i + 1)
     if running is not None and fisher is not None:
         gram = turned_gram(jnp.asarray(fisher.load(layer_name(0))[config.pattern[0][0]], jnp.float32), q)
-        some = (streams.sample(part, TOKENS) for part in (streams.windows.batches, running.x))
-        done.save(LOST, {}, top_points(config, stored_layers.top(), *some, gram))
+        tokens, last = (streams.sample(part, TOKENS) for part in (streams.windows.batches, running.x))
+        done.save(LOST, {}, top_points(config, stored_layers.top(), tokens, last, gram))
 
 
 @jit
@@ -170,7 +170,7 @@ def _finish_top(
     return out, before
 
 
-def _of_views(settings: CompressionSettings, hessian: Hessian, otherwise: Float[Array, "h h"]) -> Hessian:
+def _of_views(settings: CompressionSettings, hessian: Array | None, otherwise: Float[Array, "h h"]) -> Hessian:
     """A Hessian for each model that codes serve: nested ones, outside the layers, serve two with the same inputs."""
     if not settings.nested:
         return hessian
