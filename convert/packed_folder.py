@@ -132,8 +132,8 @@ def packed_row(form: Form, style: Style, kind: str, row: tables.Row, weight: Qua
         scale = np.broadcast_to(scale.reshape(scale.shape[0], *(1,) * len(shape[1:-1]), scale.shape[-1]), shape)
     shorter = {"embed": "hidden_size", "ffn": "intermediate_size", "vo": "head_dim"}[along]
     narrow = dataclasses.replace(config, **{shorter: getattr(config, shorter) // group})
-    scale = np.repeat(foreign(narrow, kind, row, scale, inv_freq), group // form.written[name], axis=1)
-    codes = foreign(config, kind, row, integers(weight), inv_freq)
+    scale = np.repeat(foreign(narrow, kind, row, {name: scale}, inv_freq), group // form.written[name], axis=1)
+    codes = foreign(config, kind, row, {name: integers(weight)}, inv_freq)
     return style.pack(row.name.removesuffix("weight"), codes, scale, form.bits)
 
 
@@ -192,7 +192,7 @@ def _tensors(
             yield name, cast(name, turned[name], BFLOAT16)
         elif form.group(leaf, bool(turned)) is None:
             value = np.asarray(dense(leaves[leaf])) / np.float32(factors.get(leaf, 1.0))
-            value = foreign(form.config, kind, row, value, inv_freq)
+            value = foreign(form.config, kind, row, {leaf: value}, inv_freq)
             yield name, cast(name, value, BFLOAT16)
         else:
             made = packed_row(form, style, kind, row, leaves[leaf], inv_freq)

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from uniql_jax import config as configs
 from uniql_jax.casting import cast, check_finite
 from uniql_jax.config import ModelConfig
-from uniql_jax.convert import gguf_tables, tables
+from uniql_jax.convert import tables
 from uniql_jax.convert.gguf import GgufReader
 from uniql_jax.convert.leaves import Leaves, complete, complete_on_device, folded_top, top_on_device
 from uniql_jax.convert.locate import demo_file, download
@@ -290,7 +290,7 @@ def _from_gguf(path: Path, name: str) -> Source:
     reader = GgufReader(path)
     hf_config = reader.hf_config()
     reader.check_side_files()
-    return open_tensors(name, hf_config, reader, gguf_tables.TABLES[reader.family()], reader.write_side_files)
+    return open_tensors(name, hf_config, reader, reader.table(), reader.write_side_files)
 
 
 def _from_megatron(path: Path, name: str) -> Source:
