@@ -68,7 +68,11 @@ class GgufReader:
         """Which tensor is which leaf."""
         name = self.architecture()
         key = f"{name}.rope.dimension_count"
-        partial = name == "granitehybrid" and key in self._file and self._file.count(key) < Metadata(self._file, name).head_dim
+        partial = (
+            name == "granitehybrid"
+            and key in self._file
+            and self._file.count(key) < Metadata(self._file, name).head_dim
+        )
         return gguf_tables.table(name, partial)
 
     def check_side_files(self) -> None:

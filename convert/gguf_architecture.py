@@ -102,7 +102,10 @@ def add_fields(writer: Any, config: ModelConfig, name: str, embed: Blocks, ffn: 
     writer.add_vocab_size(config.vocab_size)
     writer.add_feed_forward_length(ffn if name in PER_LAYER else ffn[0])
     # sum / total + epsilon' is (sum / width + epsilon) * width / total
-    writer.add_layer_norm_rms_eps(_norm_eps(config, name) * embed.width / embed.total)
+    eps = _norm_eps(config, name) * embed.width / embed.total
+    writer.add_layer_norm_rms_eps(eps)
+    if name == "nemotron_h":  # whose newer code reads the epsilon of its norms under this key
+        writer.add_layer_norm_eps(eps)
     if config.heads:
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)

@@ -58,7 +58,9 @@ class Metadata:
         """The number that all layers share which have one at all."""
         found = set(self.per_layer(name)) - {0}
         if len(found) != 1:
-            raise UserError(f"{self.path}: {self.key(name)} must be a whole number, the same for all layers that have it")
+            raise UserError(
+                f"{self.path}: {self.key(name)} must be a whole number, the same for all layers that have it"
+            )
         return found.pop()
 
     def has(self, tensor: str) -> bool:
