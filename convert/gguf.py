@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Float
 
 from uniql_jax.convert import gguf_tables
-from uniql_jax.convert.gguf_config import ARCHITECTURES, FACTORS, Metadata
+from uniql_jax.convert.gguf_config import ARCHITECTURES
 from uniql_jax.convert.gguf_file import GgufFile
+from uniql_jax.convert.gguf_metadata import FACTORS, Metadata
 from uniql_jax.convert.gguf_tokenizer import GgufTokenizer
 from uniql_jax.convert.rows import Row
 from uniql_jax.convert.to_hf import ARCHITECTURES as CLASSES

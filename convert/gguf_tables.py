@@ -1,5 +1,6 @@
 """Which tensor of a GGUF file is which of our leaves, by llama.cpp's architecture: the rows of Hugging Face files under
-the names, and in the order of rotating dimensions, that llama.cpp has."""
+the names, and in the order of rotating dimensions, that llama.cpp has.
+"""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ PERMUTED = ("llama", "smollm3", "granite", "granitehybrid")
 """Architectures whose files have the two dimensions that turn together as neighbours."""
 
 
-def _converted(hf: dict[str, Any], name: str, value: np.ndarray) -> dict[str, np.ndarray]:
+def converted(hf: dict[str, Any], name: str, value: np.ndarray) -> dict[str, np.ndarray]:
     """One tensor under llama.cpp's name, in llama.cpp's form."""
     layer = re.search(r"layers\.(\d+)\.(.*)", name)
     rest = layer[2] if layer else name.rsplit("model.", 1)[-1].removeprefix("backbone.")
@@ -101,8 +101,8 @@ def write(path: Path, hf: dict[str, Any], tensors: dict[str, np.ndarray], pieces
     writer.add_token_merges(["t h", "th e", "Ġ the"])
     writer.add_eos_token_id(0)
     for name, value in tensors.items():
-        for theirs, converted in _converted(hf, name, value).items():
-            writer.add_tensor(theirs, np.ascontiguousarray(converted))
+        for theirs, tensor in converted(hf, name, value).items():
+            writer.add_tensor(theirs, np.ascontiguousarray(tensor))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

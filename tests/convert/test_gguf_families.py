@@ -1,4 +1,4 @@
-"""GGUF sources of every family: the model of the Hugging Face folder that was converted, and what llama.cpp computes."""
+"""GGUF sources of every family: the model of the folder that was converted, and what llama.cpp computes."""
 
 from __future__ import annotations
 
