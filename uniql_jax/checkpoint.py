@@ -161,7 +161,9 @@ class Checkpoint:
         """
         return {
             kind: {
-                name: self._read(f"layers.{i}.{kind}.{name}", leaf, None if shared_whole and leaf.shared else keep, lazy)
+                name: self._read(
+                    f"layers.{i}.{kind}.{name}", leaf, None if shared_whole and leaf.shared else keep, lazy
+                )
                 for name, leaf in elastic.leaves(self.config, kind).items()
             }
             for kind in self.config.pattern[i]

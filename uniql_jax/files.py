@@ -14,11 +14,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from uniql_jax.errors import UserError
+from uniql_jax.lazy_tensor import LazyTensor
 from uniql_jax.outputs import check_space
 from uniql_jax.partial import PartialFile
 
@@ -120,7 +121,10 @@ class ShardReader:
 
     def lazy(self, name: str, rows: int | None = None) -> LazyTensor:
         """One tensor, or the first `rows` entries of its leading axis, of which nothing is read yet; else as `read`."""
-        return LazyTensor(self, name, *self._where(name, rows, 0))
+        return LazyTensor(name, *self._where(name, rows, 0), self._count)
+
+    def _count(self, size: int) -> None:
+        self.bytes_read += size
 
     def _where(self, name: str, rows: int | None, start: int) -> tuple[Path, int, np.dtype, tuple[int, ...]]:
         """File, first byte, dtype and shape of what `read` reads."""
@@ -136,55 +140,6 @@ class ShardReader:
         if partial is not None and partial.missing([(offset, offset + math.prod(shape) * dtype.itemsize)]):
             raise UserError(f"{path} was downloaded for a higher prune rate only; load its hub id again, at this rate")
         return path, offset, dtype, shape
-
-
-class LazyTensor:
-    """A tensor on disk, of which `take` reads the entries that are asked for and no more."""
-
-    def __init__(
-        self, reader: ShardReader, name: str, path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]
-    ) -> None:
-        self._reader, self._name, self._path, self._offset = reader, name, path, offset
-        self.dtype, self.shape = dtype, shape
-
-    @property
-    def ndim(self) -> int:
-        """How many axes it has."""
-        return len(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all of it."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Shaped[np.ndarray, "..."]:
-        """All of it."""
-        value = _read(self._path, self._name, self._offset, self.dtype, self.shape)
-        self._reader.bytes_read += value.nbytes
-        return value if dtype is None else value.astype(dtype)
-
-    def take(self, index: Int[np.ndarray, " n"], axis: int) -> Shaped[np.ndarray, "..."]:
-        """The entries of an axis at these places, as numpy's `take` gives them."""
-        outer, entry = math.prod(self.shape[:axis]), math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize
-        out = np.empty((outer, len(index) * entry), np.uint8)
-        breaks = np.flatnonzero(np.diff(index) != 1) + 1
-        runs = [(int(run[0]), len(run)) for run in np.split(index, breaks) if len(run)]
-        try:
-            with self._path.open("rb", buffering=0) as file:
-                for row in range(outer):
-                    done = 0
-                    for first, count in runs:
-                        file.seek(self._offset + (row * self.shape[axis] + first) * entry)
-                        if file.readinto(out[row, done : done + count * entry]) != count * entry:
-                            raise UserError(
-                                f"cannot read tensor {self._name!r} of {self._path}: the file has become shorter"
-                            )
-                        done += count * entry
-        except OSError as error:
-            reason = error.strerror or _line(error)
-            raise UserError(f"cannot read tensor {self._name!r} of {self._path} ({reason})") from None
-        self._reader.bytes_read += out.nbytes
-        return out.view(self.dtype).reshape(*self.shape[:axis], len(index), *self.shape[axis + 1 :])
 
 
 def _read(path: Path, name: str, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:

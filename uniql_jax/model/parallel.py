@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from uniql_jax import elastic
 from uniql_jax.model.cache import Cache, LayerCache, SsmCache
-from uniql_jax.weights.shard import Shard
+from uniql_jax.weights.shard import Shard, is_shard
 from uniql_jax.weights.split import AXIS, Split
 
 EVERYWHERE = PartitionSpec()
@@ -25,10 +25,6 @@ def split_of_params(params: Mapping[str, Any]) -> Split | None:
     """How a model's weights are shared out; None: they lie on one device."""
     table = params.get("embed")
     return table.split if isinstance(table, Shard) else None
-
-
-def _is_shard(value: Any) -> bool:
-    return isinstance(value, Shard)
 
 
 def _state_specs(state: Any) -> Any:
@@ -83,7 +79,7 @@ def on_every_device(model: Any, function: Callable[..., Any], *args: Any, like: 
     """
 
     def local(params: Mapping[str, Any], *args: Any) -> Any:
-        own = jax.tree.map(lambda leaf: leaf.local() if _is_shard(leaf) else leaf, params, is_leaf=_is_shard)
+        own = jax.tree.map(lambda leaf: leaf.local() if is_shard(leaf) else leaf, params, is_leaf=is_shard)
         return function(model.part(own), *args)
 
     params = dict(model.params)

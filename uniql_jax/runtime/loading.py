@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,21 @@ def place_top(top: dict[str, Any], dtype: Any, split: Split | None = None) -> di
     }
 
 
-def _split(config: ModelConfig, devices: int | Mesh | None, groups: Any = None, runs: Any = None) -> Split | None:
-    """How a model is shared out among so many devices, or those of a mesh; None: it is on one."""
+def split_for(config: ModelConfig, devices: int | Mesh | None, meta: Mapping[str, Any]) -> Split | None:
+    """How a model is shared out.
+
+    Args:
+        config: the model.
+        devices: how many devices, or a mesh of them.
+        meta: groups and runs of packed weights, as `plan.grouping` and checkpoints give them; empty for dense ones.
+
+    Returns:
+        Who has what; None: one device has all.
+    """
     if devices is None or devices == 1:
         return None
     unit = axis_layout(config, "ffn").unit if config.intermediate_size else 1
-    return split_of(config, device_mesh(devices), dict(groups or {}), dict(runs or {}), unit)
+    return split_of(config, device_mesh(devices), meta.get("groups") or {}, meta.get("runs") or {}, unit)
 
 
 def load(
@@ -133,8 +143,7 @@ def load(
     dtype = default_dtype() if dtype is None else dtype
     found = Folder(folder)
     keep = checkpoint.keep(rate)
-    packed = checkpoint.meta if checkpoint.bits < 16 else {}
-    split = _split(checkpoint.config, devices, packed.get("groups"), packed.get("runs"))
+    split = split_for(checkpoint.config, devices, checkpoint.meta if checkpoint.bits < 16 else {})
     lazy = split is not None
     layers = [place_layer(checkpoint.layer(i, kept, lazy=lazy), dtype, split) for i, kept in enumerate(keep)]
     params = place_top(checkpoint.top(lazy), dtype, split) | {"layers": layers}
@@ -162,7 +171,7 @@ def load_source(
     source = open_source(ckpt, dequantize=dequantize)
     dtype = default_dtype() if dtype is None else dtype
     folder = Folder(ckpt) if Path(ckpt).is_dir() else str(ckpt)
-    split = _split(source.config, devices)
+    split = split_for(source.config, devices, {})
     layers = [place_layer(source.layer(i), dtype, split) for i in range(len(source.config.pattern))]
     params = place_top(source.top(), dtype, split) | {"layers": layers}
     return CausalLM(source.config, params, None, 0.0, folder, dtype)

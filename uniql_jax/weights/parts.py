@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int, Shaped
 
@@ -44,11 +45,21 @@ def part_of(leaf: elastic.Leaf, value: Any, split: Split, device: int) -> Any:
         return _take(value, index, axis)
     if value.contract == "last":
         return dataclasses.replace(value, data=_take(value.data, index, axis), scale=_take(value.scale, index, axis))
-    return _contracted(value, index, axis)
+    return _contracted(value, index)
 
 
-def _contracted(value: QuantizedArray, index: Int[np.ndarray, " n"], axis: int) -> QuantizedArray:
-    """A part of a packed weight that contracts its leading dimensions, along one of these."""
+def part_like(leaf: elastic.Leaf, like: Any, split: Split) -> Any:
+    """`part_of` for jax.ShapeDtypeStructs in place of arrays: what every device has of a leaf."""
+
+    def empty(one: Any) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), one.dtype), one.shape)
+
+    part = part_of(leaf, jax.tree.map(empty, like), split, 0)
+    return jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype), part)
+
+
+def _contracted(value: QuantizedArray, index: Int[np.ndarray, " n"]) -> QuantizedArray:
+    """A part of a packed weight that contracts its leading dimensions, along the heads, or else the first."""
     per_word = 8 if value.bits == 4 else 1
     if not value.inner:  # entries come in whole groups
         groups = index[:: value.group] // value.group
@@ -56,7 +67,6 @@ def _contracted(value: QuantizedArray, index: Int[np.ndarray, " n"], axis: int) 
         positions = np.where(np.repeat(groups, value.group) < 0, -1, positions)
         data, scale = _take_packed(value.data, positions, value.bits), _take(value.scale, groups, 0)
         return dataclasses.replace(value, data=data, scale=scale, width=len(index))
-    assert axis == 1 and len(value.inner) == 1, "weights have one dimension of heads at most"
     inner, count = value.inner[0], value.shape[0]
     width, taken = count * len(index), index[None, :, None]
     if value.run > 1:  # stored [count / run, heads, run], with groups that lie inside a head
@@ -101,4 +111,3 @@ def _take_packed(data: Any, positions: Int[np.ndarray, " n"], bits: int) -> Int[
     chosen = np.where((positions < 0)[:, None], 8, codes[np.where(positions < 0, 0, where)]).astype(np.uint32)
     shifted = chosen.reshape(-1, 8, chosen.shape[-1]) << shifts.astype(np.uint32)
     return np.bitwise_or.reduce(shifted, axis=1).view(np.int32)
-

@@ -44,11 +44,16 @@ class Shard:
         return dataclasses.replace(self, parts=_without(parts, index < 0), shape=shape)
 
     def local(self) -> Any:
-        """This device's part, inside a program that runs on every device of the mesh (`jax.shard_map`)."""
+        """The part of the device that asks, inside a program that runs on every device (`jax.shard_map`)."""
         part = jax.tree.map(lambda value: value[0], self.parts)
         if self.dim == "vocab":
             return VocabularyPart(part, self.shape)
         return Summed(part) if self.contract == "first" else part
+
+
+def is_shard(value: Any) -> bool:
+    """Whether a leaf of a pytree is a Shard; for `jax.tree` functions, which would else look inside."""
+    return isinstance(value, Shard)
 
 
 def _prefix(parts: Any, count: int) -> Any:
@@ -134,7 +139,7 @@ class VocabularyPart(_Part):
 
 
 def total_of_neighbors(value: Float[Array, "..."], axis: str, count: int) -> Float[Array, "..."]:
-    """The sum over the `count` devices that share something, numbers 0 to count - 1, count to 2 count - 1, and so on."""
+    """The sum over the `count` devices next to one another that share something."""
     everything = jax.lax.all_gather(value, axis)
     first = jax.lax.axis_index(axis) // count * count
     return jax.lax.dynamic_slice_in_dim(everything, first, count, 0).sum(0)
@@ -156,7 +161,9 @@ def spread(leaf: elastic.Leaf, value: Any, split: Split, prepare: Callable[[Any]
     if dim is None:
         return jax.device_put(prepare(part_of(leaf, value, split, 0)), split.replicated)
     shape = tuple(value.shape)
-    here = {device: i for i, device in enumerate(split.mesh.devices.flat) if device.process_index == jax.process_index()}
+    here = {
+        device: i for i, device in enumerate(split.mesh.devices.flat) if device.process_index == jax.process_index()
+    }
     placed = [
         jax.tree.map(lambda array, device=device: jax.device_put(array[None], device), part)
         for device, i in here.items()

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
@@ -39,7 +40,7 @@ def device_mesh(devices: int | Mesh) -> Mesh:
         return Mesh(devices.devices.reshape(-1), (AXIS,))
     found = jax.devices()
     if not 1 <= devices <= len(found):
-        raise UserError(f"--devices {devices}: there are {len(found)} here")
+        raise UserError(f"cannot share a model among {devices} devices: JAX sees {len(found)} here")
     return Mesh(np.asarray(found[:devices]), (AXIS,))
 
 
@@ -51,7 +52,7 @@ class Split:
     number of heads on a device must be a multiple of, so that its part of a quantization group fills whole words.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     config: ModelConfig
     unit: int = 1
     heads: int = 1
@@ -99,7 +100,7 @@ class Split:
             size: entries that there are: the kept ones for `ffn`, all of any other.
         """
         if dim == "ffn":
-            units = device + self.count * np.arange(-(-(-(-size // self.unit)) // self.count))
+            units = device + self.count * np.arange(math.ceil(math.ceil(size / self.unit) / self.count))
             found = (units[:, None] * self.unit + np.arange(self.unit)).reshape(-1)
             return np.where(found < size, found, -1)
         if dim == "vocab":
@@ -131,9 +132,7 @@ class Split:
     def part_config(self) -> ModelConfig:
         """What a device computes with: the sizes of its part."""
         local, ssm = self.local, self.config.ssm
-        found = dataclasses.replace(
-            self.config, heads=local.get("head", 0), kv_heads=local.get("kv_head", 0), ssm=ssm
-        )
+        found = dataclasses.replace(self.config, heads=local.get("head", 0), kv_heads=local.get("kv_head", 0), ssm=ssm)
         if ssm is None:
             return found
         width, sharing = ssm.head_dim * ssm.heads // ssm.groups, self.sharing("mamba_group")
@@ -153,7 +152,9 @@ class Split:
         return dataclasses.replace(part, heads=part.heads * count, kv_heads=part.kv_heads * count, ssm=ssm)
 
 
-def split_of(config: ModelConfig, mesh: Mesh, groups: dict[str, int], runs: dict[str, int], unit: int) -> Split:
+def split_of(
+    config: ModelConfig, mesh: Mesh | AbstractMesh, groups: Mapping[str, int], runs: Mapping[str, int], unit: int
+) -> Split:
     """How a checkpoint is shared out.
 
     Args:
@@ -170,9 +171,7 @@ def split_of(config: ModelConfig, mesh: Mesh, groups: dict[str, int], runs: dict
             return 1
         return 8 // math.gcd(8, groups[axis] // full[heads])
 
-    return Split(
-        mesh, config, groups.get("ffn", unit), multiple("vo", "head"), multiple("ssm_head", "mamba_head")
-    )
+    return Split(mesh, config, groups.get("ffn", unit), multiple("vo", "head"), multiple("ssm_head", "mamba_head"))
 
 
 def split_dim(leaf: elastic.Leaf) -> str | None:
