@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  numpy knows bfloat16 by name once it is imported
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
-from safetensors.numpy import load, save
 
 from uniql_jax.errors import UserError
 
@@ -68,14 +69,10 @@ class Processes:
         found = np.zeros(0, np.uint8)
         if self.index == owner:
             assert tensors is not None
-            arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-            record_bytes = np.frombuffer(json.dumps(record).encode(), np.uint8)
-            found = np.frombuffer(save({**{f"={k}": v for k, v in arrays.items()}, "record": record_bytes}), np.uint8)
+            found = np.frombuffer(_to_bytes(tensors, record), np.uint8)
         high, low = (int(part) for part in self.total(jnp.asarray(divmod(found.size, _WORD), jnp.int32)))
-        size = high * _WORD + low
-        data = load(np.asarray(self.total(found if found.size else np.zeros(size, np.uint8))).tobytes())
-        record = json.loads(data.pop("record").tobytes())
-        return {name[1:]: value for name, value in data.items()}, record
+        found = self.total(found if found.size else np.zeros(high * _WORD + low, np.uint8))
+        return _from_bytes(np.asarray(found))
 
     def _together(self, tree: Any, function: Callable[[Any], Any]) -> Any:
         place, everywhere = (NamedSharding(self._mesh, spec) for spec in (PartitionSpec(AXIS), PartitionSpec()))
@@ -100,3 +97,22 @@ def _summed(tree: Any) -> Any:
 
 def _joined(tree: Any) -> Any:
     return jax.tree.map(lambda value: value.reshape(-1, *value.shape[2:]), tree)
+
+
+def _to_bytes(tensors: Mapping[str, Any], record: Any) -> bytes:
+    """Tensors, bfloat16 ones among them, and plain data: the length of a header, the header, the numbers."""
+    arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    header = json.dumps([record, {name: [value.dtype.name, value.shape] for name, value in arrays.items()}]).encode()
+    return b"".join([len(header).to_bytes(8, "little"), header, *(value.tobytes() for value in arrays.values())])
+
+
+def _from_bytes(data: Shaped[np.ndarray, " n"]) -> tuple[dict[str, Shaped[np.ndarray, "..."]], Any]:
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    record, shapes = json.loads(data[8:start].tobytes())
+    found = {}
+    for name, (kind, shape) in shapes.items():
+        dtype = np.dtype(kind)
+        end = start + math.prod(shape) * dtype.itemsize
+        found[name] = data[start:end].copy().view(dtype).reshape(shape)
+        start = end
+    return found, record
