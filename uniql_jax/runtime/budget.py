@@ -149,8 +149,10 @@ def tree_bytes(tree: Any) -> int:
 class Needs:
     """What a checkpoint needs at any prune rate, for a batch and a context; programs that were compiled are kept."""
 
-    def __init__(self, checkpoint: Checkpoint, shape: Shape, dtype: Any, programs: Programs):
+    def __init__(self, checkpoint: Checkpoint, shape: Shape, dtype: Any, programs: Programs, batches: int = 1):
+        """batches: how many run at a time at most, each with a cache of its own and all with the same weights."""
         self.checkpoint, self.shape, self.dtype = checkpoint, shape, dtype
+        self.batches = batches
         self.highest = MAX_PRUNE_RATE if checkpoint.plan is not None else 0.0
         self._programs = programs
         self._compiled: dict[float, Compiled] = {}
@@ -168,7 +170,7 @@ class Needs:
         return tree_bytes(abstract_model(self.checkpoint, rate, self.dtype).params)
 
     def cache(self, rate: float) -> int:
-        """Bytes of the cache of all rows."""
+        """Bytes of the cache of all rows of one batch."""
         keep, shape = self.checkpoint.keep(rate), self.shape
         return cache_bytes(self.checkpoint.config, keep, shape.rows, shape.slots, self.dtype)
 
@@ -183,7 +185,7 @@ class Needs:
 
     def at(self, rate: float) -> Need:
         """All that a rate needs."""
-        return Need(rate, self.weights(rate), self.cache(rate), self.work(rate))
+        return Need(rate, self.weights(rate), self.batches * self.cache(rate), self.work(rate))
 
     def fitting(self, budget: int, rates: Sequence[float] | None = None) -> Need:
         """What the least rate that fits a budget needs.
@@ -198,7 +200,7 @@ class Needs:
         choices = sorted(rates) if rates is not None else [round(i * self.highest / STEPS, 6) for i in range(STEPS + 1)]
         work = 0
         while True:
-            rate = first_fitting(lambda r: self.weights(r) + self.cache(r), budget - work, choices)
+            rate = first_fitting(lambda r: self.weights(r) + self.batches * self.cache(r), budget - work, choices)
             if rate is None:
                 least = self.at(choices[-1])
                 raise UserError(

@@ -5,10 +5,12 @@ On a CPU arrays are numpy's, so that nothing is compiled; elsewhere one small pr
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +19,8 @@ import numpy as np
 
 from uniql_jax import elastic
 from uniql_jax.checkpoint import Checkpoint
+from uniql_jax.errors import UserError
+from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.pallas_kernels.dequant_matmul import tiling
 from uniql_jax.runtime.budget import Needs
 from uniql_jax.runtime.loading import place
@@ -30,6 +34,51 @@ Keep = Mapping[str, int]
 def on_host() -> bool:
     """Whether arrays lie in the host's memory, where numpy can cut them."""
     return jax.default_backend() == "cpu"
+
+
+CACHES = ("read-again", "extend")
+"""What becomes of caches when weights grow."""
+
+
+def check_policy(cache: str) -> str:
+    """One of `CACHES`, or a UserError."""
+    if cache not in CACHES:
+        raise UserError(f"cache must be one of {', '.join(CACHES)}, not {cache!r}")
+    return cache
+
+
+def return_memory() -> None:
+    """Give what was freed back to the system; glibc keeps it otherwise."""
+    if on_host() and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def resize(
+    programs: Programs, checkpoint: Checkpoint, model: CausalLM, wanted: Sequence[Keep], states: list | None, dtype: Any
+) -> None:
+    """Bring every layer of a model, in place, to other kept sizes, one after another.
+
+    Args:
+        programs: keeps what is compiled for it.
+        checkpoint: what the model was loaded from; missing bytes are read of it.
+        model: at any sizes, also at those that an interrupted call left.
+        wanted: kept sizes of every layer.
+        states: caches of the layers, cut or filled up in the same way; None: there are none.
+        dtype: of dense weights.
+    """
+    pair, layers = elastic.sizes(checkpoint.config)["pair"], model.params["layers"]
+    for i, (have, keep) in enumerate(zip(model.keep, wanted, strict=True)):
+        if have == keep:
+            continue
+        if states is not None:
+            states[i] = cut_state(programs, states[i], have, keep, pair)
+        between = {axis: min(have[axis], keep[axis]) for axis in keep}
+        if between != have:
+            layers[i] = cut(programs, layers[i], have, between)
+        if keep != between:
+            layers[i] = grow(programs, checkpoint, i, layers[i], between, keep, dtype)
 
 
 def _apply(programs: Programs, name: Any, function: Any, *args: Any) -> Any:
