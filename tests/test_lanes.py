@@ -85,7 +85,15 @@ def test_each_gets_what_its_rate_makes(folder: Path, models: dict[float, Any], r
     """More requests than rows at three rates at a time, drawn and greedy, joining while others run."""
     session = uniql_jax.Elastic(folder, **SHAPE)
     drawn = dict(temperature=0.8, top_k=20, seed=5)
-    wanted = [(0.15, 5, {}), (None, 9, {}), (0.35, 3, drawn), (0.15, 14, drawn), (0.15, 1, {}), (0.0, 4, {}), (0.35, 7, {})]
+    wanted = [
+        (0.15, 5, {}),
+        (None, 9, {}),
+        (0.35, 3, drawn),
+        (0.15, 14, drawn),
+        (0.15, 1, {}),
+        (0.0, 4, {}),
+        (0.35, 7, {}),
+    ]
     requests = []
     for prompt, (rate, _, settings) in zip(prompts_of(rng, *(n for _, n, _ in wanted)), wanted, strict=True):
         requests.append(submit(session, prompt, rate, **settings))
@@ -133,26 +141,22 @@ def test_the_session_may_change_below_and_up_to_a_rate(
         session.step()
         session.step()
         session.rate = rate
-        assert pointers(dict(session.model.params)) >= set().union(*(pointers(b.params) for b in session._lanes.batches))
+        assert pointers(dict(session.model.params)) >= set().union(
+            *(pointers(b.params) for b in session._lanes.batches)
+        )
         assert through.made > i
     assert [item.token for item in through] == alone(models[0.15], prompts[0])
     again = submit(session, prompts[0], 0.15, 24)  # at the session's own rate now
     waiting = [submit(session, prompts[0], 0.15, 24) for _ in range(3)]
     session.step()
-    gone = weights_of(session)
+    before, weights = held(), session._needs.weights
     session.rate = 0.35
+    assert before - held() >= weights(0.15) - weights(0.35)  # no lane holds on to what was cut
     for request in (again, *waiting):
         with pytest.raises(RateUnavailable, match=r"0\.15 needs weights that a session at 0\.35 does not hold"):
             list(request)
     assert [item.token for item in highest] == alone(models[0.35], prompts[2])
     assert len(list(free)) == 24
-    assert not gone & pointers(jax.live_arrays())  # nothing holds on to what was cut
-
-
-def weights_of(session: Any) -> set[int]:
-    """Where the weights lie that a cut replaces."""
-    layers = session.model.params["layers"]
-    return pointers([block["down"].data for layer in layers for kind, block in layer.items() if kind == "mlp"])
 
 
 def test_a_request_at_the_sessions_rate_stays_there(

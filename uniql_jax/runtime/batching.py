@@ -175,8 +175,8 @@ class Batch:
             request = self.waiting[0]
             if request.reason is None:
                 self._whole = False
-                if len(request.prompt) > self.slot:
-                    self._move(len(request.prompt))
+                if request.length > self.slot:
+                    self._move(request.length)
                 row = self.rows[free[0]] = Row(request)
                 self._admit(free.pop(0), row)
                 self._whole = True
