@@ -23,7 +23,7 @@ from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.pallas_kernels.dequant_matmul import tiling
 from uniql_jax.runtime.budget import Needs
-from uniql_jax.runtime.loading import place
+from uniql_jax.runtime.loading import in_form
 from uniql_jax.runtime.steps import Programs
 from uniql_jax.weights.quantized import QuantizedArray
 
@@ -38,6 +38,8 @@ def on_host() -> bool:
 
 CACHES = ("read-again", "extend")
 """What becomes of caches when weights grow."""
+ALIGNMENT = 64
+"""Bytes that JAX wants an array on a CPU to begin at a multiple of."""
 
 
 def check_policy(cache: str) -> str:
@@ -81,13 +83,27 @@ def resize(
             layers[i] = grow(programs, checkpoint, i, layers[i], between, keep, dtype)
 
 
-def _apply(programs: Programs, name: Any, function: Any, *args: Any) -> Any:
-    """Run a function of slices and joins: by numpy into memory of its own, or compiled."""
+def _apply(programs: Programs, name: Any, function: Any, *args: Any, joins: bool = False) -> Any:
+    """Run a function that slices, or that joins: by numpy into memory of its own, or compiled."""
     if on_host():
         done = function(*jax.tree.map(np.asarray, args))
-        # copies: JAX would go on with a view, which holds on to what was cut off
-        return jax.device_put(jax.tree.map(np.copy, done), jax.devices()[0])
-    return programs.call(name, function, *args)
+        return jax.device_put(done if joins else jax.tree.map(_owned, done), jax.devices()[0])
+    return programs.call(name, function, *jax.tree.map(jnp.asarray, args))
+
+
+def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An empty array at an address that JAX takes as it is, where it would copy from any other."""
+    count = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(count + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + count].view(dtype).reshape(shape)
+
+
+def _owned(value: np.ndarray) -> np.ndarray:
+    """A copy: JAX would go on with a view, which holds on to what was cut off."""
+    out = _aligned(value.shape, value.dtype)
+    np.copyto(out, value)
+    return out
 
 
 def _changed(layer: Layer, have: Keep, keep: Keep) -> dict[str, dict[str, Any]]:
@@ -140,8 +156,8 @@ def grow(
             start = dict(have) | {str(leaf.axis): _whole_tiles(value)}
             old[kind][name] = elastic.slice_leaf(leaf, value, start)
             suffix = checkpoint.suffix(i, kind, name, start, keep)
-            new[kind][name] = place(leaf, suffix, dtype, name=f"{kind}.{name}")
-    return _merged(layer, _apply(programs, "join", _join_layers, old, new))
+            new[kind][name] = in_form(leaf, suffix, dtype, name=f"{kind}.{name}")
+    return _merged(layer, _apply(programs, "join", _join_layers, old, new, joins=True))
 
 
 def prepare(programs: Programs, needs: Needs, have_rate: float, keep_rate: float) -> None:
@@ -206,6 +222,8 @@ def _join_layers(old: Layer, new: Layer) -> dict[str, dict[str, Any]]:
 def _join(old: Any, new: Any) -> Any:
     """Two parts of a leaf as one, along the leading axis."""
     if not isinstance(old, QuantizedArray):
-        return (np if isinstance(old, np.ndarray) else jnp).concatenate([old, new])
+        if not isinstance(old, np.ndarray):
+            return jnp.concatenate([old, new])
+        return np.concatenate([old, new], out=_aligned((len(old) + len(new), *old.shape[1:]), old.dtype))
     width = old.width + new.width if old.contract == "first" else old.width
     return dataclasses.replace(old, data=_join(old.data, new.data), scale=_join(old.scale, new.scale), width=width)
