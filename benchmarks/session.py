@@ -7,14 +7,12 @@ Measured: seconds of a warm switch, and until the next token of a text at work, 
 (files in the page cache, JAX imported) and next to what takes its place where the rate cannot change: a new process,
 until it holds the weights, and until it has made the same text's next token; bytes after a switch next to a fresh
 session's; perplexity of 512 tokens after 0 -> 0.35 -> 0.15, next to a fresh run at 0.15 with the same prefix, for both
-ways to treat caches; with --budgets, the peak of live arrays and compiled work space under 20 budgets; tokens/s of a
-full batch of requests next to `generate_tokens`.
+ways to treat caches; tokens/s of a full batch of requests next to `generate_tokens`.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import subprocess
@@ -63,16 +61,6 @@ def random_checkpoint(name: str, folder: Path) -> Path:
         writer.add_layer(i, plain(layer))
     writer.finish()
     return folder
-
-
-def held() -> int:
-    """Bytes of all live arrays, each piece of memory once."""
-    gc.collect()
-    found: dict[int, int] = {}
-    for array in jax.live_arrays():
-        where = array.unsafe_buffer_pointer()
-        found[where] = max(found.get(where, 0), int(array.nbytes))
-    return sum(found.values())
 
 
 FRESH = """
@@ -140,28 +128,6 @@ def switches(ckpt: Path, context: int) -> Iterator[dict[str, Any]]:
     request.cancel()
 
 
-def measured_peak(session: Any, before: int) -> int:
-    """The most that loading and running a full context take: live arrays, with a step's work space on top of them."""
-    prompt = np.arange(3, 3 + session.shape.context // 2)
-    requests = [session.submit(prompt, Settings(session.shape.context // 2)) for _ in range(session.shape.rows)]
-    peak, programs = 0, session.programs()
-    while session.step():
-        peak = max(peak, held() - before)
-    assert all(request.made for request in requests)
-    return peak + max(work_space(program) for program in programs)
-
-
-def budgets(ckpt: Path, context: int, count: int) -> Iterator[dict[str, Any]]:
-    """Budgets from what 0.35 needs to what 0 needs, and the peak of a session that was given each."""
-    needs = [uniql_jax.Elastic(ckpt, rate=rate, context=context).need for rate in (0.35, 0.0)]
-    for budget in np.linspace(needs[0].total, needs[1].total, count).astype(int).tolist():
-        before = held()
-        session = uniql_jax.Elastic(ckpt, memory_budget=budget, context=context)
-        peak = measured_peak(session, before)
-        yield {"budget": budget, "rate": session.rate, "peak": peak, "share": peak / budget}
-        del session
-
-
 def perplexities(ckpt: Path, tokens: np.ndarray, prompt: int) -> Iterator[dict[str, Any]]:
     """Perplexity of what follows 0 -> 0.35 -> 0.15, for both policies, next to fresh runs with the same prefix."""
     context, third = len(tokens), 64
@@ -219,7 +185,6 @@ def main() -> None:
     parser.add_argument("--text", help="held-out text: perplexities are measured on it")
     parser.add_argument("--tokens", type=int, default=768, help="of the text")
     parser.add_argument("--context", type=int, default=512, help="of the session whose switches are timed")
-    parser.add_argument("--budgets", type=int, default=0, help="how many memory budgets to keep")
     parser.add_argument("--batch", type=int, default=0, help="measure the throughput of so many requests at a time")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of their prompts")
     parser.add_argument("--new", type=int, default=256, help="tokens of their answers")
@@ -234,11 +199,6 @@ def main() -> None:
                 for row in found["switches"]]  # fmt: skip
         names = ["from", "to", "switch s", "token s", "load s", "process: weights s", "token s", "held", "fresh"]
         print(console.table(rows, names))
-        if args.budgets:
-            found["budgets"] = list(budgets(ckpt, args.context, args.budgets))
-            rows = [[console.format_bytes(row[key]) for key in ("budget", "peak")] + [row["rate"], row["share"]]
-                    for row in found["budgets"]]  # fmt: skip
-            print(console.table(rows, ["budget", "peak", "rate", "peak / budget"]))
         if args.text:
             tokenizer = load_tokenizer(str(ckpt))
             vocabulary = open_checkpoint(ckpt).config.vocab_size

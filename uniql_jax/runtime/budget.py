@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import cache_bytes
 from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout
 from uniql_jax.runtime.compiled import Compiled, Shape
-from uniql_jax.runtime.steps import Programs
+from uniql_jax.runtime.steps import Programs, tree_bytes
 from uniql_jax.sizes import memory_size
 from uniql_jax.weights.quantized import QuantizedArray
 
@@ -141,11 +140,6 @@ def abstract_model(checkpoint: Checkpoint, rate: float, dtype: Any) -> CausalLM:
     return CausalLM(checkpoint.config, top | {"layers": layers}, checkpoint.plan, rate, None, dtype)
 
 
-def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays, or of jax.ShapeDtypeStructs in their place."""
-    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-
-
 class Needs:
     """What a checkpoint needs at any prune rate, for a batch and a context; programs that were compiled are kept."""
 
@@ -202,7 +196,9 @@ class Needs:
         while True:
             rate = first_fitting(lambda r: self.weights(r) + self.batches * self.cache(r), budget - work, choices)
             if rate is None:
-                least = self.at(choices[-1])
+                least = self.at(choices[-1])  # which needs less work space than lower rates, whose was asked for above
+                if least.total <= budget:
+                    return least
                 raise UserError(
                     f"{format_bytes(budget)} is too little: prune rate {choices[-1]:g} needs {least} "
                     f"for {self.shape.rows} x {self.shape.context} tokens; {_advice(self.shape)}"

@@ -150,7 +150,6 @@ def parse(model: type[M], body: bytes) -> M:
     Raises:
         ApiError: it is no JSON, or not what the class takes; says which field is wrong.
     """
-
     try:
         found = json.loads(body.decode("utf-8"), parse_constant=_no_number, object_pairs_hook=_object)
         json.dumps(found, ensure_ascii=False).encode("utf-8")
