@@ -20,8 +20,8 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One export: from where, to where, at which rate; `dtype`, `max_shard_bytes` and `dense_head` where a format
-    has a use for them.
+    """One export: from where, to where, at which rate; `dtype`, `max_shard_bytes`, `dense_head` and
+    `dense_embedding` where a format has a use for them.
 
     `setting`, of the joint plan of nested bits, stands in place of the rate. `load_tokenizer` gives the transformers
     tokenizer of a folder, or None; `say` receives lines of text, `progress` wraps what is iterated over, given a word
@@ -36,6 +36,7 @@ class Request:
     overwrite: bool = False
     dense_head: bool = False
     setting: Setting | None = None
+    dense_embedding: bool = False
     load_tokenizer: Callable[[Path], Any | None] = lambda folder: None
     say: Callable[[str], object] = lambda text: None
     progress: Progress = lambda items, _: items

@@ -185,16 +185,22 @@ class Checkpoint:
         return int(self.meta["bits"])
 
     def _read(
-        self, name: str, leaf: elastic.Leaf, keep: Mapping[str, int] | None, full: Mapping[str, int] | None = None
-    ) -> np.ndarray | QuantizedArray | NestedArray:
-        """A leaf at kept sizes. Nested codes: with all bits, in 4-bit words; or with those of the first `full` entries
-        of each axis, in planes.
+        self,
+        name: str,
+        leaf: elastic.Leaf,
+        keep: Mapping[str, int] | None,
+        full: Mapping[str, int] | None = None,
+        lazy: bool = False,
+    ) -> Any:
+        """A leaf at kept sizes. Nested codes: with all bits, in 4-bit words, and never lazy; or with those of the first
+        `full` entries of each axis, in planes.
         """
+        nested = parts_of(self.meta) == NESTED
+        read = self._reader.lazy if lazy and not nested else self._reader.read
         if name in self._names:
-            return self._reader.read(name, self.rows(leaf, "", keep))
+            return read(name, self.rows(leaf, "", keep))
         parts = {
-            part: self._reader.read(f"{name}.{part}", self.rows(leaf, f".{part}", sizes))
-            for part, sizes in self._parts(keep, full)
+            part: read(f"{name}.{part}", self.rows(leaf, f".{part}", sizes)) for part, sizes in self._parts(keep, full)
         }
         return self._made(leaf, parts, keep, full is None)
 
@@ -207,7 +213,7 @@ class Checkpoint:
                 yield part, full if full is not None and part in ("last", "fine") else keep
 
     def _made(
-        self, leaf: elastic.Leaf, parts: dict[str, np.ndarray], keep: Mapping[str, int] | None, words: bool
+        self, leaf: elastic.Leaf, parts: dict[str, Any], keep: Mapping[str, int] | None, words: bool
     ) -> QuantizedArray | NestedArray:
         if "coarse" not in parts and "fine" in parts:
             parts["coarse"] = parts["fine"]  # 4-bit words do without the former
@@ -220,16 +226,18 @@ class Checkpoint:
         keep: Mapping[str, int] | None = None,
         shared_whole: bool = False,
         full: Mapping[str, int] | None = None,
+        lazy: bool = False,
     ) -> dict[str, dict[str, Any]]:
         """Leaves of layer i, {kind: {leaf: array, QuantizedArray or NestedArray}}, cut to the kept sizes.
 
         With `shared_whole` what heads share stays whole: an export holds all of it, whichever pairs a head has lost.
         `full`: nested codes come in planes, with all bits of so many entries of each axis; None: as 4-bit integers.
+        `lazy`: arrays are LazyTensors, of which nothing is read yet.
         """
         return {
             kind: {
                 name: self._read(
-                    f"layers.{i}.{kind}.{name}", leaf, None if shared_whole and leaf.shared else keep, full
+                    f"layers.{i}.{kind}.{name}", leaf, None if shared_whole and leaf.shared else keep, full, lazy
                 )
                 for name, leaf in elastic.leaves(self.config, kind).items()
             }
@@ -262,11 +270,13 @@ class Checkpoint:
         missing = {axis: keep[axis] - start[axis]}
         return self._made(leaf, {part: read(f".{part}") for part, _ in self._parts(None, None)}, missing, True)
 
-    def top(self, full: Mapping[str, int] | None = None) -> dict[str, Any]:
-        """Embedding, final norm and, where the model has them, head_in and head; `full` by leaf, as in `layer`."""
+    def top(self, full: Mapping[str, int] | None = None, lazy: bool = False) -> dict[str, Any]:
+        """Embedding, final norm and, where the model has them, head_in and head; `full` (by leaf) and `lazy` as in
+        `layer`.
+        """
         first = parts_of(self.meta)[0]
         return {
-            name: self._read(name, leaf, None, None if full is None else {leaf.dims[0]: full.get(name, 0)})
+            name: self._read(name, leaf, None, None if full is None else {leaf.dims[0]: full.get(name, 0)}, lazy)
             for name, leaf in elastic.TOP.items()
             if name in self._names or f"{name}.{first}" in self._names
         }

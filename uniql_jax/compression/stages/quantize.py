@@ -212,7 +212,7 @@ def _finish_block(
 
     hessian = None
     if running is not None and settings.packed and (settings.rounding == "gptq" or settings.scale_search):
-        tokens = sum(x.shape[0] * x.shape[1] for x in running.x)
+        tokens = running.store.windows.tokens
         grams = [
             running.store.summed(lambda block, x: read_gram(config, kind, block, x), originals, x) / tokens
             for x, _ in running.views()
@@ -253,7 +253,7 @@ def _output(
     weight = originals[0][name]
     if running is None:
         return weight, None
-    tokens = sum(x.shape[0] * x.shape[1] for x in running.x)
+    tokens = running.store.windows.tokens
     kept: Sequence[Keep | None] = running.kept(index)
     grams = []
     for number, (x, value_of) in enumerate(running.views()):
@@ -284,7 +284,7 @@ def _refitted(
 ) -> tuple[Float[Array, "..."], Float[Array, "k k"]]:
     """The output matrix, refitted for all rates, and the mean Gram matrix of what it contracts."""
     weight, target = originals[0][name], settings.refit_target
-    tokens = sum(x.shape[0] * x.shape[1] for x in running.x)
+    tokens = running.store.windows.tokens
     gram, cross = running.store.summed(
         lambda both, x, t, keep: hidden_gram_and_cross(config, kind, *both, x, t, keep, target),
         list(zip(copies, originals, strict=True)),
