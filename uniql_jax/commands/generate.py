@@ -45,12 +45,14 @@ def main(argv: list[str]) -> None:
         raise UserError("this checkpoint has no tokenizer, which a prompt needs")
     ids = prompt_ids(tokenizer, args.prompt, args.chat)[None]
     check_prompt(checkpoint.config, ids, np.ones(ids.shape, np.int32), args.max_new_tokens)
-    cache = console.format_bytes(serving.cache_size(checkpoint, rate, ids.size, args.max_new_tokens))
+    cache = console.format_bytes(serving.cache_size(checkpoint, rate, ids.size, args.max_new_tokens, args.cache_bits))
     plan = (
         f"{serving.describe(args.ckpt, checkpoint, rate)}; cache {cache} for {ids.size} + {args.max_new_tokens} tokens"
     )
     print(plan, file=sys.stderr)
-    pieces = generate(load(args.ckpt, rate), args.prompt, chat=args.chat, tokenizer=tokenizer, **settings)
+    pieces = generate(
+        load(args.ckpt, rate), args.prompt, chat=args.chat, tokenizer=tokenizer, cache_bits=args.cache_bits, **settings
+    )
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

@@ -109,6 +109,12 @@ def check_sampling(temperature: float | int, top_p: float | int, top_k: int, max
         raise UserError(f"max_new_tokens must be an integer of at least 1, not {max_new_tokens}")
 
 
+def check_cache_bits(bits: int) -> None:
+    """Raises UserError for a cache of neither 8 nor 16 bits."""
+    if not _is(bits, numbers.Integral) or bits not in (8, 16):
+        raise UserError(f"cache_bits must be 8 or 16, not {bits}")
+
+
 def check_seed(seed: int) -> int:
     """The seed, or a UserError when it is no integer from 0 to 2**32 - 1 (JAX keeps no more bits of it)."""
     if not _is(seed, numbers.Integral) or not 0 <= seed < 2**32:
