@@ -1,4 +1,4 @@
-"""The lengths that programs are compiled for: of prompts, of pieces of long ones, and of caches, each bucketed alone."""
+"""The lengths that programs are compiled for: of prompts, of pieces of long ones, and of caches, bucketed apart."""
 
 from __future__ import annotations
 

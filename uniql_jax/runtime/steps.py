@@ -79,15 +79,8 @@ def _choose(
     """The next token of every row: as `generate` draws it, or the forced one."""
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if not variant.greedy:
-
-        def draw(row: Array, seed: Array, step: Array, temperature: Array, top_p: Array, top_k: Array) -> Array:
-            key = jax.random.fold_in(jax.random.key(seed), step)
-            return sample(row[None], key, temperature, top_p, top_k)[0]
-
-        drawn = jax.vmap(draw)(
-            logits, sampling.seed, sampling.step, sampling.temperature, sampling.top_p, sampling.top_k
-        )
-        token = jnp.where(sampling.temperature > 0, drawn, token)
+        keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(sampling.seed, sampling.step)
+        token = sample(logits, keys, sampling.temperature, sampling.top_p, sampling.top_k)
     token = jnp.where(forced >= 0, forced, token)
     token = jnp.where(jnp.isfinite(logits.max(axis=-1)), token, NO_TOKEN)
     if variant.top is None:
@@ -114,7 +107,7 @@ def admit(
     sampling: Sampling,
     forced: Int[Array, " one"],
 ) -> tuple[Chosen, Int[Array, " b"], Cache]:
-    """Read a prompt, so many tokens with padding behind, into one row: its last token sits just before the cache's slot.
+    """Read a prompt, so many tokens and padding, into one row: its last token sits just before the cache's slot.
 
     The first token is drawn exactly as `generate` does. Returns it, the rows' next tokens and the cache.
     """
