@@ -130,15 +130,13 @@ def test_what_was_read_is_not_read_again(
     model = the_model(family)
     generation.forget(model)
     read: list[int] = []
+
+    def counted(step: Any, model: Any, tokens: Any, count: Any, *rest: Any, **more: Any) -> Any:
+        read.append(int(count))
+        return step(model, tokens, count, *rest, **more)
+
     for name in ("_first", "_more"):
-
-        def counted(
-            model: Any, tokens: Any, count: Any, *rest: Any, step: Any = getattr(reading, name), **more: Any
-        ) -> Any:
-            read.append(int(count))
-            return step(model, tokens, count, *rest, **more)
-
-        monkeypatch.setattr(reading, name, counted)
+        monkeypatch.setattr(reading, name, functools.partial(counted, getattr(reading, name)))
     text = prompt_of(rng, 90)
     other = np.concatenate([text[:50], prompt_of(rng, 40)])
     has_states = model.config.ssm is not None

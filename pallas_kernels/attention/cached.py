@@ -30,7 +30,7 @@ def cached_attention(
     scale: float | int,
 ) -> Float[Array, "b t n dv"]:
     """See prefill.cached_attention."""
-    batch, length, heads, _ = q.shape
+    batch, _, heads, _ = q.shape
     tile = min(TILE, caches.k.shape[1])
     most = max(1, reference.SCORES.get(jax.default_backend(), 2**26) // max(1, batch * heads * tile))
 

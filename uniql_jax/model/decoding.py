@@ -16,6 +16,7 @@ from uniql_jax.model.causal_lm import CausalLM, embed, embed_stream, head_input,
 from uniql_jax.model.layers import KINDS, fused
 from uniql_jax.model.layers.context import Cached, Causal, Context
 from uniql_jax.model.layers.norm import rms_norm
+from uniql_jax.pallas_kernels import dispatch
 from uniql_jax.pallas_kernels.attention.decode import Place
 
 
@@ -158,7 +159,8 @@ def _decode_fused(model: CausalLM, token: Int[Array, " b"], cache: Cache) -> tup
         leaves, state = params["layers"][i][kind], cache.layers[i][kind]
         try:
             stream, after[i][kind], step = fused.KINDS[kind](config, leaves, stream, norm, step, state)
-        except NotImplementedError:
+        except NotImplementedError as refusal:
+            dispatch.refuse(f"decode of {kind} blocks", "pallas", str(refusal))
             block, x = KINDS[kind], stream.x[:, None]
             normed = block.read(config, leaves, x)
             hidden, after[i][kind] = block.cached_inner(config, leaves, normed, context, state)
@@ -170,6 +172,7 @@ def _decode_fused(model: CausalLM, token: Int[Array, " b"], cache: Cache) -> tup
             out = fused.head(config, params["embed"], None, turned)
         else:
             out = fused.head(config, params.get("head", params["embed"]), params["norm"], stream)
-    except NotImplementedError:
+    except NotImplementedError as refusal:
+        dispatch.refuse("decode of the head", "pallas", str(refusal))
         return logits(model, stream.x), cache
     return out.astype(jnp.float32), cache

@@ -13,6 +13,7 @@ from uniql_jax import elastic
 from uniql_jax.casting import cast
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.convert.source import open_source
+from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.pallas_kernels import dispatch
 from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout
@@ -44,6 +45,7 @@ def place(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = True,
         UserError: a value does not fit `dtype`.
     """
     if isinstance(value, QuantizedArray):
+        check_scales(value, name)
         if dispatch.default("dequant_matmul") == "pallas":
             value = value.in_runs()  # once instead of for every product
         if tiles and value.run == 1:
@@ -52,6 +54,19 @@ def place(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = True,
         return jax.tree.map(jnp.asarray, value)
     is_matrix = leaf is None or leaf.contract is not None
     return jnp.asarray(cast(name, value, dtype if is_matrix else np.float32))
+
+
+LARGEST_SCALE = 2.0**27
+"""Kernels multiply a scale with sums of 136 inputs and more, which must stay below what bfloat16 and float32 hold."""
+
+
+def check_scales(weight: QuantizedArray, name: str) -> None:
+    """Raise UserError for scales that no weight has and kernels cannot multiply with."""
+    if not isinstance(weight.scale, np.ndarray):  # shapes alone, or on a device already
+        return
+    largest = float(np.max(np.abs(np.asarray(weight.scale, np.float32)), initial=0.0))
+    if largest >= LARGEST_SCALE:
+        raise UserError(f"{name} has a scale of {largest:g}, at or above 2^27: the checkpoint is damaged")
 
 
 def place_layer(layer: dict[str, dict[str, Any]], dtype: Any) -> dict[str, dict[str, Any]]:
