@@ -27,7 +27,8 @@ MEASURED: dict[tuple[str, str], str] = {
     ("rope_qk", "gpu"): "pallas",
 }
 """Kernel and backend -> what beats the backend's default there (benchmarks/results). "decode" is a step of a model by
-fused kernels (uniql_jax/model/layers/fused.py). cuDNN's attention needs no measurement: it alone holds no scores in memory.
+fused kernels (uniql_jax/model/layers/fused.py). cuDNN's attention needs no measurement: it alone holds no scores in
+memory.
 """
 
 
@@ -76,8 +77,9 @@ def pick(
 ) -> Callable[..., Any]:
     """The function to call for kernel `name`.
 
-    A named implementation runs alone, so whatever it cannot do is raised. The default falls back to DEFAULT, then to the
-    reference, for what it answers with NotImplementedError or has not. Raises ValueError when a named one does not exist.
+    A named implementation runs alone, so whatever it cannot do is raised. The default falls back to DEFAULT, then to
+    the reference, for what it answers with NotImplementedError or has not. Raises ValueError when a named one does not
+    exist.
     """
     if implementation is not None:
         if implementation not in implementations:
