@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from uniql_jax.model.causal_lm import CausalLM, embed, embed_stream, head_input,
 from uniql_jax.model.layers import KINDS, fused
 from uniql_jax.model.layers.context import Cached, Causal, Context
 from uniql_jax.model.layers.norm import rms_norm
+from uniql_jax.model.parallel import on_every_device, placed
 from uniql_jax.pallas_kernels import dispatch
 from uniql_jax.pallas_kernels.attention.decode import Place
 
@@ -32,7 +34,9 @@ def init_cache(model: CausalLM, batch: int, length: int, bits: int = 16) -> Cach
     Returns:
         Keys, values and states of every layer, `start` (None: every sequence begins at slot 0) and `slot` int32.
     """
-    return empty_cache(model.config, model.keep, batch, length, model.dtype, bits)
+    if model.split is None:
+        return empty_cache(model.config, model.keep, batch, length, model.dtype, bits)
+    return placed(empty_cache(model.split.whole_config(), model.keep, batch, length, model.dtype, bits), model.split)
 
 
 def empty_cache(
@@ -120,6 +124,16 @@ def prefill(
     if attention_mask is not None:
         padding = (attention_mask == 0).sum(axis=1, dtype=jnp.int32)
         cache = cache.replace(start=padding if cache.start is None else cache.start + padding)
+    count = None if count is None else jnp.asarray(count, jnp.int32)
+    if model.split is not None:
+        return _spread(_read, model, tokens, count, cache)
+    return _read(model, tokens, count, cache)
+
+
+def _read(
+    model: CausalLM, tokens: Int[Array, "b t"], count: Int[Array, ""] | None, cache: Cache
+) -> tuple[Float[Array, "b vocab"], Cache]:
+    """`prefill` on one device."""
     x, cache = _extend(model, tokens, cache, count)
     last = x[:, -1] if count is None else jax.lax.dynamic_index_in_dim(x, count - 1, 1, keepdims=False)
     return logits(model, last), cache
@@ -136,10 +150,18 @@ def decode(model: CausalLM, token: Int[Array, " b"], cache: Cache) -> tuple[Floa
     Returns:
         The logits that follow the token, float32, and the cache with the token in it.
     """
-    if fused.wanted():
+    if model.split is not None:
+        return _spread(decode, model, token, cache)
+    if fused.wanted() and not model.is_part:
         return _decode_fused(model, token, cache)
     x, cache = _extend(model, token[:, None], cache)
     return logits(model, x[:, 0]), cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _spread(step: Callable[..., Any], model: CausalLM, *args: Any) -> tuple[Float[Array, "b vocab"], Cache]:
+    """A step of a model whose weights lie on several devices; the last argument is the cache."""
+    return on_every_device(model, step, *args, like=(0, args[-1].replace(empty=False)))
 
 
 def _decode_fused(model: CausalLM, token: Int[Array, " b"], cache: Cache) -> tuple[Float[Array, "b vocab"], Cache]:
