@@ -70,16 +70,15 @@ def written(
     caches: Caches, k: Float[Array, "b t g dk"], v: Float[Array, "b t g dv"], slot: Int[Array, ""] | int
 ) -> Caches:
     """The caches with the keys and values of new tokens from a slot on, in whatever type they are held."""
-    parts = Caches(k, v)
-    if caches.k_scale is not None:
-        (k_own, k_scale), (v_own, v_scale) = quantize(k), quantize(v)
-        parts = Caches(k_own, v_own, k_scale, v_scale)
 
     def put(whole: Array, part: Array) -> Array:
         start = (0, slot, *(0,) * (whole.ndim - 2))
         return jax.lax.dynamic_update_slice(whole, part.astype(whole.dtype), start)
 
-    return Caches(*(None if whole is None else put(whole, part) for whole, part in zip(caches, parts, strict=True)))
+    if caches.k_scale is None or caches.v_scale is None:
+        return Caches(put(caches.k, k), put(caches.v, v))
+    (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
+    return Caches(put(caches.k, k), put(caches.v, v), put(caches.k_scale, k_scale), put(caches.v_scale, v_scale))
 
 
 def attend(q: Float[Array, "b n dk"], caches: Caches, place: Place, scale: float) -> Float[Array, "b vo n"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,7 +54,7 @@ class LayerCache:
         passed = _resize(self.k[..., split:], 3, keep.get("qk_pass", 0))
         join: Any = np if isinstance(rotated, np.ndarray) else jnp
         k = join.concatenate([rotated, passed], axis=3) if passed.shape[3] else rotated
-        return self.replace(k=k, v=_resize(self.v, 3, keep["vo"]))
+        return dataclasses.replace(self, k=k, v=_resize(self.v, 3, keep["vo"]))
 
 
 @flax.struct.dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -123,7 +124,8 @@ def prefill(
     """
     if attention_mask is not None:
         padding = (attention_mask == 0).sum(axis=1, dtype=jnp.int32)
-        cache = cache.replace(start=padding if cache.start is None else cache.start + padding)
+        start = padding if cache.start is None else cache.start + padding
+        cache = dataclasses.replace(cache, start=start)
     count = None if count is None else jnp.asarray(count, jnp.int32)
     if model.split is not None:
         return _spread(_read, model, tokens, count, cache)

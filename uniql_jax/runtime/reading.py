@@ -37,7 +37,7 @@ def _first(
     bits: int,
 ) -> tuple[Float[Array, "b vocab"], Cache]:
     """The first piece of prompts into a new cache."""
-    cache = init_cache(model, tokens.shape[0], slots, bits).replace(start=start)
+    cache = dataclasses.replace(init_cache(model, tokens.shape[0], slots, bits), start=start)
     return prefill(model, tokens, None, cache, count)
 
 

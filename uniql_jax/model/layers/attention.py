@@ -111,7 +111,7 @@ def init_state(
     state = LayerCache(k=jnp.zeros((*shape, width), held), v=jnp.zeros((*shape, keep["vo"]), held))
     if bits != 8:
         return state
-    return state.replace(k_scale=jnp.zeros(shape, jnp.bfloat16), v_scale=jnp.zeros(shape, jnp.bfloat16))
+    return LayerCache(state.k, state.v, jnp.zeros(shape, jnp.bfloat16), jnp.zeros(shape, jnp.bfloat16))
 
 
 def cached_inner(
