@@ -70,7 +70,12 @@ class Server:
             limits: of each call.
             loopback: whether only this machine can reach the server; then foreign host names are refused.
             quality: prune rate -> measured perplexity, for the page.
+
+        Raises:
+            UserError: the checkpoint has no tokenizer.
         """
+        if session.tokenizer is None:  # loads it, so that the first call need not
+            raise UserError(f"{session.model.folder} has no tokenizer, which a server needs")
         self.session, self.name, self.keys, self.limits = session, name, keys, limits
         self.loopback, self.quality = loopback, dict(quality or {})
         self.worker = Worker(session)
