@@ -32,7 +32,6 @@ from uniql_jax.runtime.steps import tree_bytes, work_space
 
 def held() -> int:
     """Bytes of all live arrays, each piece of memory once."""
-    gc.collect()
     found: dict[int, int] = {}
     for array in jax.live_arrays():
         where = array.unsafe_buffer_pointer()
@@ -42,6 +41,7 @@ def held() -> int:
 
 def measured_peak(make: Callable[[], Elastic], new: int = 16) -> tuple[Elastic, int]:
     """A session, and the most bytes while it loads and while all its rows fill their context, by `new` tokens each."""
+    gc.collect()  # sessions before this one
     peak, before, run, place = 0, held(), Batch._run, loading.place
 
     def at_least(extra: int) -> None:

@@ -36,7 +36,7 @@ _pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes
 class _Prefix:
     """What `jax.dlpack.from_dlpack` reads: the first entries of an array."""
 
-    def __init__(self, array: Array, count: int):
+    def __init__(self, array: Any, count: int):
         self._array, self._count = array, count
 
     def __dlpack__(self, *, stream: Any = None, **unused: Any) -> Any:

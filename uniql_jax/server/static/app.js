@@ -42,7 +42,7 @@ async function call(path, body, signal) {
 function show(status) {
   model = status.model;
   chats = status.chat;
-  if (!chats) $("say").placeholder = "A text to go on with (Enter sends, Shift+Enter is a new line)";
+  if (!chats) $("say").placeholder = "A text to go on with (Enter sends)";
   $("model").textContent = model;
   document.title = `${model} – uniql`;
   $("rate").max = Math.round(status.highest_rate * 100);
