@@ -42,6 +42,11 @@ def parser() -> cli.Parser:
         action="store_true",
         help="gguf: a float16 head for a model that was tied, instead of one more layer before a shared table",
     )
+    parser.add_argument(
+        "--dense-embedding",
+        action="store_true",
+        help="compressed-tensors: a bfloat16 embedding, for runtimes that take no quantized one (vLLM, SGLang)",
+    )
     parser.add_argument("--max-shard-size", type=cli.memory_size, default="5GB", metavar="SIZE", help="of one file")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model folder or a .gguf file")
     return parser
@@ -70,6 +75,7 @@ def main(argv: list[str]) -> None:
             max_shard_bytes=args.max_shard_size,
             overwrite=args.overwrite,
             dense_head=args.dense_head,
+            dense_embedding=args.dense_embedding,
             load_tokenizer=load_tokenizer,
             say=lambda text: print(text, flush=True),
             progress=console.progress,

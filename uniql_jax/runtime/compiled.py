@@ -94,7 +94,10 @@ class Compiled:
     def work_space(self) -> int:
         """Bytes that the steps need in addition to weights and cache, whichever needs most."""
         needed = self.advance(Variant()), self.admit(Variant(), self.shape.context), self.shift()
-        return max(steps.work_space(program) for program in needed)
+        rows, count = self.shape.rows, chunk()
+        # Tokens and settings that a step is given, and the tokens that the one before chose, which stay for the host.
+        given = Sampling.empty(rows), _ints(2, self.shape.context), _ints(rows, count), _ints(2, rows, count)
+        return max(steps.work_space(program) for program in needed) + steps.tree_bytes(given)
 
     def prepare_all(self, variants: Iterable[Variant], lengths: Iterable[int]) -> None:
         """Compile whatever these variants and prompt lengths may need."""

@@ -56,21 +56,22 @@ def place(
     Raises:
         UserError: a value does not fit `dtype`.
     """
-
-    def prepare(value: Any) -> Any:
-        if isinstance(value, QuantizedArray):
-            if dispatch.default("dequant_matmul") == "pallas":
-                value = value.in_runs()  # once instead of for every product
-            if tiles and value.run == 1:
-                layout = preferred_layout(bits=value.bits, group=value.group, contract=value.contract, dtype=dtype)
-                value = value.in_layout(layout)
-            return value
-        is_matrix = leaf is None or leaf.contract is not None
-        return cast(name, value, dtype if is_matrix else np.float32)
-
     if split is None or leaf is None:
-        return jax.tree.map(jnp.asarray, prepare(value))
-    return spread(leaf, value, split, prepare)
+        return jax.tree.map(jnp.asarray, in_form(leaf, value, dtype, tiles, name))
+    return spread(leaf, value, split, lambda part: in_form(leaf, part, dtype, tiles, name))
+
+
+def in_form(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = True, name: str = "(unnamed)") -> Any:
+    """A leaf in the dtype and layout that `place` gives it, still in the host's memory; arguments as there."""
+    if isinstance(value, QuantizedArray):
+        if dispatch.default("dequant_matmul") == "pallas":
+            value = value.in_runs()  # once instead of for every product
+        if tiles and value.run == 1:
+            layout = preferred_layout(bits=value.bits, group=value.group, contract=value.contract, dtype=dtype)
+            value = value.in_layout(layout)
+        return value
+    is_matrix = leaf is None or leaf.contract is not None
+    return cast(name, value, dtype if is_matrix else np.float32)
 
 
 def place_layer(layer: dict[str, dict[str, Any]], dtype: Any, split: Split | None = None) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -243,6 +244,11 @@ class Programs:
 def programs_of(config: ModelConfig) -> Programs:
     """The programs of a model: sessions of one process share them, as calls of a jitted function do."""
     return Programs()
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays, or of jax.ShapeDtypeStructs in their place."""
+    return sum(math.prod(np.shape(leaf)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def work_space(program: Any) -> int:

@@ -164,7 +164,9 @@ def spread(leaf: elastic.Leaf, value: Any, split: Split, prepare: Callable[[Any]
     assert isinstance(split.mesh, Mesh), "parts lie on devices"
     shape = tuple(value.shape)
     here = {
-        device: i for i, device in enumerate(split.mesh.devices.flat) if device.process_index == jax.process_index()
+        device: i
+        for i, device in enumerate(np.asarray(split.mesh.devices).flat)
+        if device.process_index == jax.process_index()
     }
     placed = [
         jax.tree.map(lambda array, device=device: jax.device_put(array[None], device), part)
