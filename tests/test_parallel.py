@@ -19,6 +19,7 @@ from tests import compressed, published, tiny
 from uniql_jax import config as model_config
 from uniql_jax import elastic
 from uniql_jax.checkpoint import open_checkpoint, packed
+from uniql_jax.commands import benchmark, evaluate, generate
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
@@ -248,3 +249,11 @@ def test_more_devices_than_there_are(tmp_path_factory: pytest.TempPathFactory, s
     folder = compressed.made(tmp_path_factory, seed).checkpoint("nemotron_h", CompressionSettings())
     with pytest.raises(UserError, match="among 4096 devices: JAX sees"):
         load(folder, devices=4096)
+    common = ["--ckpt", str(folder), "--devices", "4096"]
+    for command, more in (
+        (generate, ["--prompt", "x"]),
+        (evaluate, ["--text", "nothing.txt"]),
+        (benchmark, ["--size"]),
+    ):
+        with pytest.raises(UserError, match="among 4096 devices: JAX sees"):
+            command.main([*common, *more])

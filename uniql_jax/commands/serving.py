@@ -82,11 +82,11 @@ def cache_size(checkpoint: Any, rate: float, prompt: int, new: int) -> int:
     return cache_bytes(checkpoint.config, checkpoint.keep(rate), 1, bucket(prompt) + room(new), default_dtype())
 
 
-def describe(ckpt: str, checkpoint: Any, rate: float) -> str:
+def describe(ckpt: str, checkpoint: Any, rate: float, devices: int = 1) -> str:
     """The model's part of a plan, in a line."""
     from uniql_jax.evaluation.timing import device_name
 
     return (
         f"{ckpt}: {checkpoint.config.model_type}, {checkpoint.bits} bits, rate {rate:g}, "
-        f"{console.format_bytes(checkpoint.weight_bytes(rate))} of weights; {device_name()}"
+        f"{console.format_bytes(checkpoint.weight_bytes(rate))} of weights; {device_name(devices)}"
     )
