@@ -59,10 +59,9 @@ def _check(config: ModelConfig, name: str) -> None:
         "biases of SSM projections": ssm is not None and ssm.bias,
         "convolutions without a bias": ssm is not None and not ssm.conv_bias,
         "largest SSM steps": ssm is not None and math.isfinite(ssm.dt_max),
-        f"MLPs with {config.activation}": config.activation != ("relu2" if name == "nemotron_h" else "silu"),
     }
     for what, lacks in missing.items():
-        if lacks and (config.intermediate_size or "MLP" not in what):
+        if lacks:
             raise UserError(f"llama.cpp's {name} has no {what}; use --format transformers")
 
 

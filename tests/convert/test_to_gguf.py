@@ -287,7 +287,6 @@ def test_what_a_format_has_no_place_for_is_refused(tmp_path, rng, kind, changes,
         ("bamba", {"mlp_bias": True}, "biases in MLPs"),
         ("granitehybrid", {"mamba_conv_bias": False}, "convolutions without a bias"),
         ("granitehybrid", {"time_step_limit": [0.0, 0.5]}, "largest SSM steps"),
-        ("nemotron_h", {"mlp_hidden_act": "silu"}, "MLPs with silu"),
     ],
 )
 def test_what_an_architecture_lacks(name, changes, what):
