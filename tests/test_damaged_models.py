@@ -124,8 +124,9 @@ def test_our_own_export_compresses_again(case: Case) -> None:
     assert case.error(source, 4) < 1
 
 
-@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow), pytest.param(16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", [FAMILIES[0], *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[1:])],
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("case", FAMILIES,
                          indirect=True)  # fmt: skip
 def test_rounding_costs_no_more_than_in_the_undamaged_model(case: Case, bits: int) -> None:
     most = 1.5 * case.error(case.made.source(case.family), bits)

@@ -388,7 +388,9 @@ def test_tuning_in_the_pass(source: Source, windows: np.ndarray, tmp_path: Path,
         if isinstance(value, QuantizedArray):
             assert np.any(np.asarray(value.data) != np.asarray(was.data))
             np.testing.assert_array_equal(np.asarray(value.scale), np.asarray(was.scale))
-    for stage, step in (("quantize", 1), ("tune", 25)) if rank else ():
+    if not rank:  # a kill in training every weight: tests of `train`
+        return
+    for stage, step in (("quantize", 1), ("tune", 25)):
         with pytest.raises(Killed):
             compress(
                 source, again, windows, options, recovery=wanted, resume=stage == "tune", progress=_stop_at(stage, step)

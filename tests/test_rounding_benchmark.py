@@ -20,6 +20,7 @@ from uniql_jax.runtime.loading import load
 from uniql_jax.weights.protocol import dense
 
 
+@pytest.mark.slow
 def test_the_baseline_is_the_package(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, seed: int, rng: np.random.Generator
 ) -> None:
@@ -60,6 +61,7 @@ def _packed(leaf: object) -> bool:
     return hasattr(leaf, "dequantize")
 
 
+@pytest.mark.slow
 def test_two_views_of_nested_codes(
     tmp_path_factory: pytest.TempPathFactory, seed: int, rng: np.random.Generator
 ) -> None:

@@ -96,7 +96,7 @@ def samples(model: Any, made: types.SimpleNamespace, fewshot: int) -> dict[str, 
     return {name: sorted(found["samples"][name], key=lambda one: one["doc_id"]) for name in names}
 
 
-@pytest.mark.parametrize("fewshot", [0, 2])
+@pytest.mark.parametrize("fewshot", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_items_equal_those_of_the_hf_backend(
     made: types.SimpleNamespace, fewshot: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,23 +143,27 @@ class Checkpoint:
         """Bits of a weight: 4, 8, 16 or 32."""
         return int(self.meta["bits"])
 
-    def _read(self, name: str, leaf: elastic.Leaf, keep: Mapping[str, int] | None) -> np.ndarray | QuantizedArray:
+    def _read(self, name: str, leaf: elastic.Leaf, keep: Mapping[str, int] | None, lazy: bool = False) -> Any:
+        read = self._reader.lazy if lazy else self._reader.read
         if name in self._names:
-            return self._reader.read(name, self.rows(leaf, "", keep))
-        data = self._reader.read(f"{name}.data", self.rows(leaf, ".data", keep))
-        scale = self._reader.read(f"{name}.scale", self.rows(leaf, ".scale", keep))
+            return read(name, self.rows(leaf, "", keep))
+        data = read(f"{name}.data", self.rows(leaf, ".data", keep))
+        scale = read(f"{name}.scale", self.rows(leaf, ".scale", keep))
         return packed(self.config, self.meta, leaf, data, scale, keep)
 
     def layer(
-        self, i: int, keep: Mapping[str, int] | None = None, shared_whole: bool = False
+        self, i: int, keep: Mapping[str, int] | None = None, shared_whole: bool = False, lazy: bool = False
     ) -> dict[str, dict[str, Any]]:
         """Leaves of layer i, {kind: {leaf: array or QuantizedArray}}, cut to the kept sizes.
 
         With `shared_whole` what heads share stays whole: an export holds all of it, whichever pairs a head has lost.
+        `lazy`: arrays are LazyTensors, of which nothing is read yet.
         """
         return {
             kind: {
-                name: self._read(f"layers.{i}.{kind}.{name}", leaf, None if shared_whole and leaf.shared else keep)
+                name: self._read(
+                    f"layers.{i}.{kind}.{name}", leaf, None if shared_whole and leaf.shared else keep, lazy
+                )
                 for name, leaf in elastic.leaves(self.config, kind).items()
             }
             for kind in self.config.pattern[i]
@@ -185,10 +189,10 @@ class Checkpoint:
         missing = {axis: keep[axis] - start[axis]}
         return packed(self.config, self.meta, leaf, read(".data"), read(".scale"), missing)
 
-    def top(self) -> dict[str, Any]:
-        """Embedding, final norm and, where the model has them, head_in and head."""
+    def top(self, lazy: bool = False) -> dict[str, Any]:
+        """Embedding, final norm and, where the model has them, head_in and head; `lazy` as for `layer`."""
         return {
-            name: self._read(name, leaf, None)
+            name: self._read(name, leaf, None, lazy)
             for name, leaf in elastic.TOP.items()
             if name in self._names or f"{name}.data" in self._names
         }

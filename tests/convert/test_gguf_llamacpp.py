@@ -15,6 +15,7 @@ from uniql_jax.convert.gguf import GgufReader
 from uniql_jax.errors import UserError
 from uniql_jax.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.llamacpp
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 

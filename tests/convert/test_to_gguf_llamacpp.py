@@ -21,6 +21,7 @@ from uniql_jax.convert.gguf_vocabulary import Vocabulary, read_vocabulary
 from uniql_jax.convert.locate import DEMO_PACKAGE
 from uniql_jax.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.llamacpp
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 

@@ -250,6 +250,17 @@ def add_revision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id (default: main)")
 
 
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that run a model, for `uniql_jax.load`."""
+    parser.add_argument(
+        "--devices",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="share the model among the first N GPUs: its heads, MLP channels and vocabulary",
+    )
+
+
 def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
     """The option of commands that compile for long; hand its value to `use_compilation_cache` before anything runs."""
     parser.add_argument(

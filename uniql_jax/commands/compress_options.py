@@ -75,6 +75,13 @@ def parser() -> cli.Parser:
     parser.add_argument(
         "--devices", type=cli.positive_int, metavar="N", help="how many of this machine's GPUs work (default: all)"
     )
+    hosts = parser.add_argument_group("several processes, on one host or many: each runs this command")
+    hosts.add_argument(
+        "--coordinator", type=cli.named, metavar="HOST:PORT",
+        help="where process 0 listens; auto: what Slurm, Open MPI or Kubernetes say, numbers included",
+    )  # fmt: skip
+    hosts.add_argument("--processes", type=cli.positive_int, metavar="N", help="how many there are")
+    hosts.add_argument("--process", type=cli.natural_int, metavar="I", help="number of this one, from 0")
     limits = parser.add_argument_group("limits (obeyed by smaller batches and by computing again, or refused at once)")
     for name, what in (("device-memory", "each accelerator"), ("host-memory", "the host"), ("disk", "DIR.partial")):
         limits.add_argument(

@@ -53,6 +53,7 @@ def parser() -> cli.Parser:
         help="at most so many tokens of each text; fewer than a window shorten it",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=cli.positive_int, default=4, metavar="N", help="windows at a time")
+    cli.add_devices(parser)
     parser.add_argument("--json", metavar="FILE", help="write the rows here")
     parser.add_argument("--plot", metavar="FILE", help="write a PNG of quality and size over the rate here")
     parser.add_argument("--overwrite", action="store_true", help="replace --json and --plot files that exist")
@@ -93,6 +94,7 @@ def main(argv: list[str]) -> None:
         window=args.window,
         max_tokens=args.max_tokens,
         batch_size=args.batch_size,
+        devices=args.devices,
         baseline=args.baseline,
         asked=args.tasks or [],
         limit=args.limit,

@@ -20,6 +20,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     serving.add_options(parser, MAX_NEW_TOKENS)
+    cli.add_devices(parser)
     return parser
 
 
@@ -35,8 +36,10 @@ def main(argv: list[str]) -> None:
     from uniql_jax.runtime.loading import load
     from uniql_jax.runtime.prompts import check_prompt
     from uniql_jax.runtime.text import Folder, folder_tokenizer, prompt_ids
+    from uniql_jax.weights.split import device_mesh
 
     settings = serving.sampling(args)
+    device_mesh(args.devices)
     args.ckpt = hub.local(args.ckpt, args.revision)
     checkpoint = open_checkpoint(args.ckpt)
     rate = serving.choose_rate(checkpoint, args)
@@ -50,7 +53,8 @@ def main(argv: list[str]) -> None:
         f"{serving.describe(args.ckpt, checkpoint, rate)}; cache {cache} for {ids.size} + {args.max_new_tokens} tokens"
     )
     print(plan, file=sys.stderr)
-    pieces = generate(load(args.ckpt, rate), args.prompt, chat=args.chat, tokenizer=tokenizer, **settings)
+    model = load(args.ckpt, rate, devices=args.devices)
+    pieces = generate(model, args.prompt, chat=args.chat, tokenizer=tokenizer, **settings)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

@@ -15,6 +15,7 @@ from uniql_jax.compression.contract import Inputs, Progress, RecoveryData, Repor
 from uniql_jax.compression.describe import describe
 from uniql_jax.compression.inputs import manifest_of
 from uniql_jax.compression.log import log_file
+from uniql_jax.compression.processes import Processes
 from uniql_jax.compression.settings import LENGTH, RECOVER_LENGTH, WINDOWS, CompressionSettings, Resources
 from uniql_jax.compression.workspace import remove_leftover, workspace
 from uniql_jax.config import ModelConfig
@@ -89,9 +90,11 @@ def compress(
             return windows, None
         return windows, load_recovery(source, recover, recover_settings, recover_length, recover_tune)
 
-    if resume and not overwrite and Path(out).expanduser().is_dir():
+    processes = Processes()
+    if processes.first(resume and not overwrite and Path(out).expanduser().is_dir()):
         windows, recovery = read()
-        _check_finished(out, manifest_of(source, windows.tokens, settings, recovery, progress))
+        if processes.index == 0:
+            _check_finished(out, manifest_of(source, windows.tokens, settings, recovery, progress))
         say(f"{out} is whole already: nothing to resume")
         return None
     with workspace(out, resume, overwrite, ckpt, (*calib, *recover)) as work:
@@ -100,7 +103,10 @@ def compress(
             smallest = lay_out(source.config, settings, resources, (0, 0), tuned, free_space(work.folder))
             check_space(work.folder, smallest.disk)
         windows, recovery = read()
-        budget = lay_out(source.config, settings, resources, windows.tokens.shape, tuned, free_space(work.folder))
+        count, length = windows.tokens.shape
+        pipeline.check_processes(work.processes, count, recovery is not None)
+        shape = (-(-count // work.processes.count), length)
+        budget = lay_out(source.config, settings, resources, shape, tuned, free_space(work.folder))
         if not work.started:
             check_space(work.folder, budget.disk)
         say(describe(source, out, settings, budget, windows, recovery))

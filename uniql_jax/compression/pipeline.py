@@ -17,6 +17,7 @@ from uniql_jax.compression.compiling import matmul_precision
 from uniql_jax.compression.contract import Gains, Inputs, Progress, RecoveryData, Report, SortedModel, Source
 from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.inputs import manifest_of
+from uniql_jax.compression.processes import Processes
 from uniql_jax.compression.settings import CompressionSettings, Resources
 from uniql_jax.compression.stages.calibrate import Calibration, Top, forward_sweep
 from uniql_jax.compression.stages.plan import plan as make
@@ -28,6 +29,7 @@ from uniql_jax.compression.stages.write import write
 from uniql_jax.compression.stored import StoredLayers
 from uniql_jax.compression.streams import StreamStore, Windows
 from uniql_jax.compression.workspace import Workspace, workspace
+from uniql_jax.errors import UserError
 from uniql_jax.manifest import Manifest
 from uniql_jax.outputs import check_space, free_space
 from uniql_jax.version import __version__
@@ -73,15 +75,23 @@ def compress(
     settings = settings or CompressionSettings()
     with workspace(out, resume, overwrite, source.name) as work:
         tuned = recovery is not None and recovery.tuning is not None
-        budget = lay_out(
-            source.config, settings, resources or Resources(), tokens.shape, tuned, free_space(work.folder)
-        )
+        check_processes(work.processes, len(tokens), recovery is not None)
+        shape = (-(-len(tokens) // work.processes.count), tokens.shape[1])
+        budget = lay_out(source.config, settings, resources or Resources(), shape, tuned, free_space(work.folder))
         if not work.started:
             check_space(work.folder, budget.disk)
         manifest = manifest_of(source, tokens, settings, recovery, progress)
         work.begin(manifest)
         inputs = Inputs(source, tokens, settings, budget, recovery)
         return run(work, inputs, manifest, overwrite, provenance or {}, progress)
+
+
+def check_processes(processes: Processes, windows: int, recovery: bool) -> None:
+    """Raise UserError where several processes cannot do together what was asked for."""
+    if processes.count > windows:
+        raise UserError(f"{windows} calibration windows are too few for {processes.count} processes")
+    if processes.count > 1 and recovery:
+        raise UserError("recovery is the work of one process: compress without --recover, or with one process")
 
 
 @one_blas_thread
@@ -131,7 +141,8 @@ def run(
         "provenance": _provenance(source, provenance, recovery, gained, tuned),
         "manifest": manifest.to_json(),
     }
-    size = write(work.folder / "checkpoint", source, stored, section)
+    first = work.processes.index == 0
+    size = write(work.folder / "checkpoint", source, stored, section) if first else 0
     work.publish(work.folder / "checkpoint", overwrite)
     return Report(original.plan, calibration.influence, size, gained, tuned)
 
@@ -148,7 +159,8 @@ def _sorted(work: Workspace, inputs: Inputs, top: Top, progress: Progress) -> tu
 def _streams(work: Workspace, inputs: Inputs) -> StreamStore:
     """The store of streams, as the budget lays it out."""
     budget = inputs.budget
-    windows = Windows(inputs.tokens, budget.batch_tokens, budget.devices)
+    own = work.processes.share(len(inputs.tokens))
+    windows = Windows(inputs.tokens, budget.batch_tokens, budget.devices, own)
     return work.streams(windows, inputs.settings.stream_dtype, budget, Devices(budget.devices, budget.parked))
 
 

@@ -252,10 +252,11 @@ def memory_limit() -> int | None:
     return int(limit) if limit and limit > 0 else None
 
 
-def device_name() -> str:
-    """The device that computes, in words."""
+def device_name(count: int = 1) -> str:
+    """The device that computes, in words, or so many of them."""
     device = jax.devices()[0]
-    return f"CPU ({platform.machine()}, {os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
+    name = f"CPU ({platform.machine()}, {os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
+    return name if count == 1 else f"{count} x {name}"
 
 
 def environment(command: Sequence[str] | None = None) -> dict[str, Any]:

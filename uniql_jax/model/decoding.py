@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from uniql_jax.model.causal_lm import CausalLM, embed, embed_stream, head_input,
 from uniql_jax.model.layers import KINDS, fused
 from uniql_jax.model.layers.context import Causal, Context
 from uniql_jax.model.layers.norm import rms_norm
+from uniql_jax.model.parallel import on_every_device, placed
 
 
 def init_cache(model: CausalLM, batch: int, length: int) -> Cache:
@@ -30,7 +32,9 @@ def init_cache(model: CausalLM, batch: int, length: int) -> Cache:
         Keys, values and states of every layer in the model's dtype, `valid` bool [batch, length], `position` int32
         [batch] and `slot` int32.
     """
-    return empty_cache(model.config, model.keep, batch, length, model.dtype)
+    if model.split is None:
+        return empty_cache(model.config, model.keep, batch, length, model.dtype)
+    return placed(empty_cache(model.split.whole_config(), model.keep, batch, length, model.dtype), model.split)
 
 
 def empty_cache(config: ModelConfig, keep: Sequence[Mapping[str, int]], batch: int, length: int, dtype: Any) -> Cache:
@@ -96,6 +100,8 @@ def prefill(
     Returns:
         The logits after the last position, float32, and the cache with the prompts in it.
     """
+    if model.split is not None:
+        return _spread(prefill, model, tokens, attention_mask, cache)
     valid = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask.astype(bool)
     own = Causal(None if attention_mask is None else valid) if cache.empty else None
     x, cache = _extend(model, tokens, valid, cache, own)
@@ -113,10 +119,18 @@ def decode(model: CausalLM, token: Int[Array, " b"], cache: Cache) -> tuple[Floa
     Returns:
         The logits that follow the token, float32, and the cache with the token in it.
     """
-    if fused.wanted():
+    if model.split is not None:
+        return _spread(decode, model, token, cache)
+    if fused.wanted() and not model.is_part:
         return _decode_fused(model, token, cache)
     x, cache = _extend(model, token[:, None], jnp.ones((token.shape[0], 1), bool), cache)
     return logits(model, x[:, 0]), cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _spread(step: Callable[..., Any], model: CausalLM, *args: Any) -> tuple[Float[Array, "b vocab"], Cache]:
+    """A step of a model whose weights lie on several devices; the last argument is the cache."""
+    return on_every_device(model, step, *args, like=(0, args[-1].replace(empty=False)))
 
 
 def _decode_fused(model: CausalLM, token: Int[Array, " b"], cache: Cache) -> tuple[Float[Array, "b vocab"], Cache]:

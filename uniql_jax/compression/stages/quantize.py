@@ -188,7 +188,7 @@ def _finish_block(
 
     hessian = None
     if running is not None and settings.packed and (settings.rounding == "gptq" or settings.scale_search):
-        tokens = sum(x.shape[0] * x.shape[1] for x in running.x)
+        tokens = running.store.windows.tokens
         hessian = running.store.summed(lambda block, x: read_gram(config, kind, block, x), originals, running.x)
         hessian = hessian / tokens
     reading = {name: original[name] for name, leaf in leaves.items() if settings.packed and leaf.contract == "last"}
@@ -228,7 +228,7 @@ def _output(
     if running is None:
         return weight, None
     copies = running.store.devices.everywhere(working)
-    tokens = sum(x.shape[0] * x.shape[1] for x in running.x)
+    tokens = running.store.windows.tokens
     kept: Sequence[Keep | None] = running.kept(index)
     if running.unpruned is not None:
         target = settings.refit_target

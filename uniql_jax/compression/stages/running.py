@@ -70,7 +70,7 @@ def resume(
     """The streams before layer `start`, from the nearest ones on disk."""
     config, windows, keep = model.config, streams.windows, None
     if settings.refit is not None:
-        rates = refit_rates(windows.ends[-1], settings.refit)
+        rates = refit_rates(windows.count, settings.refit)[windows.own.start : windows.own.stop]
         per_window = keep_per_window(model.plan, rates.tolist())
         keep = [
             tuple({axis: sizes[low:high] for axis, sizes in layer.items()} for layer in per_window)

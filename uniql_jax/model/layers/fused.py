@@ -151,12 +151,11 @@ def mamba2(
     found = {name: value.reshape(batch, *leaves[name].shape[:-1]) for name, value in found.items()}
     kernels = Kernels(*(leaves[f"conv_{name}"] for name in "xbc"), *(leaves.get(f"conv_{name}_bias") for name in "xbc"))
     weights = Weights(kernels, *(leaves[name] for name in ("dt_bias", "a_log", "d", "gate_norm")))
-    width = ssm.head_dim * ssm.heads // ssm.groups
     hidden, window = ssd.mix(
         SsmToken(**found),
         weights,
         Window(state.x, state.b, state.c, state.state),
-        Limits(ssm.dt_min, ssm.dt_max, config.gate_norm_eps, width),
+        Limits(ssm.dt_min, ssm.dt_max, config.gate_norm_eps, ssm.group_width),
         blocked=_blocked(leaves["out"], batch),
         coming=step.coming[1],
     )

@@ -22,6 +22,7 @@ from uniql_jax.model.layers.context import Context
 from uniql_jax.model.layers.linear import apply_columns, apply_rows
 from uniql_jax.model.layers.norm import rms_norm
 from uniql_jax.pallas_kernels import ssd
+from uniql_jax.weights.shard import total_of_neighbors
 
 Leaves = Mapping[str, Any]
 
@@ -114,9 +115,10 @@ def gated_norm(
     """RMS norm over the heads of each group; the mean counts the ORIGINAL channels, whatever was cut."""
     ssm = ssm_of(config)
     split = value.reshape(*value.shape[:3], ssm.groups, -1)
-    width = ssm.head_dim * ssm.heads // ssm.groups
-    square = jnp.sum(split * split, axis=(2, 4), keepdims=True) / width
-    normed = (split * jax.lax.rsqrt(square + config.gate_norm_eps)).reshape(value.shape)
+    square = jnp.sum(split * split, axis=(2, 4), keepdims=True)
+    if ssm.norm_devices is not None:
+        square = total_of_neighbors(square, *ssm.norm_devices)
+    normed = (split * jax.lax.rsqrt(square / ssm.group_width + config.gate_norm_eps)).reshape(value.shape)
     return normed.astype(dtype) * weight.astype(dtype)
 
 
