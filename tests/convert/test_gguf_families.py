@@ -66,6 +66,7 @@ def test_a_file_is_the_folder_that_was_converted(tmp_path, rng, name):
 SHOWN = ("granite", "phi3", "nemotron_h")
 
 
+@pytest.mark.llamacpp
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in SHOWN else pytest.mark.slow) for name in FAMILIES]
 )
