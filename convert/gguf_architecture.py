@@ -129,10 +129,11 @@ def _add_rotation(writer: Any, config: ModelConfig, name: str) -> None:
     writer.add_rope_dimension_count(config.head_dim if whole or rope is None else rope.dim)
     if name == "granitehybrid":
         writer.add_rope_scaling_finetuned(rope is not None)
-        writer.add_attention_scale(config.softmax_scale)
-        writer.add_embedding_scale(_residual(config))
-        writer.add_residual_scale(_residual(config))
-        writer.add_logit_scale(1.0)
+        if config.attention_scale is not None:
+            writer.add_attention_scale(config.softmax_scale)
+            writer.add_embedding_scale(_residual(config))
+            writer.add_residual_scale(_residual(config))
+            writer.add_logit_scale(1.0)
     elif name != "nemotron_h" and (factor := config.softmax_scale * math.sqrt(config.head_dim)) != 1.0:
         writer.add_rope_scaling_attn_factors(math.sqrt(factor))
 
