@@ -70,9 +70,7 @@ def cache_size(checkpoint: Checkpoint, size: Choice, prompt: int, new: int, bits
     return cache_bytes(checkpoint.config, size.keep(checkpoint), 1, slots, default_dtype(), bits)
 
 
-def describe(
-    ckpt: str, checkpoint: Checkpoint, rate: float, size: Choice | None = None, devices: int | None = None
-) -> str:
+def describe(ckpt: str, checkpoint: Checkpoint, rate: float, size: Choice | None = None, devices: int = 1) -> str:
     """The model's part of a plan, in a line."""
     from uniql_jax.evaluation.timing import device_name
 
@@ -80,5 +78,5 @@ def describe(
         f"{ckpt}: {checkpoint.config.model_type}, {checkpoint.bits} bits, "
         f"{f'rate {rate:g}' if size is None or size.setting is None else size}, "
         f"{console.format_bytes(checkpoint.weight_bytes(rate) if size is None else size.bytes)} of weights; "
-        f"{device_name(devices or 1)}"
+        f"{device_name(devices)}"
     )
