@@ -49,7 +49,8 @@ def main(argv: list[str]) -> None:
     ids = prompt_ids(tokenizer, args.prompt, args.chat)[None]
     check_prompt(checkpoint.config, ids, np.ones(ids.shape, np.int32), args.max_new_tokens)
     cache = console.format_bytes(serving.cache_size(checkpoint, rate, ids.size, args.max_new_tokens))
-    plan = f"{serving.describe(args.ckpt, checkpoint, rate, args.devices)}; cache {cache} for {ids.size} + {args.max_new_tokens} tokens"
+    about = serving.describe(args.ckpt, checkpoint, rate, args.devices)
+    plan = f"{about}; cache {cache} for {ids.size} + {args.max_new_tokens} tokens"
     print(plan, file=sys.stderr)
     model = load(args.ckpt, rate, devices=args.devices)
     pieces = generate(model, args.prompt, chat=args.chat, tokenizer=tokenizer, **settings)
