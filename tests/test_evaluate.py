@@ -128,7 +128,7 @@ def test_several_texts_and_the_original(
     ids = tmp_path / "ids.npy"
     np.save(ids, rng.integers(0, tiny.VOCAB, (4, 16)).astype(np.int32))
     original = tiny.model(rng)
-    monkeypatch.setattr(loading, "load_source", lambda ckpt: {"there": original}[ckpt])
+    monkeypatch.setattr(loading, "load_source", lambda ckpt, devices: {"there": original}[ckpt])
     said: list[str] = []
     rows = evaluate.evaluate(
         str(folder), [0.1], [str(text), str(ids)], window=16, max_tokens=64, baseline="there", say=said.append

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from uniql_jax import console
 from uniql_jax.checkpoint import open_checkpoint
@@ -44,7 +43,7 @@ class Subject:
     bits: int
     load: Callable[[float], CausalLM]
     random: bool
-    mesh: Mesh  # of the devices that share the model
+    devices: int = 1  # that share the model
 
 
 def checkpoint_subject(folder: str, rates: Sequence[float], devices: int = 1) -> Subject:
@@ -52,13 +51,13 @@ def checkpoint_subject(folder: str, rates: Sequence[float], devices: int = 1) ->
 
     Raises UserError when it is none, or when it has not the rates, or when there are fewer devices.
     """
-    mesh = device_mesh(devices)
+    device_mesh(devices)
     found = open_checkpoint(folder)
     for rate in rates:
         found.weight_bytes(rate)  # an unsorted one refuses rates above 0
     plan = found.plan or make_plan(found.config, None)
     placed = functools.partial(load, folder, devices=devices)
-    return Subject(folder, found.config, plan, found.bits, placed, False, mesh)
+    return Subject(folder, found.config, plan, found.bits, placed, False, devices)
 
 
 def config_subject(name: str, bits: int, seed: int, devices: int = 1) -> Subject:
@@ -69,7 +68,7 @@ def config_subject(name: str, bits: int, seed: int, devices: int = 1) -> Subject
     config, mesh = read_config(name), device_mesh(devices)
     plan = make_plan(config, None)
     made = functools.partial(random_model, config, bits, plan=plan, seed=seed, mesh=mesh)
-    return Subject(name, config, plan, bits, made, True, mesh)
+    return Subject(name, config, plan, bits, made, True, devices)
 
 
 def variants(subject: Subject, rates: Sequence[float], dense: bool, batch: int, slots: int, seed: int) -> list[Variant]:
@@ -84,7 +83,7 @@ def variants(subject: Subject, rates: Sequence[float], dense: bool, batch: int, 
 
     found = []
     if dense:
-        make = functools.partial(random_model, config, 16, plan=plan, seed=seed, mesh=subject.mesh)
+        make = functools.partial(random_model, config, 16, plan=plan, seed=seed, mesh=device_mesh(subject.devices))
         found.append(variant(f"dense {jnp.dtype(dtype).name}", None, word, make))
     for rate in sorted(rates):
         bits = subject.bits if subject.bits < 16 else word  # floats are computed with as the device likes it
@@ -193,7 +192,7 @@ def benchmark(
             "lower --prompt-len or --gen-len"
         )
     found = variants(subject, rates, dense, batch_size, _slots(prompt_len, gen_len), seed)
-    limit, devices = memory_limit(), subject.mesh.size
+    limit, devices = memory_limit(), subject.devices
     limit = None if limit is None else limit * (1 if jax.default_backend() == "cpu" else devices)
     if timed:
         refuse_too_large(found, limit)
