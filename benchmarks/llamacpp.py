@@ -117,7 +117,7 @@ class Requantized(GgufReader):
 def requantized(path: str | Path, library: str, mix: str) -> tuple[CausalLM, int]:
     """The model of a GGUF file through a quantization of llama.cpp, dense float32, and the bytes of its tensors."""
     reader = Requantized(path, library, mix)
-    source = open_tensors(str(path), reader.hf_config(), reader, gguf_tables.TABLES["llama"], lambda folder: None)
+    source = open_tensors(str(path), reader.hf_config(), reader, gguf_tables.table("llama"), lambda folder: None)
     layers = [jax.tree.map(jnp.asarray, source.layer(i)) for i in range(len(source.config.pattern))]
     top = jax.tree.map(jnp.asarray, source.top())
     return CausalLM(source.config, {"layers": layers, **top}, dtype=jnp.float32), reader.bytes

@@ -21,10 +21,10 @@ class Format:
 FORMATS = {
     "transformers": Format("to_transformers", "transformers: dense, every family", ("dtype", "max_shard_bytes")),
     "compressed-tensors": Format(
-        "to_compressed_tensors", "transformers: 4 bits; no SSM, no phi3", ("max_shard_bytes",)
+        "to_compressed_tensors", "transformers: 4 bits; no SSM, no phi3", ("max_shard_bytes", "dense_embedding")
     ),
     "mlx": Format("to_mlx", "mlx-lm: 4 bits; llama, qwen2, qwen3, mistral, smollm3", ("max_shard_bytes",)),
-    "gguf": Format("to_gguf", "llama.cpp: 4 bits; llama, qwen2, qwen3, mistral", ("dtype", "dense_head")),
+    "gguf": Format("to_gguf", "llama.cpp: 4 bits, every family", ("dtype", "dense_head")),
 }
 """By the name that `uniql export --format` takes."""
 DEFAULT = "transformers"
@@ -43,7 +43,9 @@ def export_as(name: str, request: Request) -> None:
     if name not in FORMATS:
         raise UserError(f"format {name!r} is not one of {', '.join(FORMATS)}")
     chosen = FORMATS[name]
-    for option in ("dtype", "dense_head"):
+    if request.setting is not None and name != DEFAULT:
+        raise UserError(f"--format {name} has no matrices of 3 and 4 bits: give a --prune-rate, or --format {DEFAULT}")
+    for option in ("dtype", "dense_head", "dense_embedding"):
         if getattr(request, option) and option not in chosen.options:
             raise UserError(f"--format {name} takes no --{option.replace('_', '-')}")
     importlib.import_module(f"uniql_jax.convert.{chosen.module}").write(request)

@@ -23,36 +23,52 @@ Widths = Mapping[str, Blocks]
 """Contracted dimension, embed, ffn, or vo where groups lie inside a head -> how it is laid out in blocks."""
 
 
+def resized(config: ModelConfig, widths: Widths, blocks_of: str = "") -> ModelConfig:
+    """The sizes of what is written; `blocks_of`: a dimension of which only one entry a block is."""
+    sizes = {dim: blocks.total // (BLOCK if dim == blocks_of else 1) for dim, blocks in widths.items()}
+    return dataclasses.replace(
+        config,
+        hidden_size=sizes["embed"],
+        intermediate_size=sizes.get("ffn", config.intermediate_size),
+        head_dim=sizes.get("vo", config.head_dim),
+        ssm=config.ssm and dataclasses.replace(config.ssm, head_dim=sizes.get("ssm_head", config.ssm.head_dim)),
+    )
+
+
+def stored_shape(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a tensor in the file: gated norms have a dimension of groups."""
+    if name.endswith("ssm_norm.weight"):
+        assert config.ssm is not None
+        return (config.ssm.groups, shape[0] // config.ssm.groups)
+    return shape
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Leaves of a block at their kept sizes -> tensors of llama.cpp's shapes."""
 
     config: ModelConfig
     kind: str
-    rows: Mapping[str, tables.Row]
-    """Leaf -> its tensor."""
     widths: Widths
     inv_freq: Any
 
-    def dense(self, name: str, value: np.ndarray) -> np.ndarray:
-        """A leaf of floats; a norm weight makes up for the mean over more entries."""
+    def dense(self, row: tables.Row, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """A tensor of floats; a norm weight makes up for the mean over more entries."""
         embed = self.widths["embed"]
-        if name == "norm":
-            value = value * np.float32(math.sqrt(embed.width / embed.total))
-        return self._foreign(name, self._pad(name, value), self._sizes)
+        if "norm" in values:
+            values = {"norm": values["norm"] * np.float32(math.sqrt(embed.width / embed.total))}
+        if "a_log" in values:
+            values = {"a_log": -np.exp(values["a_log"])}
+        value = self._foreign(row, {leaf: self._pad(leaf, value) for leaf, value in values.items()})
+        return value.reshape(stored_shape(resized(self.config, self.widths), row.name, value.shape))
 
-    def blocks(self, name: str, weight: QuantizedArray) -> np.ndarray:
-        """A packed leaf as Q4_0 or Q8_0: a float16 scale and 32 integers a block, bytes [rows, bytes of a row]."""
-        leaf = tables.leaf_of(self.kind, name)
+    def blocks(self, row: tables.Row, weights: Mapping[str, QuantizedArray]) -> np.ndarray:
+        """A packed tensor as Q4_0 or Q8_0: a float16 scale and 32 integers a block, bytes [rows, bytes of a row]."""
+        leaf = tables.leaf_of(self.kind, row.parts[0].leaf)
         contracted = leaf.dims[-1] if leaf.contract == "last" else leaf.dims[0]
-        codes = self._foreign(name, self._pad(name, integers(weight)), self._sizes)
-        sizes = self._sizes | {contracted: self._sizes[contracted] // BLOCK}
-        scale = self._foreign(name, self._pad(name, scales(weight), contracted), sizes)
-        return encoded(codes, scale, weight.bits)
-
-    @property
-    def _sizes(self) -> dict[str, int]:
-        return {dim: blocks.total for dim, blocks in self.widths.items()}
+        codes = self._foreign(row, {name: self._pad(name, integers(weight)) for name, weight in weights.items()})
+        scale = {name: self._pad(name, scales(weight), contracted) for name, weight in weights.items()}
+        return encoded(codes, self._foreign(row, scale, contracted), next(iter(weights.values())).bits)
 
     def _pad(self, name: str, value: np.ndarray, blocks_of: str = "") -> np.ndarray:
         for axis, dim in enumerate(tables.leaf_of(self.kind, name).dims):
@@ -61,12 +77,9 @@ class Layout:
                 value = width.per_block(value, axis) if dim == blocks_of else width.pad(value, axis)
         return value
 
-    def _foreign(self, name: str, value: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """One leaf, at the sizes of the written model, in llama.cpp's layout."""
-        ffn = sizes.get("ffn", self.config.intermediate_size)
-        head_dim = sizes.get("vo", self.config.head_dim)
-        config = dataclasses.replace(self.config, hidden_size=sizes["embed"], intermediate_size=ffn, head_dim=head_dim)
-        return foreign(config, self.kind, self.rows[name], value, self.inv_freq)
+    def _foreign(self, row: tables.Row, values: Mapping[str, np.ndarray], blocks_of: str = "") -> np.ndarray:
+        """Leaves, at the sizes of the written model, in llama.cpp's layout."""
+        return foreign(resized(self.config, self.widths, blocks_of), self.kind, row, values, self.inv_freq)
 
 
 def stored_as(leaf: elastic.Leaf, value: Any, widths: Widths) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -51,18 +52,18 @@ def scales(weight: QuantizedArray) -> Float[np.ndarray, "..."]:
 
 
 def foreign(
-    config: ModelConfig, kind: str, row: tables.Row, value: Shaped[np.ndarray, "..."], inv_freq: Any
+    config: ModelConfig, kind: str, row: tables.Row, values: Mapping[str, Shaped[np.ndarray, "..."]], inv_freq: Any
 ) -> Shaped[np.ndarray, "..."]:
-    """One leaf in another runtime's layout, zeros for what was cut; the scales of a leaf as well.
+    """The leaves of one tensor in another runtime's layout, zeros for what was cut; their scales as well.
 
     Args:
-        config: sizes of what is written: a dimension that `value` has one entry a group of has that many.
+        config: sizes of what is written: a dimension that a value has one entry a group of has that many.
         kind: of the block, "top" outside the layers.
         row: the tensor.
-        value: the leaf at its kept sizes.
+        values: its leaves at their kept sizes.
         inv_freq: of the block, where it rotates: it says where kept pairs belong.
     """
-    leaves = {row.parts[0].leaf: value}
+    leaves = dict(values)
     if kind != "top":
         order = {} if inv_freq is None else {"inv_freq": np.asarray(inv_freq)}
         leaves = full_size(config, kind, order | leaves)
@@ -78,6 +79,11 @@ class Blocks:
     size: int = 32
     spare: bool = False
     """Whether the last entry must be one of the zeros."""
+
+    @classmethod
+    def none(cls, width: int) -> Blocks:
+        """A dimension that no blocks are laid along."""
+        return cls(width, 1)
 
     @property
     def step(self) -> int:

@@ -44,7 +44,8 @@ class Style:
 
     `pack` makes the tensors of a matrix from its prefix, integers, scales and bits, and `overhead` counts the bytes of
     those that are neither integers nor scales; `section` makes what config.json says of them. `groups` are the sizes
-    that it takes (None: any) and `unpacked` leaves that stay dense, with the reason.
+    that it takes (None: any), `unpacked` leaves that stay dense, with the reason, and `whole_bytes` leaves of which
+    every integer takes a byte, with the reason: X.weight int8 and X.weight_scale.
     """
 
     name: str
@@ -54,6 +55,13 @@ class Style:
     section: Callable[[Form, bool, bool], dict[str, Any]]
     groups: tuple[int, ...] | None
     unpacked: Mapping[str, str]
+    whole_bytes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def without_bytes(self, why: str) -> Style:
+        """The same with dense leaves for those of whole bytes."""
+        return dataclasses.replace(
+            self, unpacked={**self.unpacked, **dict.fromkeys(self.whole_bytes, why)}, whole_bytes={}
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +140,11 @@ def packed_row(form: Form, style: Style, kind: str, row: tables.Row, weight: Qua
         scale = np.broadcast_to(scale.reshape(scale.shape[0], *(1,) * len(shape[1:-1]), scale.shape[-1]), shape)
     shorter = {"embed": "hidden_size", "ffn": "intermediate_size", "vo": "head_dim"}[along]
     narrow = dataclasses.replace(config, **{shorter: getattr(config, shorter) // group})
-    scale = np.repeat(foreign(narrow, kind, row, scale, inv_freq), group // form.written[name], axis=1)
-    codes = foreign(config, kind, row, integers(weight), inv_freq)
-    return style.pack(row.name.removesuffix("weight"), codes, scale, form.bits)
+    scale = np.repeat(foreign(narrow, kind, row, {name: scale}, inv_freq), group // form.written[name], axis=1)
+    codes, stem = foreign(config, kind, row, {name: integers(weight)}, inv_freq), row.name.removesuffix("weight")
+    if name in style.whole_bytes:
+        return {f"{stem}weight": codes.astype(np.int8), f"{stem}weight_scale": scale}
+    return style.pack(stem, codes, scale, form.bits)
 
 
 def words(codes: Int[np.ndarray, "rows width"], bits: int) -> Int[np.ndarray, "rows words"]:
@@ -159,6 +169,9 @@ def planned(form: Form, style: Style, has_head: bool, has_head_in: bool) -> Iter
             name = row.name.format(layer=i)
             if group is None:
                 yield Planned(name, DENSE, count * 2, _why_dense(style, kind, leaf, has_head_in))
+            elif leaf in style.whole_bytes:
+                type_ = f"int8 in groups of {group}"
+                yield Planned(name, type_, count + count // group * 2, style.whole_bytes[leaf])
             else:
                 per_word = 32 // form.bits
                 size = shape[0] * (-(-shape[1] // per_word)) * 4 + count // group * 2
@@ -192,11 +205,22 @@ def _tensors(
             yield name, cast(name, turned[name], BFLOAT16)
         elif form.group(leaf, bool(turned)) is None:
             value = np.asarray(dense(leaves[leaf])) / np.float32(factors.get(leaf, 1.0))
-            value = foreign(form.config, kind, row, value, inv_freq)
+            value = foreign(form.config, kind, row, {leaf: value}, inv_freq)
             yield name, cast(name, value, BFLOAT16)
         else:
             made = packed_row(form, style, kind, row, leaves[leaf], inv_freq)
             yield from ((tensor.format(layer=i), value) for tensor, value in made.items())
+
+
+def _with_embedding(style: Style, checkpoint: Checkpoint, own_head: bool, dense_embedding: bool) -> Style:
+    """The format, with a dense embedding where its integers cannot leave as whole bytes, or must not."""
+    if dense_embedding:
+        return style.without_bytes("asked for")
+    if not own_head:
+        return style.without_bytes("it is the head as well")
+    if top_factors(checkpoint.config, False)["embed"] != 1.0:
+        return style.without_bytes("the model scales it")
+    return style
 
 
 def _form(style: Style, checkpoint: Checkpoint, rate: float) -> tuple[Form, dict[str, Any]]:
@@ -228,9 +252,10 @@ def write(request: Request, style: Style) -> None:
         )
     if checkpoint.bits > 8:
         raise UserError(f"{ckpt} has {checkpoint.bits} bits, nothing to leave packed; use --format transformers")
-    form, hf = _form(style, checkpoint, rate)
     top = checkpoint.top()
     head, head_in = "head" in top, "head_in" in top
+    style = _with_embedding(style, checkpoint, head or head_in, request.dense_embedding)
+    form, hf = _form(style, checkpoint, rate)
     plan = list(planned(form, style, head, head_in))
     size = sum(tensor.nbytes for tensor in plan)
     request.say(f"{ckpt} at prune rate {rate:g} -> {out}: {style.name}, about {console.format_bytes(size)}")

@@ -150,20 +150,23 @@ class CompressedTensors:
     """weight_packed int32 [out, in / n], weight_scale [out, groups], weight_shape [2], and where they are there
     weight_zero_point int32 [out / n, groups] and weight_g_idx [in] ("pack-quantized").
 
-    Integers and zero points are stored with half their range added.
+    Integers and zero points are stored with half their range added. Modules of the format "int-quantized" have weight
+    int8 [out, in] in place of weight_packed.
     """
 
     marker = ".weight_packed"
 
     def __init__(self, section: Mapping[str, Any], name: str):
-        form = section.get("format")
-        if form != "pack-quantized":
-            raise UserError(f"{name} has the compressed-tensors layout {form!r}; pack-quantized is read")
-        groups = section.get("config_groups")
+        groups, form = section.get("config_groups"), section.get("format")
+        parts = [group for group in (groups.values() if isinstance(groups, dict) else ()) if isinstance(group, dict)]
+        forms = {group.get("format") or form for group in parts} if form == "mixed-precision" else {form}
+        if other := forms - {"pack-quantized", "int-quantized"}:
+            read = "pack-quantized and int-quantized are read"
+            raise UserError(f"{name} has the compressed-tensors layout {sorted(map(str, other))[0]!r}; {read}")
         found = {
             (weights.get("num_bits"), weights.get("type", "int"))
-            for group in (groups.values() if isinstance(groups, dict) else ())
-            if isinstance(group, dict) and isinstance(weights := group.get("weights"), dict)
+            for group in parts
+            if (group.get("format") or form) != "int-quantized" and isinstance(weights := group.get("weights"), dict)
         }
         if len(found) != 1 or (kind := next(iter(found)))[0] not in (4, 8) or kind[1] != "int":
             raise UserError(f"{name} does not have 4 or 8 bits, the same for all its packed matrices")
@@ -171,18 +174,25 @@ class CompressedTensors:
 
     def shape(self, stem: str, found: Headers) -> tuple[int, int]:
         """See Format: the stored words are padded, and the true width is where another tensor tells; see `dense`."""
+        if f"{stem}.weight" in found:
+            out, width = found[f"{stem}.weight"][1]
+            return out, width
         out, words = found[f"{stem}.weight_packed"][1]
         return out, words * (32 // self.bits)
 
     def parts(self, stem: str, found: Headers) -> tuple[str, ...]:
         """See Format."""
         optional = ("weight_zero_point", "weight_g_idx")
-        return ("weight_packed", "weight_scale", *(part for part in optional if f"{stem}.{part}" in found))
+        integers = "weight" if f"{stem}.weight" in found else "weight_packed"
+        return (integers, "weight_scale", *(part for part in optional if f"{stem}.{part}" in found))
 
     def dense(self, stem: str, tensors: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Float[np.ndarray, "n k"]:
         """See Format."""
         out, width = shape
-        codes = unpack(tensors["weight_packed"], self.bits, 1)[:, :width].astype(np.int32) - (1 << (self.bits - 1))
+        if "weight" in tensors:
+            codes = tensors["weight"].astype(np.int32)
+        else:
+            codes = unpack(tensors["weight_packed"], self.bits, 1)[:, :width].astype(np.int32) - (1 << (self.bits - 1))
         scale = tensors["weight_scale"].astype(np.float32).reshape(out, -1)
         if "weight_g_idx" in tensors:
             index = _checked(tensors["weight_g_idx"], width)
@@ -220,8 +230,7 @@ class DequantizingReader:
         self._packed: dict[str, tuple[str, tuple[str, ...], tuple[int, int]]] = {}
         made_of = set()
         for tensor in found:
-            if tensor.endswith(self._format.marker):
-                stem = tensor.removesuffix(self._format.marker)
+            if (stem := _stem(tensor, found, self._format.marker)) is not None:
                 parts = self._format.parts(stem, found)
                 if missing := [part for part in parts if f"{stem}.{part}" not in found]:
                     raise UserError(f"{name}: tensor {f'{stem}.{missing[0]}'!r} is missing")
@@ -274,6 +283,15 @@ class DequantizingReader:
         if value.shape != shape or not math.prod(shape):
             raise UserError(f"{self._name}: the tensors of {stem!r} do not fit one another")
         return value[:rows].astype(np.float32, copy=False)
+
+
+def _stem(tensor: str, found: Headers, marker: str) -> str | None:
+    """What the parts of a matrix begin with, by the tensor of its integers; None for any other tensor."""
+    if tensor.endswith(marker):
+        return tensor.removesuffix(marker)
+    stem = tensor.removesuffix(".weight")
+    whole = found[tensor][0] == np.int8 and f"{stem}.weight_scale" in found
+    return stem if whole and tensor.endswith(".weight") else None
 
 
 def _empty_bias(kind: tuple[np.dtype, tuple[int, ...]]) -> bool:

@@ -19,16 +19,18 @@ from jaxtyping import Array
 from uniql_jax import config as configs
 from uniql_jax.casting import cast, check_finite
 from uniql_jax.config import ModelConfig
-from uniql_jax.convert import gguf_tables, tables
+from uniql_jax.convert import tables
+from uniql_jax.convert.folder import read_folder
 from uniql_jax.convert.gguf import GgufReader
 from uniql_jax.convert.leaves import Leaves, complete, complete_on_device, folded_top, top_on_device
 from uniql_jax.convert.locate import demo_file, download
 from uniql_jax.convert.megatron import MegatronReader
 from uniql_jax.convert.prequantized import DequantizingReader
+from uniql_jax.convert.published_checkpoint import PublishedReader
 from uniql_jax.errors import CheckpointWarning, UserError
 from uniql_jax.files import READERS, UNREADABLE, ShardReader, copy_side_files, read_json
 
-Reader = ShardReader | GgufReader | MegatronReader | DequantizingReader
+Reader = ShardReader | GgufReader | MegatronReader | DequantizingReader | PublishedReader
 Progress = Callable[[Iterable[str], str, int], Iterable[str]]
 
 
@@ -261,28 +263,7 @@ def _from_folder(folder: Path, name: str, dequantize: bool = False) -> Source:
         raise UserError(f"{file} is not a model's config")
     if "uniql" in hf_config:
         raise UserError(f"{name} is an elastic checkpoint already; give the original model")
-    section = hf_config.pop("quantization_config", None) or hf_config.pop("compression_config", None)
-    if section and not dequantize:
-        raise UserError(
-            f"{name} is quantized already; give the original 16- or 32-bit model, or --dequantize-source to go on with "
-            "what its integers hold"
-        )
-    _config(name, hf_config)  # what is wrong with the config is said before what is wrong with the tensors
-    if not list(folder.glob("*.safetensors*")) and list(folder.glob("*.bin")):
-        raise UserError(
-            f"{name} holds PyTorch pickles only; load it with transformers and save_pretrained() it as safetensors"
-        )
-    reader: Reader = ShardReader(folder)
-    if section:
-        if not isinstance(section, dict):
-            raise UserError(f"{file}: quantization_config is no JSON object")
-        reader = DequantizingReader(reader, section, name)
-        method = section.get("quant_method")
-        warnings.warn(
-            f"{name} is quantized already ({method}): what that lost stays lost, and is quantized once more",
-            CheckpointWarning,
-            stacklevel=2,
-        )
+    reader, hf_config = read_folder(folder, name, hf_config, dequantize)
     return open_tensors(name, hf_config, reader, None, lambda target: copy_side_files(folder, target))
 
 
@@ -290,7 +271,7 @@ def _from_gguf(path: Path, name: str) -> Source:
     reader = GgufReader(path)
     hf_config = reader.hf_config()
     reader.check_side_files()
-    return open_tensors(name, hf_config, reader, gguf_tables.TABLES[reader.family()], reader.write_side_files)
+    return open_tensors(name, hf_config, reader, reader.table(), reader.write_side_files)
 
 
 def _from_megatron(path: Path, name: str) -> Source:

@@ -109,21 +109,20 @@ def packed(folder: Path, hf: dict[str, Any], bits: int, rng: np.random.Generator
     cfg = model_config.from_hf(hf)
     plan = make_plan(cfg, None)
 
-    def draw(name: str, like: Any) -> np.ndarray:
+    def draw(name: str, like: Any, layer: int) -> np.ndarray:
         if name == "inv_freq":
-            assert cfg.rope is not None
-            return np.repeat(cfg.rope.inv_freq()[:, None], like.shape[1], 1)
+            return np.repeat(cfg.inv_freq(layer)[:, None], like.shape[1], 1)
         if np.issubdtype(like.dtype, np.integer):
             info = np.iinfo(like.dtype)
             return rng.integers(info.min, info.max, like.shape, like.dtype, endpoint=True)
         center = 1.0 if name.endswith("norm") else 0.0
         return (center + 0.1 * rng.standard_normal(like.shape)).astype(like.dtype)
 
-    def leaf(name: str, like: Any) -> Any:
+    def leaf(name: str, like: Any, layer: int = 0) -> Any:
         if not isinstance(like, QuantizedArray):
-            return draw(name, like)
+            return draw(name, like, layer)
         scale = rng.uniform(0.5, 1.5, like.scale.shape) / (SPREAD[bits] * like.width**0.5)
-        return dataclasses.replace(like, data=draw(name, like.data), scale=scale.astype(like.scale.dtype))
+        return dataclasses.replace(like, data=draw(name, like.data, layer), scale=scale.astype(like.scale.dtype))
 
     shapes = weight_shapes(cfg, bits, 0.0, plan, jnp.bfloat16)
     layers = shapes.pop("layers")
@@ -133,7 +132,8 @@ def packed(folder: Path, hf: dict[str, Any], bits: int, rng: np.random.Generator
     )
     writer.add_top({name: leaf(name, like) for name, like in shapes.items()})
     for i, layer in enumerate(layers):
-        writer.add_layer(i, {kind: {n: leaf(n, like) for n, like in block.items()} for kind, block in layer.items()})
+        leaves = {kind: {n: leaf(n, like, i) for n, like in block.items()} for kind, block in layer.items()}
+        writer.add_layer(i, leaves)
     writer.finish()
     return folder
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from uniql_jax.errors import UserError
+from uniql_jax.lazy_tensor import LazyTensor
 from uniql_jax.outputs import check_space
 from uniql_jax.partial import PartialFile
 
@@ -113,6 +114,20 @@ class ShardReader:
             KeyError: when there is no such tensor.
             UserError: when its number format cannot be read.
         """
+        path, offset, dtype, shape = self._where(name, rows, start)
+        value = _read(path, name, offset, dtype, shape)
+        self.bytes_read += value.nbytes
+        return value
+
+    def lazy(self, name: str, rows: int | None = None) -> LazyTensor:
+        """One tensor, or the first `rows` entries of its leading axis, of which nothing is read yet; else as `read`."""
+        return LazyTensor(name, *self._where(name, rows, 0), self._count)
+
+    def _count(self, size: int) -> None:
+        self.bytes_read += size
+
+    def _where(self, name: str, rows: int | None, start: int) -> tuple[Path, int, np.dtype, tuple[int, ...]]:
+        """File, first byte, dtype and shape of what `read` reads."""
         (path, offset), (dtype, shape) = self._home[name], self._names[name]
         if dtype == UNREADABLE:
             raise UserError(f"cannot read tensor {name!r} of {self.folder}: numpy lacks its number format")
@@ -124,9 +139,7 @@ class ShardReader:
         partial = self._partial.get(path)
         if partial is not None and partial.missing([(offset, offset + math.prod(shape) * dtype.itemsize)]):
             raise UserError(f"{path} was downloaded for a higher prune rate only; load its hub id again, at this rate")
-        value = _read(path, name, offset, dtype, shape)
-        self.bytes_read += value.nbytes
-        return value
+        return path, offset, dtype, shape
 
 
 def _read(path: Path, name: str, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:

@@ -22,6 +22,7 @@ from uniql_jax.tokenizer import load_tokenizer
 
 HEADS_OF_64 = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 64}
 SMALL = {"num_hidden_layers": 2, "vocab_size": tiny.VOCAB, "bos_token_id": 0, "eos_token_id": 1}
+SSM = SMALL | {"hidden_size": 64}
 MODELS: dict[str, dict[str, Any]] = {
     # groups of 144 along the stream, one table for embedding and head
     "tied": published.shrink(published.SMOLLM2_135M, **SMALL),
@@ -36,6 +37,25 @@ MODELS: dict[str, dict[str, Any]] = {
     # scales of the embedding and the logits, in one table and in two
     "granite": published.shrink(published.GRANITE_4_1_3B, **SMALL),
     "granite-untied": published.shrink(published.GRANITE_4_1_3B, tie_word_embeddings=False, **SMALL),
+    # most of a head rotates
+    "phi3": published.shrink(published.PHI_4_MINI, **SMALL),
+    # every fourth layer does not rotate, which is what llama.cpp knows of it
+    "smollm3-four": published.shrink(
+        published.SMOLLM3_3B, no_rope_layers=[1, 1, 1, 0], **SMALL | {"num_hidden_layers": 4}
+    ),
+    "mamba2": published.shrink_ssm(published.MAMBA2_8B, **SSM),
+    "bamba": published.shrink_ssm(published.BAMBA_9B_V2, attn_layer_indices=[1], **SSM),
+    "granitehybrid": published.shrink_ssm(
+        published.GRANITE_4_0_H_MICRO, layer_types=["mamba", "attention"], mamba_n_groups=2, **SSM
+    ),
+    "nemotron_h": published.shrink_ssm(
+        published.NEMOTRON_NANO_9B_V2,
+        hybrid_override_pattern="M-*-",
+        time_step_min=1e-12,
+        **SSM | {"num_hidden_layers": 4},
+    ),
+    # groups inside the heads of SSM blocks
+    "portable-ssm": published.shrink_ssm(published.MAMBA2_8B, head_dim=32, num_heads=4, **SSM),
     # heads of 64 and a stream of 96, so that groups lie inside heads and no dimension is padded
     "portable": published.shrink(published.SMOLLM2_135M, **HEADS_OF_64, **SMALL),
     "untied": published.shrink(published.SMOLLM2_135M, **HEADS_OF_64, **SMALL, tie_word_embeddings=False),
@@ -59,7 +79,7 @@ class Made:
     def _checkpoint(self, name: str, bits: int = 4) -> Path:
         out = self.root / f"{name}-{bits}"
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
-        groups = "portable" if name in ("portable", "untied") else "fast"
+        groups = "portable" if name in ("portable", "untied", "portable-ssm") else "fast"
         settings = CompressionSettings(bits=bits, groups=groups, rounding="nearest", scale_search=False)
         compress(open_source(self.source(name)), out, compressed.tokens(rng, 4, 48), settings)
         return out

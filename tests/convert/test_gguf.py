@@ -8,10 +8,10 @@ import json
 import numpy as np
 import pytest
 
-from tests.convert import common
+from tests.convert import common, gguf_models
 from uniql_jax import config as configs
 from uniql_jax import elastic
-from uniql_jax.convert import gguf_tables, locate, tables
+from uniql_jax.convert import locate, tables
 from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError
 
@@ -21,11 +21,6 @@ has_demo = pytest.mark.skipif(
     importlib.util.find_spec(locate.DEMO_PACKAGE) is None, reason=f"needs {locate.DEMO_PACKAGE}"
 )
 PIECES = ["<|end|>", *(chr(c) for c in range(48, 76)), "x", "t", "h", "e", "Ġ", "th", "the", "Ġthe"]  # vocab_size
-
-
-def llama_cpp_rows(weight: np.ndarray, heads: int) -> np.ndarray:
-    """As llama.cpp's converter writes q and k: the two dimensions that turn together become neighbours."""
-    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def write(path, hf, tensors, arch=None, extra=None, quantized=False, vocabulary=False):
@@ -48,19 +43,13 @@ def write(path, hf, tensors, arch=None, extra=None, quantized=False, vocabulary=
         writer.add_token_merges(["t h", "th e", "Ġ the"])
         writer.add_eos_token_id(0)
         writer.add_chat_template("{{ messages }}")
-    config = configs.from_hf(hf)
-    rows = zip(tables.TABLES[hf["model_type"]], gguf_tables.TABLES[hf["model_type"]], strict=True)
-    table = {row.name: theirs.name for row, theirs in rows}
-    for name, value in tensors.items():
-        layer = name.split(".")[2] if ".layers." in name else "0"
-        theirs = table[name.replace(f".layers.{layer}.", ".layers.{layer}.")].format(layer=layer)
-        if arch == "llama" and (".q_proj" in name or ".k_proj" in name):
-            value = llama_cpp_rows(value, config.heads if ".q_proj" in name else config.kv_heads)
-        if quantized and value.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(theirs, gguf.quants.quantize(value, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(theirs, value)
+    for name, tensor in tensors.items():
+        for theirs, value in gguf_models.converted(hf, name, tensor).items():
+            if quantized and value.ndim == 2:
+                kind = gguf.GGMLQuantizationType.Q8_0
+                writer.add_tensor(theirs, gguf.quants.quantize(value, kind), raw_dtype=kind)
+            else:
+                writer.add_tensor(theirs, value)
     for name, value in (extra or {}).items():
         writer.add_tensor(name, value)
     writer.write_header_to_file()
@@ -136,7 +125,7 @@ def test_bad_files_are_one_line(tmp_path, rng):
     del tensors["model.layers.0.mlp.up_proj.weight"]
     with pytest.raises(UserError, match=r"'blk\.0\.ffn_up\.weight' is missing"):
         open_source(write(tmp_path / "b.gguf", hf, tensors))
-    with pytest.raises(UserError, match="we read llama and qwen2"):
+    with pytest.raises(UserError, match="architecture 'gemma'; we read llama, qwen2"):
         open_source(write(tmp_path / "c.gguf", hf, tensors, arch="gemma"))
 
 

@@ -22,9 +22,12 @@ pytest.importorskip("xllamacpp")
 SERVERS = """
 import sys, xllamacpp
 context = int(sys.argv[1])
+flash = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # which computes in float16
 for path in sys.stdin:
     params = xllamacpp.CommonParams()
     params.model.path = path.strip()
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = flash
     params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup, params.fit_params = context, 1, 0, False, False
     server = None  # the one before ends first
     server = xllamacpp.Server(params)

@@ -92,9 +92,10 @@ def test_portable_groups_leave_as_they_are(made, tmp_path):
     """Groups that vLLM's kernels take, for every matrix."""
     exports.export(made.checkpoint("portable", 4), tmp_path / "packed", 0.35, "compressed-tensors")
     section = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
-    sizes = {group["weights"]["group_size"]: group["targets"] for group in section["config_groups"].values()}
-    assert set(sizes) <= {32, 64, 128}
-    assert any("o_proj" in target for target in sizes[32])
+    groups = section["config_groups"].values()
+    assert {group["weights"]["group_size"] for group in groups} <= {32, 64, 128}
+    of_output = [group for group in groups if any("o_proj" in target for target in group["targets"])]
+    assert [(group["weights"]["group_size"], group["weights"]["num_bits"]) for group in of_output] == [(32, 4)]
 
 
 def test_the_words_are_the_librarys(rng):
@@ -113,31 +114,53 @@ def test_the_table_is_what_lies_on_disk(made, tmp_path):
         assert f"{held / 1000:.3g} kB" in said[1].splitlines()[-1]
 
 
-def test_bytes_of_an_8b_model():
-    """By sizes alone: 4 bits for all matrices but the embedding, which no loader takes packed."""
-    config = configs.from_hf(published.LLAMA_3_1_8B)
-    table = tables.TABLES["llama"]
+@pytest.mark.parametrize(
+    ("model", "portable", "most"),
+    [("llama-3.1-8b", False, 0.295), ("llama-3.1-8b", True, 0.28), ("qwen3-8b", True, 0.28)],
+)
+def test_bytes_of_an_8b_model(model, portable, most):
+    """By sizes alone: 4 bits for all matrices but the embedding, which takes a byte a weight."""
+    config = configs.from_hf(published.PUBLISHED[model])
+    table = tables.TABLES[config.model_type]
 
     def size(ffn: int) -> int:
-        form = packed.form_of(STYLE, config, 4, grouping(config), ffn, table)
+        form = packed.form_of(STYLE, config, 4, grouping(config, portable), ffn, table)
         return sum(tensor.nbytes for tensor in packed.planned(form, STYLE, True, False))
 
-    embedding = 2 * config.vocab_size * config.hidden_size
     parameters = sum(int(np.prod(shape)) for shape in tables.expected(config, table).values())
-    whole = size(config.intermediate_size)
-    assert (whole - embedding) / (2 * parameters - embedding) < 0.28
-    assert whole / (2 * parameters) < 0.33
-    assert size(config.intermediate_size * 3 // 4) / (2 * parameters) < 0.30
+    assert size(config.intermediate_size) / (2 * parameters) < most
+    assert size(config.intermediate_size * 3 // 4) / (2 * parameters) < most - 0.02
+
+
+def test_the_embedding_leaves_dense_where_it_is_asked_for(made, tmp_path):
+    """As runtimes want it that take no quantized one."""
+    exports.export(made.checkpoint("tied", 4), tmp_path / "dense", 0.15, "compressed-tensors", dense_embedding=True)
+    exports.export(made.checkpoint("tied", 4), tmp_path / "whole", 0.15, "compressed-tensors")
+    dense, whole = ShardReader(tmp_path / "dense"), ShardReader(tmp_path / "whole")
+    name = "model.embed_tokens"
+    codes, scale = (whole.read(f"{name}.{part}") for part in ("weight", "weight_scale"))
+    assert codes.dtype == np.int8
+    assert f"{name}.weight_scale" not in dense.names()
+    value = codes.astype(np.float32) * scale.astype(np.float32).repeat(codes.shape[1] // scale.shape[1], 1)
+    np.testing.assert_array_equal(dense.read(f"{name}.weight"), value.astype(dense.read(f"{name}.weight").dtype))
+    forms = [
+        json.loads((tmp_path / out / "config.json").read_text())["quantization_config"] for out in ("dense", "whole")
+    ]
+    assert [form["format"] for form in forms] == ["pack-quantized", "mixed-precision"]
+    assert {group["format"] for group in forms[0]["config_groups"].values()} == {"pack-quantized"}
 
 
 def test_config_names_groups_and_what_is_left_out(made, tmp_path):
     exports.export(made.checkpoint("tied", 4), tmp_path / "packed", 0.0, "compressed-tensors", max_shard_bytes=50000)
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
     section = config["quantization_config"]
-    assert section["format"] == "pack-quantized"
     assert section["ignore"] == ["lm_head"]
     assert config["tie_word_embeddings"] is False
-    assert all(group["weights"]["num_bits"] == 4 for group in section["config_groups"].values())
+    for group in section["config_groups"].values():
+        whole = "embed_tokens" in group["targets"][0]
+        assert (group["weights"]["num_bits"], group["format"]) == (
+            (8, "int-quantized") if whole else (4, "pack-quantized")
+        )
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
 
 

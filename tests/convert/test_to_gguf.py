@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from tests.convert import common, exports
+from uniql_jax import config as configs
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.commands import export as export_command
-from uniql_jax.convert import gguf_head
+from uniql_jax.convert import gguf_architecture, gguf_head
 from uniql_jax.convert.from_hf import convert
 from uniql_jax.convert.integers import Blocks
 from uniql_jax.convert.source import open_source
@@ -262,13 +263,36 @@ def test_impossible_arguments(made, tmp_path, changes, match):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["gguf", "compressed-tensors"])
-def test_other_families_are_refused(tmp_path, hf_folder, kind):
-    convert(str(hf_folder("mamba2-130m")), str(tmp_path / "ours"))
+@pytest.mark.parametrize(
+    ("kind", "changes", "match"),
+    [
+        ("compressed-tensors", {}, "mamba2 models cannot leave"),
+        ("gguf", {"use_bias": True}, "llama.cpp's mamba2 has no biases of SSM projections"),
+    ],
+)
+def test_what_a_format_has_no_place_for_is_refused(tmp_path, rng, kind, changes, match):
+    exports.tiny.packed(tmp_path / "ours", exports.MODELS["mamba2"] | changes, 4, rng)
     for out in ("out", "out.gguf"):
-        with pytest.raises(UserError, match="mamba2 models cannot leave"):
+        with pytest.raises(UserError, match=match):
             exports.export(tmp_path / "ours", tmp_path / out, 0.0, kind)
     assert [file.name for file in tmp_path.iterdir()] == ["ours"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "what"),
+    [
+        ("smollm3", {"no_rope_layers": [0, 1]}, "unrotated layers other than every fourth one"),
+        ("qwen3", {"attention_bias": True}, "biases in attention"),
+        ("qwen3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "scaled RoPE"),
+        ("bamba", {"mlp_bias": True}, "biases in MLPs"),
+        ("granitehybrid", {"mamba_conv_bias": False}, "convolutions without a bias"),
+        ("granitehybrid", {"time_step_limit": [0.0, 0.5]}, "largest SSM steps"),
+        ("nemotron_h", {"mlp_hidden_act": "silu"}, "MLPs with silu"),
+    ],
+)
+def test_what_an_architecture_lacks(name, changes, what):
+    with pytest.raises(UserError, match=f"has no {what}"):
+        gguf_architecture.base(configs.from_hf(exports.MODELS[name] | changes))
 
 
 def test_nothing_is_left_behind_when_the_disk_is_full(made, tmp_path, monkeypatch):

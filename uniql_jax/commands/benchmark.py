@@ -53,6 +53,7 @@ def parser() -> cli.Parser:
     dense = "a dense baseline as well (bfloat16 on GPUs, float32 on CPUs, of random weights)"
     add("--dense", action=argparse.BooleanOptionalAction, default=True, help=dense)
     add("--seed", type=cli.natural_int, default=0, metavar="N", help="of prompts and random weights")
+    cli.add_devices(parser)
     what = parser.add_argument_group("what to measure (everything when none is named)")
     what.add_argument("--size", action="store_true", help="bytes of weights and cache; alone, it runs nothing")
     what.add_argument("--ttft", action="store_true", help="time to the first token")
@@ -86,9 +87,9 @@ def main(argv: list[str]) -> None:
     from uniql_jax.runtime import hub
 
     if args.ckpt is not None:
-        subject = checkpoint_subject(hub.local(args.ckpt, args.revision), args.prune_rates)
+        subject = checkpoint_subject(hub.local(args.ckpt, args.revision), args.prune_rates, args.devices)
     else:
-        subject = config_subject(args.config, args.bits or 4, args.seed)
+        subject = config_subject(args.config, args.bits or 4, args.seed, args.devices)
     found = benchmark(
         subject,
         args.prune_rates,

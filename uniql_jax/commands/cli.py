@@ -196,6 +196,11 @@ def memory_size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def memory_sizes(text: str) -> list[int]:
+    """Argument type: sizes joined by commas; repeated ones count once."""
+    return list(dict.fromkeys(memory_size(part) for part in text.split(",")))
+
+
 def bounded_int(low: int, high: int) -> Callable[[str], int]:
     """Argument type factory: an integer in [low, high]."""
 
@@ -248,6 +253,17 @@ def bounded_float(low: float | int, high: float | int = math.inf) -> Callable[[s
 def add_revision(parser: argparse.ArgumentParser) -> None:
     """The option of commands that take a hub id, for `uniql_jax.runtime.hub.local`."""
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id (default: main)")
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that run a model, for `uniql_jax.load`."""
+    parser.add_argument(
+        "--devices",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="share the model among the first N GPUs: its heads, MLP channels and vocabulary",
+    )
 
 
 def add_compilation_cache(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from uniql_jax import console
 from uniql_jax.commands import cli
 from uniql_jax.commands.compress_options import DEFAULTS, RECOVERY, parser
 from uniql_jax.compression.settings import CompressionSettings, Resources
+from uniql_jax.errors import UserError
 from uniql_jax.train.settings import RecoverySettings, alpha_of
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ def _settings(args: Any) -> CompressionSettings:
     return dataclasses.replace(
         DEFAULTS,
         bits=args.bits,
+        nested=args.nested_bits,
         groups=args.groups,
         seed=args.seed,
         mlp_score=args.mlp_score,
@@ -105,9 +108,29 @@ def _recovery(args: Any) -> RecoverySettings:
 def main(argv: list[str]) -> None:
     """Run the command; raises UserError."""
     args = parser().parse_args(argv)
+    if args.coordinator is None and (args.processes is not None or args.process is not None):
+        raise UserError("--processes and --process go with --coordinator")
+    if args.coordinator is None:
+        return _run(args)
+    if args.coordinator != "auto":
+        if args.processes is None or args.process is None:
+            raise UserError("--coordinator HOST:PORT wants --processes N and --process I")
+        if args.process >= args.processes:
+            raise UserError(f"--process {args.process}: {args.processes} processes have numbers from 0")
+        if not re.fullmatch(r".+:[0-9]+", args.coordinator):
+            raise UserError(f"--coordinator must be HOST:PORT or auto, not {args.coordinator!r}")
+    from uniql_jax.compression.joining import joined
+
+    with joined(args.coordinator, args.processes, args.process):
+        _run(args)
+
+
+def _run(args: Any) -> None:
     from uniql_jax.compression.compress import compress
     from uniql_jax.compression.describe import format_seconds
+    from uniql_jax.compression.processes import Processes
 
+    first = Processes().index == 0
     resources = Resources(
         devices=args.devices,
         max_device_memory=args.max_device_memory,
@@ -132,10 +155,12 @@ def main(argv: list[str]) -> None:
         overwrite=args.overwrite,
         dry_run=args.dry_run,
         dequantize_source=args.dequantize_source,
-        log=args.log,
-        progress=console.progress,
-        say=lambda text: print(text, flush=True),
+        log=args.log if first else None,
+        progress=console.progress if first else lambda items, _: items,
+        say=(lambda text: print(text, flush=True)) if first else lambda text: None,
     )
+    if not first:
+        return
     if report is not None:
         print(f"\n{args.out}: {console.format_bytes(report.bytes)} in {format_seconds(time.perf_counter() - start)}\n")
         if report.recovered is not None:

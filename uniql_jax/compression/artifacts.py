@@ -14,10 +14,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from safetensors import safe_open
 
+from uniql_jax.compression.processes import Processes
 from uniql_jax.compression.writer import Future, Writer
 from uniql_jax.files import load_tensors, save_tensors
 from uniql_jax.outputs import sync
-from uniql_jax.weights.quantized import QuantizedArray
+from uniql_jax.weights.protocol import as_stored
 
 
 def layer_name(index: int) -> str:
@@ -51,11 +52,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 class LayerStore:
     """Entries (a layer, the top leaves, a summary) in one folder: tensors and a small JSON record each.
 
-    With a writer, `save` returns at once, and reading an entry waits until it is written.
+    With a writer, `save` returns at once, and reading an entry waits until it is written. What one of several processes
+    lacks, none has.
     """
 
-    def __init__(self, folder: Path, writer: Writer | None = None):
-        self.folder, self._writer = folder, writer
+    def __init__(self, folder: Path, writer: Writer | None = None, processes: Processes | None = None):
+        self.folder, self._writer, self._processes = folder, writer, processes or Processes()
         self._pending: dict[str, Future] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -66,7 +68,7 @@ class LayerStore:
 
     def has(self, name: str) -> bool:
         """Whether this entry was written."""
-        return self._path(name).is_file()
+        return self._processes.all(self._path(name).is_file())
 
     def save(self, name: str, tensors: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> None:
         """Write one entry; float32 arrays that bfloat16 holds exactly are kept as bfloat16."""
@@ -79,8 +81,8 @@ class LayerStore:
     def _save(self, path: Path, tensors: Mapping[str, Any], record: Mapping[str, Any] | None) -> None:
         flat: dict[str, Any] = {}
         for key, value in tensors.items():
-            if isinstance(value, QuantizedArray):
-                flat[f"{key}.data"], flat[f"{key}.scale"] = value.data, value.scale
+            if hasattr(value, "take_prefix"):
+                flat |= as_stored(value).tensors(key)
             else:
                 flat[key] = value
         contiguous = {key: np.ascontiguousarray(value) for key, value in narrowed(flat).items()}

@@ -15,6 +15,7 @@ from uniql_jax.compression.contract import Inputs, Progress, RecoveryData, Repor
 from uniql_jax.compression.describe import describe
 from uniql_jax.compression.inputs import manifest_of
 from uniql_jax.compression.log import log_file
+from uniql_jax.compression.processes import Processes
 from uniql_jax.compression.settings import LENGTH, RECOVER_LENGTH, WINDOWS, CompressionSettings, Resources
 from uniql_jax.compression.workspace import remove_leftover, workspace
 from uniql_jax.config import ModelConfig
@@ -89,9 +90,11 @@ def compress(
             return windows, None
         return windows, load_recovery(source, recover, recover_settings, recover_length, recover_tune)
 
-    if resume and not overwrite and Path(out).expanduser().is_dir():
+    processes = Processes()
+    if processes.first(resume and not overwrite and Path(out).expanduser().is_dir()):
         windows, recovery = read()
-        _check_finished(out, manifest_of(source, windows.tokens, settings, recovery, progress))
+        if processes.index == 0:
+            _check_finished(out, manifest_of(source, windows.tokens, settings, recovery, progress))
         say(f"{out} is whole already: nothing to resume")
         return None
     with workspace(out, resume, overwrite, ckpt, (*calib, *recover)) as work:
@@ -100,7 +103,10 @@ def compress(
             smallest = lay_out(source.config, settings, resources, (0, 0), tuned, free_space(work.folder))
             check_space(work.folder, smallest.disk)
         windows, recovery = read()
-        budget = lay_out(source.config, settings, resources, windows.tokens.shape, tuned, free_space(work.folder))
+        count, length = windows.tokens.shape
+        pipeline.check_processes(work.processes, count, recovery is not None, settings.nested)
+        shape = (-(-count // work.processes.count), length)
+        budget = lay_out(source.config, settings, resources, shape, tuned, free_space(work.folder))
         if not work.started:
             check_space(work.folder, budget.disk)
         say(describe(source, out, settings, budget, windows, recovery))
@@ -122,10 +128,21 @@ def _check_arguments(
 ) -> None:
     if not 0 <= (settings.refit or 0.0) < 1:
         raise UserError(f"--refit is a share of the windows, at least 0 and less than 1, not {settings.refit}")
+    if settings.nested:
+        _check_nested(settings, recover_tune)
     if calib_length < 2:
         raise UserError("--calib-length must be at least 2 tokens")
     if recover_tune is not None and not (recover and settings.packed):
         raise UserError("--recover-tune goes on with --recover after quantizing: it wants --recover and 4 or 8 bits")
+
+
+def _check_nested(settings: CompressionSettings, recover_tune: int | None) -> None:
+    if settings.bits != 4:
+        raise UserError(f"--nested-bits makes 4 bits of which 3 can stay, not {settings.bits}: leave --bits at 4")
+    if settings.portable:
+        raise UserError("--nested-bits wants --groups fast: codes in bit planes have no groups inside a head")
+    if recover_tune is not None:
+        raise UserError("--recover-tune trains one grid, nested bits have two: leave one of them out")
 
 
 def _check_finished(out: str | Path, manifest: Manifest) -> None:

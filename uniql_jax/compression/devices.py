@@ -1,4 +1,5 @@
 """Several devices of one machine: batches and rows are shared out among them, what there is one of is copied to each.
+Where several processes work together, so are theirs (processes.py).
 
 Every program runs on one device. Nothing is partitioned, so no device ever waits for another in the middle of a
 program, and threads may work on the same devices at the same time.
@@ -15,16 +16,19 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 
+from uniql_jax.compression.processes import Processes
+
 
 class Devices:
     """The first `count` devices of this machine, or all. With one, nothing is moved anywhere.
 
     Batch number i is worked on by device i, numbers beyond the last begin anew. parked: batches stay in the host's
-    memory, from where `fetch` brings them.
+    memory, from where `fetch` brings them. processes: who else works on the pass; sums and rows go over all of them.
     """
 
-    def __init__(self, count: int | None = 1, parked: bool = False):
+    def __init__(self, count: int | None = 1, parked: bool = False, processes: Processes | None = None):
         self.all = jax.local_devices()[:count]
+        self.processes = processes or Processes()
         kinds = {memory.kind for memory in self.all[0].addressable_memories()}
         # A CPU's memory is the host's.
         self._parked = parked and self.all[0].platform != "cpu" and {"pinned_host", "device"} <= kinds
@@ -53,16 +57,25 @@ class Devices:
         return [self.on(number, tree) for number in range(len(self))]
 
     def total(self, trees: Sequence[Any], number: int = 0) -> Any:
-        """The sum of pytrees of arrays that lie on different devices, on one."""
+        """The sum of pytrees of arrays that lie on different devices, of all processes, on one."""
         first, *rest = (self.on(number, tree) for tree in trees)
         for tree in rest:
             first = jax.tree.map(jnp.add, first, tree)
-        return first
+        return first if self.processes.count == 1 else self.on(number, self.processes.total(self.on(0, first)))
 
     def by_rows(
         self, function: Callable[..., Any], rows: Float[Array, "rows width"], *others: Any, **settings: Any
     ) -> Any:
         """`function(rows, *others, **settings)`, whose results have a row for each: each device takes some."""
+        many, count = self.processes.count, len(rows)
+        if many == 1:
+            return self._by_rows(function, rows, *others, **settings)
+        each = -(-count // many)
+        own = jnp.pad(rows, ((0, each * many - count), (0, 0)))[each * self.processes.index :][:each]
+        found = self.processes.joined(self._by_rows(function, own, *others, **settings))
+        return jax.tree.map(lambda value: value[:count], found)
+
+    def _by_rows(self, function: Callable[..., Any], rows: Array, *others: Any, **settings: Any) -> Any:
         if len(self) == 1:
             return function(rows, *others, **settings)
         count, each = len(rows), -(-len(rows) // len(self))

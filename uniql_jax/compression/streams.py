@@ -25,16 +25,20 @@ Stream = Sequence[Float[Array, "_ t h"]]
 class Windows:
     """Calibration windows in batches of a bounded number of tokens, whose results are summed or joined; no fewer than
     there are devices, if there are as many windows.
+
+    `own`: those that this process works on, all unless others work as well; `tokens` counts those of all windows.
     """
 
-    def __init__(self, tokens: Int[np.ndarray, "n t"], batch_tokens: int, devices: int = 1):
+    def __init__(self, tokens: Int[np.ndarray, "n t"], batch_tokens: int, devices: int = 1, own: range | None = None):
+        self.tokens, self.count = tokens.size, len(tokens)
+        self.own = range(len(tokens)) if own is None else own
+        tokens = tokens[self.own.start : self.own.stop]
         size = max(1, min(batch_tokens // tokens.shape[1], -(-len(tokens) // devices)))
-        self.tokens = tokens.size
         self.batches = [jnp.asarray(tokens[i : i + size]) for i in range(0, len(tokens), size)]
 
     @property
     def ends(self) -> list[int]:
-        """Where each batch ends among the windows."""
+        """Where each batch ends among the windows of this process."""
         return np.cumsum([len(batch) for batch in self.batches]).tolist()
 
 
@@ -70,7 +74,8 @@ class StreamStore:
     def has(self, name: str, index: int) -> bool:
         """Whether the stream is at hand."""
         path = self._path(name, index)
-        return (name, index) in self._held or path in self._pending or path.is_file()
+        here = (name, index) in self._held or path in self._pending or path.is_file()
+        return self.devices.processes.all(here)  # what one process lacks, none has
 
     def save(self, name: str, index: int, value: Stream) -> bool:
         """Write the stream before layer `index` to disk if the interval says so; whether it is written."""
@@ -129,6 +134,20 @@ class StreamStore:
             totals[at] = found if before is None else jax.tree.map(jnp.add, before, found)
             jax.block_until_ready(before)
         return self.devices.total(list(totals.values()))
+
+    def sample(self, stream: Iterable[Any], tokens: int) -> Array:
+        """About so many tokens of a stream, or of the batches themselves, in windows spread evenly; on the first
+        device.
+        """
+        count, length = self.windows.ends[-1], self.windows.batches[0].shape[1]
+        wanted = np.arange(0, count, max(1, count * length // max(tokens, length)))
+        first, found = 0, []
+        for number, batch in enumerate(stream):
+            own = wanted[(wanted >= first) & (wanted < first + len(batch))] - first
+            if len(own):
+                found.append(self.devices.on(0, self.devices.fetch(batch, number)[own]))
+            first += len(batch)
+        return jnp.concatenate(found)
 
     def release(self, name: str, index: int) -> None:
         """Forget what memory holds of a stream; a file of it stays."""

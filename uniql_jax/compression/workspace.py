@@ -1,4 +1,4 @@
-"""The work folder of a run: one process at a time, one set of inputs; what is done stays there until it is whole."""
+"""The work folder of a run, or of one of its processes, for one set of inputs: what is done stays until all is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from uniql_jax.compression.artifacts import LayerStore
 from uniql_jax.compression.budget import Budget
 from uniql_jax.compression.devices import Devices
+from uniql_jax.compression.processes import Processes
 from uniql_jax.compression.streams import StreamStore, Windows
 from uniql_jax.compression.writer import Writer
 from uniql_jax.errors import UserError
@@ -20,21 +21,22 @@ from uniql_jax.manifest import Manifest
 from uniql_jax.outputs import check_output, output_path, replace_output
 
 MANIFEST = "manifest.json"
-OURS = (LOCK, OWNER)
+PROCESSES = "processes"
+OURS = (LOCK, OWNER, PROCESSES)
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 
 
 def work_folder(out: str | Path) -> Path:
     """Where a run keeps what is done."""
-    target = output_path(out)
-    return target.with_name(f"{target.name}.partial")
+    target, index = output_path(out), Processes().index
+    return target.with_name(f"{target.name}.partial" + (f"-{index}" if index else ""))
 
 
 class Workspace:
-    """A claimed work folder. `started` says whether an earlier run left work in it."""
+    """A claimed work folder, each process's own. `started` says whether an earlier run left work in it."""
 
     def __init__(self, folder: Path, target: Path, writer: Writer):
-        self.folder, self.target, self.writer = folder, target, writer
+        self.folder, self.target, self.writer, self.processes = folder, target, writer, Processes()
         self.started = (folder / MANIFEST).is_file()
 
     def begin(self, manifest: Manifest) -> None:
@@ -43,22 +45,30 @@ class Workspace:
             kept = Manifest.load(self.folder / MANIFEST)
             assert kept is not None
             kept.require(manifest, self.folder)
+            path = self.folder / PROCESSES
+            before = int(path.read_text()) if path.is_file() else 1
+            if before != self.processes.count:
+                raise UserError(f"{self.folder} is the work of one of {before} processes; resume it with as many")
         else:
+            if self.processes.count > 1:
+                (self.folder / PROCESSES).write_text(f"{self.processes.count}\n")
             manifest.save(self.folder / MANIFEST)
             self.started = True
 
     def layers(self, name: str) -> LayerStore:
         """A store of layers."""
-        return LayerStore(self.folder / name, self.writer)
+        return LayerStore(self.folder / name, self.writer, self.processes)
 
     def streams(self, windows: Windows, dtype: str, budget: Budget, devices: Devices) -> StreamStore:
         """The store of streams."""
         return StreamStore(self.folder / "streams", windows, budget.interval, dtype, self.writer, budget.held, devices)
 
     def publish(self, staging: Path, overwrite: bool) -> None:
-        """Put the finished checkpoint in its place and remove the work folder."""
+        """Put the finished checkpoint of the first process in its place and remove the work folder."""
         self.writer.flush()
-        replace_output(staging, self.target, overwrite)
+        if self.processes.index == 0:
+            replace_output(staging, self.target, overwrite)
+        self.processes.all(True)  # until it is there, everybody's work may be needed again
         _remove(self.folder)
 
 

@@ -93,6 +93,13 @@ class Ssm:
     conv_bias: bool = True
     bias: bool = False
     norm_eps: float | None = None  # of the gated norm; None: that of all norms
+    norm_width: int | None = None  # channels that the gated norm averages over, where some of them are elsewhere
+    norm_devices: tuple[str, int] | None = None  # axis of a mesh, and how many next to one another share a group
+
+    @property
+    def group_width(self) -> int:
+        """Channels of a group, which the gated norm averages over, whatever was cut."""
+        return self.head_dim * self.heads // self.groups if self.norm_width is None else self.norm_width
 
 
 @dataclasses.dataclass(frozen=True)

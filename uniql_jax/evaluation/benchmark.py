@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from uniql_jax import console
 from uniql_jax.checkpoint import open_checkpoint
@@ -25,8 +26,10 @@ from uniql_jax.evaluation.timing import Bench, copy_bandwidth, device_bytes, mem
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import cache_bytes
 from uniql_jax.plan import Plan, make_plan
-from uniql_jax.runtime.generation import bucket, room
+from uniql_jax.runtime.generation import room
+from uniql_jax.runtime.lengths import read_slots, slots_for
 from uniql_jax.runtime.loading import default_dtype, load
+from uniql_jax.weights.split import device_mesh
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
@@ -41,22 +44,32 @@ class Subject:
     bits: int
     load: Callable[[float], CausalLM]
     random: bool
+    mesh: Mesh  # of the devices that share the model
 
 
-def checkpoint_subject(folder: str, rates: Sequence[float]) -> Subject:
-    """An elastic checkpoint. Raises UserError when it is none, or when it has not the rates."""
+def checkpoint_subject(folder: str, rates: Sequence[float], devices: int = 1) -> Subject:
+    """An elastic checkpoint, shared among so many devices.
+
+    Raises UserError when it is none, or when it has not the rates, or when there are fewer devices.
+    """
+    mesh = device_mesh(devices)
     found = open_checkpoint(folder)
     for rate in rates:
         found.weight_bytes(rate)  # an unsorted one refuses rates above 0
     plan = found.plan or make_plan(found.config, None)
-    return Subject(folder, found.config, plan, found.bits, functools.partial(load, folder), False)
+    placed = functools.partial(load, folder, devices=devices)
+    return Subject(folder, found.config, plan, found.bits, placed, False, mesh)
 
 
-def config_subject(name: str, bits: int, seed: int) -> Subject:
-    """Random weights of a config; layers are cut alike. Raises UserError when there is no such config."""
-    config = read_config(name)
+def config_subject(name: str, bits: int, seed: int, devices: int = 1) -> Subject:
+    """Random weights of a config, shared among so many devices; layers are cut alike.
+
+    Raises UserError when there is no such config, or when there are fewer devices.
+    """
+    config, mesh = read_config(name), device_mesh(devices)
     plan = make_plan(config, None)
-    return Subject(name, config, plan, bits, lambda rate: random_model(config, bits, rate, plan=plan, seed=seed), True)
+    made = functools.partial(random_model, config, bits, plan=plan, seed=seed, mesh=mesh)
+    return Subject(name, config, plan, bits, made, True, mesh)
 
 
 def variants(subject: Subject, rates: Sequence[float], dense: bool, batch: int, slots: int, seed: int) -> list[Variant]:
@@ -71,7 +84,7 @@ def variants(subject: Subject, rates: Sequence[float], dense: bool, batch: int, 
 
     found = []
     if dense:
-        make = functools.partial(random_model, config, 16, plan=plan, seed=seed)
+        make = functools.partial(random_model, config, 16, plan=plan, seed=seed, mesh=subject.mesh)
         found.append(variant(f"dense {jnp.dtype(dtype).name}", None, word, make))
     for rate in sorted(rates):
         bits = subject.bits if subject.bits < 16 else word  # floats are computed with as the device likes it
@@ -100,9 +113,16 @@ def _measure(bench: Bench, part: str) -> dict[str, Any]:
 
 
 def _measured(
-    found: Sequence[Variant], parts: Sequence[str], begin: Callable[[CausalLM], Bench], progress: Progress, say: Any
+    found: Sequence[Variant],
+    parts: Sequence[str],
+    begin: Callable[[CausalLM], Bench],
+    progress: Progress,
+    say: Any,
+    devices: int,
 ) -> dict[str, Any]:
-    """Measurements by the variant's name, and under "copy" the memory's speed where a floor is wanted."""
+    """Measurements by the variant's name, and under "copy" the memory's speed, of all devices together, where a floor
+    is wanted.
+    """
     # From the smallest up, each freed before the next: the device's own peak, which only grows, is then each row's own.
     # The copy comes last, since its arrays may outweigh a small model.
     jobs: list[tuple[Variant | None, str]] = [
@@ -118,7 +138,7 @@ def _measured(
             if variant is None:
                 bench = None
                 gc.collect()
-                at, results["copy"] = "the copy of memory", copy_bandwidth()
+                at, results["copy"] = "the copy of memory", copy_bandwidth().scaled(devices)
                 continue
             at, row = variant.name, results.setdefault(variant.name, {})
             if part == "weights":
@@ -172,14 +192,16 @@ def benchmark(
             f"{prompt_len} prompt tokens and {gen_len} new ones exceed the model's {config.max_position}; "
             "lower --prompt-len or --gen-len"
         )
-    found = variants(subject, rates, dense, batch_size, bucket(prompt_len) + room(gen_len), seed)
-    limit = memory_limit()
+    found = variants(subject, rates, dense, batch_size, _slots(prompt_len, gen_len), seed)
+    limit, devices = memory_limit(), subject.mesh.size
+    limit = None if limit is None else limit * (1 if jax.default_backend() == "cpu" else devices)
     if timed:
         refuse_too_large(found, limit)
     settings = {
+        "devices": devices,
         "batch_size": batch_size,
         "prompt_len": prompt_len,
-        "padded_prompt_len": bucket(prompt_len),
+        "padded_prompt_len": read_slots(prompt_len),
         "gen_len": gen_len,
         "repeats": repeats,
         "seed": seed,
@@ -198,7 +220,7 @@ def benchmark(
     def begin(model: CausalLM) -> Bench:
         return Bench(model, batch_size, prompt_len, gen_len, repeats, seed)
 
-    measured = _measured(found, timed, begin, progress, say) if timed else {}
+    measured = _measured(found, timed, begin, progress, say, devices) if timed else {}
     copy = measured.get("copy")
     return {
         "model": about,
@@ -207,3 +229,8 @@ def benchmark(
         "copy_bandwidth": dataclasses.asdict(copy) if copy else None,
         "rows": benchmark_report.rows(found, measured, 2 * about["parameters"], batch_size),
     }
+
+
+def _slots(prompt_len: int, gen_len: int) -> int:
+    """Slots of the cache that the runtime makes for such prompts and answers."""
+    return slots_for(max(prompt_len + room(gen_len), read_slots(prompt_len)))

@@ -39,7 +39,7 @@ def describe(
     padding = "" if prompt == padded else f" (padded to {padded})"
     room = f", {console.format_bytes(limit)} of memory" if limit else ""
     lines = [
-        ("device", device_name() + room),
+        ("device", device_name(settings["devices"]) + room),
         (
             "model",
             f"{about['name']}: {about['model_type']}, {about['layers']} layers, {_count(about['parameters'])} "

@@ -19,6 +19,8 @@ from uniql_jax.evaluation.likelihood import BROKEN, Masks, masks, rows_at_once, 
 from uniql_jax.evaluation.timing import device_name, memory_limit
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.tokenizer import load_tokenizer
+from uniql_jax.weights.shard import is_shard
+from uniql_jax.weights.split import device_mesh
 
 PERPLEXITY = "perplexity"
 WINDOW = 1024
@@ -74,6 +76,8 @@ def evaluate(
     asked: Sequence[str] = (),
     limit: int | None = None,
     fewshot: int | None = None,
+    budgets: Sequence[int] = (),
+    devices: int = 1,
     progress: Progress | None = None,
     say: Say = lambda line: None,
     plan: Say = lambda text: None,
@@ -92,6 +96,8 @@ def evaluate(
         asked: tasks, groups or tags of lm-eval, or .yaml files of tasks or groups.
         limit: so many questions of each task at most.
         fewshot: examples in each prompt of the tasks; None: as many as each task itself says.
+        budgets: bytes that weights may take; the size that fits each is measured after the rates.
+        devices: how many share the model, see `uniql_jax.load`.
         progress: wraps what is iterated over, (iterable, description, total), to show how far it is.
         say: hears a line for each text, and of whatever is cut short.
         plan: hears, before any weights are loaded, what will be measured.
@@ -100,19 +106,23 @@ def evaluate(
         Rows {"prune_rate" (None: the original), "source", "metric", "value", "weight_bytes", "kept_fraction"}. Those of
         tasks have metrics such as "acc" and "acc_norm", "stderr" and "items" as well, and next to a baseline "paired":
         what `paired.compare` finds of the same items, or None where the metric is no mean over items. weight_bytes: all
-        tensors as stored (the original's at its own dtype). kept_fraction: of the prunable parameters.
+        tensors as stored (the original's at its own dtype). kept_fraction: of the prunable parameters. Rows of a budget
+        have "memory_budget" as well; where bits were given up their "prune_rate" is the fraction left out.
 
     Raises:
         UserError: what is asked for is not there or cannot be served, or the model's output is not finite.
     """
     from uniql_jax.checkpoint import open_checkpoint
-    from uniql_jax.runtime.loading import load, load_source
+    from uniql_jax.runtime.choice import choose
+    from uniql_jax.runtime.loading import load, load_size, load_source
 
+    device_mesh(devices)
     _check(ckpt, texts, asked, window, max_tokens, batch_size, limit)
     checkpoint = open_checkpoint(ckpt)
     config, order = checkpoint.config, checkpoint.plan
     # asked first: a rate that cannot be served is refused before long work
     sizes = {float(rate): checkpoint.weight_bytes(float(rate)) for rate in prune_rates}
+    chosen = {budget: choose(checkpoint, budget) for budget in budgets}
     names, manager = tasks.named(asked) if asked else ([], None)
     tokenizer = load_tokenizer(ckpt)
     if names and tokenizer is None:
@@ -122,7 +132,9 @@ def evaluate(
     sources = {
         text: data.evaluation_windows([text], tokenizer, length, max_tokens, vocab_size=vocabulary) for text in texts
     }
-    plan(_plan(ckpt, checkpoint, sizes, [*texts, *names], baseline))
+    named = {f"rate {rate:g}": size for rate, size in sizes.items()}
+    named |= {f"{console.format_bytes(budget)}, that is {one}": one.bytes for budget, one in chosen.items()}
+    plan(_plan(ckpt, checkpoint, named, [*texts, *names], baseline, devices))
     for found in sources.values():
         say(found.description + lowered)
     reach = min(config.max_position, window or task_window(config))
@@ -156,14 +168,21 @@ def evaluate(
 
     rows = []
     if baseline is not None:
-        model = load_source(baseline)
-        stored = sum(leaf.size for leaf in jax.tree.leaves(model.params)) * jnp.dtype(model.config.dtype).itemsize
+        model = load_source(baseline, devices=devices)
+        numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.params, is_leaf=is_shard))
+        stored = numbers * jnp.dtype(model.config.dtype).itemsize
         rows += measure(model, None, stored, 1.0, "original")
-    # The lowest rate holds all that the others keep: one model, and one program that masks the rest.
-    model = load(ckpt, min(sizes))
-    for rate, stored in sizes.items():
-        keep = masks(order, rate) if order and len(sizes) > 1 else None
-        rows += measure(model, rate, stored, order.kept_fraction(rate) if order else 1.0, f"rate {rate:g}", keep)
+    if sizes:  # the lowest rate holds all that the others keep: one model, and one program that masks the rest
+        model = load(ckpt, min(sizes), devices=devices)
+        for rate, stored in sizes.items():
+            keep = masks(order, rate) if order and len(sizes) > 1 else None
+            rows += measure(model, rate, stored, order.kept_fraction(rate) if order else 1.0, f"rate {rate:g}", keep)
+    for budget, one in chosen.items():
+        kept = one.kept_fraction(checkpoint)
+        rate = one.rate if one.setting is None else round(1 - kept, 6)
+        model = load_size(checkpoint, one, devices=devices)
+        found = measure(model, rate, one.bytes, kept, console.format_bytes(budget))
+        rows += [row | {"memory_budget": budget} for row in found]
     return rows
 
 
@@ -212,12 +231,19 @@ def task_window(config: ModelConfig) -> int:
     return min(config.max_position, max(WINDOW, math.isqrt(memory // (4 * 4 * max(1, config.heads or 1)))))
 
 
-def _plan(ckpt: str, checkpoint: Any, sizes: Mapping[float, int], measured: Sequence[str], baseline: str | None) -> str:
-    weights = ", ".join(f"{rate:g} ({console.format_bytes(size)})" for rate, size in sizes.items())
+def _plan(
+    ckpt: str,
+    checkpoint: Any,
+    sizes: Mapping[str, int],
+    measured: Sequence[str],
+    baseline: str | None,
+    devices: int,
+) -> str:
+    weights = ", ".join(f"{name} ({console.format_bytes(size)})" for name, size in sizes.items())
     return (
         f"model     {ckpt}: {checkpoint.config.model_type}, {len(checkpoint.config.pattern)} layers, "
         f"{checkpoint.bits} bits\n"
-        f"rates     {weights} of weights{', and the original ' + baseline if baseline else ''}\n"
+        f"sizes     {weights} of weights{', and the original ' + baseline if baseline else ''}\n"
         f"measured  {', '.join(measured)}\n"
-        f"device    {device_name()}\n"
+        f"device    {device_name(devices)}\n"
     )

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, Shaped
 
 from uniql_jax import config as model_config
@@ -26,8 +27,11 @@ from uniql_jax.evaluation.published import CONFIGS, published
 from uniql_jax.files import read_json
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.plan import Plan, check_rate, grouping, make_plan
-from uniql_jax.runtime.loading import default_dtype, place_layer, place_top
+from uniql_jax.runtime.loading import default_dtype, place_layer, place_top, split_for
+from uniql_jax.weights.parts import part_like
 from uniql_jax.weights.quantized import QuantizedArray, from_codes
+from uniql_jax.weights.shard import Shard
+from uniql_jax.weights.split import Split, split_dim
 
 SPREAD = {4: 4.6, 8: 73.9}
 """Standard deviation of uniform integers of so many bits; scales divide by it, so that activations stay near one."""
@@ -75,26 +79,34 @@ def _placed(leaves: dict[str, Any], place: Any) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=256)
-def _block_shapes(config: ModelConfig, kind: str, keep: tuple[tuple[str, int], ...], bits: int, dtype: Any) -> Any:
+def _block_shapes(
+    config: ModelConfig, kind: str, keep: tuple[tuple[str, int], ...], bits: int, dtype: Any, split: Split | None
+) -> Any:
     # Remembered: layers of equal sizes are most of them.
     leaves = elastic.leaves(config, kind).items()
     shapes = {name: _leaf_shape(config, leaf, dict(keep), bits, dtype) for name, leaf in leaves}
+    if split is not None:
+        shapes = {name: part_like(leaf, shapes[name], split) for name, leaf in leaves}
     return _placed(shapes, lambda packed: place_layer({kind: packed}, dtype)[kind])
 
 
-def weight_shapes(config: ModelConfig, bits: int, rate: float, plan: Plan, dtype: Any = None) -> dict[str, Any]:
+def weight_shapes(
+    config: ModelConfig, bits: int, rate: float, plan: Plan, dtype: Any = None, split: Split | None = None
+) -> dict[str, Any]:
     """The model's `params` with jax.ShapeDtypeStruct in place of arrays; nothing is allocated.
 
     bits: 4 or 8 (packed), or 16 (dense, in `dtype`). dtype: of activations (default bfloat16 on GPUs, float32 on CPUs),
-    which the layout of packed weights depends on too.
+    which the layout of packed weights depends on too. split: shapes are those of a device's part.
     """
     dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
     names = ["embed", "norm"] + ([] if config.tie_embeddings else ["head"])
     top = {name: _leaf_shape(config, elastic.TOP[name], {}, bits, dtype) for name in names}
+    if split is not None:
+        top = {name: part_like(elastic.TOP[name], like, split) for name, like in top.items()}
     if bits < 16 and config.tie_embeddings:  # one rotated table serves twice
         top["head_in"] = jax.ShapeDtypeStruct((config.hidden_size, config.hidden_size), dtype)
     layers = [
-        {kind: _block_shapes(config, kind, tuple(sorted(kept.items())), bits, dtype) for kind in kinds}
+        {kind: _block_shapes(config, kind, tuple(sorted(kept.items())), bits, dtype, split) for kind in kinds}
         for kinds, kept in zip(config.pattern, plan.keep(rate), strict=True)
     ]
     return _placed(top, lambda packed: place_top(packed, dtype)) | {"layers": layers}
@@ -105,11 +117,16 @@ def tree_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "place"))
 def _draw(
-    key: Any, index: Int[Array, ""] | int, shape: tuple[int, ...], dtype: Any, low: Any, high: Any
+    key: Any, index: Int[Array, ""] | int, shape: tuple[int, ...], dtype: Any, low: Any, high: Any, place: Any
 ) -> Shaped[Array, "..."]:
-    """Integers of any bits, or floats from low to high; one small program a shape, whatever the rest."""
+    """Integers of any bits, or floats from low to high, where a sharding says, or on one device; one small program a
+    shape, whatever the rest.
+    """
+    if place is not None:
+        drawn = _draw(key, index, shape, dtype, low, high, None)
+        return jax.lax.with_sharding_constraint(drawn, place)
     key = jax.random.fold_in(key, index)
     if jnp.issubdtype(dtype, jnp.integer):
         unsigned = jnp.dtype(f"uint{8 * dtype.itemsize}")
@@ -118,25 +135,43 @@ def _draw(
 
 
 class _Drawer:
-    """Turns shapes into random leaves, another draw for each."""
+    """Turns shapes into random leaves, another draw for each; those of parts into Shards."""
 
-    def __init__(self, config: ModelConfig, seed: int):
-        self.config = config
+    def __init__(self, config: ModelConfig, seed: int, split: Split | None):
+        self.config, self.split = config, split
+        self._stacked = False
         self.key = jax.random.key(seed, impl="unsafe_rbg")  # the device's own generator: fast to compile and to run
         self.count = 0
 
     def array(self, like: jax.ShapeDtypeStruct, low: float = 0.0, high: float = 0.0) -> Array:
         self.count += 1
-        return _draw(self.key, np.int32(self.count), like.shape, jnp.dtype(like.dtype), low, high)
+        shape, place = like.shape, None
+        if self.split is not None:
+            shape = (self.split.count, *shape) if self._stacked else shape
+            place = self.split.stacked if self._stacked else self.split.replicated
+        return _draw(self.key, np.int32(self.count), shape, jnp.dtype(like.dtype), low, high, place)
 
-    def leaf(self, name: str, leaf: elastic.Leaf, like: Any, layer: int = 0) -> Any:
+    def leaf(
+        self, name: str, leaf: elastic.Leaf, like: Any, layer: int = 0, keep: Mapping[str, int] | None = None
+    ) -> Any:
+        dim = split_dim(leaf) if self.split is not None else None
+        self._stacked = dim is not None
+        found = self._leaf(name, leaf, like, layer)
+        if dim is None or self.split is None:
+            return found
+        return Shard(found, self.split, dim, leaf.contract, elastic.shape(self.config, leaf, keep))
+
+    def _leaf(self, name: str, leaf: elastic.Leaf, like: Any, layer: int) -> Any:
         if isinstance(like, QuantizedArray):
             scale = 1 / (SPREAD[like.bits] * math.sqrt(like.width))
             return dataclasses.replace(
                 like, data=self.array(like.data), scale=self.array(like.scale, scale / 2, scale * 1.5)
             )
         if name == "inv_freq":
-            return jnp.asarray(np.repeat(self.config.inv_freq(layer)[: like.shape[0], None], like.shape[1], 1))
+            angles = np.repeat(self.config.inv_freq(layer)[: like.shape[0], None], like.shape[1], 1)
+            if self.split is None:
+                return jnp.asarray(angles)
+            return jax.device_put(np.repeat(angles[None], self.split.count, 0), self.split.stacked)
         if leaf.contract is None:
             middle = 1.0 if name.endswith("norm") else 0.0
             return self.array(like, middle - 0.1, middle + 0.1)
@@ -146,22 +181,35 @@ class _Drawer:
 
 
 def random_model(
-    config: ModelConfig, bits: int, rate: float = 0.0, *, plan: Plan | None = None, dtype: Any = None, seed: int = 0
+    config: ModelConfig,
+    bits: int,
+    rate: float = 0.0,
+    *,
+    plan: Plan | None = None,
+    dtype: Any = None,
+    seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> CausalLM:
     """A model of random weights at a prune rate from 0 to 0.35, made on the device and never held by the host.
 
     bits: 4 or 8 (packed), or 16 (dense, in `dtype`). plan: uniform over the layers when None. dtype: of activations
-    (default bfloat16 on GPUs, float32 on CPUs). Raises UserError on a bad rate.
+    (default bfloat16 on GPUs, float32 on CPUs). mesh: devices that share it, where there are several.
+    Raises UserError on a bad rate.
     """
     rate = check_rate(rate)
     plan = make_plan(config, None) if plan is None else plan
     dtype = default_dtype() if dtype is None else dtype
-    shapes = weight_shapes(config, bits, rate, plan, dtype)
-    drawer = _Drawer(config, seed)
+    split = None
+    if mesh is not None and mesh.size > 1:
+        split = split_for(config, mesh, grouping(config) if bits < 16 else {})
+    shapes = weight_shapes(config, bits, rate, plan, dtype, split)
+    drawer, keep = _Drawer(config, seed, split), plan.keep(rate)
     top = {name: drawer.leaf(name, elastic.TOP[name], like) for name, like in shapes.items() if name != "layers"}
     layers = [
         {
-            kind: {name: drawer.leaf(name, elastic.BLOCKS[kind][name], like, i) for name, like in block.items()}
+            kind: {
+                name: drawer.leaf(name, elastic.BLOCKS[kind][name], like, i, keep[i]) for name, like in block.items()
+            }
             for kind, block in layer.items()
         }
         for i, layer in enumerate(shapes["layers"])

@@ -18,8 +18,11 @@ from uniql_jax.model.layers import KINDS
 from uniql_jax.model.layers.context import Context, full_context
 from uniql_jax.model.layers.linear import apply_rows
 from uniql_jax.model.layers.norm import rms_norm
+from uniql_jax.model.parallel import local_keep, on_every_device, split_of_params
 from uniql_jax.plan import Plan
 from uniql_jax.weights.protocol import as_weight
+from uniql_jax.weights.shard import VocabularyPart
+from uniql_jax.weights.split import Split
 
 Layer = Mapping[str, Mapping[str, Any]]
 
@@ -52,6 +55,21 @@ class CausalLM(nnx.Module):
     def keep(self) -> tuple[dict[str, int], ...]:
         """Kept size of every elastic axis, a dict per layer, read off the leaves themselves."""
         return tuple(kept_sizes(layer) for layer in self.params["layers"])
+
+    @property
+    def split(self) -> Split | None:
+        """How the weights are shared out among several devices; None: they lie on one."""
+        return split_of_params(self.params)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether this is what one of several devices computes with."""
+        return isinstance(self.params.get("embed"), VocabularyPart)
+
+    def part(self, params: dict[str, Any]) -> CausalLM:
+        """The model as one of several devices computes with it: its own leaves, at the sizes of a part."""
+        assert self.split is not None
+        return CausalLM(self.split.part_config(), params, dtype=self.dtype)
 
     def __call__(
         self, tokens: Int[Array, "b t"], attention_mask: Int[Array, "b t"] | None = None
@@ -115,6 +133,8 @@ def hidden_states(
     Returns:
         The stream, float32 where the config says `residual_fp32`, else in the model's dtype.
     """
+    if model.split is not None:
+        return _spread_hidden_states(model, tokens, attention_mask, keep, remat)
     valid = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask.astype(bool)
     context = full_context(valid, padded=attention_mask is not None)
     x = embed_stream(model, tokens)
@@ -126,11 +146,35 @@ def hidden_states(
     return x
 
 
+@functools.partial(jax.jit, static_argnames="remat")
+def _spread_hidden_states(
+    model: CausalLM,
+    tokens: Int[Array, "b t"],
+    attention_mask: Int[Array, "b t"] | None,
+    keep: tuple[elastic.Keep, ...] | None,
+    remat: bool,
+) -> Float[Array, "b t h"]:
+    split = model.split
+    assert split is not None
+
+    def local(part: CausalLM, tokens: Array, attention_mask: Array | None, keep: Any) -> Array:
+        return hidden_states(part, tokens, attention_mask, local_keep(split, keep), remat)
+
+    return on_every_device(model, local, tokens, attention_mask, keep)
+
+
 def logits(model: CausalLM, x: Float[Array, "*b h"]) -> Float[Array, "*b vocab"]:
     """Final norm and head, float32."""
+    if model.split is not None:
+        return _spread_logits(model, x)
     params = model.params
     x = rms_norm(x, params["norm"], model.config.norm_eps).astype(model.dtype)
     return apply_rows(head_input(params, x), params.get("head", params["embed"])).astype(jnp.float32)
+
+
+@jax.jit
+def _spread_logits(model: CausalLM, x: Float[Array, "*b h"]) -> Float[Array, "*b vocab"]:
+    return on_every_device(model, logits, x)
 
 
 def head_input(params: Mapping[str, Any], normed: Float[Array, "*b h"]) -> Float[Array, "*b h"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,12 +96,12 @@ def forward_sweep(
 
 
 def backward_sweep(
-    source: DenseModel, top: Top, streams: StreamStore, start: int, thorough: bool = False
+    source: DenseModel, top: Top, streams: StreamStore, start: int, thorough: bool = False, behind: int = 1
 ) -> Iterator[tuple[int, Layer, dict[str, Statistics]]]:
     """(index, layer, mean statistics) of the layers `start`, `start` - 1, ... 0, each read once, on one device each.
 
-    What one item needed is dropped from the streams when the next but one is asked for: by then its layer must be
-    stored.
+    What one item needed is dropped from the streams once `behind` more have been asked for after the next: by then its
+    layer must be stored.
 
     Raises:
         UserError: naming the layer and the statistic, when one is not finite.
@@ -116,7 +117,7 @@ def backward_sweep(
             lambda top, x, tokens: loss_gradient(top, x, tokens, config.norm_eps), tops, xs, windows.batches
         )
         streams.save(GRADIENT, count, gradients)
-    outdated = None
+    outdated: collections.deque[int | None] = collections.deque([None] * behind)
     for i, copies in read_ahead(source.device_layer, range(after - 1, -1, -1), streams.devices):
         xs = _stream(source, streams, i)
         gradients, stats, peaks = _backward(config, config.pattern[i], copies, xs, gradients, streams, thorough)
@@ -128,10 +129,10 @@ def backward_sweep(
         streams.release(FORWARD, i + 1)
         if i <= start:
             yield i, copies[i % len(copies)], means
-        if outdated is not None:  # nothing above it will be needed again
-            streams.drop(GRADIENT, range(outdated + 1, count + 1))
-            streams.drop(FORWARD, range(outdated, count + 1))
-        outdated = i if kept else None
+        if (stored := outdated.popleft()) is not None:  # nothing above it will be needed again
+            streams.drop(GRADIENT, range(stored + 1, count + 1))
+            streams.drop(FORWARD, range(stored, count + 1))
+        outdated.append(i if kept else None)
 
 
 def _forward(

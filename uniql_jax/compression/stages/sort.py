@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
+from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name, narrowed
 from uniql_jax.compression.compiling import matmul_precision
 from uniql_jax.compression.contract import DenseModel, Progress
 from uniql_jax.compression.finite import check_finite
@@ -27,10 +31,12 @@ def sort(
     store: LayerStore,
     streams: StreamStore,
     progress: Progress,
+    fisher: LayerStore | None = None,
 ) -> None:
     """Sort the layers from the last to the first into `store`; the record of each is the loss of cutting its axes.
 
-    Goes on below the layers that an earlier run stored.
+    Goes on below the layers that an earlier run stored. `fisher` gets the Gram matrices of the loss's gradient after
+    each block; None: nobody wants them.
 
     Raises:
         UserError: naming layer and tensor, when a statistic or a sorted weight is not finite.
@@ -40,27 +46,45 @@ def sort(
     todo = [i for i in down if not store.has(layer_name(i))]
     if not todo:
         return
-    layers, clock = backward_sweep(source, top, streams, todo[0], settings.thorough), Clock()
+    processes, clock = streams.devices.processes, Clock()
+    layers = backward_sweep(source, top, streams, todo[0], settings.thorough, processes.count)
 
-    def sorted_and_stored(i: int, layer: Layer, means: dict[str, Statistics]) -> None:
+    def sorted_layer(i: int, layer: Layer, means: dict[str, Statistics]) -> tuple[dict[str, Any], dict[str, Any]]:
         with jax.default_matmul_precision(matmul_precision(settings, solves=True)):
             done, losses = sort_layer(config, config.pattern[i], layer, means, settings, settings.seed + i)
             check_finite((done, losses), f"layer {i}, sorted:")
-        record = {axis: np.asarray(loss).tolist() for axis, loss in losses.items()}
-        store.save(layer_name(i), flatten(done), record)
+        if fisher is not None:
+            fisher.save(layer_name(i), {kind: found["fisher"].astype(jnp.bfloat16) for kind, found in means.items()})
+        return flatten(done), {axis: np.asarray(loss).tolist() for axis, loss in losses.items()}
+
+    def keep(i: int, tensors: Mapping[str, Any], record: dict[str, Any]) -> None:
+        store.save(layer_name(i), tensors, record)
         most = {axis: loss[round((1 - MAX_PRUNE_RATE) * (len(loss) - 1))] for axis, loss in record.items()}
         clock.line("sort", i, **{f"loss_{axis}_at_{MAX_PRUNE_RATE}": loss for axis, loss in most.items()})
 
-    # A layer is sorted, in part by the host, while the devices gather the statistics of the next one.
+    def work(i: int, layer: Layer, means: dict[str, Statistics]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        found = sorted_layer(i, layer, means)
+        if processes.count == 1:
+            return keep(i, *found)
+        return narrowed(found[0]), found[1]
+
+    def finish(i: int, future: concurrent.futures.Future | None) -> None:
+        found = future.result() if future is not None else None
+        if processes.count > 1:
+            keep(i, *processes.given(i % processes.count, *(found or (None, None))))
+
+    # A layer is sorted, in part by the host, while the devices gather the statistics of the next one; of several
+    # processes each sorts every so manyth, and the others get it.
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sorter") as pool:
-        working = None
+        waiting: collections.deque[tuple[int, concurrent.futures.Future | None]] = collections.deque()
         for index in progress(down, "sort"):
             if index > todo[0]:
                 continue
             found = next(layers)
-            if working is not None:
-                working.result()
-            working = pool.submit(sorted_and_stored, *found)
+            if len(waiting) == processes.count:
+                finish(*waiting.popleft())
+            own = index % processes.count == processes.index
+            waiting.append((index, pool.submit(work, *found) if own else None))
             del found
-        if working is not None:
-            working.result()
+        while waiting:
+            finish(*waiting.popleft())

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.config import ModelConfig
@@ -20,7 +19,7 @@ from uniql_jax.model.layers.attention import normed_heads
 from uniql_jax.pallas_kernels import ahead, dispatch
 from uniql_jax.pallas_kernels.ahead import Ahead, Budget
 from uniql_jax.pallas_kernels.attention import decode_pallas
-from uniql_jax.pallas_kernels.attention.decode import Caches, Place, Token
+from uniql_jax.pallas_kernels.attention.decode import Place, Token
 from uniql_jax.pallas_kernels.dequant_matmul import fused, tiling
 from uniql_jax.pallas_kernels.dequant_matmul.fused import Job, Stream
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
@@ -128,7 +127,7 @@ def attention(
     found |= {"q": q[:, 0], "k": k[:, 0]}
     hidden, caches, done = decode_pallas.attend(
         Token(**found),
-        Caches(state.k, state.v),
+        state.caches,
         leaves.get("inv_freq"),
         step.place,
         step.done,
@@ -137,7 +136,7 @@ def attention(
         coming=step.coming[1],
     )
     stream = _write(leaves, "o", hidden, stream, norm, step.coming[2])
-    return stream, LayerCache(k=caches.k, v=caches.v), step._replace(done=done)
+    return stream, LayerCache(*caches), step._replace(done=done)
 
 
 def mamba2(
@@ -151,12 +150,11 @@ def mamba2(
     found = {name: value.reshape(batch, *leaves[name].shape[:-1]) for name, value in found.items()}
     kernels = Kernels(*(leaves[f"conv_{name}"] for name in "xbc"), *(leaves.get(f"conv_{name}_bias") for name in "xbc"))
     weights = Weights(kernels, *(leaves[name] for name in ("dt_bias", "a_log", "d", "gate_norm")))
-    width = ssm.head_dim * ssm.heads // ssm.groups
     hidden, window = ssd.mix(
         SsmToken(**found),
         weights,
         Window(state.x, state.b, state.c, state.state),
-        Limits(ssm.dt_min, ssm.dt_max, config.gate_norm_eps, width),
+        Limits(ssm.dt_min, ssm.dt_max, config.gate_norm_eps, ssm.group_width),
         blocked=_blocked(leaves["out"], batch),
         coming=step.coming[1],
     )
@@ -174,10 +172,8 @@ def head(config: ModelConfig, table: Any, norm: Float[Array, " h"] | None, strea
     return out
 
 
-def first_step(positions: Int[Array, " b"], visible: Array, slot: Int[Array, ""], config: ModelConfig) -> Step:
+def first_step(batch: int, place: Place, config: ModelConfig) -> Step:
     """What the blocks need, made once a token."""
-    batch = positions.shape[0]
-    place = Place(positions, visible.astype(jnp.int8), slot)
     return Step(place, decode_pallas.counters(batch, max(1, config.kv_heads)), ())
 
 

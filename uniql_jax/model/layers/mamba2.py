@@ -22,6 +22,7 @@ from uniql_jax.model.layers.context import Context
 from uniql_jax.model.layers.linear import apply_columns, apply_rows
 from uniql_jax.model.layers.norm import rms_norm
 from uniql_jax.pallas_kernels import ssd
+from uniql_jax.weights.shard import total_of_neighbors
 
 Leaves = Mapping[str, Any]
 
@@ -82,7 +83,8 @@ def project(
         value = jnp.where(real[..., None], _project(leaves, name, normed), 0)
         before = getattr(state, name)
         kept = jnp.concatenate([before, value.astype(before.dtype)], axis=1)
-        last[name] = kept[:, kept.shape[1] - before.shape[1] :]
+        count = value.shape[1] if context.count is None else context.count
+        last[name] = jax.lax.dynamic_slice_in_dim(kept, count, before.shape[1], axis=1)
         convolved[name] = elastic.mask(_convolve(leaves, name, value, before), context.keep, axis, 2)
     z = elastic.mask(_project(leaves, "z", normed), context.keep, "ssm_head", 2)
     return Inputs(z=z, dt=dt, **convolved), dataclasses.replace(state, **last)
@@ -114,9 +116,10 @@ def gated_norm(
     """RMS norm over the heads of each group; the mean counts the ORIGINAL channels, whatever was cut."""
     ssm = ssm_of(config)
     split = value.reshape(*value.shape[:3], ssm.groups, -1)
-    width = ssm.head_dim * ssm.heads // ssm.groups
-    square = jnp.sum(split * split, axis=(2, 4), keepdims=True) / width
-    normed = (split * jax.lax.rsqrt(square + config.gate_norm_eps)).reshape(value.shape)
+    square = jnp.sum(split * split, axis=(2, 4), keepdims=True)
+    if ssm.norm_devices is not None:
+        square = total_of_neighbors(square, *ssm.norm_devices)
+    normed = (split * jax.lax.rsqrt(square / ssm.group_width + config.gate_norm_eps)).reshape(value.shape)
     return normed.astype(dtype) * weight.astype(dtype)
 
 
@@ -139,7 +142,9 @@ def empty_state(config: ModelConfig, leaves: Leaves, normed: Float[Array, "b t h
     return init_state(config, keep, normed.shape[0], 0, normed.dtype)
 
 
-def init_state(config: ModelConfig, keep: Mapping[str, int], batch: int, slots: int, dtype: DTypeLike) -> SsmCache:
+def init_state(
+    config: ModelConfig, keep: Mapping[str, int], batch: int, slots: int, dtype: DTypeLike, bits: int = 16
+) -> SsmCache:
     """Zeros, sized for the kept channels and states; it does not grow with the text."""
     ssm = ssm_of(config)
     channels, states = int(keep["ssm_head"]), int(keep["ssm_state"])

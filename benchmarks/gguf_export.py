@@ -1,0 +1,168 @@
+"""A checkpoint's GGUF exports in llama.cpp: bytes, perplexity next to ours, and decoding speed, rate against rate.
+
+    python benchmarks/gguf_export.py --ckpt elastic --text manual=python-docs/ \
+        --json benchmarks/results/gguf-smollm2-cpu.json
+
+Speeds are measured in turns (A B A B), since other programs may load the machine, and compared within a turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from uniql_jax import console, data
+from uniql_jax.convert.exporting import Request
+from uniql_jax.convert.formats import export_as
+from uniql_jax.evaluation.timing import environment
+from uniql_jax.runtime.loading import load
+from uniql_jax.tokenizer import load_tokenizer
+
+SERVERS = """
+import sys, xllamacpp
+for line in sys.stdin:
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = line.strip(), int(sys.argv[1]), 1, 0
+    params.cpuparams.n_threads = int(sys.argv[2])
+    params.warmup, params.fit_params = True, False
+    server = None  # the one before ends first
+    server = xllamacpp.Server(params)
+    print("\\nLISTENS", server.listening_address, flush=True)
+"""
+PROMPT = "The history of the city begins in the year 1204, when a small group of traders"
+
+
+class LlamaCpp:
+    """llama.cpp's server in a process of its own, one file after the other."""
+
+    def __init__(self, context: int, threads: int) -> None:
+        command = [sys.executable, "-c", SERVERS, str(context), str(threads)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def load(self, path: Path) -> None:
+        """Serve another file."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{path}\n")
+        self.process.stdin.flush()
+        self.address = next(line.split()[1] for line in self.process.stdout if line.startswith("LISTENS"))
+
+    def complete(self, prompt: Sequence[int], **options: Any) -> dict[str, Any]:
+        """The answer to a prompt of token ids."""
+        content = json.dumps({"prompt": list(prompt), "temperature": 0, "cache_prompt": True} | options).encode()
+        request = urllib.request.Request(f"{self.address}/completion", content, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    def log_probability(self, prompt: Sequence[int], token: int) -> float:
+        """Of one token after a prompt: the bias makes it the one that is drawn, and does not enter its probability."""
+        answer = self.complete(prompt, n_predict=1, n_probs=1, logit_bias=[[token, 1e6]])
+        found = answer["completion_probabilities"][0]
+        if found["id"] != token:
+            raise RuntimeError(f"llama.cpp drew {found['id']} instead of {token}")
+        return float(found["logprob"])
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.communicate()
+
+
+def drawable(tokenizer: Any, window: np.ndarray, first: int) -> list[int]:
+    """Places of a window from `first` on whose token the server answers with: no special one, no part of a letter."""
+    texts = [tokenizer.decode([token], skip_special_tokens=True) for token in window.tolist()]
+    return [i for i in range(first, len(texts)) if texts[i] and "\ufffd" not in texts[i]]
+
+
+def losses(
+    server: LlamaCpp, path: Path, ckpt: str, rate: float, windows: np.ndarray, tokenizer: Any
+) -> tuple[float, float, int]:
+    """Mean negative log probability of the windows' tokens in llama.cpp and with us, and how many they are."""
+    model = load(ckpt, prune_rate=rate, dtype=jnp.float32)
+    server.load(path)
+    theirs, ours = [], []
+    for window in windows:
+        logits = np.asarray(model(jnp.asarray(window[None], jnp.int32)), np.float64)[0]
+        shifted = logits - logits.max(-1, keepdims=True)
+        shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
+        for i in drawable(tokenizer, window, 16):
+            ours.append(-shifted[i - 1, window[i]])
+            theirs.append(-server.log_probability(window[:i].tolist(), int(window[i])))
+    return float(np.mean(theirs)), float(np.mean(ours)), len(ours)
+
+
+def main() -> None:
+    """Export, measure, print, record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, help="elastic checkpoint")
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.0, 0.15, 0.35])
+    parser.add_argument("--text", help="NAME=SPEC to measure perplexity on; none: only bytes and speed")
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a window")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    tokenizer = load_tokenizer(args.ckpt)
+    assert tokenizer is not None
+    server = LlamaCpp(args.length + args.new_tokens + 64, args.threads)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = {rate: Path(folder) / f"{rate}.gguf" for rate in args.rates}
+        for rate, path in files.items():
+            export_as("gguf", Request(args.ckpt, path, rate, load_tokenizer=load_tokenizer))
+            rows.append({"prune_rate": rate, "bytes": path.stat().st_size})
+        if args.text:
+            name, spec = args.text.split("=", 1)
+            count = args.windows * args.length
+            windows = data.evaluation_windows([spec], tokenizer, args.length, count).tokens
+            for row in rows:
+                theirs, ours, tokens = losses(
+                    server, files[row["prune_rate"]], args.ckpt, row["prune_rate"], windows, tokenizer
+                )
+                row |= {"text": name, "tokens": tokens, "llamacpp_perplexity": math.exp(theirs)}
+                row |= {"perplexity": math.exp(ours), "difference": math.exp(theirs - ours) - 1}
+                print(row, flush=True)
+        speeds: dict[float, list[float]] = {rate: [] for rate in args.rates}
+        prompt = tokenizer(PROMPT).input_ids
+        for turn in range(args.turns):
+            for rate in args.rates:
+                server.load(files[rate])
+                answer = server.complete(prompt, n_predict=args.new_tokens, ignore_eos=True, cache_prompt=False)
+                speeds[rate].append(answer["timings"]["predicted_per_second"])
+            print(turn, {rate: round(values[-1], 1) for rate, values in speeds.items()}, flush=True)
+        first = speeds[args.rates[0]]
+        for row in rows:
+            own = speeds[row["prune_rate"]]
+            ratios = [value / base for value, base in zip(own, first, strict=True)]
+            row["tokens_per_second"] = [round(value, 2) for value in own]
+            row["speedup"] = statistics.median(ratios)
+            row["bytes_ratio"] = row["bytes"] / rows[0]["bytes"]
+            print({key: row[key] for key in ("prune_rate", "bytes", "bytes_ratio", "speedup")}, flush=True)
+    server.close()
+    if args.json:
+        import importlib.metadata
+
+        record = {"environment": environment(), "xllamacpp": importlib.metadata.version("xllamacpp"), "rows": rows}
+        console.write_whole(args.json, json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
