@@ -73,7 +73,13 @@ def budgets(ckpt: Path, count: int, **shape: int) -> Iterator[dict[str, Any]]:
     needs = [Elastic(ckpt, rate=rate, **shape).need.total for rate in (0.35, 0.0)]
     for budget in np.linspace(*needs, count).astype(int).tolist():
         session, peak = measured_peak(functools.partial(Elastic, ckpt, memory_budget=budget, **shape))
-        yield {"budget": budget, "rate": session.rate, "peak": peak, "share": round(peak / budget, 4)}
+        yield {
+            "budget": budget,
+            "rate": session.rate,
+            "need": session.need.total,
+            "peak": peak,
+            "share": round(peak / budget, 4),
+        }
         del session  # before the next one is loaded
 
 
