@@ -39,7 +39,7 @@ def held() -> int:
     return sum(found.values())
 
 
-def measured_peak(make: Callable[[], Elastic], new: int = 16) -> tuple[Elastic, int]:
+def measured_peak(make: Callable[[], Elastic], new: int = 8) -> tuple[Elastic, int]:
     """A session, and the most bytes while it loads and while all its rows fill their context, by `new` tokens each."""
     gc.collect()  # sessions before this one
     peak, before, run, place = 0, held(), Batch._run, loading.place
