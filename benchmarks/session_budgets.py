@@ -39,7 +39,7 @@ def held() -> int:
     return sum(found.values())
 
 
-def measured_peak(make: Callable[[], Elastic], new: int = 16) -> tuple[Elastic, int]:
+def measured_peak(make: Callable[[], Elastic], new: int = 8) -> tuple[Elastic, int]:
     """A session, and the most bytes while it loads and while all its rows fill their context, by `new` tokens each."""
     gc.collect()  # sessions before this one
     peak, before, run, place = 0, held(), Batch._run, loading.place
@@ -73,7 +73,13 @@ def budgets(ckpt: Path, count: int, **shape: int) -> Iterator[dict[str, Any]]:
     needs = [Elastic(ckpt, rate=rate, **shape).need.total for rate in (0.35, 0.0)]
     for budget in np.linspace(*needs, count).astype(int).tolist():
         session, peak = measured_peak(functools.partial(Elastic, ckpt, memory_budget=budget, **shape))
-        yield {"budget": budget, "rate": session.rate, "peak": peak, "share": round(peak / budget, 4)}
+        yield {
+            "budget": budget,
+            "rate": session.rate,
+            "need": session.need.total,
+            "peak": peak,
+            "share": round(peak / budget, 4),
+        }
         del session  # before the next one is loaded
 
 

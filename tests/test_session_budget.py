@@ -74,12 +74,16 @@ def test_the_least_rate_that_fits(folder: Path) -> None:
 
 @pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_peaks_are_within_their_budgets(folder: Path, count: int) -> None:
-    """Live arrays and compiled work space of sessions whose rows are full: in each budget, and close to it."""
+    """Live arrays and compiled work space of sessions whose rows are full: in each budget, and what was foretold.
+
+    A tiny model is cut in steps of a tenth, so that the budget itself may be further off.
+    """
     rows = list(session_budgets.budgets(folder, count, **SHAPE))
     assert len(rows) == count
     assert rows[0]["rate"] > rows[-1]["rate"] == 0
     for row in rows:
-        assert 0.9 <= row["peak"] / row["budget"] <= 1, row
+        assert row["peak"] <= row["need"] <= row["budget"]
+        assert row["peak"] >= 0.9 * row["need"]
 
 
 @pytest.mark.usefixtures("known_work")

@@ -30,6 +30,8 @@ from uniql_jax.weights.quantized import QuantizedArray
 
 STEPS = 350
 """Rates that are tried for a budget: every 0.001."""
+SLACK = 0.02
+"""Share of a budget that may stay unused, rather than that more rates are compiled for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +189,7 @@ class Needs:
         return Need(rate, self.weights(rate), self.batches * self.cache(rate), self.work(rate))
 
     def fitting(self, budget: int, rates: Sequence[float] | None = None) -> Need:
-        """What the least rate that fits a budget needs.
+        """What the least rate that fits a budget needs, or one next to it that uses all but a fiftieth.
 
         Args:
             budget: bytes.
@@ -199,7 +201,7 @@ class Needs:
         choices = sorted(rates) if rates is not None else [round(i * self.highest / STEPS, 6) for i in range(STEPS + 1)]
         work = 0
         while True:
-            rate = first_fitting(lambda r: self.weights(r) + self.batches * self.cache(r), budget - work, choices)
+            rate = first_fitting(self._held, budget - work, choices)
             if rate is None:
                 least = self.at(choices[-1])  # which needs less work space than lower rates, whose was asked for above
                 if least.total <= budget:
@@ -210,8 +212,24 @@ class Needs:
                 )
             found = self.at(rate)
             if found.total <= budget:
-                return found
+                return self._closer(found, budget, choices)
             work = max(found.work, work + 1)
+
+    def _held(self, rate: float) -> int:
+        return self.weights(rate) + self.batches * self.cache(rate)
+
+    def _closer(self, found: Need, budget: int, choices: Sequence[float]) -> Need:
+        """A lower rate than one that fits with the work space of rates below, which may need more than it does."""
+        lowest = first_fitting(self._held, budget - found.work, choices)
+        low, high = choices.index(found.rate if lowest is None else lowest), choices.index(found.rate)
+        while low < high and budget - found.total > SLACK * budget:  # compiling takes a while
+            middle = (low + high) // 2
+            tried = self.at(choices[middle])
+            if tried.total <= budget:
+                found, high = tried, middle
+            else:
+                low = middle + 1
+        return found
 
 
 def _advice(shape: Shape) -> str:
