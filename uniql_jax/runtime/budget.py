@@ -106,14 +106,19 @@ def parse_budget(budget: int | float | str, capacity: Callable[[], int] = memory
 def _leaf_shape(checkpoint: Checkpoint, name: str, leaf: elastic.Leaf, keep: Any, dtype: Any, tiles: bool) -> Any:
     """A leaf as `loading.place` gives it, with jax.ShapeDtypeStruct for arrays."""
     tensors = checkpoint.tensors
-    if f"{name}.data" in tensors:
+    parts = [part for part in ((".data", ".scale"), (".last", ".fine")) if name + part[0] in tensors]
+    if parts:
 
-        def part(suffix: str) -> jax.ShapeDtypeStruct:
+        def part(suffix: str, dtype: Any = None) -> jax.ShapeDtypeStruct:
             stored, shape = tensors[name + suffix]
             rows = checkpoint.rows(leaf, suffix, keep)
-            return jax.ShapeDtypeStruct((shape[0] if rows is None else min(rows, shape[0]), *shape[1:]), stored)
+            return jax.ShapeDtypeStruct(
+                (shape[0] if rows is None else min(rows, shape[0]), *shape[1:]), dtype or stored
+            )
 
-        weight = packed(checkpoint.config, checkpoint.meta, leaf, part(".data"), part(".scale"), keep)
+        # A byte of a bit plane becomes a word of 4-bit weights.
+        data = part(parts[0][0], jnp.int32 if parts[0][0] == ".last" else None)
+        weight = packed(checkpoint.config, checkpoint.meta, leaf, data, part(parts[0][1]), keep)
         layout = preferred_layout(bits=weight.bits, group=weight.group, contract=weight.contract, dtype=dtype)
         return jax.eval_shape(lambda w: w.in_layout(layout), weight) if tiles and layout != "plain" else weight
     shape = elastic.shape(checkpoint.config, leaf, keep)
@@ -135,7 +140,7 @@ def abstract_model(checkpoint: Checkpoint, rate: float, dtype: Any) -> CausalLM:
     top = {
         name: _leaf_shape(checkpoint, name, leaf, None, dtype, name != "embed")
         for name, leaf in elastic.TOP.items()
-        if name in checkpoint.tensors or f"{name}.data" in checkpoint.tensors
+        if {name, f"{name}.data", f"{name}.last"} & set(checkpoint.tensors)
     }
     return CausalLM(checkpoint.config, top | {"layers": layers}, checkpoint.plan, rate, None, dtype)
 
