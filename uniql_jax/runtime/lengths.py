@@ -46,7 +46,8 @@ def slots_for(tokens: int) -> int:
     if tokens > WHOLE:
         return -(-tokens // WHOLE) * WHOLE
     power = max(SMALLEST_CACHE, 1 << (tokens - 1).bit_length())
-    return power * 3 // 4 if SMALLEST_CACHE < power * 3 // 4 and tokens <= power * 3 // 4 else power
+    between = power * 3 // 4
+    return between if max(tokens, SMALLEST_CACHE) <= between else power
 
 
 def read_slots(length: int, read: int = 0) -> int:
