@@ -126,8 +126,8 @@ def test_sizes_alone_run_nothing(runs_nothing: None, tmp_path: Path, capsys: pyt
     dense, full, small = json.loads(out.read_text())["rows"]
     assert full["times_smaller"] == pytest.approx(3.88, abs=0.01)
     assert small["kept_fraction"] == pytest.approx(0.65, abs=0.001)
-    # keys and values of 1,024 + 128 tokens, 32 layers, 8 heads of 128, both; float32 on a CPU
-    assert dense["cache_bytes"] == full["cache_bytes"] == 1152 * 32 * 8 * 128 * 2 * 4
+    # keys and values of 1,536 slots, for 1,024 + 128 tokens, 32 layers, 8 heads of 128, both; float32 on a CPU
+    assert dense["cache_bytes"] == full["cache_bytes"] == 1536 * 32 * 8 * 128 * 2 * 4
     assert "programs" not in full
     assert json.loads(out.read_text())["copy_bandwidth"] is None
     assert "3.88" in capsys.readouterr().out

@@ -13,6 +13,7 @@ import pytest
 import uniql_jax
 from tests import published, tiny
 from uniql_jax import config as model_config
+from uniql_jax.errors import UserError
 from uniql_jax.evaluation.random_model import random_model
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import decode
@@ -91,9 +92,10 @@ def test_pieces_cover_a_prompt() -> None:
 def test_caches_are_few_and_not_much_too_large() -> None:
     sizes = [lengths.slots_for(n) for n in range(1, 131_073)]
     assert all(size >= n for n, size in enumerate(sizes, 1))
-    assert all(size <= 2 * n for n, size in enumerate(sizes, 1) if n >= lengths.SMALLEST_CACHE)
+    assert all(size <= 1.5 * n for n, size in enumerate(sizes, 1) if n >= lengths.SMALLEST_CACHE and n < lengths.WHOLE)
     assert sizes == sorted(sizes)
-    assert len(set(sizes)) < 24
+    assert all(size - n < lengths.WHOLE for n, size in enumerate(sizes, 1))
+    assert len(set(sizes)) < 28
 
 
 # ------------------------------------------------------------------------------------------------ equality
@@ -179,6 +181,34 @@ def test_no_more_is_held_than_the_limit(rng: np.random.Generator, monkeypatch: p
     generation.forget(model)
     reading.read(model, prompt_of(rng, 20)[None], None, 1)
     assert not reading.prefixes(model)._entries
+
+
+# ------------------------------------------------------------------------------------------------ 8 bits
+
+
+def test_a_cache_of_8_bits(rng: np.random.Generator) -> None:
+    model, prompt = the_model("llama-3.1-8b"), prompt_of(rng, 40)
+    want = whole(model, prompt)
+    logits, cache, slots = reading.read(model, prompt[None, :38], None, 2, bits=8)
+    _, wide, _ = reading.read(model, prompt[None, :38], None, 2)
+    assert cache.nbytes < 0.4 * wide.nbytes  # of float32
+    assert slots == 256
+    for i, token in enumerate(prompt[38:], 38):
+        assert 1e-6 < distance(np.asarray(logits)[0], want[i - 1]) < 0.03
+        logits, cache = _donating()(model, token[None], cache)
+    state, keep = cache.layers[0]["attention"], model.keep[0]
+    fewer = dict(keep) | {"qk": keep["qk"] - 1, "vo": keep["vo"] - 1}
+    cut = state.resized(keep, fewer, 2)
+    np.testing.assert_array_equal(cut.k, state.k[..., :-2])
+    np.testing.assert_array_equal(cut.v, state.v[..., :-1])
+    np.testing.assert_array_equal(cut.k_scale, state.k_scale)
+
+
+def test_cache_bits_that_there_are_not(rng: np.random.Generator) -> None:
+    model = the_model("llama-3.1-8b")
+    for bits in (4, 0, True):
+        with pytest.raises(UserError, match="cache_bits must be 8 or 16"):
+            uniql_jax.generate(model, prompt_of(rng, 3), cache_bits=bits)
 
 
 # ------------------------------------------------------------------------------------------------ compiling

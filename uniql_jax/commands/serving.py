@@ -33,7 +33,6 @@ def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     )  # fmt: skip
     add("--top-k", type=cli.natural_int, default=0, metavar="K", help="draw from the K likeliest tokens; 0 is off")
     add("--seed", type=cli.natural_int, default=0, metavar="N", help="for a temperature above 0")
-    add("--cache-bits", type=int, choices=(8, 16), default=16, help="of keys and values; 8: int8, half the memory")
     cli.add_compilation_cache(parser)
 
 

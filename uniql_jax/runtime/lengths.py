@@ -8,7 +8,7 @@ SHORTEST = 16
 """Fewest tokens that a prompt is padded to."""
 SMALLEST_CACHE = 256
 WHOLE = 8192
-"""Slots from which caches grow by so many more; below, by doubling."""
+"""Slots from which caches grow by so many more; below, by a third or a half."""
 PIECE = {"cpu": 2048, "gpu": 8192}
 """Most tokens of a prompt that are read at a time, so that the memory for activations does not grow with the prompt."""
 
@@ -39,13 +39,15 @@ def pieces(length: int) -> list[tuple[int, int, int]]:
 
 
 def slots_for(tokens: int) -> int:
-    """Slots of a cache for so many tokens: a power of two, or a multiple of WHOLE beyond it.
+    """Slots of a cache for so many tokens: a power of two, one and a half of it, or a multiple of WHOLE beyond that.
 
     A step reads the slots that hold tokens only, so that the others cost memory alone.
     """
     if tokens > WHOLE:
         return -(-tokens // WHOLE) * WHOLE
-    return max(SMALLEST_CACHE, 1 << (tokens - 1).bit_length())
+    power = max(SMALLEST_CACHE, 1 << (tokens - 1).bit_length())
+    between = power * 3 // 4
+    return between if max(tokens, SMALLEST_CACHE) <= between else power
 
 
 def read_slots(length: int, read: int = 0) -> int:
