@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from uniql_jax import console
+from uniql_jax.checkpoint import Setting
 from uniql_jax.outputs import STAGING, TOKEN_BYTES, output_path, sync
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -22,8 +23,9 @@ class Request:
     """One export: from where, to where, at which rate; `dtype`, `max_shard_bytes`, `dense_head` and
     `dense_embedding` where a format has a use for them.
 
-    `load_tokenizer` gives the transformers tokenizer of a folder, or None; `say` receives lines of text, `progress`
-    wraps what is iterated over, given a word for it.
+    `setting`, of the joint plan of nested bits, stands in place of the rate. `load_tokenizer` gives the transformers
+    tokenizer of a folder, or None; `say` receives lines of text, `progress` wraps what is iterated over, given a word
+    for it.
     """
 
     checkpoint: str | Path
@@ -33,6 +35,7 @@ class Request:
     max_shard_bytes: int = 5 * 10**9
     overwrite: bool = False
     dense_head: bool = False
+    setting: Setting | None = None
     dense_embedding: bool = False
     load_tokenizer: Callable[[Path], Any | None] = lambda folder: None
     say: Callable[[str], object] = lambda text: None

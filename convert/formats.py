@@ -43,6 +43,8 @@ def export_as(name: str, request: Request) -> None:
     if name not in FORMATS:
         raise UserError(f"format {name!r} is not one of {', '.join(FORMATS)}")
     chosen = FORMATS[name]
+    if request.setting is not None and name != DEFAULT:
+        raise UserError(f"--format {name} has no matrices of 3 and 4 bits: give a --prune-rate, or --format {DEFAULT}")
     for option in ("dtype", "dense_head", "dense_embedding"):
         if getattr(request, option) and option not in chosen.options:
             raise UserError(f"--format {name} takes no --{option.replace('_', '-')}")

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from uniql_jax import console, elastic
 from uniql_jax.blas import one_blas_thread
 from uniql_jax.casting import cast
-from uniql_jax.checkpoint import Checkpoint, open_checkpoint
+from uniql_jax.checkpoint import Checkpoint, Setting, open_checkpoint
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
 from uniql_jax.convert.exporting import Progress
@@ -164,13 +164,34 @@ def hf_form(
     return hf, tables.TABLES["llama"]
 
 
+class Layers:
+    """The layers of a checkpoint at a rate, or at a setting of its joint plan."""
+
+    def __init__(self, checkpoint: Checkpoint, rate: float, setting: Setting | None = None):
+        self.checkpoint, self.setting = checkpoint, setting
+        self.keep: tuple[Mapping[str, int], ...] = checkpoint.keep(rate)
+        if setting is not None:
+            self.keep = tuple({axis: setting[i, axis].entries for axis in kept} for i, kept in enumerate(self.keep))
+
+    def read(self, index: int, shared_whole: bool = False) -> dict[str, dict[str, Any]]:
+        """One layer, as `Checkpoint.layer` gives it."""
+        if self.setting is not None:
+            return self.checkpoint.layer_at(index, self.setting, shared_whole)
+        return self.checkpoint.layer(index, self.keep[index], shared_whole)
+
+
 @one_blas_thread
-def o_bias_fits(checkpoint: Checkpoint, keep: Sequence[Mapping[str, int]]) -> bool:
+def o_bias_fits(
+    checkpoint: Checkpoint,
+    keep: Sequence[Mapping[str, int]],
+    read: Callable[[int], Mapping[str, Block]] | None = None,
+) -> bool:
     """Whether the family's own form can carry every layer's o_bias exactly.
 
     Args:
         checkpoint: the elastic checkpoint.
         keep: kept sizes of every layer, as `Checkpoint.keep` gives them.
+        read: gives a layer at these sizes; None: the checkpoint does.
     """
     config = checkpoint.config
     table = tables.TABLES[config.model_type]
@@ -180,7 +201,7 @@ def o_bias_fits(checkpoint: Checkpoint, keep: Sequence[Mapping[str, int]]) -> bo
         held = {part.leaf for row in tables.rows_of(config, table, "attention") for part in row.parts}
         if "o_bias" in held or keep[i]["vo"] < config.head_dim:
             continue
-        block = checkpoint.layer(i, keep[i])["attention"]
+        block = (read(i) if read is not None else checkpoint.layer(i, keep[i]))["attention"]
         v, o, o_bias = (np.asarray(dense(block[name])) for name in ("v", "o", "o_bias"))
         if free_rank(v, o) is None and _missed(value_bias(o, o_bias, config.kv_heads)[1], o_bias) > RESIDUAL:
             return False
@@ -195,6 +216,7 @@ def export(
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
+    setting: Setting | None = None,
     say: Callable[[str], object] = lambda text: None,
     progress: Progress = lambda items, _: items,
 ) -> None:
@@ -207,6 +229,7 @@ def export(
         dtype: float32, bfloat16, float16, or None for the original model's.
         max_shard_bytes: largest size of one safetensors file, unless one tensor alone is larger.
         overwrite: whether an `out` that is a model folder may be replaced.
+        setting: of the joint plan of nested bits, in place of the rate.
         say: receives lines of text on what is done.
         progress: wraps what is iterated over, given a word for it.
 
@@ -217,22 +240,23 @@ def export(
     checkpoint = open_checkpoint(ckpt)
     config = checkpoint.config
     rate = check_rate(prune_rate)
-    keep = checkpoint.keep(rate)
+    layers = Layers(checkpoint, rate, setting)
     dtype = dtype or (config.dtype if config.dtype in DTYPES else "bfloat16")
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     shapes = tables.expected(config, tables.TABLES[config.model_type])
     size = sum(math.prod(shape) for shape in shapes.values()) * DTYPES[dtype].itemsize
     kept_part = checkpoint.plan.kept_fraction(rate) if checkpoint.plan is not None else 1.0
+    size_of = f"prune rate {rate:g} ({kept_part:.1%} of the prunable parameters kept)"
     say(
-        f"{ckpt} at prune rate {rate:g} ({kept_part:.1%} of the prunable parameters kept) "
+        f"{ckpt} at {size_of if setting is None else 'a setting of nested bits'} "
         f"-> {out}: {len(config.pattern)} layers, {dtype}, about {console.format_bytes(size)}"
     )
     with staged_output(out, overwrite, ckpt) as staging:
         check_space(staging, size)
         writer = ShardWriter(staging, max_shard_bytes)
-        fits = o_bias_fits(checkpoint, keep)
-        top = checkpoint.top()
+        fits = o_bias_fits(checkpoint, layers.keep, layers.read)
+        top = checkpoint.top() if setting is None else checkpoint.top_at(setting)
         hf, table = hf_form(config, checkpoint.hf_config, not {"head", "head_in"} & set(top), fits, dtype)
         if not fits:
             say(f"{config.model_type} has no output bias in attention: written as a llama model, which has")
@@ -240,7 +264,7 @@ def export(
             writer.add(name, cast(name, value, DTYPES[dtype]))
         del top
         for i in progress(range(len(config.pattern)), "export"):
-            for name, value in layer_to_hf(config, i, checkpoint.layer(i, keep[i], shared_whole=True), table).items():
+            for name, value in layer_to_hf(config, i, layers.read(i, True), table).items():
                 writer.add(name, cast(name, value, DTYPES[dtype]))
         writer.finish()
         (staging / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")

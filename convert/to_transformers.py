@@ -19,6 +19,7 @@ def write(request: Request) -> None:
         dtype=request.dtype,
         max_shard_bytes=request.max_shard_bytes,
         overwrite=request.overwrite,
+        setting=request.setting,
         say=request.say,
         progress=request.progress,
     )

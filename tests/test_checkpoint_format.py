@@ -123,7 +123,7 @@ def test_a_section_that_is_no_object(folder: Path, value: Any) -> None:
         (put("plan", "units", "ffn", value=float("nan")), "uniql.plan.units.ffn"),
         (put("provenance", value=3), "uniql.provenance must be object"),
         (put("manifest", value={"hash": 3}), "uniql.manifest.hash must be string"),
-        (put("format", value=3), "upgrade"),
+        (put("format", value=4), "upgrade"),
         (put("runs", value={"ssm_head": 8}), "uniql.runs is of format 2, but the format is 1"),
         *[(put("format", value=value), "checkpoint format") for value in (0, None, "1", True, 1.5, [1])],
     ],

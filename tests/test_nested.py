@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -12,9 +14,11 @@ import pytest
 from uniql_jax.compression.math import nested
 from uniql_jax.compression.math.gptq import quantize
 from uniql_jax.compression.math.refine import DAMPING, damped, descend, nearest, output_error, refit_scales
+from uniql_jax.weights import nested as nested_weights
+from uniql_jax.weights.mixed import MixedArray, in_parts
 from uniql_jax.weights.nested import NestedArray, from_nested_codes
 from uniql_jax.weights.protocol import StoredWeight
-from uniql_jax.weights.quantized import limits
+from uniql_jax.weights.quantized import QuantizedArray, limits
 
 GROUP = 24
 SHAPES = {"last": (12, 4, 60), "first": (12, 4, 20)}
@@ -60,13 +64,27 @@ def test_every_setting_is_a_prefix_of_the_whole(rng: np.random.Generator, contra
 
 
 @pytest.mark.parametrize("contract", ["last", "first"])
-def test_products_are_those_of_the_values(rng: np.random.Generator, contract: str) -> None:
+def test_products_are_those_of_the_values(
+    rng: np.random.Generator, contract: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks, of planes alone and of words and planes."""
     whole, fine, coarse = drawn(rng, contract)
     cut, want = whole.take_bits(6), np.concatenate([fine[:6], coarse[6:]])
     flat = want.reshape(-1, want.shape[-1])
-    x, y = (jnp.asarray(rng.standard_normal((3, size)), jnp.float32) for size in flat.shape[::-1])
-    np.testing.assert_allclose(cut.rows(x), np.asarray(x) @ flat.T, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(cut.columns(y), np.asarray(y) @ flat, rtol=1e-5, atol=1e-5)
+    last = contract == "last"
+    x = jnp.asarray(rng.standard_normal((3, flat.shape[1 if last else 0])), jnp.float32)
+    truth = np.asarray(x) @ (flat.T if last else flat)
+    for block in (1 << 20, 200):  # of several sizes, the last one smaller
+        monkeypatch.setattr(nested_weights, "BLOCK", block)
+        mixed = jax.tree.map(jnp.asarray, in_parts(jax.device_get(cut)))
+        for weight in (cut, cut.take_bits(0).drop_prefix(6), cut.take_bits(0), whole, mixed):
+            some = truth
+            if weight is not cut:
+                values = np.asarray(weight.dense()).reshape(-1, flat.shape[1])
+                some = np.asarray(x)[:, -len(values) :] @ values if not last else np.asarray(x) @ values.T
+            inputs = x if last else x[:, -math.prod(weight.shape[:-1]) :]
+            found = weight.rows(inputs) if last else weight.columns(inputs)
+            np.testing.assert_allclose(found, some, rtol=1e-5, atol=1e-5)
 
 
 def test_lookup_of_an_embedding(rng: np.random.Generator) -> None:
@@ -206,3 +224,21 @@ def test_zeros_stay_zeros(problem: tuple[jnp.ndarray, jnp.ndarray]) -> None:
         assert all(bool(jnp.isfinite(scale).all()) for scale in (fine, coarse))
         value = codes * jnp.repeat(fine, 48, axis=0)
         assert not value[:, 3].any()
+
+
+@pytest.mark.parametrize("contract", ["last", "first"])
+def test_a_device_holds_words_and_planes(rng: np.random.Generator, contract: str) -> None:
+    """The same values bit for bit, in no more bytes than the planes and scales that are needed."""
+    whole = jax.device_get(drawn(rng, contract)[0])
+    for full, kind in ((12, QuantizedArray), (6, MixedArray), (0, NestedArray)):
+        cut = whole.take_bits(full)
+        placed = in_parts(cut)
+        assert isinstance(placed, kind)
+        assert placed.shape == cut.shape
+        np.testing.assert_array_equal(placed.dense(), cut.dense())
+        assert placed.nbytes <= cut.nbytes
+        for count in (3, 6, 9):
+            if contract == "last" or not count * 4 % GROUP:
+                np.testing.assert_array_equal(placed.take_prefix(count).dense(), cut.take_prefix(count).dense())
+    with pytest.raises(ValueError, match="6 of 12"):
+        whole.take_bits(6).packed()

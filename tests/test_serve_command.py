@@ -30,7 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def process(folder: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     (tmp_path / "key").write_text(f"{KEY}\n")
-    argv = ["serve", str(folder), "--port", "0", "--api-key-file", str(tmp_path / "key"), "--context", "64"]
+    size = ("--context", "96", "--batch", "3")  # as in test_server, so that programs are shared
+    argv = ["serve", str(folder), "--port", "0", "--api-key-file", str(tmp_path / "key"), *size]
     started = subprocess.Popen(
         [sys.executable, "-m", "uniql_jax", *argv, "--memory-budget", "1GB", "--watch", "60", "--reserve", "1MB"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import socket
 import threading
@@ -21,6 +23,8 @@ from hypothesis import strategies as st
 
 import uniql_jax
 from tests import tiny
+from uniql_jax.runtime.generation import decode_stream, prompt_ids
+from uniql_jax.server import schemas
 from uniql_jax.server.app import Server
 from uniql_jax.server.choices import StopFilter
 from uniql_jax.server.http import Keys, Limits
@@ -61,12 +65,20 @@ def http(url: str) -> Iterator[httpx.Client]:
         yield made
 
 
+@functools.cache
+def model_at(folder: Path, rate: float) -> Any:
+    return uniql_jax.load(folder, rate)
+
+
 def alone(folder: Path, prompt: Any = PROMPT, rate: float = 0.0, new: int = NEW, **options: Any) -> str:
-    """What `generate` makes of it."""
-    options = {"tokenizer": tiny_tokenizer()} | options
-    return "".join(uniql_jax.generate(uniql_jax.load(folder, rate), prompt, max_new_tokens=new, **options))
+    """What `generate` makes of it; always of one length, so that little is compiled, and then cut."""
+    ids = prompt_ids(tiny_tokenizer(), prompt, False) if isinstance(prompt, str) else np.asarray(prompt, np.int32)
+    tokens = uniql_jax.generate(model_at(folder, rate), ids, max_new_tokens=64, **options)
+    made = [int(token[0]) for token in itertools.islice(tokens, new)]
+    return "".join(decode_stream(tiny_tokenizer(), iter(made), ids.tolist()))
 
 
+@functools.cache
 def tiny_tokenizer() -> Any:
     made = tiny.tokenizer()
     made.chat_template = tiny.CHAT_TEMPLATE
@@ -205,8 +217,42 @@ def test_models(client: openai.OpenAI, folder: Path) -> None:
     assert done.choices[0].text == alone(folder, new=3)
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt")
-    with pytest.raises(openai.ConflictError, match="runs at prune rate 0"):
-        client.completions.create(model="tiny@0.25", prompt=PROMPT)
+
+
+def test_each_call_at_its_own_rate(client: openai.OpenAI, http: httpx.Client, folder: Path, server: Server) -> None:
+    """One streams at whatever there is while others run at theirs; numbers and lists say so."""
+    stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=64, temperature=0, stream=True)
+    first, weights = next(stream), server.session.memory()["weights"]
+    done = client.completions.create(model="tiny@0.25", prompt=PROMPT, max_tokens=NEW, temperature=0, n=2)
+    assert [choice.text for choice in done.choices] == [alone(folder, rate=0.25)] * 2
+    assert (done.model, done.system_fingerprint) == ("tiny@0.25", "uniql-rate-0.25")
+    assert server.session.memory()["weights"] == weights
+    chunks = [first, *stream]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == alone(folder, new=64)
+    assert {chunk.system_fingerprint for chunk in chunks} == {"uniql-rate-0"}
+    metrics = http.get("/metrics").text
+    assert 'uniql_rate_tokens_total{rate="0.25"}' in metrics
+    assert 'uniql_rate_active{rate="0.0"}' in metrics or 'uniql_rate_active{rate="0"}' in metrics
+
+
+def test_rates_that_the_weights_do_not_hold(client: openai.OpenAI, http: httpx.Client, folder: Path) -> None:
+    """After a shrink, lists say what is still there, calls for the rest are refused, and those under way end so."""
+    admin = {"Authorization": f"Bearer {ADMIN}"}
+    stream = client.completions.create(model="tiny@0", prompt=PROMPT, max_tokens=64, temperature=0, stream=True)
+    try:
+        next(stream)
+        assert http.post("/admin/rate", json={"rate": 0.25}, headers=admin).status_code == 200
+        with pytest.raises(openai.APIError, match="does not hold"):
+            list(stream)
+        listed = {entry["id"]: entry for entry in http.get("/v1/models").json()["data"]}
+        assert not listed["tiny@0"]["available"]
+        assert listed["tiny@0.25"]["running"]
+        assert listed["tiny@0.3"]["available"]
+        for streams in (True, False):
+            with pytest.raises(openai.ConflictError, match=r"0 needs weights that a session at 0\.25 does not hold"):
+                client.completions.create(model="tiny@0", prompt=PROMPT, stream=streams)
+    finally:
+        assert http.post("/admin/rate", json={"rate": 0}, headers=admin).json()["rate"] == 0
 
 
 # ------------------------------------------------------------------------------------------------ the rate
@@ -238,7 +284,10 @@ def test_the_rate_changes_live(client: openai.OpenAI, http: httpx.Client, folder
 @pytest.mark.parametrize(
     ("body", "says"),
     [({"rate": 0.5}, "rate"), ({}, "either"), ({"rate": 0.1, "memory_budget": "1GB"}, "either"),
-     ({"memory_budget": "1KB"}, "too little"), ({"memory_budget": "much"}, "3GiB"), ({"rate": True}, "rate")],
+     ({"memory_budget": "1KB"}, "too little"), ({"memory_budget": "much"}, "3GiB"), ({"rate": True}, "rate"),
+     ({"memory_budget": "1e3GiB"}, "3GiB"), ({"memory_budget": 10**40}, "budget"), ({"memory_budget": 1.5}, "budget"),
+     ({"memory_budget": "0%"}, "share"), ({"memory_budget": []}, "budget"), ({"rate": "0.1"}, "rate"),
+     ({"rate": 10**400}, "rate"), ({"rate": None}, "either"), ({"rate": -1e-9}, "rate"), ({"rate": 0.1, "x": 1}, "x")],
 )  # fmt: skip
 def test_rates_that_cannot_be(http: httpx.Client, body: dict[str, Any], says: str) -> None:
     answer = http.post("/admin/rate", json=body, headers={"Authorization": f"Bearer {ADMIN}"})
@@ -289,7 +338,10 @@ def test_bad_fields(http: httpx.Client, change: dict[str, Any], says: str) -> No
     "body",
     [b"", b"{", b"[]", b"3", b"null", b'{"a": NaN}', b"\xff\xfe", b"[" * 9000, b'{"model": "tiny"' + b" " * 5000,
      b'{"model":"tiny","prompt":"hi","temperature":NaN}', b'{"model":"tiny","prompt":"hi","max_tokens":1e999}',
-     b'{"model":"tiny","prompt":"hi","max_tokens":' + b"9" * 6000 + b"}", b'{"model":"tiny","prompt":"\\ud800"}'],
+     b'{"model":"tiny","prompt":"hi","max_tokens":' + b"9" * 6000 + b"}", b'{"model":"tiny","prompt":"\\ud800"}',
+     b'{"model":"tiny","prompt":"hi","stop":["\\udc00"]}', b'{"\\ud800":1}', b'{"model":"\\ud83d"}',
+     b'{"model":"tiny","model":"tiny","prompt":"hi"}', b'{"model":"tiny","prompt":"hi","user":{"a":1,"a":2}}',
+     b'\xef\xbb\xbf{"model":"tiny"}', b'{"model":"tiny","prompt":' + b"[" * 3000 + b"]" * 3000 + b"}"],
 )  # fmt: skip
 def test_bad_json(http: httpx.Client, body: bytes) -> None:
     refused(http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"}), 400)
@@ -301,7 +353,9 @@ def test_huge_bodies(http: httpx.Client) -> None:
     json_type = {"Content-Type": "application/json"}
     refused(http.post("/v1/completions", json=GOOD | {"prompt": "a" * 30_000}), 413)
     refused(http.post("/v1/completions", content=(b"x" * 5000 for _ in range(6)), headers=json_type), 413)
-    refused(http.post("/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"}), 415)
+    for kind in ("text/plain", "text/json", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+        refused(http.post("/v1/completions", content=b"{}", headers={"Content-Type": kind}), 415)
+    refused(http.post("/v1/completions", content=b"{}", headers=json_type | {"Content-Encoding": "gzip"}), 415)
 
 
 @pytest.mark.parametrize(
@@ -337,6 +391,7 @@ def test_keys(url: str) -> None:
 def test_pages_of_other_sites(http: httpx.Client, url: str) -> None:
     host = url.removeprefix("http://")
     refused(http.get("/status", headers={"Origin": "https://evil.example"}), 403)
+    refused(http.get("/status", headers={"Origin": "http://["}), 403)
     refused(http.get("/status", headers={"Host": "evil.example"}), 403)
     refused(http.post("/admin/rate", json={"rate": 0.1}, headers={"Origin": "null"}), 403)
     assert http.get("/status", headers={"Origin": url}).status_code == 200
@@ -368,8 +423,21 @@ def test_slow_senders(url: str) -> None:
     late = raw(url, head + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
     assert late.startswith(b"HTTP/1.1 408")
     assert time.monotonic() - start < 4 * LIMITS.body_seconds + 3
-    assert raw(url, b"\x16\x03\x01garbage\r\n\r\n").startswith(b"HTTP/1.1 400")
-    assert b"\r\n\r\n" not in raw(url, b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000)[:0]
+
+
+JSON_HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"\x16\x03\x01garbage\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n",
+     b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 200_000 + b"\r\n\r\n",
+     JSON_HEAD + b"Content-Length: -5\r\n\r\n", JSON_HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}",
+     JSON_HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+     JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n"],
+)  # fmt: skip
+def test_what_is_no_http(url: str, sent: bytes) -> None:
+    assert raw(url, sent).startswith((b"HTTP/1.1 400", b"HTTP/1.1 401"))  # one whose body is not read lacks the key
 
 
 def test_whoever_hangs_up_is_forgotten(http: httpx.Client, server: Server) -> None:
@@ -406,9 +474,15 @@ def test_more_than_there_is_room_for(http: httpx.Client, client: openai.OpenAI, 
     refused(http.post("/v1/completions", json=GOOD | {"n": 13}), 429)
 
 
-FIELDS = st.sampled_from(["model", "prompt", "messages", "max_tokens", "n", "stop", "stream", "seed", "logprobs", "x"])
+FIELDS = st.sampled_from(
+    ["x", *dict.fromkeys(name for kind in (schemas.Completion, schemas.Chat, schemas.Setting, schemas.Message,
+                                           schemas.Part, schemas.StreamOptions) for name in kind.model_fields)]
+)  # fmt: skip
+EDGES = st.sampled_from(
+    [-1, 0, 1, 2, 20, 21, 2**31, 2**32, 2**63, -(2**63), 10**19, 1e-320, -0.0, "text", "user", "hi"]
+)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers() | st.floats() | EDGES | st.text(st.characters(), max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS | st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
@@ -428,11 +502,16 @@ def test_mutated_bodies(http: httpx.Client, path: str, change: dict[str, Any]) -
     answer = http.post(path, content=body, headers=headers)
     if answer.status_code != 200:
         refused(answer, 400, 404, 409)
+    elif path.startswith("/v1"):
+        assert answer.text.rstrip().endswith(("}", "[DONE]"))
+    else:
+        assert 0 <= answer.json()["rate"] <= 0.35
 
 
 def test_nothing_was_harmed(http: httpx.Client, client: openai.OpenAI, folder: Path, server: Server) -> None:
-    """After all of the above: idle, at the same rate, and right."""
+    """After all of the above: idle, still right, and at the rate that it is given."""
     assert idle(server)
+    http.post("/admin/rate", json={"rate": 0}, headers={"Authorization": f"Bearer {ADMIN}"})
     assert http.get("/status").json()["rate"] == 0
     done = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=NEW, temperature=0)
     assert done.choices[0].text == alone(folder)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import uniql_jax
+from benchmarks import session_budgets
 from tests import tiny
 from uniql_jax import checkpoint as checkpoint_module
 from uniql_jax.errors import UserError
@@ -69,6 +70,16 @@ def test_the_least_rate_that_fits(folder: Path) -> None:
         assert f"prune rate {session.rate:g}" in session.why
     with pytest.raises(UserError, match=r"too little: prune rate 0.35 needs .* lower context= or batch="):
         uniql_jax.Elastic(folder, memory_budget=low - 1, **SHAPE)
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_peaks_are_within_their_budgets(folder: Path, count: int) -> None:
+    """Live arrays and compiled work space of sessions whose rows are full: in each budget, and close to it."""
+    rows = list(session_budgets.budgets(folder, count, **SHAPE))
+    assert len(rows) == count
+    assert rows[0]["rate"] > rows[-1]["rate"] == 0
+    for row in rows:
+        assert 0.9 <= row["peak"] / row["budget"] <= 1, row
 
 
 @pytest.mark.usefixtures("known_work")

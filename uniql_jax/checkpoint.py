@@ -1,38 +1,41 @@
 """The elastic checkpoint: a folder of safetensors whose tensors lead with their sorted axis, read by prefix.
 
 config.json is the Hugging Face config plus a section `uniql`: format version, bits, groups, plan and provenance.
-A packed weight is two tensors, NAME.data and NAME.scale. No pickle anywhere.
+A packed weight is two tensors, NAME.data and NAME.scale; one of nested codes is four. No pickle anywhere.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Shaped
 
 from uniql_jax import config as model_config
 from uniql_jax import elastic
-from uniql_jax.casting import cast
 from uniql_jax.checkpoint_format import (
+    NESTED,
+    PACKED,
     SECTION,
     check_groups,
     check_plan,
     check_tensors,
     leaf_group,
     leaf_run,
+    parts_of,
     read_config,
 )
+from uniql_jax.checkpoint_writer import CheckpointWriter as CheckpointWriter
+from uniql_jax.checkpoint_writer import reachable_bias as reachable_bias
+from uniql_jax.checkpoint_writer import stored as stored
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
-from uniql_jax.files import INDEX, ShardReader, ShardWriter, copy_side_files, read_json, side_files
+from uniql_jax.files import INDEX, ShardReader, read_json, side_files
+from uniql_jax.joint_plan import TOP, JointPlan, Kept, pieces_of
 from uniql_jax.plan import Plan
-from uniql_jax.value_bias import free_rank, value_bias
-from uniql_jax.weights.protocol import as_stored, dense
+from uniql_jax.weights.nested import NestedArray
 from uniql_jax.weights.quantized import QuantizedArray
 from uniql_jax.weights.runs import scale_rows
 
@@ -60,6 +63,30 @@ def packed(
     )
 
 
+def assembled(
+    config: ModelConfig,
+    meta: Mapping[str, Any],
+    leaf: elastic.Leaf,
+    parts: Mapping[str, Any],
+    keep: Mapping[str, int] | None = None,
+) -> QuantizedArray | NestedArray:
+    """`packed` for leaves of any parts (`checkpoint_format.parts_of`)."""
+    if "data" in parts:
+        return packed(config, meta, leaf, parts["data"], parts["scale"], keep)
+    shape, last = elastic.shape(config, leaf, keep), leaf.contract == "last"
+    return NestedArray(
+        *(parts[name] for name in NESTED),
+        group=leaf_group(meta, leaf),
+        contract=str(leaf.contract),
+        width=math.prod(shape[-1:] if last else shape[:-1]),
+        inner=() if last else shape[1:-1],
+    )
+
+
+Setting = Mapping[tuple[int, str], Kept]
+"""What stays by layer and axis, as `JointPlan.kept` gives it."""
+
+
 class Checkpoint:
     """An opened elastic checkpoint; tensors are read when asked for, and only their kept part.
 
@@ -71,6 +98,7 @@ class Checkpoint:
         hf_config: config.json without our section.
         meta: our section, `uniql`.
         plan: how rates become kept sizes; None when unsorted.
+        joint_plan: how budgets become kept sizes and bits; None where codes are not nested.
 
     Raises:
         UserError: the folder is no elastic checkpoint, or one that is damaged or of a newer format.
@@ -87,6 +115,18 @@ class Checkpoint:
         self._reader = ShardReader(self.folder)
         self._names = self._reader.names()
         check_tensors(self.meta, self.config, self._names, self.folder)
+        self.joint_plan = self._joint_plan(path) if parts_of(self.meta) == NESTED else None
+
+    def _joint_plan(self, path: Path) -> JointPlan:
+        if self.plan is None:
+            raise UserError(f"{path}: {SECTION}.nested wants a plan")
+        pieces = pieces_of(self.config, self.plan, self.meta["groups"])
+        other = sum(end - start for _, (start, end) in map(self._reader.span, self._names))
+        other -= sum(piece.bytes for piece in pieces)
+        try:
+            return JointPlan.from_json(self.meta["nested"], pieces, other)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: {SECTION}.nested is damaged: {error}") from None
 
     @property
     def bytes_read(self) -> int:
@@ -126,15 +166,16 @@ class Checkpoint:
 
     def rows(self, leaf: elastic.Leaf, suffix: str, keep: Mapping[str, int] | None) -> int | None:
         """Entries of a stored tensor's leading axis that a cut keeps; None is all."""
-        if keep is None or leaf.axis is None:
+        axis = leaf.dims[0]
+        if keep is None or axis not in keep:
             return None
-        count = keep[leaf.axis]
+        count = keep[axis]
         if leaf.contract != "first" or not suffix:
             return count
-        if count == elastic.sizes(self.config)[leaf.axis]:
+        if count == elastic.sizes(self.config)[axis]:
             return None
         inner = math.prod(elastic.shape(self.config, leaf)[1:-1])
-        if suffix == ".data":
+        if suffix in (".data", ".leading", ".last"):
             return count * inner // (8 if self.bits == 4 else 1)
         return scale_rows(count, inner, leaf_group(self.meta, leaf), leaf_run(self.meta, leaf))
 
@@ -143,35 +184,75 @@ class Checkpoint:
         """Bits of a weight: 4, 8, 16 or 32."""
         return int(self.meta["bits"])
 
-    def _read(self, name: str, leaf: elastic.Leaf, keep: Mapping[str, int] | None, lazy: bool = False) -> Any:
-        read = self._reader.lazy if lazy else self._reader.read
+    def _read(
+        self,
+        name: str,
+        leaf: elastic.Leaf,
+        keep: Mapping[str, int] | None,
+        full: Mapping[str, int] | None = None,
+        lazy: bool = False,
+    ) -> Any:
+        """A leaf at kept sizes. Nested codes: with all bits, in 4-bit words, and never lazy; or with those of the first
+        `full` entries of each axis, in planes.
+        """
+        nested = parts_of(self.meta) == NESTED
+        read = self._reader.lazy if lazy and not nested else self._reader.read
         if name in self._names:
             return read(name, self.rows(leaf, "", keep))
-        data = read(f"{name}.data", self.rows(leaf, ".data", keep))
-        scale = read(f"{name}.scale", self.rows(leaf, ".scale", keep))
-        return packed(self.config, self.meta, leaf, data, scale, keep)
+        parts = {
+            part: read(f"{name}.{part}", self.rows(leaf, f".{part}", sizes)) for part, sizes in self._parts(keep, full)
+        }
+        return self._made(leaf, parts, keep, full is None)
+
+    def _parts(
+        self, keep: Mapping[str, int] | None, full: Mapping[str, int] | None
+    ) -> Iterator[tuple[str, Mapping[str, int] | None]]:
+        """The stored parts of a packed leaf that are wanted, and at which sizes each."""
+        for part in parts_of(self.meta):
+            if part != "coarse" or full is not None:
+                yield part, full if full is not None and part in ("last", "fine") else keep
+
+    def _made(
+        self, leaf: elastic.Leaf, parts: dict[str, Any], keep: Mapping[str, int] | None, words: bool
+    ) -> QuantizedArray | NestedArray:
+        if "coarse" not in parts and "fine" in parts:
+            parts["coarse"] = parts["fine"]  # 4-bit words do without the former
+        found = assembled(self.config, self.meta, leaf, parts, keep)
+        return found.packed() if words and isinstance(found, NestedArray) else found
 
     def layer(
-        self, i: int, keep: Mapping[str, int] | None = None, shared_whole: bool = False, lazy: bool = False
+        self,
+        i: int,
+        keep: Mapping[str, int] | None = None,
+        shared_whole: bool = False,
+        full: Mapping[str, int] | None = None,
+        lazy: bool = False,
     ) -> dict[str, dict[str, Any]]:
-        """Leaves of layer i, {kind: {leaf: array or QuantizedArray}}, cut to the kept sizes.
+        """Leaves of layer i, {kind: {leaf: array, QuantizedArray or NestedArray}}, cut to the kept sizes.
 
         With `shared_whole` what heads share stays whole: an export holds all of it, whichever pairs a head has lost.
+        `full`: nested codes come in planes, with all bits of so many entries of each axis; None: as 4-bit integers.
         `lazy`: arrays are LazyTensors, of which nothing is read yet.
         """
         return {
             kind: {
                 name: self._read(
-                    f"layers.{i}.{kind}.{name}", leaf, None if shared_whole and leaf.shared else keep, lazy
+                    f"layers.{i}.{kind}.{name}", leaf, None if shared_whole and leaf.shared else keep, full, lazy
                 )
                 for name, leaf in elastic.leaves(self.config, kind).items()
             }
             for kind in self.config.pattern[i]
         }
 
+    def layer_at(self, i: int, setting: Setting, shared_whole: bool = False) -> dict[str, dict[str, Any]]:
+        """`layer` at a setting of the joint plan."""
+        kept = {axis: one for (layer, axis), one in setting.items() if layer == i}
+        keep, full = ({axis: getattr(one, name) for axis, one in kept.items()} for name in Kept._fields)
+        return self.layer(i, keep, shared_whole, full)
+
     def suffix(
         self, i: int, kind: str, name: str, start: Mapping[str, int], keep: Mapping[str, int]
-    ) -> np.ndarray | QuantizedArray:
+    ) -> np.ndarray | QuantizedArray | NestedArray:
         """What a leaf of layer i has at the kept sizes `keep` and lacks at the smaller ones `start`.
 
         Returns:
@@ -187,42 +268,56 @@ class Checkpoint:
         if full in self._names:
             return read("")
         missing = {axis: keep[axis] - start[axis]}
-        return packed(self.config, self.meta, leaf, read(".data"), read(".scale"), missing)
+        return self._made(leaf, {part: read(f".{part}") for part, _ in self._parts(None, None)}, missing, True)
 
-    def top(self, lazy: bool = False) -> dict[str, Any]:
-        """Embedding, final norm and, where the model has them, head_in and head; `lazy` as for `layer`."""
+    def top(self, full: Mapping[str, int] | None = None, lazy: bool = False) -> dict[str, Any]:
+        """Embedding, final norm and, where the model has them, head_in and head; `full` (by leaf) and `lazy` as in
+        `layer`.
+        """
+        first = parts_of(self.meta)[0]
         return {
-            name: self._read(name, leaf, None, lazy)
+            name: self._read(name, leaf, None, None if full is None else {leaf.dims[0]: full.get(name, 0)}, lazy)
             for name, leaf in elastic.TOP.items()
-            if name in self._names or f"{name}.data" in self._names
+            if name in self._names or f"{name}.{first}" in self._names
         }
 
-    def tensor_bytes(self, rate: float = 0.0) -> dict[str, int]:
-        """Name -> bytes of every tensor at a prune rate, from the headers alone."""
-        return {name: end - start for name, _, (start, end) in self._spans(rate)}
+    def top_at(self, setting: Setting) -> dict[str, Any]:
+        """`top` at a setting of the joint plan."""
+        return self.top({name: kept.full for (layer, name), kept in setting.items() if layer == TOP})
 
-    def spans(self, rate: float = 0.0) -> dict[Path, list[tuple[int, int]]]:
-        """File -> (begin, end) of what a prune rate reads of it, from the headers alone."""
+    def tensor_bytes(self, rate: float = 0.0, setting: Setting | None = None) -> dict[str, int]:
+        """Name -> bytes of every tensor at a prune rate, or at a setting of the joint plan, from the headers alone."""
+        return {name: end - start for name, _, (start, end) in self._spans(rate, setting)}
+
+    def spans(self, rate: float = 0.0, setting: Setting | None = None) -> dict[Path, list[tuple[int, int]]]:
+        """File -> (begin, end) of what a prune rate, or a setting, reads of it, from the headers alone."""
         found: dict[Path, list[tuple[int, int]]] = {}
-        for _, path, span in self._spans(rate):
+        for _, path, span in self._spans(rate, setting):
             found.setdefault(path, []).append(span)
         return found
 
-    def _spans(self, rate: float) -> Iterator[tuple[str, Path, tuple[int, int]]]:
+    def _spans(self, rate: float, setting: Setting | None) -> Iterator[tuple[str, Path, tuple[int, int]]]:
         kept = self._kept(rate)
         for name in self._names:
-            rows = None
             base, _, suffix = name.rpartition(".")
-            stem = base if suffix in ("data", "scale") else name
-            if stem.startswith("layers."):
+            stem, suffix = (base, f".{suffix}") if suffix in PACKED + NESTED else (name, "")
+            if setting is None and suffix == ".coarse":
+                continue
+            if stem in elastic.TOP:
+                leaf, sizes = elastic.TOP[stem], None
+                if setting is not None and (TOP, stem) in setting and suffix in (".last", ".fine"):
+                    sizes = {leaf.dims[0]: setting[TOP, stem].full}
+            else:
                 _, index, kind, leaf_name = stem.split(".")
-                suffix = f".{suffix}" if stem is base else ""
-                rows = self.rows(elastic.BLOCKS[kind][leaf_name], suffix, kept[int(index)])
-            yield name, *self._reader.span(name, rows)
+                leaf, sizes = elastic.BLOCKS[kind][leaf_name], kept[int(index)]
+                if setting is not None and leaf.axis is not None:
+                    one = setting[int(index), leaf.axis]
+                    sizes = {leaf.axis: one.full if suffix in (".last", ".fine") else one.entries}
+            yield name, *self._reader.span(name, self.rows(leaf, suffix, sizes))
 
-    def weight_bytes(self, rate: float = 0.0) -> int:
-        """Bytes of all tensors at a prune rate, from the headers alone."""
-        return sum(self.tensor_bytes(rate).values())
+    def weight_bytes(self, rate: float = 0.0, setting: Setting | None = None) -> int:
+        """Bytes of all tensors at a prune rate, or at a setting of the joint plan, from the headers alone."""
+        return sum(self.tensor_bytes(rate, setting).values())
 
 
 def is_elastic(folder: str | Path) -> bool:
@@ -238,72 +333,3 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not Path(folder).expanduser().is_dir():
         raise UserError(f"no such checkpoint folder: {folder}")
     return Checkpoint(folder)
-
-
-class CheckpointWriter:
-    """Writes an elastic checkpoint layer by layer into a folder that exists (stage it: see files.staged_output)."""
-
-    def __init__(
-        self,
-        folder: str | Path,
-        hf_config: Mapping[str, Any],
-        meta: Mapping[str, Any],
-        max_shard_bytes: int = 5 * 10**9,
-    ):
-        self.folder = Path(folder)
-        self._hf_config = dict(hf_config)
-        self._meta = {"format": 2 if meta.get("runs") else 1} | dict(meta)
-        self._shards = ShardWriter(self.folder, max_shard_bytes)
-
-    def add(self, name: str, value: Any) -> None:
-        """One leaf, dense or packed; a packed one becomes two tensors."""
-        for tensor, array in as_stored(value).tensors(name).items():
-            self._shards.add(tensor, array)
-
-    def add_layer(self, i: int, layer: Mapping[str, Mapping[str, Any]]) -> None:
-        """All leaves of one layer."""
-        for kind, block in layer.items():
-            for name, value in block.items():
-                self.add(f"layers.{i}.{kind}.{name}", value)
-
-    def add_top(self, top: Mapping[str, Any]) -> None:
-        """Leaves outside the layers."""
-        for name, value in top.items():
-            self.add(name, value)
-
-    def finish(self, side_files_of: str | Path | None = None) -> int:
-        """Write what is left, config.json and side files; returns the bytes of all tensors."""
-        self._shards.finish()
-        config = self._hf_config | {SECTION: self._meta}
-        (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        if side_files_of is not None:
-            copy_side_files(side_files_of, self.folder)
-        return self._shards.total_bytes
-
-
-def stored(leaf: elastic.Leaf, value: Any, dtype: Any, name: str) -> Shaped[np.ndarray, "..."]:
-    """How a dense leaf is kept on disk: matrices in `dtype`, vectors in float32.
-
-    Args:
-        leaf: the row of `elastic.BLOCKS` or `elastic.TOP` that describes it.
-        value: its numbers.
-        dtype: of matrices.
-        name: of the tensor, for the message.
-
-    Raises:
-        UserError: naming the tensor, where a finite value lies beyond the range of the format.
-    """
-    return cast(name, value, dtype if leaf.contract else np.float32)
-
-
-def reachable_bias(config: ModelConfig, kind: str, block: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored block whose o_bias is one that a value bias can give, where the family has no output bias of its own.
-
-    What rounding took from O, a value bias would lose as well; so the model can be written in its family's own form.
-    """
-    if "o_bias" not in elastic.leaves(config, kind) or config.o_bias:
-        return dict(block)
-    v, o, bias = (np.asarray(dense(block[name])) for name in ("v", "o", "o_bias"))
-    if free_rank(v, o) is not None:
-        return dict(block)
-    return dict(block) | {"o_bias": value_bias(o, bias, config.kv_heads)[1]}

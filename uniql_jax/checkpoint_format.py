@@ -22,7 +22,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.weights.runs import scale_rows
 
-FORMATS = (1, 2)
+FORMATS = (1, 2, 3)
 SECTION = "uniql"
 SCHEMA = Path(__file__).parent / "schemas" / "checkpoint.json"
 
@@ -58,7 +58,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def check_section(section: Any, path: Path) -> None:
-    """Refuse a section `uniql` that is not of format 1; `path` names its file. Raises UserError."""
+    """Refuse a section `uniql` that breaks its format; `path` names its file. Raises UserError."""
     if not isinstance(section, dict):
         raise UserError(f"{path}: {SECTION} must be an object, not {_shown(section)}")
     found = section.get("format")
@@ -68,10 +68,17 @@ def check_section(section: Any, path: Path) -> None:
         raise UserError(f"{path.parent} has checkpoint format {_shown(found)}; this version reads {readable}{advice}")
     if found == 1 and section.get("runs"):
         raise UserError(f"{path}: {SECTION}.runs is of format 2, but the format is 1")
+    if found < FORMATS[-1] and section.get("nested") is not None:
+        raise UserError(f"{path}: {SECTION}.nested is of format {FORMATS[-1]}, but the format is {found}")
     # The cuts of a large plan are thousands, and `check_plan` looks at each of them anyway.
     light, plan = dict(section), section.get("plan")
     if isinstance(plan, dict) and isinstance(plan.get("order"), list):
         light["plan"] = plan | {"order": []}
+    nested = section.get("nested")
+    if isinstance(nested, dict):
+        if not all(isinstance(nested.get(key), list) for key in ("steps", "bytes", "losses")):
+            raise UserError(f"{path}: {SECTION}.nested lacks its lists steps, bytes and losses")
+        light["nested"] = nested | {"steps": [], "bytes": [], "losses": []}
     errors = list(_validator().iter_errors(light))
     for error in errors:
         where, said = _explained(error)
@@ -194,6 +201,15 @@ def _check_order(plan: Mapping[str, Any], axes: list[tuple[str, ...]], refuse: A
             refuse("order", f"cuts {axis!r} of layer {layer} {count} times, but there are {possible} cuts")
 
 
+PACKED, NESTED = ("data", "scale"), ("leading", "last", "fine", "coarse")
+"""Parts of a packed leaf, and of one of nested codes; a tensor each."""
+
+
+def parts_of(section: Mapping[str, Any]) -> tuple[str, ...]:
+    """Parts of every packed leaf of a checkpoint."""
+    return NESTED if section.get("nested") is not None else PACKED
+
+
 def leaf_group(section: Mapping[str, Any], leaf: elastic.Leaf) -> int:
     """Quantization group of a leaf: along the hidden size, or along the elastic axis that it contracts."""
     return int(section["groups"]["embed" if leaf.contract == "last" else leaf.dims[0]])
@@ -220,6 +236,14 @@ def expected_tensors(
         last = leaf.contract == "last"
         lead, width = (shape[:-1], shape[-1]) if last else (shape[-1:], math.prod(shape[:-1]))
         group, run = leaf_group(section, leaf), leaf_run(section, leaf)
+        if parts_of(section) == NESTED:
+            groups = -(-width // group)
+            planes = groups * group // 8
+            kept = {"leading": (3, planes), "last": (planes,), "fine": (groups,), "coarse": (groups,)}
+            for part, own in kept.items():
+                kind = _BF16 if part in ("fine", "coarse") else np.dtype(np.uint8)
+                wanted[f"{name}.{part}"] = ((kind,), (*lead, *own) if last else (*own[::-1], *lead))
+            return
         groups = -(-width // group) if run == 1 else scale_rows(shape[0], math.prod(shape[1:-1]), group, run)
         stored = (groups * group if run == 1 else width) // (8 if section["bits"] == 4 else 1)
         kind = np.dtype(np.int32 if section["bits"] == 4 else np.int8)

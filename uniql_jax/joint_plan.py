@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from uniql_jax.plan import next_cut
+from uniql_jax import elastic
+from uniql_jax.config import ModelConfig
+from uniql_jax.plan import LAYER_CAP, Plan, next_cut
 
+BIT, UNIT = "bit", "unit"
+"""What a step takes, in a checkpoint's plan."""
 TOP = -1
 """Layer of the pieces outside the layers, whose axis is the name of the leaf."""
 
@@ -26,7 +31,8 @@ class Piece(NamedTuple):
     """An axis of a layer, or a matrix that is not pruned.
 
     layer, axis: names of it, see TOP. size, unit: entries, and entries that go together. bit, rest: bytes that an
-    entry's last bit holds, and all else of it. most: the largest fraction that may be dropped.
+    entry's last bit holds, and all else of it. most: the largest fraction that may be dropped. spare_bit, spare_rest:
+    bytes of padding, which go with the last unit's last bit, and with that unit.
     """
 
     layer: int
@@ -36,6 +42,13 @@ class Piece(NamedTuple):
     bit: float
     rest: float
     most: float
+    spare_bit: float = 0.0
+    spare_rest: float = 0.0
+
+    @property
+    def bytes(self) -> float:
+        """All that it holds."""
+        return self.size * (self.bit + self.rest) + self.spare_bit + self.spare_rest
 
 
 class Kept(NamedTuple):
@@ -54,22 +67,24 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class JointPlan:
-    """The pieces of a model, the bytes of what none of them holds, and the steps from the cheapest to the dearest."""
+    """The pieces of a model, the bytes of what none of them holds, the steps from the cheapest to the dearest, and what
+    each is estimated to lose.
+    """
 
     pieces: tuple[Piece, ...]
     other: float
     steps: tuple[Step, ...]
+    losses: tuple[float, ...] = ()
 
     @functools.cached_property
     def bytes(self) -> Float[np.ndarray, " _"]:
         """Bytes of the model after each number of steps."""
         kept = [Kept(piece.size, piece.size) for piece in self.pieces]
-        total = [self.other + sum(piece.size * (piece.bit + piece.rest) for piece in self.pieces)]
+        total = [self.other + sum(piece.bytes for piece in self.pieces)]
         for step in self.steps:
             piece, before = self.pieces[step.piece], kept[step.piece]
             kept[step.piece] = after = _taken(piece, before, step.drop)
-            saved = (before.full - after.full) * piece.bit + (before.entries - after.entries) * piece.rest
-            total.append(total[-1] - saved)
+            total.append(total[-1] - _saved(piece, before, after))
         return np.asarray(total)
 
     def count(self, budget: float) -> int:
@@ -89,6 +104,49 @@ class JointPlan:
         for step in self.steps[:count]:
             kept[step.piece] = _taken(self.pieces[step.piece], kept[step.piece], step.drop)
         return {(piece.layer, piece.axis): one for piece, one in zip(self.pieces, kept, strict=True)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for config.json: bytes before the first step and after each, and the loss of each."""
+        names = [(piece.layer, piece.axis) for piece in self.pieces]
+        return {
+            "leading_bits": 3,
+            "steps": [[*names[step.piece], UNIT if step.drop else BIT] for step in self.steps],
+            "bytes": [round(size) for size in self.bytes.tolist()],
+            "losses": list(self.losses),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], pieces: Sequence[Piece], other: float) -> JointPlan:
+        """Inverse of `to_json`, for the pieces of the model and the bytes of the rest.
+
+        Raises:
+            ValueError: the steps do not fit the pieces, or the bytes are not theirs.
+        """
+        index = {(piece.layer, piece.axis): number for number, piece in enumerate(pieces)}
+        steps = []
+        kept = [Kept(piece.size, piece.size) for piece in pieces]
+        for number, (layer, axis, what) in enumerate(data["steps"]):
+            if (layer, axis) not in index:
+                raise ValueError(f"step {number} names {axis!r} of layer {layer}, which the model lacks")
+            step = Step(index[layer, axis], what == UNIT)
+            piece, before = pieces[step.piece], kept[step.piece]
+            kept[step.piece] = after = _taken(piece, before, step.drop)
+            if after == before or after.full > after.entries:
+                raise ValueError(f"step {number} takes what {axis!r} of layer {layer} has not")
+            steps.append(step)
+        if len(data["losses"]) != len(steps):
+            raise ValueError(f"there are {len(steps)} steps and {len(data['losses'])} losses")
+        plan = cls(tuple(pieces), other, tuple(steps), tuple(map(float, data["losses"])))
+        if [round(size) for size in plan.bytes.tolist()] != data["bytes"]:
+            raise ValueError("the bytes are not those of the steps")
+        return plan
+
+
+def _saved(piece: Piece, before: Kept, after: Kept) -> float:
+    """Bytes that a step frees."""
+    saved = (before.full - after.full) * piece.bit + (before.entries - after.entries) * piece.rest
+    saved += piece.spare_bit * (before.full == piece.size > after.full)
+    return saved + piece.spare_rest * (before.entries == piece.size > after.entries)
 
 
 def _taken(piece: Piece, kept: Kept, drop: bool) -> Kept:
@@ -129,7 +187,52 @@ def make_joint_plan(
         steps = _priced(piece, bits, np.asarray(drops, np.float64) * drop_price if pruned else None)
         found += [(price, index, place, Step(index, drop)) for place, (price, drop) in enumerate(steps)]
     found.sort(key=lambda one: one[:3])
-    return JointPlan(tuple(pieces), other, tuple(step for *_, step in found))
+    plan = JointPlan(tuple(pieces), other, tuple(step for *_, step in found))
+    lost = [price * saved for (price, *_), saved in zip(found, -np.diff(plan.bytes), strict=True)]
+    return dataclasses.replace(plan, losses=tuple(float(one) for one in lost))
+
+
+def pieces_of(config: ModelConfig, plan: Plan, groups: Mapping[str, int]) -> list[Piece]:
+    """Every elastic axis of every layer, and embedding and head, with the bytes of nested codes.
+
+    Args:
+        config: the model.
+        plan: its units.
+        groups: weights that share a scale, by contracted dimension.
+    """
+    found = []
+    for layer, kinds in enumerate(config.pattern):
+        for axis in elastic.layer_axes(config, kinds):
+            leaves = [leaf for kind in kinds for leaf in elastic.leaves(config, kind).values() if leaf.axis == axis]
+            each = [_entry_bytes(config, leaf, groups) for leaf in leaves]
+            bit, rest, spare_bit, spare_rest = (sum(column) for column in zip(*each, strict=True))
+            size, unit = plan.sizes[axis], plan.units[axis]
+            found.append(Piece(layer, axis, size, unit, bit, rest, LAYER_CAP, spare_bit, spare_rest))
+    for name in ("embed",) if config.tie_embeddings else ("embed", "head"):
+        bit, rest, *_ = _entry_bytes(config, elastic.TOP[name], groups)
+        found.append(Piece(TOP, name, config.vocab_size, config.vocab_size, bit, rest, 0.0))
+    return found
+
+
+def _entry_bytes(
+    config: ModelConfig, leaf: elastic.Leaf, groups: Mapping[str, int]
+) -> tuple[float, float, float, float]:
+    """Of an entry of the leading axis: bytes of the last bit and of all else, then those of padding."""
+    shape = elastic.shape(config, leaf)
+    if leaf.contract is None:
+        return 0.0, 4.0 * math.prod(shape[1:]), 0.0, 0.0
+    if leaf.contract == "last":
+        group = groups["embed"]
+        across = -(-shape[-1] // group)
+        scales, bits = 2 * across * math.prod(shape[1:-1]), across * group * math.prod(shape[1:-1]) / 8
+        return bits + scales, 3 * bits + scales, 0.0, 0.0
+    group, width, features = groups[leaf.dims[0]], math.prod(shape[:-1]), shape[-1]
+    inner, spare = math.prod(shape[1:-1]), -width % group
+    scale = 2 / group
+    return (
+        inner * features * (1 / 8 + scale), inner * features * (3 / 8 + scale),
+        spare * features * (1 / 8 + scale), spare * features * (3 / 8 + scale),
+    )  # fmt: skip
 
 
 def _priced(

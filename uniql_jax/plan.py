@@ -31,7 +31,7 @@ def check_rate(rate: float) -> float:
     """The rate itself, or a UserError when it is not a number from 0 to 0.35."""
     if not isinstance(rate, numbers.Real) or not -1e-9 <= rate <= MAX_PRUNE_RATE + 1e-9:
         raise UserError(f"prune rate must be a number from 0 to {MAX_PRUNE_RATE}, not {rate!r}")
-    return min(max(float(rate), 0.0), MAX_PRUNE_RATE)
+    return min(max(0.0, float(rate)), MAX_PRUNE_RATE)  # this order makes 0.0 of -0.0, too
 
 
 def group_and_unit(count: int, inner: int, least: int) -> tuple[int, int]:

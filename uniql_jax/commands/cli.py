@@ -196,6 +196,11 @@ def memory_size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def memory_sizes(text: str) -> list[int]:
+    """Argument type: sizes joined by commas; repeated ones count once."""
+    return list(dict.fromkeys(memory_size(part) for part in text.split(",")))
+
+
 def bounded_int(low: int, high: int) -> Callable[[str], int]:
     """Argument type factory: an integer in [low, high]."""
 

@@ -70,6 +70,7 @@ def _settings(args: Any) -> CompressionSettings:
     return dataclasses.replace(
         DEFAULTS,
         bits=args.bits,
+        nested=args.nested_bits,
         groups=args.groups,
         seed=args.seed,
         mlp_score=args.mlp_score,

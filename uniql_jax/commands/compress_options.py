@@ -33,6 +33,10 @@ examples:
     python -m uniql_jax.compress --ckpt path/to/model --out elastic --recover notes/ own.npy --recover-rank 0 \\
         --recover-adapt 300 --recover-distill 0.9 --recover-steps 3000 --recover-tune 10000
 
+  every size from 4 bits down to pruned 3 bits, in the order of what each byte is worth:
+    python -m uniql_jax.compress --ckpt path/to/model --out elastic --nested-bits
+    python -m uniql_jax.generate --ckpt elastic --memory-budget 50MB --prompt "Once upon a time"
+
   go on after a kill (the same options again; the bytes will be those of a run that was never killed):
     python -m uniql_jax.compress --ckpt path/to/model --out elastic --resume
 
@@ -66,6 +70,13 @@ def parser() -> cli.Parser:
         choices=choices.BITS,
         default=DEFAULTS.bits,
         help="of a weight; 16 sorts but does not quantize",
+    )
+    parser.add_argument(
+        "--nested-bits",
+        action="store_true",
+        help="4 bits whose leading 3 are a model of their own: one checkpoint for every budget of bytes, where last "
+        "bits and pruned units go in the order of what they lose (load with --memory-budget); no --recover-tune, "
+        "no portable groups",
     )
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run of the same settings")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR, if it is a model, once all is done")

@@ -10,6 +10,8 @@ from uniql_jax.errors import UserError
 from uniql_jax.evaluation import plot
 from uniql_jax.outputs import check_output_files
 
+RATES = "0,0.15,0.25,0.35"
+
 
 def parser() -> cli.Parser:
     """The arguments of the command."""
@@ -22,8 +24,13 @@ def parser() -> cli.Parser:
     )
     cli.add_revision(parser)
     parser.add_argument(
-        "--prune-rates", type=cli.prune_rates, default="0,0.15,0.25,0.35", metavar="R,R,...", help="rates to measure"
-    )
+        "--prune-rates", type=cli.prune_rates, metavar="R,R,...",
+        help=f"rates to measure (default: {RATES}, or none where budgets are named)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--memory-budget", type=cli.memory_sizes, default=(), metavar="SIZE,SIZE,...",
+        help="also the largest size whose weights fit each: by least pruning, or by the plan of nested bits",
+    )  # fmt: skip
     parser.add_argument(
         "--text",
         nargs="+",
@@ -69,6 +76,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--fewshot counts the examples in a prompt of --tasks")
     if args.limit and not args.tasks:
         raise UserError("--limit counts the questions of --tasks; text is cut by --max-tokens")
+    if args.plot and args.memory_budget and not args.prune_rates:
+        raise UserError("--plot draws rates: name them with --prune-rates as well")
     if args.plot and not args.text:
         raise UserError("--plot draws perplexity, which wants --text")
     for option, value in (("--window", args.window), ("--max-tokens", args.max_tokens)):
@@ -87,9 +96,10 @@ def main(argv: list[str]) -> None:
 
     if args.tasks:
         tasks.require()
+    rates = args.prune_rates if args.prune_rates or args.memory_budget else cli.prune_rates(RATES)
     rows = evaluate(
         hub.local(args.ckpt, args.revision),
-        args.prune_rates,
+        rates or [],
         args.text or [],
         window=args.window,
         max_tokens=args.max_tokens,
@@ -99,6 +109,7 @@ def main(argv: list[str]) -> None:
         asked=args.tasks or [],
         limit=args.limit,
         fewshot=args.fewshot,
+        budgets=args.memory_budget,
         progress=console.progress,
         say=tqdm.write,  # prints above a progress bar, not into it
         plan=print,
@@ -107,4 +118,4 @@ def main(argv: list[str]) -> None:
     if args.json:
         console.write_whole(args.json, json.dumps(rows, indent=1, allow_nan=False) + "\n")
     if args.plot:
-        plot.rate_curve([row for row in rows if "stderr" not in row], args.plot)
+        plot.rate_curve([row for row in rows if "stderr" not in row and "memory_budget" not in row], args.plot)

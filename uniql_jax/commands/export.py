@@ -30,7 +30,12 @@ def parser() -> cli.Parser:
     parser.add_argument("checkpoint", metavar="DIR", help="elastic checkpoint, or its hub id (owner/name)")
     cli.add_revision(parser)
     parser.add_argument("out", metavar="OUT", help="folder to create; for gguf also a file NAME.gguf")
-    parser.add_argument("--prune-rate", type=cli.prune_rate, default=0.0, metavar="R", help="0 to 0.35")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--prune-rate", type=cli.prune_rate, default=0.0, metavar="R", help="0 to 0.35")
+    size.add_argument(
+        "--memory-budget", type=cli.memory_size, metavar="SIZE",
+        help="the largest size whose weights in the checkpoint fit: by least pruning, or by the plan of nested bits",
+    )  # fmt: skip
     parser.add_argument("--format", choices=FORMATS, default="transformers", metavar="F", help=", ".join(FORMATS))
     parser.add_argument(
         "--dtype",
@@ -60,17 +65,23 @@ def main(argv: list[str]) -> None:
     from uniql_jax.convert.exporting import Request
     from uniql_jax.convert.formats import export_as
     from uniql_jax.runtime import hub
+    from uniql_jax.runtime.choice import choose
     from uniql_jax.tokenizer import load_tokenizer
 
     folder = hub.local(args.checkpoint, args.revision)
+    rate, setting = args.prune_rate, None
+    if args.memory_budget is not None:
+        chosen = choose(open_checkpoint(folder), args.memory_budget)
+        rate, setting = chosen.rate, chosen.setting
     if folder != args.checkpoint:
-        hub.complete(open_checkpoint(folder), args.prune_rate)
+        hub.complete(open_checkpoint(folder), rate, setting)
     export_as(
         args.format,
         Request(
             folder,
             args.out,
-            args.prune_rate,
+            rate,
+            setting=setting,
             dtype=args.dtype,
             max_shard_bytes=args.max_shard_size,
             overwrite=args.overwrite,

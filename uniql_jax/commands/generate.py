@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     from uniql_jax.checkpoint import open_checkpoint
     from uniql_jax.runtime import hub
     from uniql_jax.runtime.generation import generate
-    from uniql_jax.runtime.loading import load
+    from uniql_jax.runtime.loading import load_size
     from uniql_jax.runtime.prompts import check_prompt
     from uniql_jax.runtime.text import Folder, folder_tokenizer, prompt_ids
     from uniql_jax.weights.split import device_mesh
@@ -42,19 +42,20 @@ def main(argv: list[str]) -> None:
     device_mesh(args.devices)
     args.ckpt = hub.local(args.ckpt, args.revision)
     checkpoint = open_checkpoint(args.ckpt)
-    rate = serving.choose_rate(checkpoint, args)
+    size = serving.choose_size(checkpoint, args)
     tokenizer = folder_tokenizer(Folder(args.ckpt))
     if tokenizer is None:
         raise UserError("this checkpoint has no tokenizer, which a prompt needs")
     ids = prompt_ids(tokenizer, args.prompt, args.chat)[None]
     check_prompt(checkpoint.config, ids, np.ones(ids.shape, np.int32), args.max_new_tokens)
-    cache = console.format_bytes(serving.cache_size(checkpoint, rate, ids.size, args.max_new_tokens))
+    cache = console.format_bytes(serving.cache_size(checkpoint, size, ids.size, args.max_new_tokens, args.cache_bits))
     plan = (
-        f"{serving.describe(args.ckpt, checkpoint, rate)}; cache {cache} for {ids.size} + {args.max_new_tokens} tokens"
+        f"{serving.describe(args.ckpt, checkpoint, size.rate, size, args.devices)}; "
+        f"cache {cache} for {ids.size} + {args.max_new_tokens} tokens"
     )
     print(plan, file=sys.stderr)
-    model = load(args.ckpt, rate, devices=args.devices)
-    pieces = generate(model, args.prompt, chat=args.chat, tokenizer=tokenizer, **settings)
+    model = load_size(checkpoint, size, devices=args.devices)
+    pieces = generate(model, args.prompt, chat=args.chat, tokenizer=tokenizer, cache_bits=args.cache_bits, **settings)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

@@ -17,6 +17,9 @@ examples:
   what each layer keeps at prune rate 0.25, and a picture of the plan:
     uniql inspect elastic --prune-rate 0.25 --plot plan.png
 
+  which kernels run on this machine:
+    uniql inspect --kernels
+
   for a program:
     uniql inspect elastic --json -
 """
@@ -31,11 +34,16 @@ def parser() -> cli.Parser:
         epilog=EXAMPLES,
         formatter_class=cli.ExamplesHelp,
     )
-    parser.add_argument("checkpoint", metavar="DIR", help="elastic checkpoint, or its hub id (owner/name)")
+    parser.add_argument("checkpoint", metavar="DIR", nargs="?", help="elastic checkpoint, or its hub id (owner/name)")
+    parser.add_argument(
+        "--kernels", action="store_true", help="which kernels run on this machine, and why others do not; needs no DIR"
+    )
     cli.add_revision(parser)
     parser.add_argument("--rates", type=cli.prune_rates, metavar="R,R,...", help="of the table (default: 0 to 0.35)")
-    parser.add_argument(
-        "--prune-rate", type=cli.prune_rate, metavar="R", help="list what each layer keeps at this rate"
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--prune-rate", type=cli.prune_rate, metavar="R", help="list what each layer keeps at this rate")
+    size.add_argument(
+        "--memory-budget", type=cli.memory_size, metavar="SIZE", help="list what each layer keeps at what fits it"
     )
     parser.add_argument("--context", type=cli.positive_int, default=4096, metavar="N", help="tokens whose state counts")
     parser.add_argument(
@@ -48,7 +56,15 @@ def parser() -> cli.Parser:
 
 def main(argv: list[str]) -> None:
     """Run the command; raises UserError."""
-    args = parser().parse_args(argv)
+    found_parser = parser()
+    args = found_parser.parse_args(argv)
+    if args.kernels:
+        if args.checkpoint is not None:
+            found_parser.error("--kernels is about this machine: give no checkpoint")
+        print(kernels())
+        return
+    if args.checkpoint is None:
+        found_parser.error("give an elastic checkpoint, or --kernels")
     from uniql_jax import console  # here: `--help` and argument errors need none of this
     from uniql_jax.evaluation.describe import describe_checkpoint
     from uniql_jax.outputs import check_output_files
@@ -62,13 +78,17 @@ def main(argv: list[str]) -> None:
         require_matplotlib()
     args.checkpoint = hub.local(args.checkpoint, args.revision)
     found = describe_checkpoint(
-        args.checkpoint, rates=args.rates, prune_rate=args.prune_rate or 0.0, context=args.context
+        args.checkpoint,
+        rates=args.rates,
+        prune_rate=args.prune_rate or 0.0,
+        context=args.context,
+        budget=args.memory_budget,
     )
     text = json.dumps(found, indent=1) + "\n"
     if args.json == "-":
         sys.stdout.write(text)
     else:
-        print(report(found, with_layers=args.prune_rate is not None))
+        print(report(found, with_layers=args.prune_rate is not None or args.memory_budget is not None))
         if args.json:
             console.write_whole(args.json, text)
     if args.plot:
@@ -76,6 +96,31 @@ def main(argv: list[str]) -> None:
         from uniql_jax.evaluation.plan_plot import plan_map
 
         plan_map(open_checkpoint(args.checkpoint), args.plot)
+
+
+def kernels() -> str:
+    """Which kernels run on this machine, for people; each that can run is tried."""
+    import warnings
+
+    from uniql_jax import console
+    from uniql_jax.pallas_kernels import dispatch, status
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # all of it stands in the table
+        rows = [[row.name, "yes" if row.runs else "no", row.reason] for row in status.rows()]
+    lines = [
+        status.device(),
+        "",
+        console.table([list(pair) for pair in status.defaults()], ["product or block", "runs by default"]),
+        "",
+        console.table(rows, ["kernel", "runs here", "why not"]),
+    ]
+    if named := dispatch.named():
+        lines.insert(1, f"{dispatch.VARIABLE} asks for {named}")
+    if dispatch.REFUSALS:
+        refused = [list(refusal) for refusal in dispatch.REFUSALS]
+        lines += ["", console.table(refused, ["refused in this process", "kernel", "why"])]
+    return "\n".join(lines)
 
 
 def report(found: Mapping[str, Any], with_layers: bool = False) -> str:
@@ -105,8 +150,16 @@ def report(found: Mapping[str, Any], with_layers: bool = False) -> str:
             ["prune rate", "kept", "parameters", "weights", f"state after {found['context']} tokens"],
         ),
     ]
+    if nested := found["nested"]:
+        lines += [
+            "",
+            f"nested bits: the leading {nested['leading_bits']} are a model of their own; budgets from "
+            f"{console.format_bytes(nested['most_bytes'])} to {console.format_bytes(nested['least_bytes'])} in "
+            f"{nested['steps']} steps",
+        ]
     if with_layers:
-        lines += ["", f"kept sizes at prune rate {found['prune_rate']:g}:", _layer_table(found["layers"])]
+        title = f"kept sizes at {found['size'] or 'prune rate ' + format(found['prune_rate'], 'g')}"
+        lines += ["", f"{title}:", _layer_table(found["layers"])]
     return "\n".join(lines)
 
 
@@ -118,12 +171,18 @@ def _layer_table(layers: list[dict[str, Any]]) -> str:
         [
             layer["layer"],
             "+".join(layer["blocks"]),
-            *(f"{layer['kept'][a]}/{layer['full'][a]}" if a in layer["kept"] else None for a in axes),
+            *(_cell(layer, axis) if axis in layer["kept"] else None for axis in axes),
             console.format_bytes(layer["weight_bytes"]),
         ]
         for layer in layers
     ]
     return console.table(rows, ["layer", "blocks", *axes, "weights"])
+
+
+def _cell(layer: dict[str, Any], axis: str) -> str:
+    """Entries kept of all, and how many of them have all bits, where that is not all of them."""
+    kept, full = layer["kept"][axis], layer.get("all_bits", layer["kept"])[axis]
+    return f"{kept}/{layer['full'][axis]}" + (f" ({full} at 4 bits)" if full < kept else "")
 
 
 def _short(value: Any) -> str:

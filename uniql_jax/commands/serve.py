@@ -77,6 +77,10 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--context", type=cli.positive_int, metavar="N", help="tokens of a text, prompt and answer (default: 2048)")
     add("--batch", type=cli.positive_int, default=1, metavar="N", help="texts at a time; others wait")
+    add(
+        "--other-rates", type=cli.bounded_int(0, 99), metavar="N", help="prune rates at a time that calls may ask for "
+        "(NAME@RATE) in addition to the server's, each with a cache of its own (default: 2; with a budget 0)",
+    )  # fmt: skip
     add("--warm-up", type=cli.prune_rates, metavar="R,R,...", help="compile these rates before it listens")
     add(
         "--watch", type=cli.bounded_float(0.1), metavar="S", help="look at free memory every S seconds, change the rate"
@@ -175,6 +179,7 @@ def _run(args: argparse.Namespace, keys: Any, limits: Any, loopback: bool, quali
         rate=args.prune_rate,
         context=args.context,
         batch=args.batch,
+        other_rates=args.other_rates,
         say=note,
     )
     if session.tokenizer is None:

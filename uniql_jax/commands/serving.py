@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uniql_jax import console
 from uniql_jax.commands import cli
-from uniql_jax.errors import UserError
-from uniql_jax.limits import MAX_PRUNE_RATE
 
-STEPS = 350  # rates tried for a budget: every 0.001
+if TYPE_CHECKING:
+    from uniql_jax.checkpoint import Checkpoint
+    from uniql_jax.runtime.choice import Choice
 
 
 def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -24,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     size.add_argument("--prune-rate", type=cli.prune_rate, default=0.0, metavar="R", help="0 (all) to 0.35 (smallest)")
     size.add_argument(
         "--memory-budget", type=cli.memory_size, metavar="SIZE",
-        help="3GiB, 900MB, 0.5G: least pruning whose weights fit it",
+        help="3GiB, 900MB, 0.5G: the largest size whose weights fit, by least pruning or by the plan of nested bits",
     )  # fmt: skip
     add("--max-new-tokens", type=cli.positive_int, default=max_new_tokens, metavar="N", help="tokens to make")
     add("--temperature", type=cli.bounded_float(0), default=0.0, metavar="T", help="0: always the likeliest token")
@@ -34,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     )  # fmt: skip
     add("--top-k", type=cli.natural_int, default=0, metavar="K", help="draw from the K likeliest tokens; 0 is off")
     add("--seed", type=cli.natural_int, default=0, metavar="N", help="for a temperature above 0")
+    add("--cache-bits", type=int, choices=(8, 16), default=16, help="of keys and values; 8: int8, half the memory")
     cli.add_compilation_cache(parser)
 
 
@@ -46,47 +46,37 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in (*names, "seed")}
 
 
-def choose_rate(checkpoint: Any, args: argparse.Namespace) -> float:
-    """--prune-rate, or the least that fits --memory-budget, which is then said on stderr. Raises UserError."""
+def choose_size(checkpoint: Checkpoint, args: argparse.Namespace) -> Choice:
+    """--prune-rate, or what fits --memory-budget, which is then said on stderr. Raises UserError."""
+    from uniql_jax.runtime.choice import Choice, choose
+
     if args.memory_budget is None:
-        checkpoint.weight_bytes(args.prune_rate)  # an unsorted one refuses rates above 0
-        return args.prune_rate
-    limit = MAX_PRUNE_RATE if checkpoint.plan else 0.0
-    rate = rate_for_budget(checkpoint.weight_bytes, args.memory_budget, limit)
-    size, budget = console.format_bytes(checkpoint.weight_bytes(rate)), console.format_bytes(args.memory_budget)
-    print(f"prune rate {rate:g}: {size} of weights fit {budget}", file=sys.stderr)
-    return rate
+        # an unsorted one refuses rates above 0
+        return Choice(checkpoint.weight_bytes(args.prune_rate), args.prune_rate)
+    found = choose(checkpoint, args.memory_budget)
+    size, budget = console.format_bytes(found.bytes), console.format_bytes(args.memory_budget)
+    print(f"{found}: {size} of weights fit {budget}", file=sys.stderr)
+    return found
 
 
-def rate_for_budget(weight_bytes: Callable[[float], int], budget: int, limit: float) -> float:
-    """The smallest prune rate from 0 to `limit` whose weights fit `budget` bytes, to a thousandth.
-
-    Raises UserError when not even `limit` fits.
-    """
-    if weight_bytes(limit) > budget:
-        least = console.format_bytes(weight_bytes(limit))
-        raise UserError(f"{console.format_bytes(budget)} is too little: the weights take {least} at prune rate {limit}")
-    low, high = 0, STEPS  # sizes fall with the rate, so halving finds the first that fits
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if weight_bytes(middle * limit / STEPS) <= budget else (middle + 1, high)
-    return round(low * limit / STEPS, 6)
-
-
-def cache_size(checkpoint: Any, rate: float, prompt: int, new: int) -> int:
+def cache_size(checkpoint: Checkpoint, size: Choice, prompt: int, new: int, bits: int = 16) -> int:
     """Bytes of the cache for a prompt of so many tokens and `new` more, padding included."""
     from uniql_jax.model.decoding import cache_bytes
-    from uniql_jax.runtime.generation import bucket, room
+    from uniql_jax.runtime.generation import room
+    from uniql_jax.runtime.lengths import read_slots, slots_for
     from uniql_jax.runtime.loading import default_dtype
 
-    return cache_bytes(checkpoint.config, checkpoint.keep(rate), 1, bucket(prompt) + room(new), default_dtype())
+    slots = slots_for(max(prompt + room(new), read_slots(prompt)))
+    return cache_bytes(checkpoint.config, size.keep(checkpoint), 1, slots, default_dtype(), bits)
 
 
-def describe(ckpt: str, checkpoint: Any, rate: float) -> str:
+def describe(ckpt: str, checkpoint: Checkpoint, rate: float, size: Choice | None = None, devices: int = 1) -> str:
     """The model's part of a plan, in a line."""
     from uniql_jax.evaluation.timing import device_name
 
     return (
-        f"{ckpt}: {checkpoint.config.model_type}, {checkpoint.bits} bits, rate {rate:g}, "
-        f"{console.format_bytes(checkpoint.weight_bytes(rate))} of weights; {device_name()}"
+        f"{ckpt}: {checkpoint.config.model_type}, {checkpoint.bits} bits, "
+        f"{f'rate {rate:g}' if size is None or size.setting is None else size}, "
+        f"{console.format_bytes(checkpoint.weight_bytes(rate) if size is None else size.bytes)} of weights; "
+        f"{device_name(devices)}"
     )

@@ -18,7 +18,7 @@ from uniql_jax.compression.processes import Processes
 from uniql_jax.compression.writer import Future, Writer
 from uniql_jax.files import load_tensors, save_tensors
 from uniql_jax.outputs import sync
-from uniql_jax.weights.quantized import QuantizedArray
+from uniql_jax.weights.protocol import as_stored
 
 
 def layer_name(index: int) -> str:
@@ -81,8 +81,8 @@ class LayerStore:
     def _save(self, path: Path, tensors: Mapping[str, Any], record: Mapping[str, Any] | None) -> None:
         flat: dict[str, Any] = {}
         for key, value in tensors.items():
-            if isinstance(value, QuantizedArray):
-                flat[f"{key}.data"], flat[f"{key}.scale"] = value.data, value.scale
+            if hasattr(value, "take_prefix"):
+                flat |= as_stored(value).tensors(key)
             else:
                 flat[key] = value
         contiguous = {key: np.ascontiguousarray(value) for key, value in narrowed(flat).items()}

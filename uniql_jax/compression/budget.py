@@ -19,7 +19,7 @@ SHARE = 0.9
 """Of a device's memory that is planned for: allocators need room."""
 HOST_BASE = {"cpu": 2**30, "gpu": 5 * 2**30}
 """What Python, JAX and the compiled programs take of the host."""
-RUNNING = 5
+RUNNING = 5  # one more where nested codes have a second model
 """Streams in memory in addition to those that are held: before and after a layer, of values and gradients, and one on
 its way to the disk."""
 HELD = 0.8
@@ -132,7 +132,7 @@ def _memory(config: ModelConfig, settings: CompressionSettings, resources: Resou
     if resources.devices is not None and resources.devices > devices:
         raise UserError(f"--devices {resources.devices}: this machine has {devices}")
     host = min(resources.max_host_memory or available_host(), available_host())
-    streams = RUNNING * one
+    streams = (RUNNING + settings.nested) * one
     if total is None:
         room = host - HOST_BASE["cpu"] - streams
     else:

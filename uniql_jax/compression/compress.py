@@ -104,7 +104,7 @@ def compress(
             check_space(work.folder, smallest.disk)
         windows, recovery = read()
         count, length = windows.tokens.shape
-        pipeline.check_processes(work.processes, count, recovery is not None)
+        pipeline.check_processes(work.processes, count, recovery is not None, settings.nested)
         shape = (-(-count // work.processes.count), length)
         budget = lay_out(source.config, settings, resources, shape, tuned, free_space(work.folder))
         if not work.started:
@@ -128,10 +128,21 @@ def _check_arguments(
 ) -> None:
     if not 0 <= (settings.refit or 0.0) < 1:
         raise UserError(f"--refit is a share of the windows, at least 0 and less than 1, not {settings.refit}")
+    if settings.nested:
+        _check_nested(settings, recover_tune)
     if calib_length < 2:
         raise UserError("--calib-length must be at least 2 tokens")
     if recover_tune is not None and not (recover and settings.packed):
         raise UserError("--recover-tune goes on with --recover after quantizing: it wants --recover and 4 or 8 bits")
+
+
+def _check_nested(settings: CompressionSettings, recover_tune: int | None) -> None:
+    if settings.bits != 4:
+        raise UserError(f"--nested-bits makes 4 bits of which 3 can stay, not {settings.bits}: leave --bits at 4")
+    if settings.portable:
+        raise UserError("--nested-bits wants --groups fast: codes in bit planes have no groups inside a head")
+    if recover_tune is not None:
+        raise UserError("--recover-tune trains one grid, nested bits have two: leave one of them out")
 
 
 def _check_finished(out: str | Path, manifest: Manifest) -> None:

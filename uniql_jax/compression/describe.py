@@ -67,6 +67,8 @@ def describe(
             for name, size in meta["groups"].items()
         )
         bits += f" ({', '.join(how)}), one scale per group of weights ({spans})"
+        if options.nested:
+            bits += "; the leading 3 bits are a model of their own"
     if options.refit is not None:
         bits += f"; output matrices refitted, {options.refit:.0%} of the windows unpruned"
     rows = [
@@ -82,7 +84,8 @@ def describe(
         (
             "checkpoint",
             f"{out}, about {console.format_bytes(estimated_bytes(config, options))} at rate 0, "
-            f"{console.format_bytes(estimated_bytes(config, options, MAX_PRUNE_RATE))} at rate {MAX_PRUNE_RATE}",
+            f"{console.format_bytes(estimated_bytes(config, options, MAX_PRUNE_RATE))} at rate {MAX_PRUNE_RATE}"
+            + (f", {console.format_bytes(estimated_bytes(config, options, bits=3))} at 3 bits" * options.nested),
         ),
         ("disk", f"up to {console.format_bytes(budget.disk)} in {work_folder(out).name} until it is whole"),
         *([("device", _memory(budget.device))] if budget.device else []),

@@ -33,8 +33,14 @@ def _blocks(config: ModelConfig) -> Iterator[str]:
     return (kind for kinds in config.pattern for kind in kinds)
 
 
-def estimated_bytes(config: ModelConfig, options: CompressionSettings, rate: float = 0.0) -> int:
-    """Bytes of the checkpoint's tensors at a prune rate, to a few percent (cuts fall on units, the plan is unknown)."""
+def estimated_bytes(
+    config: ModelConfig, options: CompressionSettings, rate: float = 0.0, bits: int | None = None
+) -> int:
+    """Bytes of the checkpoint's tensors at a prune rate, to a few percent (cuts fall on units, the plan is unknown).
+
+    bits: leading ones of nested codes, which go without the others; None: all.
+    """
+    width = options.bits if bits is None else bits
     group = grouping(config, options.portable)["groups"]
     rotated = options.packed and options.rotate
 
@@ -44,7 +50,7 @@ def estimated_bytes(config: ModelConfig, options: CompressionSettings, rate: flo
             return 4.0 * count
         if not options.packed:
             return count * options.bits / 8
-        return count * (options.bits / 8 + 2 / group["embed" if leaf.contract == "last" else leaf.dims[0]])
+        return count * (width / 8 + 2 / group["embed" if leaf.contract == "last" else leaf.dims[0]])
 
     layers = sum(size(leaf) for kind in _blocks(config) for leaf in elastic.leaves(config, kind).values())
     tables = size(elastic.TOP["embed"]) * (1 if config.tie_embeddings else 2)
@@ -61,7 +67,8 @@ def output_width(config: ModelConfig, kind: str) -> int:
 def memory_parts(config: ModelConfig, settings: CompressionSettings, length: int, batch_tokens: int) -> dict[str, int]:
     """Bytes that a run holds on the device at a time, by what they are for.
 
-    Float32 copies of a layer (the next one, this one, the one before in its old and new order) and of its statistics
+    Float32 copies of a layer (the next one, this one, the one before in its old and new order; with nested codes their
+    two models) and of its statistics
     (sums, those of a batch, the one before) with what sorting and GPTQ make of them; the activations of one batch, the
     embedding and head.
     """
@@ -69,8 +76,9 @@ def memory_parts(config: ModelConfig, settings: CompressionSettings, length: int
     widest = max(config.hidden_size, *(output_width(config, kind) for kind in _blocks(config)))
     statistics = max(statistics_bytes(config, kinds, settings.thorough) for kinds in {*config.pattern})
     floats = max(activation_floats(config, kinds) for kinds in {*config.pattern})
+    copies = 6 if settings.nested else 4
     return {
-        "layers": 4 * 4 * layer,
+        "layers": 4 * copies * layer,
         "statistics": 3 * statistics + 3 * 4 * widest**2,
         "activations": 4 * max(batch_tokens, length) * floats,
         "embedding": 4 * config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2),
@@ -130,6 +138,9 @@ def disk_bytes(
     )
     layers = 2 * sum(block_parameters(config, kind) for kind in _blocks(config)) + 2 * turned
     layers += 2 * estimated_bytes(config, options)
+    if options.nested:  # scales of 3 bits, twice, and what the loss feels after each block
+        layers += 2 * (estimated_bytes(config, options) // 32) + 2 * config.hidden_size**2 * len(list(_blocks(config)))
+        interval = max(1, interval // 2)  # two streams run along
     layers += (2 * parameter_count(config) + estimated_bytes(config, options)) * tuned
     return layers + stream_bytes(config, options, tokens) * (len(config.pattern) // interval + 4)
 
@@ -167,6 +178,10 @@ def work(config: ModelConfig, options: CompressionSettings, tokens: int, interva
             solves += 2 * reading * hidden**2 + 2 * hidden * width**2 + 2 * (hidden**3 + width**3)
             solves += 300 * params  # scale search
             columns += hidden + width
+            if options.nested:  # another forward pass and Gram matrices, and descents over the codes of both models
+                products += once + 2 * tokens * (hidden**2 + width**2)
+                solves += 4 * options.nested_descents * (reading * hidden**2 + hidden * width**2) + 6000 * params
+                columns += 17 * options.nested_descents * (hidden + width)
         if options.refit is not None:
             products += 3 * once + 2 * tokens * (width**2 + width * hidden)
     if options.packed:

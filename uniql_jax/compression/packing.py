@@ -1,4 +1,4 @@
-"""Rounding the matrices of a block to packed integers, one Hessian for all that share an input."""
+"""Rounding the matrices of a block to packed integers, one Hessian (or pair of them) for all that share an input."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from uniql_jax import elastic
 from uniql_jax.compression.compiling import matmul_precision
 from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.math.gptq import quantize
+from uniql_jax.compression.math.nested import nearest_coarse, round_rows
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.weights.fake_quantized import unrounded_steps
+from uniql_jax.weights.nested import NestedArray, from_nested_codes
 from uniql_jax.weights.quantized import QuantizedArray, from_codes
 from uniql_jax.weights.runs import from_runs, to_runs
+
+Hessian = Array | tuple[Array, Array] | None
+"""Mean Gram matrix of what a leaf contracts, float32 [width, width]: for nested codes one of the model of all bits and
+one of that of the leading bits; None rounds to nearest."""
 
 
 class Packed(NamedTuple):
@@ -25,23 +31,47 @@ class Packed(NamedTuple):
     (uniql_jax/weights/fake_quantized.py).
     """
 
-    weight: QuantizedArray
+    weight: QuantizedArray | NestedArray
     unrounded: Float[Array, "..."] | None
+
+
+READING = elastic.Leaf((), "last")
+"""Of every leaf that reads the stream, what assembling it asks for."""
+
+
+class _Rounded(NamedTuple):
+    """Codes, a tuple of scales (those of 3 bits second, where codes are nested), and what was rounded, in steps."""
+
+    codes: Int[Array, "rows width"]
+    scales: tuple[Float[Array, "rows groups"], ...]
+    unrounded: Float[Array, "rows width"] | None
 
 
 def _quantize_rows(
     rows: Float[Array, "rows width"],
-    hessian: Array | None,
+    hessian: Hessian,
     settings: CompressionSettings,
     group: int,
     return_unrounded: bool,
     devices: Devices | None,
-) -> tuple[Int[Array, "rows width"], Float[Array, "rows groups"], Float[Array, "rows width"] | None]:
+) -> _Rounded:
+    devices = devices or Devices()
     with jax.default_matmul_precision(matmul_precision(settings, solves=True)):
-        codes, scale, rounded = (devices or Devices()).by_rows(
+        if isinstance(hessian, tuple) and settings.rounding == "gptq":
+            codes, *scales = devices.by_rows(
+                round_rows,
+                rows,
+                hessian,
+                group=group,
+                share=settings.nested_share,
+                sweeps=settings.nested_descents,
+                damping=settings.damping,
+            )
+            return _Rounded(codes, tuple(scales), None)
+        codes, scale, rounded = devices.by_rows(
             quantize,
             rows,
-            hessian,
+            hessian[0] if isinstance(hessian, tuple) else hessian,
             bits=settings.bits,
             group=group,
             search=settings.scale_search,
@@ -50,13 +80,30 @@ def _quantize_rows(
             descents=settings.descents,
             return_unrounded=return_unrounded,
         )
-    return codes, scale, None if rounded is None else unrounded_steps(rounded, codes, scale, group)
+    if settings.nested:
+        return _Rounded(codes, (scale, nearest_coarse(rows, codes, scale, group)), None)
+    return _Rounded(codes, (scale,), None if rounded is None else unrounded_steps(rounded, codes, scale, group))
+
+
+def _assembled(
+    codes: Int[Array, "rows width"],
+    scales: tuple[Float[Array, "rows groups"], ...],
+    leaf: elastic.Leaf,
+    shape: tuple[int, ...],
+    settings: CompressionSettings,
+    group: int,
+    run: int = 1,
+) -> QuantizedArray | NestedArray:
+    contract = str(leaf.contract)
+    if settings.nested:
+        return from_nested_codes(codes, *scales, group=group, contract=contract, shape=shape)
+    return from_codes(codes, scales[0], bits=settings.bits, group=group, contract=contract, shape=shape, run=run)
 
 
 def pack_leaf(
     leaf: elastic.Leaf,
     value: Float[Array, "..."],
-    hessian: Array | None,
+    hessian: Hessian,
     settings: CompressionSettings,
     group: int,
     return_unrounded: bool = False,
@@ -68,7 +115,7 @@ def pack_leaf(
     Args:
         leaf: the row of `elastic.BLOCKS` or `elastic.TOP` that describes it.
         value: the weight.
-        hessian: float32 [width, width], the Gram matrix of what the leaf contracts; None rounds to nearest.
+        hessian: of what the leaf contracts; None rounds to nearest.
         settings: bits, rounding, scale search and damping.
         group: contracted weights that share a scale; with runs, entries of the leading axis in one head.
         return_unrounded: also return what was rounded.
@@ -83,12 +130,10 @@ def pack_leaf(
     # Rounded group after group; a group's entries lie next to one another meanwhile.
     inner, apart = int(np.prod(value.shape[1:-1])), group if run > 1 else 1
     rows = to_runs(rows, inner, apart, 1)
-    if hessian is not None:
-        hessian = to_runs(to_runs(hessian, inner, apart, 0), inner, apart, 1)
-    codes, scale, unrounded = _quantize_rows(rows, hessian, settings, group, return_unrounded, devices)
+    hessian = jax.tree.map(lambda gram: to_runs(to_runs(gram, inner, apart, 0), inner, apart, 1), hessian)
+    codes, scales, unrounded = _quantize_rows(rows, hessian, settings, group, return_unrounded, devices)
     codes = from_runs(codes, inner, apart, 1)
-    contract, shape = str(leaf.contract), value.shape
-    weight = from_codes(codes, scale, bits=settings.bits, group=group, contract=contract, shape=shape, run=run)
+    weight = _assembled(codes, scales, leaf, value.shape, settings, group, run)
     if unrounded is not None:
         unrounded = from_runs(unrounded, inner, apart, 1)
         unrounded = (unrounded if leaf.contract == "last" else unrounded.T).reshape(value.shape)
@@ -97,7 +142,7 @@ def pack_leaf(
 
 def pack_together(
     values: Mapping[str, Float[Array, "..."]],
-    hessian: Array | None,
+    hessian: Hessian,
     settings: CompressionSettings,
     group: int,
     return_unrounded: bool = False,
@@ -112,7 +157,6 @@ def pack_together(
     done = {}
     for (name, value), end in zip(values.items(), ends, strict=True):
         own = slice(end - len(flat[name]), end)
-        shape = value.shape
-        weight = from_codes(codes[own], scales[own], bits=settings.bits, group=group, contract="last", shape=shape)
-        done[name] = Packed(weight, None if unrounded is None else unrounded[own].reshape(shape))
+        weight = _assembled(codes[own], tuple(scale[own] for scale in scales), READING, value.shape, settings, group)
+        done[name] = Packed(weight, None if unrounded is None else unrounded[own].reshape(value.shape))
     return done

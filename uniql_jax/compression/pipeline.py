@@ -20,6 +20,7 @@ from uniql_jax.compression.inputs import manifest_of
 from uniql_jax.compression.processes import Processes
 from uniql_jax.compression.settings import CompressionSettings, Resources
 from uniql_jax.compression.stages.calibrate import Calibration, Top, forward_sweep
+from uniql_jax.compression.stages.plan import joint_plan
 from uniql_jax.compression.stages.plan import plan as make
 from uniql_jax.compression.stages.quantize import quantize
 from uniql_jax.compression.stages.recover import recover
@@ -75,7 +76,7 @@ def compress(
     settings = settings or CompressionSettings()
     with workspace(out, resume, overwrite, source.name) as work:
         tuned = recovery is not None and recovery.tuning is not None
-        check_processes(work.processes, len(tokens), recovery is not None)
+        check_processes(work.processes, len(tokens), recovery is not None, settings.nested)
         shape = (-(-len(tokens) // work.processes.count), tokens.shape[1])
         budget = lay_out(source.config, settings, resources or Resources(), shape, tuned, free_space(work.folder))
         if not work.started:
@@ -86,12 +87,14 @@ def compress(
         return run(work, inputs, manifest, overwrite, provenance or {}, progress)
 
 
-def check_processes(processes: Processes, windows: int, recovery: bool) -> None:
+def check_processes(processes: Processes, windows: int, recovery: bool, nested: bool = False) -> None:
     """Raise UserError where several processes cannot do together what was asked for."""
     if processes.count > windows:
         raise UserError(f"{windows} calibration windows are too few for {processes.count} processes")
     if processes.count > 1 and recovery:
         raise UserError("recovery is the work of one process: compress without --recover, or with one process")
+    if processes.count > 1 and nested:
+        raise UserError("nested bits are the work of one process: compress without --nested-bits, or with one process")
 
 
 @one_blas_thread
@@ -126,8 +129,9 @@ def run(
         model = original._replace(layers=work.layers("recovered"))
         gained = recover(original, recovery, work.folder / "recover", model.layers, progress)
     finished, unrounded = work.layers("quantized"), work.layers("unrounded") if inputs.tuning else None
+    fisher = work.layers("fisher") if settings.nested else None
     with jax.default_matmul_precision(matmul_precision(settings)):
-        quantize(model, calibration, settings, finished, unrounded, _streams(work, inputs), progress)
+        quantize(model, calibration, settings, finished, unrounded, _streams(work, inputs), progress, fisher)
     stored = StoredLayers(source.config, settings, finished)
     if recovery is not None and inputs.tuning is not None and unrounded is not None:
         store = work.layers("tuned")
@@ -141,8 +145,13 @@ def run(
         "provenance": _provenance(source, provenance, recovery, gained, tuned),
         "manifest": manifest.to_json(),
     }
-    first = work.processes.index == 0
-    size = write(work.folder / "checkpoint", source, stored, section) if first else 0
+
+    def nested(total: int) -> dict[str, Any]:
+        return joint_plan(source.config, original.plan, original.layers, finished, total).to_json()
+
+    folder, size = work.folder / "checkpoint", 0
+    if work.processes.index == 0:
+        size = write(folder, source, stored, section, nested if settings.nested else None)
     work.publish(work.folder / "checkpoint", overwrite)
     return Report(original.plan, calibration.influence, size, gained, tuned)
 
@@ -152,7 +161,7 @@ def _sorted(work: Workspace, inputs: Inputs, top: Top, progress: Progress) -> tu
     source, settings, layers = inputs.source, inputs.settings, work.layers("sorted")
     streams = _streams(work, inputs)
     calibration = forward_sweep(source, top, work.layers("calibration"), streams, progress)
-    sort(source, top, settings, layers, streams, progress)
+    sort(source, top, settings, layers, streams, progress, work.layers("fisher") if settings.nested else None)
     return calibration, SortedModel(source.config, make(source.config, calibration, layers, settings), top, layers)
 
 

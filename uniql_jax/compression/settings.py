@@ -45,6 +45,9 @@ class CompressionSettings:
     `stream_dtype` are the fastest of those between which no difference was found.
 
     bits: 4 or 8 (packed), 16 or 32 (kept as floats). `rotate` and `rounding` matter below 16 bits only.
+    nested: integers in bit planes whose leading 3 bits are a model of their own, so that bits are a second way to make
+    the model smaller (uniql_jax/weights/nested.py); `nested_share` is the weight of that model's error, 0 to 1, and
+    `nested_descents` counts descents over the codes.
     refit: None, or the share of calibration windows that the nested refit sees unpruned; the others are seen at the
     rates of REFIT_RATES. It makes pruned rates better at a small cost at rate 0.
     """
@@ -65,6 +68,9 @@ class CompressionSettings:
     scale_search: bool = True
     damping: float = 0.01
     descents: int = 0  # of the codes after GPTQ, on the output error, with refitted scales
+    nested: bool = False
+    nested_share: float = 0.5
+    nested_descents: int = 2
     embed_mix: float = 0.1  # weight of the plain embedding error next to the head's when one table serves both
     refit: float | None = None
     refit_ridge: float = 1e-2

@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from uniql_jax import elastic
-from uniql_jax.checkpoint import packed, stored
+from uniql_jax.checkpoint import assembled, stored
+from uniql_jax.checkpoint_format import parts_of
 from uniql_jax.compression.artifacts import LayerStore, layer_name, unflatten
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.config import ModelConfig
@@ -25,12 +26,14 @@ def matrix_dtype(settings: CompressionSettings) -> Any:
 
 
 class StoredLayers:
-    """The finished leaves of a store, QuantizedArray or numpy arrays."""
+    """The finished leaves of a store: QuantizedArray, NestedArray or numpy arrays."""
 
     def __init__(self, config: ModelConfig, settings: CompressionSettings, store: LayerStore):
         self.config, self.store = config, store
         self.dtype = matrix_dtype(settings)
         self.meta = {"bits": settings.bits} | dict(grouping(config, settings.portable))
+        if settings.nested:
+            self.meta["nested"] = {}
 
     def layer(self, index: int) -> dict[str, dict[str, Any]]:
         """One layer, {kind: {leaf: value}}."""
@@ -47,10 +50,11 @@ class StoredLayers:
         out: dict[str, Any] = {}
         for key, value in tensors.items():
             name, _, part = key.partition(".")
-            if part == "scale":
+            if name in out:
                 continue
-            if part == "data":
-                out[name] = packed(self.config, self.meta, table[name], value, tensors[f"{name}.scale"])
+            if part:
+                parts = {part: tensors[f"{name}.{part}"] for part in parts_of(self.meta)}
+                out[name] = assembled(self.config, self.meta, table[name], parts)
             else:
                 out[name] = stored(table[name], value, self.dtype, f"{prefix}{name}")
         return out

@@ -135,6 +135,20 @@ class StreamStore:
             jax.block_until_ready(before)
         return self.devices.total(list(totals.values()))
 
+    def sample(self, stream: Iterable[Any], tokens: int) -> Array:
+        """About so many tokens of a stream, or of the batches themselves, in windows spread evenly; on the first
+        device.
+        """
+        count, length = self.windows.ends[-1], self.windows.batches[0].shape[1]
+        wanted = np.arange(0, count, max(1, count * length // max(tokens, length)))
+        first, found = 0, []
+        for number, batch in enumerate(stream):
+            own = wanted[(wanted >= first) & (wanted < first + len(batch))] - first
+            if len(own):
+                found.append(self.devices.on(0, self.devices.fetch(batch, number)[own]))
+            first += len(batch)
+        return jnp.concatenate(found)
+
     def release(self, name: str, index: int) -> None:
         """Forget what memory holds of a stream; a file of it stays."""
         self._room += self._size(self._held.pop((name, index), ()))

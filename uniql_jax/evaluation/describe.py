@@ -8,7 +8,10 @@ from typing import Any
 
 from uniql_jax import elastic
 from uniql_jax.checkpoint import Checkpoint, open_checkpoint
+from uniql_jax.console import format_bytes
+from uniql_jax.joint_plan import TOP
 from uniql_jax.model.decoding import cache_bytes
+from uniql_jax.runtime.choice import Choice, choose
 
 RATES = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
 CONTEXT = 4096
@@ -17,7 +20,12 @@ NO_PARAMETERS = ("inv_freq", "head_in")
 
 
 def describe_checkpoint(
-    folder: str | Path, *, rates: Sequence[float] | None = None, prune_rate: float = 0.0, context: int = CONTEXT
+    folder: str | Path,
+    *,
+    rates: Sequence[float] | None = None,
+    prune_rate: float = 0.0,
+    context: int = CONTEXT,
+    budget: int | None = None,
 ) -> dict[str, Any]:
     """Describe an elastic checkpoint without reading its weights.
 
@@ -25,12 +33,15 @@ def describe_checkpoint(
         folder: the checkpoint.
         rates: prune rates of the size table; None: 0 to 0.35, or rate 0 alone when it is unsorted.
         prune_rate: rate at which every layer's sizes are listed.
+        budget: bytes of weights, in place of `prune_rate`.
         context: tokens of one sequence whose cache and states are counted, in bfloat16.
 
     Returns:
         Plain data: `family`, `parameters`, `prunable_parameters`, `bits`, `groups`, `format`, `sorted`, `provenance`,
         `options`, `manifest`; `rates`, a list of {prune_rate, kept_fraction, parameters, prunable_parameters,
-        weight_bytes, state_bytes}; `layers`, a list of {layer, blocks, kept, full, weight_bytes} at `prune_rate`.
+        weight_bytes, state_bytes}; `layers`, a list of {layer, blocks, kept, full, weight_bytes} at `prune_rate`, or at
+        what fits the budget: then `size` says what that is, and layers have `all_bits` where bits were given up too.
+        `nested`: {leading_bits, steps, most_bytes, least_bytes} of a joint plan, or None.
 
     Raises:
         UserError: no such checkpoint, a damaged one, or a rate that it does not have.
@@ -39,6 +50,7 @@ def describe_checkpoint(
     if rates is None:
         rates = RATES if checkpoint.plan is not None else RATES[:1]
     meta, total = checkpoint.meta, _parameters(checkpoint, 0.0)
+    size = Choice(0, prune_rate) if budget is None else choose(checkpoint, budget)
     return {
         "checkpoint": str(folder),
         "format": meta["format"],
@@ -54,9 +66,20 @@ def describe_checkpoint(
         "manifest": meta.get("manifest"),
         "context": context,
         "rates": [_at_rate(checkpoint, rate, context) for rate in rates],
-        "prune_rate": prune_rate,
-        "layers": _layers(checkpoint, prune_rate),
+        "nested": _nested(checkpoint),
+        "prune_rate": size.rate,
+        "size": None if budget is None else f"{size}: {format_bytes(size.bytes)} of weights",
+        "layers": _layers(checkpoint, size),
     }
+
+
+def _nested(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    plan = checkpoint.joint_plan
+    if plan is None:
+        return None
+    most, least = round(plan.bytes[0]), round(plan.bytes[-1])
+    bits = checkpoint.meta["nested"]["leading_bits"]
+    return {"leading_bits": bits, "steps": len(plan.steps), "most_bytes": most, "least_bytes": least}
 
 
 def _at_rate(checkpoint: Checkpoint, rate: float, context: int) -> dict[str, Any]:
@@ -71,16 +94,20 @@ def _at_rate(checkpoint: Checkpoint, rate: float, context: int) -> dict[str, Any
     }
 
 
-def _layers(checkpoint: Checkpoint, rate: float) -> list[dict[str, Any]]:
+def _layers(checkpoint: Checkpoint, size: Choice) -> list[dict[str, Any]]:
     found = [
         {"layer": i, "blocks": list(kinds), "kept": dict(kept), "full": dict(full), "weight_bytes": 0}
         for i, (kinds, kept, full) in enumerate(
-            zip(checkpoint.config.pattern, checkpoint.keep(rate), checkpoint.keep(0.0), strict=True)
+            zip(checkpoint.config.pattern, size.keep(checkpoint), checkpoint.keep(0.0), strict=True)
         )
     ]
-    for name, size in checkpoint.tensor_bytes(rate).items():
+    if size.setting is not None:
+        for (layer, axis), kept in size.setting.items():
+            if layer != TOP:
+                found[layer].setdefault("all_bits", {})[axis] = kept.full
+    for name, count in checkpoint.tensor_bytes(size.rate, size.setting).items():
         if name.startswith("layers."):
-            found[int(name.split(".")[1])]["weight_bytes"] += size
+            found[int(name.split(".")[1])]["weight_bytes"] += count
     return found
 
 

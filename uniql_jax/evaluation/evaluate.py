@@ -76,6 +76,7 @@ def evaluate(
     asked: Sequence[str] = (),
     limit: int | None = None,
     fewshot: int | None = None,
+    budgets: Sequence[int] = (),
     devices: int = 1,
     progress: Progress | None = None,
     say: Say = lambda line: None,
@@ -95,6 +96,7 @@ def evaluate(
         asked: tasks, groups or tags of lm-eval, or .yaml files of tasks or groups.
         limit: so many questions of each task at most.
         fewshot: examples in each prompt of the tasks; None: as many as each task itself says.
+        budgets: bytes that weights may take; the size that fits each is measured after the rates.
         devices: how many share the model, see `uniql_jax.load`.
         progress: wraps what is iterated over, (iterable, description, total), to show how far it is.
         say: hears a line for each text, and of whatever is cut short.
@@ -104,13 +106,15 @@ def evaluate(
         Rows {"prune_rate" (None: the original), "source", "metric", "value", "weight_bytes", "kept_fraction"}. Those of
         tasks have metrics such as "acc" and "acc_norm", "stderr" and "items" as well, and next to a baseline "paired":
         what `paired.compare` finds of the same items, or None where the metric is no mean over items. weight_bytes: all
-        tensors as stored (the original's at its own dtype). kept_fraction: of the prunable parameters.
+        tensors as stored (the original's at its own dtype). kept_fraction: of the prunable parameters. Rows of a budget
+        have "memory_budget" as well; where bits were given up their "prune_rate" is the fraction left out.
 
     Raises:
         UserError: what is asked for is not there or cannot be served, or the model's output is not finite.
     """
     from uniql_jax.checkpoint import open_checkpoint
-    from uniql_jax.runtime.loading import load, load_source
+    from uniql_jax.runtime.choice import choose
+    from uniql_jax.runtime.loading import load, load_size, load_source
 
     device_mesh(devices)
     _check(ckpt, texts, asked, window, max_tokens, batch_size, limit)
@@ -118,6 +122,7 @@ def evaluate(
     config, order = checkpoint.config, checkpoint.plan
     # asked first: a rate that cannot be served is refused before long work
     sizes = {float(rate): checkpoint.weight_bytes(float(rate)) for rate in prune_rates}
+    chosen = {budget: choose(checkpoint, budget) for budget in budgets}
     names, manager = tasks.named(asked) if asked else ([], None)
     tokenizer = load_tokenizer(ckpt)
     if names and tokenizer is None:
@@ -127,7 +132,9 @@ def evaluate(
     sources = {
         text: data.evaluation_windows([text], tokenizer, length, max_tokens, vocab_size=vocabulary) for text in texts
     }
-    plan(_plan(ckpt, checkpoint, sizes, [*texts, *names], baseline, devices))
+    named = {f"rate {rate:g}": size for rate, size in sizes.items()}
+    named |= {f"{console.format_bytes(budget)}, that is {one}": one.bytes for budget, one in chosen.items()}
+    plan(_plan(ckpt, checkpoint, named, [*texts, *names], baseline, devices))
     for found in sources.values():
         say(found.description + lowered)
     reach = min(config.max_position, window or task_window(config))
@@ -165,11 +172,17 @@ def evaluate(
         numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.params, is_leaf=is_shard))
         stored = numbers * jnp.dtype(model.config.dtype).itemsize
         rows += measure(model, None, stored, 1.0, "original")
-    # The lowest rate holds all that the others keep: one model, and one program that masks the rest.
-    model = load(ckpt, min(sizes), devices=devices)
-    for rate, stored in sizes.items():
-        keep = masks(order, rate) if order and len(sizes) > 1 else None
-        rows += measure(model, rate, stored, order.kept_fraction(rate) if order else 1.0, f"rate {rate:g}", keep)
+    if sizes:  # the lowest rate holds all that the others keep: one model, and one program that masks the rest
+        model = load(ckpt, min(sizes), devices=devices)
+        for rate, stored in sizes.items():
+            keep = masks(order, rate) if order and len(sizes) > 1 else None
+            rows += measure(model, rate, stored, order.kept_fraction(rate) if order else 1.0, f"rate {rate:g}", keep)
+    for budget, one in chosen.items():
+        kept = one.kept_fraction(checkpoint)
+        rate = one.rate if one.setting is None else round(1 - kept, 6)
+        model = load_size(checkpoint, one, devices=devices)
+        found = measure(model, rate, one.bytes, kept, console.format_bytes(budget))
+        rows += [row | {"memory_budget": budget} for row in found]
     return rows
 
 
@@ -221,16 +234,16 @@ def task_window(config: ModelConfig) -> int:
 def _plan(
     ckpt: str,
     checkpoint: Any,
-    sizes: Mapping[float, int],
+    sizes: Mapping[str, int],
     measured: Sequence[str],
     baseline: str | None,
     devices: int,
 ) -> str:
-    weights = ", ".join(f"{rate:g} ({console.format_bytes(size)})" for rate, size in sizes.items())
+    weights = ", ".join(f"{name} ({console.format_bytes(size)})" for name, size in sizes.items())
     return (
         f"model     {ckpt}: {checkpoint.config.model_type}, {len(checkpoint.config.pattern)} layers, "
         f"{checkpoint.bits} bits\n"
-        f"rates     {weights} of weights{', and the original ' + baseline if baseline else ''}\n"
+        f"sizes     {weights} of weights{', and the original ' + baseline if baseline else ''}\n"
         f"measured  {', '.join(measured)}\n"
         f"device    {device_name(devices)}\n"
     )

@@ -17,8 +17,11 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join([*([_perplexities(text)] if text else []), *_answers(asked), *_pairs(asked)])
 
 
-def _name(rate: float | None) -> str:
-    return "original" if rate is None else f"{rate:g}"
+def _name(row: dict[str, Any]) -> str:
+    """What a row measures: a rate, a budget, or the original."""
+    if "memory_budget" in row:
+        return console.format_bytes(row["memory_budget"])
+    return "original" if row["prune_rate"] is None else f"{row['prune_rate']:g}"
 
 
 def _answers(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -28,13 +31,13 @@ def _answers(rows: Sequence[dict[str, Any]]) -> list[str]:
         some = [row for row in rows if row["metric"] == metric]
         names = list(dict.fromkeys(row["source"] for row in some))
         lines = []
-        for rate in dict.fromkeys(row["prune_rate"] for row in some):
-            at = [row for row in some if row["prune_rate"] == rate]
+        for name in dict.fromkeys(map(_name, some)):
+            at = [row for row in some if _name(row) == name]
             kept, size = f"{at[0]['kept_fraction']:.3f}", console.format_bytes(at[0]["weight_bytes"])
             cells = [_value(row) for row in at]
             if len(names) > 1:
                 cells.append(f"{sum(row['value'] for row in at) / len(at):.4f}")
-            lines.append([_name(rate), kept, size, *cells])
+            lines.append([name, kept, size, *cells])
         header = ["rate", "kept", "weights", *names, *(["mean"] if len(names) > 1 else [])]
         tables.append(f"{metric}\n{console.table(lines, header)}")
     return tables
@@ -52,7 +55,7 @@ def _pairs(rows: Sequence[dict[str, Any]]) -> list[str]:
         if pair := row.get("paired"):
             spread = f"{pair['low']:+.4f} .. {pair['high']:+.4f}" if "low" in pair else None
             counts = [str(pair["better"]), str(pair["worse"]), f"{pair['p_value']:.3g}"]
-            first = [_name(row["prune_rate"]), row["source"], row["metric"], str(row["items"])]
+            first = [_name(row), row["source"], row["metric"], str(row["items"])]
             lines.append([*first, f"{pair['difference']:+.4f}", spread, *counts])
     header = ["rate", "task", "metric", "items", "difference", "95 % interval", "better", "worse", "p (exact)"]
     return [f"difference from the original, item by item\n{console.table(lines, header)}"] if lines else []
@@ -63,7 +66,7 @@ def _perplexities(rows: Sequence[dict[str, Any]]) -> str:
     several = len({row["source"] for row in rows}) > 1
     for row in rows:
         found = plot.reference(rows, row["source"])
-        name = _name(row["prune_rate"])
+        name = _name(row)
         size = console.format_bytes(row["weight_bytes"])
         ratio = f"{row['value'] / found[0]:.3f}" if found else None
         lines.append([name, f"{row['kept_fraction']:.3f}", size, f"{row['value']:.2f}", ratio])

@@ -24,7 +24,7 @@ def reference(rows: Sequence[Mapping[str, Any]], source: str) -> tuple[float, st
     """What ratios are taken against: the original's value where it was measured, else rate 0's; None if neither was."""
     for rate, name in ((None, "the original"), (0.0, "rate 0")):
         for row in rows:
-            if row["source"] == source and row["prune_rate"] == rate:
+            if row["source"] == source and row["prune_rate"] == rate and "memory_budget" not in row:
                 return float(row["value"]), name
     return None
 

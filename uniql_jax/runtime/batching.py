@@ -1,7 +1,7 @@
 """Continuous batching: requests of any length join rows of one running batch, and leave them as they end.
 
 The host knows everything but the tokens: which rows run, the slot, how many tokens each row holds. Not thread-safe:
-`session.Elastic` holds its lock around every call.
+`engine.Engine` holds its lock around every call.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -56,7 +56,7 @@ class Batch:
         self.rate = 0.0
         self.slot = 0
         self.cache: Any = None
-        self._params: Any = None
+        self.params: Any = None
         self._compiled: Compiled
         self._token: Any = np.zeros(shape.rows, np.int32)
         self._sampling = Sampling.empty(shape.rows)
@@ -66,7 +66,7 @@ class Batch:
     def use(self, compiled: Compiled, params: Any, cache: Any, rate: float) -> None:
         """Go on with these weights. cache: of their sizes, with all rows in it; None: rows are read again."""
         assert not self._flights
-        self._compiled, self._params, self.rate = compiled, params, rate
+        self._compiled, self.params, self.rate = compiled, params, rate
         self.cache = cache
         self._whole = cache is not None
 
@@ -131,6 +131,17 @@ class Batch:
                 _hand_out(request, start, i, tokens, scores, flight.rate)
             self._flights.popleft()  # last: after an interrupt, what is handed out already is left out
 
+    @property
+    def requests(self) -> list[Request]:
+        """Those at work, then those that wait."""
+        return [*(row.request for _, row in self.active), *self.waiting]
+
+    def drop(self, requests: Collection[Request]) -> None:
+        """Go on without these; what was made for them must have landed."""
+        assert not self._flights
+        self.rows = [None if row is None or row.request in requests else row for row in self.rows]
+        self.waiting = collections.deque(request for request in self.waiting if request not in requests)
+
     def fail(self, error: BaseException) -> None:
         """End every request with an error."""
         self._flights.clear()
@@ -146,11 +157,14 @@ class Batch:
     # all texts again: the cache is donated to the step that fills it, so that an interrupted one may have lost it.
 
     def _run(self, program: Any, *rest: Any) -> Chosen:
-        chosen, self._token, self.cache = program(self._params, self._placed(), self._token, *rest)
+        chosen, self._token, self.cache = program(self.params, self._placed(), self._token, *rest)
         return chosen
 
     def _placed(self) -> Any:
-        return dataclasses.replace(self.cache, slot=np.int32(self.slot))
+        # A row without a request begins at the slot, so that nothing is read for it.
+        held = [0 if row is None else row.held for row in self.rows]
+        start = np.maximum(self.slot - np.asarray(held, np.int32), 0)
+        return dataclasses.replace(self.cache, start=start, slot=np.int32(self.slot))
 
     def _move(self, slot: int) -> None:
         """Move all rows so that the next token goes to `slot`."""
@@ -164,8 +178,8 @@ class Batch:
             request = self.waiting[0]
             if request.reason is None:
                 self._whole = False
-                if len(request.prompt) > self.slot:
-                    self._move(len(request.prompt))
+                if request.length > self.slot:
+                    self._move(request.length)
                 row = self.rows[free[0]] = Row(request)
                 self._admit(free.pop(0), row)
                 self._whole = True
@@ -182,8 +196,7 @@ class Batch:
         for whole, part, value in zip(jax.tree.leaves(self._sampling), jax.tree.leaves(sampling), own, strict=True):
             whole[i] = part[0] = value
         length = self.shape.padded(len(text))
-        pad = ((0, 0), (length - len(text), 0))
-        prompt = np.pad(text[None], pad), np.pad(np.ones((1, len(text)), np.int32), pad)
+        prompt = np.pad(text[None], ((0, 0), (0, length - len(text)))), np.int32(len(text))
         forced = tokens[-1] if tokens else int(request.forced(0, 1)[0])
         program = self._compiled.admit(variant_of([request]), length)
         chosen = self._run(program, np.int32(i), prompt, sampling, np.asarray([forced], np.int32))
@@ -225,6 +238,11 @@ class Batch:
             if row.made >= row.request.settings.max_new_tokens:
                 self.rows[i] = None  # all its tokens are on their way
         self._whole = True
+
+
+def every_variant() -> list[Variant]:
+    """Those that requests may need."""
+    return [Variant(greedy, top) for greedy in (True, False) for top in (None, TOP_LOGPROBS)]
 
 
 def variant_of(requests: Iterable[Request]) -> Variant:

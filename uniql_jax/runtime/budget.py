@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import cache_bytes
 from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout
 from uniql_jax.runtime.compiled import Compiled, Shape
-from uniql_jax.runtime.steps import Programs
+from uniql_jax.runtime.steps import Programs, tree_bytes
 from uniql_jax.sizes import memory_size
 from uniql_jax.weights.quantized import QuantizedArray
 
@@ -107,14 +106,19 @@ def parse_budget(budget: int | float | str, capacity: Callable[[], int] = memory
 def _leaf_shape(checkpoint: Checkpoint, name: str, leaf: elastic.Leaf, keep: Any, dtype: Any, tiles: bool) -> Any:
     """A leaf as `loading.place` gives it, with jax.ShapeDtypeStruct for arrays."""
     tensors = checkpoint.tensors
-    if f"{name}.data" in tensors:
+    parts = [part for part in ((".data", ".scale"), (".last", ".fine")) if name + part[0] in tensors]
+    if parts:
 
-        def part(suffix: str) -> jax.ShapeDtypeStruct:
+        def part(suffix: str, dtype: Any = None) -> jax.ShapeDtypeStruct:
             stored, shape = tensors[name + suffix]
             rows = checkpoint.rows(leaf, suffix, keep)
-            return jax.ShapeDtypeStruct((shape[0] if rows is None else min(rows, shape[0]), *shape[1:]), stored)
+            return jax.ShapeDtypeStruct(
+                (shape[0] if rows is None else min(rows, shape[0]), *shape[1:]), dtype or stored
+            )
 
-        weight = packed(checkpoint.config, checkpoint.meta, leaf, part(".data"), part(".scale"), keep)
+        # A byte of a bit plane becomes a word of 4-bit weights.
+        data = part(parts[0][0], jnp.int32 if parts[0][0] == ".last" else None)
+        weight = packed(checkpoint.config, checkpoint.meta, leaf, data, part(parts[0][1]), keep)
         layout = preferred_layout(bits=weight.bits, group=weight.group, contract=weight.contract, dtype=dtype)
         return jax.eval_shape(lambda w: w.in_layout(layout), weight) if tiles and layout != "plain" else weight
     shape = elastic.shape(checkpoint.config, leaf, keep)
@@ -136,21 +140,18 @@ def abstract_model(checkpoint: Checkpoint, rate: float, dtype: Any) -> CausalLM:
     top = {
         name: _leaf_shape(checkpoint, name, leaf, None, dtype, name != "embed")
         for name, leaf in elastic.TOP.items()
-        if name in checkpoint.tensors or f"{name}.data" in checkpoint.tensors
+        if {name, f"{name}.data", f"{name}.last"} & set(checkpoint.tensors)
     }
     return CausalLM(checkpoint.config, top | {"layers": layers}, checkpoint.plan, rate, None, dtype)
-
-
-def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays, or of jax.ShapeDtypeStructs in their place."""
-    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 class Needs:
     """What a checkpoint needs at any prune rate, for a batch and a context; programs that were compiled are kept."""
 
-    def __init__(self, checkpoint: Checkpoint, shape: Shape, dtype: Any, programs: Programs):
+    def __init__(self, checkpoint: Checkpoint, shape: Shape, dtype: Any, programs: Programs, batches: int = 1):
+        """batches: how many run at a time at most, each with a cache of its own and all with the same weights."""
         self.checkpoint, self.shape, self.dtype = checkpoint, shape, dtype
+        self.batches = batches
         self.highest = MAX_PRUNE_RATE if checkpoint.plan is not None else 0.0
         self._programs = programs
         self._compiled: dict[float, Compiled] = {}
@@ -168,7 +169,7 @@ class Needs:
         return tree_bytes(abstract_model(self.checkpoint, rate, self.dtype).params)
 
     def cache(self, rate: float) -> int:
-        """Bytes of the cache of all rows."""
+        """Bytes of the cache of all rows of one batch."""
         keep, shape = self.checkpoint.keep(rate), self.shape
         return cache_bytes(self.checkpoint.config, keep, shape.rows, shape.slots, self.dtype)
 
@@ -183,7 +184,7 @@ class Needs:
 
     def at(self, rate: float) -> Need:
         """All that a rate needs."""
-        return Need(rate, self.weights(rate), self.cache(rate), self.work(rate))
+        return Need(rate, self.weights(rate), self.batches * self.cache(rate), self.work(rate))
 
     def fitting(self, budget: int, rates: Sequence[float] | None = None) -> Need:
         """What the least rate that fits a budget needs.
@@ -198,9 +199,11 @@ class Needs:
         choices = sorted(rates) if rates is not None else [round(i * self.highest / STEPS, 6) for i in range(STEPS + 1)]
         work = 0
         while True:
-            rate = first_fitting(lambda r: self.weights(r) + self.cache(r), budget - work, choices)
+            rate = first_fitting(lambda r: self.weights(r) + self.batches * self.cache(r), budget - work, choices)
             if rate is None:
-                least = self.at(choices[-1])
+                least = self.at(choices[-1])  # which needs less work space than lower rates, whose was asked for above
+                if least.total <= budget:
+                    return least
                 raise UserError(
                     f"{format_bytes(budget)} is too little: prune rate {choices[-1]:g} needs {least} "
                     f"for {self.shape.rows} x {self.shape.context} tokens; {_advice(self.shape)}"

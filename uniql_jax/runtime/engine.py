@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
+import collections
 import itertools
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,22 +13,21 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
-from uniql_jax import elastic
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.plan import check_rate
 from uniql_jax.runtime import resizing
-from uniql_jax.runtime.batching import Batch, variant_of
+from uniql_jax.runtime.batching import Batch, every_variant, variant_of
 from uniql_jax.runtime.budget import Need, Needs
 from uniql_jax.runtime.compiled import Shape
+from uniql_jax.runtime.lanes import DEFAULT, Lanes
 from uniql_jax.runtime.loading import default_dtype, load
 from uniql_jax.runtime.prompts import check_prompt, token_array
-from uniql_jax.runtime.requests import TOP_LOGPROBS, Request, Settings
+from uniql_jax.runtime.requests import Request, Settings
 from uniql_jax.runtime.steps import Variant, programs_of
 
 CONTEXT = 2048
-CACHES = ("read-again", "extend")
 
 
 class Engine:
@@ -43,7 +41,9 @@ class Engine:
 
     model: CausalLM
 
-    def __init__(self, folder: str | Path, context: int | None, batch: int, dtype: Any, cache: str):
+    def __init__(
+        self, folder: str | Path, context: int | None, batch: int, dtype: Any, cache: str, other_rates: int | None
+    ):
         """Open a checkpoint, without reading its weights; `start` does."""
         self.checkpoint = open_checkpoint(folder)
         longest = self.checkpoint.config.max_position
@@ -55,21 +55,25 @@ class Engine:
             raise UserError(f"a context of {context} tokens exceeds the model's {longest}")
         self.shape = Shape(batch, context)
         self._folder, self._dtype = folder, default_dtype() if dtype is None else dtype
-        self._cache_policy = _check_policy(cache)
+        self._cache_policy = resizing.check_policy(cache)
         self._turnstile = threading.RLock()
         self._lock, self._programs, self._batch = (
             threading.RLock(),
             programs_of(self.checkpoint.config),
             Batch(self.shape),
         )
-        self._needs = Needs(self.checkpoint, self.shape, self._dtype, self._programs)
+        if other_rates is not None and (isinstance(other_rates, bool) or not 0 <= other_rates < 100):
+            raise UserError(f"other_rates must be an integer from 0 to 99, not {other_rates!r}")
+        self._needs = Needs(self.checkpoint, self.shape, self._dtype, self._programs, 1 + (other_rates or 0))
+        self._lanes = Lanes(self._needs, DEFAULT if other_rates is None else other_rates)
+        self._incoming: collections.deque[Request] = collections.deque()
         self._warm: list[float] = []
         self._target: float | None = None  # of a switch under way
 
     def start(self, rate: float) -> None:
         """Read the weights."""
         self.model = load(self._folder, rate, self._dtype)
-        self._use(rate, None)
+        self._batch.use(self._needs.compiled(rate), self.model.params, None, rate)
 
     # ---------------------------------------------------------------------------------------------- the rate
 
@@ -116,7 +120,7 @@ class Engine:
         """
         target = check_rate(rate)
         self.checkpoint.keep(target)
-        policy = self._cache_policy if cache is None else _check_policy(cache)
+        policy = self._cache_policy if cache is None else resizing.check_policy(cache)
         if ahead and target != self.rate:
             self._prepare(target, policy)
         with self._turnstile, self._lock:
@@ -132,7 +136,11 @@ class Engine:
 
     def _prepare(self, target: float, policy: str) -> None:
         """Compile what the requests at work need at another rate; no lock is held."""
-        requests = [row.request for _, row in self._batch.active]
+        working = [row.request for _, row in self._batch.active]
+        for request in working:
+            if request.rate == self.rate > target:  # it will go on in a lane
+                self._prepare_lane(request, self.rate)
+        requests = [request for request in working if request.rate in (None, target)]
         if not requests:
             return
         compiled = self._needs.compiled(target)
@@ -145,35 +153,27 @@ class Engine:
 
     def _switch(self, target: float, policy: str) -> None:
         """Bring every layer to the target's sizes, one after another; an interrupted switch is finished later."""
-        pair = elastic.sizes(self.checkpoint.config)["pair"]
-        wanted, layers = self.checkpoint.keep(target), self.model.params["layers"]
+        wanted = self.checkpoint.keep(target)
         grows = any(
             keep[axis] > have[axis] for have, keep in zip(self.model.keep, wanted, strict=True) for axis in keep
         )
         self._target = target
+        self._lanes.release()
+        others = [request for request in self._batch.requests if request.rate not in (None, target)]
+        self._incoming.extendleft(reversed(others))  # first: an interrupt may leave them twice, but not lose them
+        self._batch.drop(others)
         cache = self._batch.give_cache()
         if grows and policy == "read-again":
             cache = None  # two need not fit
         states = None if cache is None else list(cache.layers)
-        for i, (have, keep) in enumerate(zip(self.model.keep, wanted, strict=True)):
-            if have == keep:
-                continue
-            if states is not None:
-                states[i] = resizing.cut_state(self._programs, states[i], have, keep, pair)
-            between = {axis: min(have[axis], keep[axis]) for axis in keep}
-            if between != have:
-                layers[i] = resizing.cut(self._programs, layers[i], have, between)
-            if keep != between:
-                layers[i] = resizing.grow(self._programs, self.checkpoint, i, layers[i], between, keep, self._dtype)
+        resizing.resize(self._programs, self.checkpoint, self.model, wanted, states, self._dtype)
         if cache is not None and states is not None:
             cache = cache.replace(layers=tuple(states))
         self.model.rate = target
-        self._use(target, cache)
+        self._batch.use(self._needs.compiled(target), self.model.params, cache, target)
+        self._lanes.take(self.model)
         self._target = None
-        _return_memory()
-
-    def _use(self, rate: float, cache: Any) -> None:
-        self._batch.use(self._needs.compiled(rate), self.model.params, cache, rate)
+        resizing.return_memory()
 
     def warm_up(self, rates: Sequence[float], lengths: Sequence[int] | None = None, sampling: bool = True) -> None:
         """Compile what these rates need, so that switching between them compiles nothing.
@@ -184,9 +184,7 @@ class Engine:
             sampling: whether temperatures above 0 and log-probabilities are wanted, too.
         """
         lengths = self.shape.lengths() if lengths is None else sorted({self.shape.padded(n) for n in lengths})
-        variants = [Variant()]
-        if sampling:
-            variants += [Variant(greedy, top) for greedy in (True, False) for top in (None, TOP_LOGPROBS)][1:]
+        variants = every_variant() if sampling else [Variant()]
         for rate in dict.fromkeys(check_rate(rate) for rate in rates):
             self._needs.compiled(rate).prepare_all(variants, lengths)
             self._warm = sorted({*self._warm, rate})
@@ -201,8 +199,27 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------------- requests
 
-    def submit(self, prompt: Sequence[int] | Int[np.ndarray, " t"] | Int[Array, " t"], settings: Settings) -> Request:
-        """Queue a prompt of token ids; iterate over the request for its tokens. Raises UserError for bad ones."""
+    def submit(
+        self,
+        prompt: Sequence[int] | Int[np.ndarray, " t"] | Int[Array, " t"],
+        settings: Settings,
+        rate: float | int | None = None,
+    ) -> Request:
+        """Queue a prompt.
+
+        Args:
+            prompt: token ids.
+            settings: how to draw, and when to end.
+            rate: the prune rate of this request, whatever others run at; it must be the session's or above, since
+                weights are shared. None: the session's, also as that changes.
+
+        Returns:
+            The request; iterate over it for its tokens. It ends with an error once the session goes beyond its rate.
+
+        Raises:
+            UserError: a prompt or settings that cannot be used. `lanes.RateUnavailable`, which is one, for a rate that
+                this session does not hold, or for one too many at a time.
+        """
         ids = token_array(prompt)
         settings.check(self.checkpoint.config.vocab_size)
         check_prompt(self.checkpoint.config, ids[None], np.ones((1, ids.size), np.int32), settings.max_new_tokens)
@@ -211,9 +228,34 @@ class Engine:
                 f"{ids.size} prompt tokens and {settings.max_new_tokens} new ones exceed the session's context of "
                 f"{self.shape.context}"
             )
-        request = Request(ids.astype(np.int32), settings, self.step)
-        self._batch.waiting.append(request)  # no lock: a step may take as long as compiling does
+        if rate is not None:
+            rate = check_rate(rate)
+            self.checkpoint.keep(rate)
+            self._lanes.check(rate, self.rate)
+        request = Request(ids.astype(np.int32), settings, self.step, rate)
+        if rate is not None and rate != self.rate:
+            self._prepare_lane(request, rate)
+        self._incoming.append(request)  # no lock: a step may take as long as compiling does
         return request
+
+    def _prepare_lane(self, request: Request, rate: float) -> None:
+        """Compile what a request needs at a rate of its own; no lock is held, so that others go on."""
+        compiled, variant = self._needs.compiled(rate), variant_of([request])
+        compiled.prepare_all([variant], [self.shape.padded(request.length)])
+
+    @property
+    def _batches(self) -> list[Batch]:
+        return [self._batch, *self._lanes.batches]
+
+    def _route(self) -> None:
+        """Hand new requests to the batch of their rate."""
+        while self._incoming:
+            request = self._incoming[0]
+            if request.rate in (None, self.rate):
+                self._batch.waiting.append(request)
+            elif request.reason is None:
+                self._lanes.add(request, request.rate, self.model)
+            self._incoming.popleft()
 
     def step(self) -> bool:
         """Make the batch go on by a step; whether there is more to do."""
@@ -222,34 +264,36 @@ class Engine:
         with self._lock:
             if self._target is not None:
                 self._switch(self._target, self._cache_policy)
-            try:
-                self._batch.step()
-            except Exception as error:  # not an interrupt, after which requests go on
-                self._batch.fail(error)
-                if isinstance(error, UserError):
-                    return False
-                raise
-            return self._batch.busy
+            self._route()
+            failed = None
+            for batch in self._batches:
+                try:
+                    batch.step()
+                except Exception as error:  # not an interrupt, after which requests go on
+                    batch.fail(error)
+                    failed = failed if isinstance(error, UserError) else error
+            self._lanes.close_idle()
+            if failed is not None:
+                raise failed
+            return bool(self._incoming or self._batch.busy or self._lanes.batches)
 
     def memory(self) -> dict[str, int]:
         """Bytes held now: weights and cache."""
         weights = sum(int(x.nbytes) for x in jax.tree.leaves(dict(self.model.params)))
-        return {"weights": weights, "cache": self._batch.cache_bytes()}
+        return {"weights": weights, "cache": self._batch.cache_bytes() + self._lanes.cache_bytes()}
 
     def load_now(self) -> dict[str, int]:
         """Rows at work, and requests that wait for one."""
-        return {"active": len(self._batch.active), "waiting": len(self._batch.waiting)}
+        waiting = len(self._incoming) + sum(len(batch.waiting) for batch in self._batches)
+        return {"active": sum(self.active_at().values()), "waiting": waiting}
 
+    def active_at(self) -> dict[float, int]:
+        """Rows at work at each prune rate that runs: the session's, and those that requests asked for."""
+        found = collections.Counter({self.rate: 0})
+        for batch in self._batches:
+            found[batch.rate] += len(batch.active)
+        return dict(found)
 
-def _check_policy(cache: str) -> str:
-    if cache not in CACHES:
-        raise UserError(f"cache must be one of {', '.join(CACHES)}, not {cache!r}")
-    return cache
-
-
-def _return_memory() -> None:
-    """Give what was freed back to the system; glibc keeps it otherwise."""
-    if resizing.on_host() and sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    def runs(self, rate: float) -> bool:
+        """Whether a request may ask for a prune rate, as the session is now."""
+        return self._lanes.available(rate, self.rate)

@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from uniql_jax.checkpoint import Checkpoint
+from uniql_jax.checkpoint import Checkpoint, Setting
 from uniql_jax.checkpoint_format import read_config
 from uniql_jax.errors import UserError
 from uniql_jax.files import INDEX, SIDE_FILES, WEIGHTS, read_json
@@ -73,15 +73,15 @@ def local(checkpoint: str | os.PathLike[str], revision: str | None = None) -> st
         raise UserError(f"cannot keep {checkpoint} in {cache_folder()}: {error.strerror}") from None
 
 
-def complete(checkpoint: Checkpoint, rate: float) -> None:
-    """Fetch what a rate needs of a folder that `local` made; nothing to do for any other.
+def complete(checkpoint: Checkpoint, rate: float, setting: Setting | None = None) -> None:
+    """Fetch what a rate, or a setting of the joint plan, needs of a folder that `local` made; else do nothing.
 
     Raises:
         UserError: the hub does not give it to us, or the disk is full.
     """
     mark = checkpoint.folder / MARK
     if mark.is_file():
-        _Remote.of(read_json(mark)).fetch(checkpoint, rate)
+        _Remote.of(read_json(mark)).fetch(checkpoint, rate, setting)
 
 
 class _Remote:
@@ -207,9 +207,9 @@ class _Remote:
         # tried again here instead of there: a second answer within one `with` would begin anew
         return http_stream_backoff("GET", url, headers=headers, max_retries=0, timeout=30, follow_redirects=True)
 
-    def fetch(self, checkpoint: Checkpoint, rate: float) -> None:
+    def fetch(self, checkpoint: Checkpoint, rate: float, setting: Setting | None = None) -> None:
         """Download what is missing, several ranges at a time; what arrived before an error stays."""
-        wanted = {PartialFile(path): spans for path, spans in checkpoint.spans(rate).items()}
+        wanted = {PartialFile(path): spans for path, spans in checkpoint.spans(rate, setting).items()}
         missing = {file: joined(file.missing(spans)) for file, spans in wanted.items() if file.exists}
         pieces = [
             (file, (at, min(at + PIECE, end)))

@@ -13,15 +13,20 @@ from jax.sharding import Mesh
 
 from uniql_jax import elastic
 from uniql_jax.casting import cast
-from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert.source import open_source
+from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.pallas_kernels import dispatch
 from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout
 from uniql_jax.plan import axis_layout, check_rate
 from uniql_jax.runtime import hub
+from uniql_jax.runtime.budget import parse_budget
+from uniql_jax.runtime.choice import Choice, choose
 from uniql_jax.runtime.text import Folder
+from uniql_jax.weights.mixed import in_parts
+from uniql_jax.weights.nested import NestedArray
 from uniql_jax.weights.quantized import QuantizedArray
 from uniql_jax.weights.shard import spread
 from uniql_jax.weights.split import Split, device_mesh, split_of
@@ -56,21 +61,40 @@ def place(
     Raises:
         UserError: a value does not fit `dtype`.
     """
-
-    def prepare(value: Any) -> Any:
-        if isinstance(value, QuantizedArray):
-            if dispatch.default("dequant_matmul") == "pallas":
-                value = value.in_runs()  # once instead of for every product
-            if tiles and value.run == 1:
-                layout = preferred_layout(bits=value.bits, group=value.group, contract=value.contract, dtype=dtype)
-                value = value.in_layout(layout)
-            return value
-        is_matrix = leaf is None or leaf.contract is not None
-        return cast(name, value, dtype if is_matrix else np.float32)
-
     if split is None or leaf is None:
-        return jax.tree.map(jnp.asarray, prepare(value))
-    return spread(leaf, value, split, prepare)
+        return jax.tree.map(jnp.asarray, in_form(leaf, value, dtype, tiles, name))
+    return spread(leaf, value, split, lambda part: in_form(leaf, part, dtype, tiles, name))
+
+
+def in_form(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = True, name: str = "(unnamed)") -> Any:
+    """A leaf in the dtype and layout that `place` gives it, still in the host's memory; arguments as there."""
+    if isinstance(value, NestedArray):
+        value = in_parts(value)
+        if not isinstance(value, QuantizedArray):
+            return value
+    if isinstance(value, QuantizedArray):
+        check_scales(value, name)
+        if dispatch.default("dequant_matmul") == "pallas":
+            value = value.in_runs()  # once instead of for every product
+        if tiles and value.run == 1:
+            layout = preferred_layout(bits=value.bits, group=value.group, contract=value.contract, dtype=dtype)
+            value = value.in_layout(layout)
+        return value
+    is_matrix = leaf is None or leaf.contract is not None
+    return cast(name, value, dtype if is_matrix else np.float32)
+
+
+LARGEST_SCALE = 2.0**27
+"""Kernels multiply a scale with sums of 136 inputs and more, which must stay below what bfloat16 and float32 hold."""
+
+
+def check_scales(weight: QuantizedArray, name: str) -> None:
+    """Raise UserError for scales that no weight has and kernels cannot multiply with."""
+    if not isinstance(weight.scale, np.ndarray):  # shapes alone, or on a device already
+        return
+    largest = float(np.max(np.abs(np.asarray(weight.scale, np.float32)), initial=0.0))
+    if largest >= LARGEST_SCALE:
+        raise UserError(f"{name} has a scale of {largest:g}, at or above 2^27: the checkpoint is damaged")
 
 
 def place_layer(layer: dict[str, dict[str, Any]], dtype: Any, split: Split | None = None) -> dict[str, dict[str, Any]]:
@@ -115,39 +139,59 @@ def load(
     prune_rate: float = 0.0,
     dtype: Any = None,
     *,
+    budget: int | float | str | None = None,
     revision: str | None = None,
     devices: int | Mesh | None = None,
 ) -> CausalLM:
-    """An elastic checkpoint at a prune rate; only the kept bytes are read.
+    """An elastic checkpoint at a prune rate, or at the size that fits a budget; only the kept bytes are read.
 
     Args:
         folder: elastic checkpoint, as `compress` writes it, or a hub id (owner/name), of which only the bytes of this
-            rate are downloaded.
+            size are downloaded.
         prune_rate: fraction of the prunable parameters to leave out, from 0 to 0.35.
         dtype: of activations and dense weights (default: bfloat16 on GPUs, float32 on CPUs).
+        budget: in place of a rate, bytes that the weights may take: a number, a size ("50MB"), or a share of the
+            device's memory ("80%"). A checkpoint of nested bits gives up bits and units in the order of its joint plan,
+            any other one takes the least prune rate that fits.
         revision: branch, tag or commit of a hub id (default: its main branch).
         devices: how many devices share the model, or a mesh of them: heads, MLP channels and vocabulary are shared
             out, and of each device's part alone the bytes are read. None: the default device has all of it.
 
     Returns:
-        The model on the device or devices. Its `folder` is absolute.
+        The model on the device or devices. Its `folder` is absolute. At a setting of the joint plan it has no prune
+        rates.
 
     Raises:
-        UserError: a rate outside the range, a folder that is no elastic checkpoint, damaged files, or a hub that does
-            not give us what is missing.
+        UserError: a rate outside the range, a budget that is too small, a folder that is no elastic checkpoint, damaged
+            files, or a hub that does not give us what is missing.
     """
     rate = check_rate(prune_rate)
+    if budget is not None and rate:
+        raise UserError("give a prune rate or a budget, not both")
+    size = None if budget is None else parse_budget(budget)
     folder = hub.local(folder, revision)
     checkpoint = open_checkpoint(folder)
-    hub.complete(checkpoint, rate)
+    return load_size(checkpoint, Choice(0, rate) if size is None else choose(checkpoint, size), dtype, devices)
+
+
+def load_size(checkpoint: Checkpoint, size: Choice, dtype: Any = None, devices: int | Mesh | None = None) -> CausalLM:
+    """`load` of an opened checkpoint at a size that was chosen before."""
+    setting = size.setting
+    hub.complete(checkpoint, size.rate, setting)
     dtype = default_dtype() if dtype is None else dtype
-    found = Folder(folder)
-    keep = checkpoint.keep(rate)
     split = split_for(checkpoint.config, devices, checkpoint.meta if checkpoint.bits < 16 else {})
-    lazy = split is not None
-    layers = [place_layer(checkpoint.layer(i, kept, lazy=lazy), dtype, split) for i, kept in enumerate(keep)]
-    params = place_top(checkpoint.top(lazy), dtype, split) | {"layers": layers}
-    return CausalLM(checkpoint.config, params, checkpoint.plan, rate, found, dtype)
+    if setting is None:
+        lazy = split is not None
+        each = (checkpoint.layer(i, kept, lazy=lazy) for i, kept in enumerate(checkpoint.keep(size.rate)))
+        top, plan = checkpoint.top(lazy=lazy), checkpoint.plan
+    elif split is None:
+        each = (checkpoint.layer_at(i, setting) for i in range(len(checkpoint.config.pattern)))
+        top, plan = checkpoint.top_at(setting), None
+    else:
+        raise UserError("a budget of nested bits is for one device: give a prune rate, at which several can share")
+    layers = [place_layer(layer, dtype, split) for layer in each]
+    params = place_top(top, dtype, split) | {"layers": layers}
+    return CausalLM(checkpoint.config, params, plan, size.rate, Folder(checkpoint.folder), dtype)
 
 
 def load_source(

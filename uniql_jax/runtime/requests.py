@@ -71,13 +71,17 @@ class Request:
     Attributes:
         prompt: token ids.
         settings: how it draws.
+        rate: the prune rate that it runs at, whatever becomes of the session's; None: the session's.
         reason: why it ended: "stop" (a stop id), "length", "cancelled" or "error"; None while it runs.
         error: the exception of reason "error".
     """
 
-    def __init__(self, prompt: Int[np.ndarray, " t"], settings: Settings, pump: Callable[[], Any]):
+    def __init__(
+        self, prompt: Int[np.ndarray, " t"], settings: Settings, pump: Callable[[], Any], rate: float | None = None
+    ):
         self.prompt = prompt
         self.settings = settings
+        self.rate = rate
         self.reason: str | None = None
         self.error: BaseException | None = None
         self._emitted: list[Emitted] = []

@@ -5,10 +5,12 @@ On a CPU arrays are numpy's, so that nothing is compiled; elsewhere one small pr
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +19,11 @@ import numpy as np
 
 from uniql_jax import elastic
 from uniql_jax.checkpoint import Checkpoint
+from uniql_jax.errors import UserError
+from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.pallas_kernels.dequant_matmul import tiling
 from uniql_jax.runtime.budget import Needs
-from uniql_jax.runtime.loading import place
+from uniql_jax.runtime.loading import in_form
 from uniql_jax.runtime.steps import Programs
 from uniql_jax.weights.quantized import QuantizedArray
 
@@ -32,13 +36,74 @@ def on_host() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _apply(programs: Programs, name: Any, function: Any, *args: Any) -> Any:
-    """Run a function of slices and joins: by numpy into memory of its own, or compiled."""
+CACHES = ("read-again", "extend")
+"""What becomes of caches when weights grow."""
+ALIGNMENT = 64
+"""Bytes that JAX wants an array on a CPU to begin at a multiple of."""
+
+
+def check_policy(cache: str) -> str:
+    """One of `CACHES`, or a UserError."""
+    if cache not in CACHES:
+        raise UserError(f"cache must be one of {', '.join(CACHES)}, not {cache!r}")
+    return cache
+
+
+def return_memory() -> None:
+    """Give what was freed back to the system; glibc keeps it otherwise."""
+    if on_host() and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def resize(
+    programs: Programs, checkpoint: Checkpoint, model: CausalLM, wanted: Sequence[Keep], states: list | None, dtype: Any
+) -> None:
+    """Bring every layer of a model, in place, to other kept sizes, one after another.
+
+    Args:
+        programs: keeps what is compiled for it.
+        checkpoint: what the model was loaded from; missing bytes are read of it.
+        model: at any sizes, also at those that an interrupted call left.
+        wanted: kept sizes of every layer.
+        states: caches of the layers, cut or filled up in the same way; None: there are none.
+        dtype: of dense weights.
+    """
+    pair, layers = elastic.sizes(checkpoint.config)["pair"], model.params["layers"]
+    for i, (have, keep) in enumerate(zip(model.keep, wanted, strict=True)):
+        if have == keep:
+            continue
+        if states is not None:
+            states[i] = cut_state(programs, states[i], have, keep, pair)
+        between = {axis: min(have[axis], keep[axis]) for axis in keep}
+        if between != have:
+            layers[i] = cut(programs, layers[i], have, between)
+        if keep != between:
+            layers[i] = grow(programs, checkpoint, i, layers[i], between, keep, dtype)
+
+
+def _apply(programs: Programs, name: Any, function: Any, *args: Any, joins: bool = False) -> Any:
+    """Run a function that slices, or that joins: by numpy into memory of its own, or compiled."""
     if on_host():
         done = function(*jax.tree.map(np.asarray, args))
-        # copies: JAX would go on with a view, which holds on to what was cut off
-        return jax.device_put(jax.tree.map(np.copy, done), jax.devices()[0])
-    return programs.call(name, function, *args)
+        return jax.device_put(done if joins else jax.tree.map(_owned, done), jax.devices()[0])
+    return programs.call(name, function, *jax.tree.map(jnp.asarray, args))
+
+
+def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An empty array at an address that JAX takes as it is, where it would copy from any other."""
+    count = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(count + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + count].view(dtype).reshape(shape)
+
+
+def _owned(value: np.ndarray) -> np.ndarray:
+    """A copy: JAX would go on with a view, which holds on to what was cut off."""
+    out = _aligned(value.shape, value.dtype)
+    np.copyto(out, value)
+    return out
 
 
 def _changed(layer: Layer, have: Keep, keep: Keep) -> dict[str, dict[str, Any]]:
@@ -91,8 +156,8 @@ def grow(
             start = dict(have) | {str(leaf.axis): _whole_tiles(value)}
             old[kind][name] = elastic.slice_leaf(leaf, value, start)
             suffix = checkpoint.suffix(i, kind, name, start, keep)
-            new[kind][name] = place(leaf, suffix, dtype, name=f"{kind}.{name}")
-    return _merged(layer, _apply(programs, "join", _join_layers, old, new))
+            new[kind][name] = in_form(leaf, suffix, dtype, name=f"{kind}.{name}")
+    return _merged(layer, _apply(programs, "join", _join_layers, old, new, joins=True))
 
 
 def prepare(programs: Programs, needs: Needs, have_rate: float, keep_rate: float) -> None:
@@ -157,6 +222,8 @@ def _join_layers(old: Layer, new: Layer) -> dict[str, dict[str, Any]]:
 def _join(old: Any, new: Any) -> Any:
     """Two parts of a leaf as one, along the leading axis."""
     if not isinstance(old, QuantizedArray):
-        return (np if isinstance(old, np.ndarray) else jnp).concatenate([old, new])
+        if not isinstance(old, np.ndarray):
+            return jnp.concatenate([old, new])
+        return np.concatenate([old, new], out=_aligned((len(old) + len(new), *old.shape[1:]), old.dtype))
     width = old.width + new.width if old.contract == "first" else old.width
     return dataclasses.replace(old, data=_join(old.data, new.data), scale=_join(old.scale, new.scale), width=width)

@@ -46,6 +46,7 @@ class Elastic(Engine):
         batch: int = 1,
         dtype: Any = None,
         cache: str = "read-again",
+        other_rates: int | None = None,
         say: Callable[[str], object] = lambda line: None,
     ):
         """Choose a rate, say why, and load.
@@ -61,6 +62,8 @@ class Elastic(Engine):
             batch: rows, that is texts at a time.
             dtype: of activations and dense weights (default: bfloat16 on GPUs, float32 on CPUs).
             cache: what becomes of caches when weights grow, see above.
+            other_rates: the most prune rates at a time that requests may ask for in addition to the session's. Each
+                takes a cache of its own (and no weights), which budgets then count. Default: 2, or none with a budget.
             say: hears `why` before weights are read.
 
         Raises:
@@ -71,7 +74,9 @@ class Elastic(Engine):
             raise UserError("give a rate or budgets, not both")
         if latency_budget is not None and not 0 < latency_budget < float("inf"):
             raise UserError(f"latency_budget must be a number of seconds above 0, not {latency_budget!r}")
-        super().__init__(folder, context, batch, dtype, cache)
+        super().__init__(folder, context, batch, dtype, cache, other_rates)
+        if memory_budget is not None:
+            self._lanes.most = self._needs.batches - 1
         self.why, first = self._first_rate(rate, memory_budget)
         say(self.why)
         self.start(first)
@@ -102,8 +107,10 @@ class Elastic(Engine):
         Raises:
             UserError: no rate fits; the rate is as before.
         """
-        limit = parse_budget(budget)
-        need = self._needs.fitting(limit, rates or self._warm or None)
+        limit, counted = parse_budget(budget), self._needs.batches - 1
+        extra = 0 if counted else self._lanes.cache_bytes()  # of requests at work that no budget counted
+        need = self._needs.fitting(limit - extra, rates or self._warm or None)
+        self._lanes.most = counted
         self.set_rate(need.rate)
         self.why = f"prune rate {need.rate:g}: the least that fits {format_bytes(limit)}, it needs {need}"
         return need
@@ -149,6 +156,7 @@ class Elastic(Engine):
         seed: int = 0,
         tokenizer: Any | None = None,
         chat: bool = False,
+        rate: float | int | None = None,
     ) -> Iterator[str] | Iterator[Int[np.ndarray, "1"]]:
         """Stream the continuation of a prompt, as `uniql_jax.generate` does, at whatever rate there is on the way.
 
@@ -161,6 +169,7 @@ class Elastic(Engine):
             seed: of the draws.
             tokenizer: default: for text, the one in the checkpoint's folder.
             chat: wrap the prompt in the chat template.
+            rate: the prune rate of this text, see `submit`.
 
         Returns:
             Pieces of text, or int32 arrays [1] where the prompt is of ids and no tokenizer is given.
@@ -170,7 +179,7 @@ class Elastic(Engine):
         """
         ids, tokenizer = read_prompt(prompt, tokenizer, self.model.folder, chat)
         settings = Settings(max_new_tokens, temperature, top_p, top_k, seed, frozenset(self.stops(chat)))
-        request = self.submit(ids, settings)
+        request = self.submit(ids, settings, rate)
         if tokenizer is None:
             return (np.asarray([item.token], np.int32) for item in request)
         return decode_stream(tokenizer, (item.token for item in request), ids.tolist())

@@ -21,8 +21,9 @@ from starlette.staticfiles import StaticFiles
 from uniql_jax.errors import UserError
 from uniql_jax.runtime.budget import free_memory
 from uniql_jax.runtime.session import Elastic
+from uniql_jax.runtime.text import chat_text
 from uniql_jax.server import calls
-from uniql_jax.server.errors import ApiError
+from uniql_jax.server.errors import ApiError, of_session
 from uniql_jax.server.http import (
     EventStream,
     Keys,
@@ -70,11 +71,17 @@ class Server:
             limits: of each call.
             loopback: whether only this machine can reach the server; then foreign host names are refused.
             quality: prune rate -> measured perplexity, for the page.
+
+        Raises:
+            UserError: the checkpoint has no tokenizer.
         """
+        if session.tokenizer is None:  # loads it, so that the first call need not
+            raise UserError(f"{session.model.folder} has no tokenizer, which a server needs")
         self.session, self.name, self.keys, self.limits = session, name, keys, limits
         self.loopback, self.quality = loopback, dict(quality or {})
         self.worker = Worker(session)
         self.metrics = Metrics(self.worker)
+        self.chat = _chats(session.tokenizer)
         self.streams, self._started = 0, int(time.time())
 
     def app(self) -> Starlette:
@@ -135,7 +142,7 @@ class Server:
         return error.response()
 
     async def _user_error(self, request: Request, error: Any) -> Response:
-        return ApiError(400, str(error)).response()
+        return of_session(error).response()
 
     async def _http_error(self, request: Request, error: Any) -> Response:
         return ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}").response()
@@ -156,14 +163,14 @@ class Server:
         return await self._answer(request, body, body.n or 1, calls.chat)
 
     async def _answer(self, request: Request, body: Generation, count: int, make: Callable[..., calls.Call]) -> Any:
-        self._check_model(body.model)
+        rate = self._asked_rate(body.model)
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options needs stream: true", param="stream_options")
         if self.streams + count > self.limits.streams:
             raise ApiError(429, f"{self.limits.streams} answers are at work already", code="too_many_streams")
         self.streams += count
         try:
-            call = await run_in_threadpool(make, self.worker, self.metrics, self.limits, body)
+            call = await run_in_threadpool(make, self.worker, self.metrics, self.limits, body, rate)
         except BaseException:
             self.streams -= count
             raise
@@ -199,23 +206,15 @@ class Server:
 
     def _rates(self) -> list[float]:
         listed = LISTED if self.session.checkpoint.plan is not None else LISTED[:1]
-        return sorted({*listed, self.session.rate})
+        return sorted({*listed, *self.session.warm_rates, self.session.rate})
 
-    def _check_model(self, model: str) -> None:
-        """Raise ApiError unless a name means what runs now."""
-        name, at, rate = model.rpartition("@")
-        if not at:
-            name, rate = model, ""
-        known = name == self.name
-        if known and (not rate or rate == f"{self.session.rate:g}"):
-            return
-        if known and rate in {f"{r:g}" for r in self._rates()}:
-            raise ApiError(
-                409,
-                f"{self.name} runs at prune rate {self.session.rate:g} now; POST /admin/rate changes it",
-                code="rate_not_running",
-                param="model",
-            )
+    def _asked_rate(self, model: str) -> float | None:
+        """The prune rate that a model's name asks for; None: whatever there is. Raises ApiError for another model."""
+        if model == self.name:
+            return None
+        for rate in self._rates():
+            if model == f"{self.name}@{rate:g}":
+                return rate
         raise ApiError(404, f"no model {model[:100]!r}; this server has {self.name}", code="model_not_found")
 
     def _entry(self, rate: float | None) -> dict[str, Any]:
@@ -223,8 +222,8 @@ class Server:
         shown = self.session.rate if rate is None else rate
         return {
             "id": name, "object": "model", "created": self._started, "owned_by": "uniql-jax", "prune_rate": shown,
-            "weight_bytes": self.session.checkpoint.weight_bytes(shown), "running": shown == self.session.rate,
-            "perplexity": self.quality.get(shown),
+            "weight_bytes": self.session.checkpoint.weight_bytes(shown), "running": shown in self.session.active_at(),
+            "available": self.session.runs(shown), "perplexity": self.quality.get(shown),
         }  # fmt: skip
 
     async def models(self, request: Request) -> Response:
@@ -253,6 +252,8 @@ class Server:
         found = {"model": self.name, "rate": session.rate, "why": session.why, "highest_rate": session.highest_rate}
         found |= {"context": session.shape.context, "rows": session.shape.rows, "warm_rates": session.warm_rates}
         found |= {"tokens_per_second": round(self.worker.tokens_per_second(), 2), "memory": session.memory()}
+        found["chat"] = self.chat
+        found["active_at"] = {f"{rate:g}": count for rate, count in session.active_at().items()}
         found |= {"free_memory": await run_in_threadpool(free_memory), "streams": self.streams} | session.load_now()
         found["sizes"] = {f"{rate:g}": session.checkpoint.weight_bytes(rate) for rate in self._rates()}
         found["perplexity"] = {f"{rate:g}": value for rate, value in self.quality.items()}
@@ -267,8 +268,8 @@ class Server:
         body = parse(Setting, await read_body(request, self.limits))
         rate, budget, before = body.rate, body.memory_budget, self.session.rate
         if rate is not None and budget is None:
-            await run_in_threadpool(self.session.set_rate, rate)
-            self.session.why = f"prune rate {rate:g}: as asked for"
+            await run_in_threadpool(self.session.set_rate, round(rate, 6))
+            self.session.why = f"prune rate {self.session.rate:g}: as asked for"
         elif budget is not None and rate is None:
             await run_in_threadpool(self.session.fit, budget)
         else:
@@ -278,9 +279,17 @@ class Server:
         return JSONResponse({"rate": self.session.rate, "why": self.session.why, "memory": self.session.memory()})
 
 
+def _chats(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template."""
+    try:
+        return bool(chat_text(tokenizer, [{"role": "user", "content": "?"}]))
+    except UserError:
+        return False
+
+
 def _status(error: Exception) -> int:
     return (
         getattr(error, "status", None)
         or getattr(error, "status_code", None)
-        or (400 if isinstance(error, UserError) else 500)
+        or (of_session(error).status if isinstance(error, UserError) else 500)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
 import secrets
 import time
@@ -89,6 +90,7 @@ class Call:
         prompts: Sequence[list[int]],
         settings: Callable[[int], Settings],
         style: CompletionStyle | ChatStyle,
+        rate: float | None,
     ):
         self._worker, self._metrics, self._style = worker, metrics, style
         self._start, self._model, self._first = time.monotonic(), body.model, True
@@ -100,7 +102,7 @@ class Call:
         try:
             for prompt in prompts:
                 for i in range(each):
-                    request = worker.submit(prompt, settings(i))
+                    request = worker.submit(prompt, settings(i), rate)
                     choice = Choice(len(self._choices), request, worker.session.tokenizer, stops)
                     self._choices.append(choice)
         except UserError:
@@ -113,12 +115,14 @@ class Call:
         for choice in self._choices:
             choice.request.cancel()
 
-    def _count(self, new: int) -> None:
+    def _count(self, new: list[Emitted]) -> None:
         if self._first:
             self._first = False
             self._metrics.first_token.observe(time.monotonic() - self._start)
-        self._worker.count(new)
-        self._metrics.generated_tokens.inc(new)
+        self._worker.count(len(new))
+        self._metrics.generated_tokens.inc(len(new))
+        for rate, count in collections.Counter(item.rate for item in new).items():
+            self._metrics.tokens_at.labels(f"{rate:g}").inc(count)
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
@@ -222,19 +226,19 @@ def _settings(body: Generation, new: int, stops: set[int], logprobs: int | None)
     return of
 
 
-def completion(worker: Worker, metrics: Metrics, limits: Limits, body: Completion) -> Call:
-    """A call of /v1/completions. Raises ApiError or UserError."""
+def completion(worker: Worker, metrics: Metrics, limits: Limits, body: Completion, rate: float | None) -> Call:
+    """A call of /v1/completions, at a prune rate or at whatever there is. Raises ApiError or UserError."""
     session, tokenizer = worker.session, worker.session.tokenizer
     prompts = [encode(tokenizer, text) if isinstance(text, str) else list(text) for text in body.prompts]
     if not all(prompts):
         raise ApiError(400, "the prompt is empty", param="prompt")
     new = _new_tokens(body.max_tokens, 16, prompts, worker, limits)
     style = CompletionStyle(tokenizer, body.logprobs is not None)
-    return Call(worker, metrics, body, prompts, _settings(body, new, session.stops(), body.logprobs), style)
+    return Call(worker, metrics, body, prompts, _settings(body, new, session.stops(), body.logprobs), style, rate)
 
 
-def chat(worker: Worker, metrics: Metrics, limits: Limits, body: Chat) -> Call:
-    """A call of /v1/chat/completions. Raises ApiError or UserError."""
+def chat(worker: Worker, metrics: Metrics, limits: Limits, body: Chat, rate: float | None) -> Call:
+    """A call of /v1/chat/completions, at a prune rate or at whatever there is. Raises ApiError or UserError."""
     session, tokenizer = worker.session, worker.session.tokenizer
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
@@ -243,4 +247,5 @@ def chat(worker: Worker, metrics: Metrics, limits: Limits, body: Chat) -> Call:
     new = _new_tokens(asked, limits.default_tokens, [prompt], worker, limits)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     style = ChatStyle(tokenizer, bool(body.logprobs))
-    return Call(worker, metrics, body, [prompt], _settings(body, new, session.stops(chat=True), logprobs), style)
+    settings = _settings(body, new, session.stops(chat=True), logprobs)
+    return Call(worker, metrics, body, [prompt], settings, style, rate)

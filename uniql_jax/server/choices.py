@@ -58,7 +58,7 @@ class Choice:
         self._text = TextStream(tokenizer, request.prompt.tolist())
         self._filter = StopFilter(stops)
 
-    async def deltas(self, count: Callable[[int], None]) -> AsyncIterator[Delta]:
+    async def deltas(self, count: Callable[[list[Emitted]], None]) -> AsyncIterator[Delta]:
         """What comes, piece by piece; the last one has a finish reason."""
         waiting: list[Emitted] = []
         async for items in listen(self.request, count):

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from uniql_jax.errors import UserError
-from uniql_jax.server.errors import ApiError
+from uniql_jax.server.errors import ApiError, of_session
 
 log = logging.getLogger(__name__)
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1", "testserver")
@@ -66,7 +66,7 @@ def authorize(request: Request, keys: Keys, admin: bool = False) -> None:
     Without an admin key, the API key serves; the admin key opens everything.
     """
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    if origin is not None and _netloc(origin) != request.headers.get("host"):
         raise ApiError(403, "pages of other sites may not call this server", code="foreign_origin")
     wanted = [keys.admin or keys.api] if admin else [keys.api, keys.admin if keys.api else None]
     wanted = [key for key in wanted if key is not None]
@@ -77,6 +77,13 @@ def authorize(request: Request, keys: Keys, admin: bool = False) -> None:
     fits = [hmac.compare_digest(given_bytes, key.encode()) for key in wanted]
     if scheme.lower() != "bearer" or not any(fits):
         raise ApiError(401, "this needs a valid key: Authorization: Bearer KEY", code="invalid_api_key")
+
+
+def _netloc(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # brackets that hold no address
+        return None
 
 
 def check_host(request: Request) -> None:
@@ -92,6 +99,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "the body must be of content type application/json", code="content_type")
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise ApiError(415, "the body must not be compressed", code="content_encoding")
     too_large = ApiError(413, f"the body exceeds {limits.body_bytes} bytes", code="body_too_large")
     length = request.headers.get("content-length", "0")
     if length.isascii() and length.isdigit() and int(length[:19]) > limits.body_bytes:
@@ -148,7 +157,7 @@ class EventStream:
                 await _event(send, event)
             await _event(send, "[DONE]")
         except UserError as error:
-            await _event(send, ApiError(500, str(error)).body())
+            await _event(send, of_session(error, 500).body())
         except Exception:
             log.exception("a stream failed")
             await _event(send, ApiError(500, "the server failed; its log says why").body())

@@ -22,6 +22,7 @@ class Metrics:
         self.requests = Counter("requests", "Calls by path and status", ["path", "status"], **new)
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts", **new)
         self.generated_tokens = Counter("generated_tokens", "Tokens made", **new)
+        self.tokens_at = Counter("rate_tokens", "Tokens made at each prune rate", ["rate"], **new)
         self.switches = Counter("rate_changes", "Changes of the prune rate", **new)
         self.cancelled = Counter("cancelled", "Calls whose client hung up", **new)
         self.first_token = Histogram("first_token_seconds", "Time to the first piece", buckets=SECONDS, **new)
@@ -42,6 +43,10 @@ class Metrics:
             ("tokens_per_second", "Tokens handed out a second, over the last ten", self._worker.tokens_per_second()),
         ):
             yield GaugeMetricFamily(f"uniql_{name}", text, value=float(value))
+        rows = GaugeMetricFamily("uniql_rate_active", "Rows at work at each prune rate that runs", labels=["rate"])
+        for rate, count in session.active_at().items():
+            rows.add_metric([f"{rate:g}"], float(count))
+        yield rows
 
     def text(self) -> bytes:
         """All of it in Prometheus's text format."""

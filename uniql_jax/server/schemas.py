@@ -13,6 +13,8 @@ from uniql_jax.server.errors import ApiError
 M = TypeVar("M", bound=BaseModel)
 MAX_STOPS = 4
 MAX_CHOICES = 16
+UNION_MEMBERS = ("constrained-", "list[", "function-")
+"""How pydantic names the kinds that a field may be of; no part of what a client sent."""
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(max_length=2**24)]
 
@@ -129,18 +131,31 @@ class Setting(_Body):
     memory_budget: Annotated[str, Field(max_length=40)] | Annotated[int, Field(ge=1)] | None = None
 
 
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # readers differ in which of two they take
+        names = [name for name, _ in pairs]
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"it has the field {twice[:60]!r} twice")
+    return found
+
+
 def parse(model: type[M], body: bytes) -> M:
     """A body as one of the classes above.
 
     Raises:
         ApiError: it is no JSON, or not what the class takes; says which field is wrong.
     """
-
-    def refuse(name: str) -> Any:
-        raise ValueError(f"{name} is no JSON number")
-
     try:
-        found = json.loads(body.decode("utf-8"), parse_constant=refuse)
+        found = json.loads(body.decode("utf-8"), parse_constant=_no_number, object_pairs_hook=_object)
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise ApiError(400, f"the body holds U+{half:04X}, half of a surrogate pair", code="invalid_json") from None
     except (ValueError, RecursionError) as error:
         what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
         raise ApiError(400, f"the body is no JSON: {what}", code="invalid_json") from None
@@ -150,7 +165,7 @@ def parse(model: type[M], body: bytes) -> M:
         return model.model_validate(found)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = [str(part)[:60] for part in first["loc"]]
+        where = [str(part)[:60] for part in first["loc"] if not str(part).startswith(UNION_MEMBERS)]
         said = first["msg"].removeprefix("Value error, ")
         raise ApiError(400, f"{'.'.join(where) or 'body'}: {said}", param=where[0] if where else None) from None
 

@@ -54,9 +54,9 @@ class Worker:
             if not more and not self._stop:
                 self._wake.wait()
 
-    def submit(self, prompt: Sequence[int], settings: Settings) -> Request:
+    def submit(self, prompt: Sequence[int], settings: Settings, rate: float | None) -> Request:
         """Queue a request. Raises UserError for one that cannot be served."""
-        request = self.session.submit(prompt, settings)
+        request = self.session.submit(prompt, settings, rate)
         self._wake.set()
         return request
 
@@ -75,7 +75,9 @@ class Worker:
         return sum(new for _, new in recent) / max(now - recent[0][0], 1.0) if recent else 0.0
 
 
-async def listen(request: Request, count: Callable[[int], None] = lambda new: None) -> AsyncIterator[list[Emitted]]:
+async def listen(
+    request: Request, count: Callable[[list[Emitted]], None] = lambda new: None
+) -> AsyncIterator[list[Emitted]]:
     """New tokens of a request as they come, some at a time; its error, if it has one. Leaving early cancels it."""
     loop, news, given = asyncio.get_running_loop(), asyncio.Event(), 0
 
@@ -92,7 +94,7 @@ async def listen(request: Request, count: Callable[[int], None] = lambda new: No
             new = request.take(given)
             given += len(new)
             if new:
-                count(len(new))
+                count(new)
                 yield new
             if ended and not request.take(given):
                 break

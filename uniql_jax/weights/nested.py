@@ -20,12 +20,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from uniql_jax.weights.protocol import DenseArray
+from uniql_jax.weights.quantized import SHIFTS, QuantizedArray
 
 PLANES = 3
 """Of one bit each, the most significant first, that make up the leading bits."""
 OFFSET = 0.25
 """What a leading integer h stands for beyond itself, in its own steps: half way between codes 2 h and 2 h + 1."""
 BYTE = 8
+_SPREAD = ((np.arange(256)[:, None] >> np.arange(BYTE) & 1) << np.asarray(SHIFTS)).sum(1).astype(np.uint32)
+"""The bits of a byte of a plane, each where the lowest bit of its weight is in a word of 4-bit weights."""
 
 
 @flax.struct.dataclass
@@ -76,6 +79,17 @@ class NestedArray:
         width = self.width if self.contract == "last" else count * math.prod(self.inner)
         return dataclasses.replace(kept, leading=self.leading[:bytes_], coarse=self.coarse[:groups], width=width)
 
+    def drop_prefix(self, count: int) -> NestedArray:
+        """The entries behind the first `count`, of which none has all bits.
+
+        Raises ValueError when the cut would split a group, or where more entries have all bits.
+        """
+        if self.full > count:
+            raise ValueError(f"{self.full} entries have all bits, more than {count}")
+        (bytes_, groups), rest = self._cut(count), self.take_bits(0)
+        width = self.width if self.contract == "last" else self.width - count * math.prod(self.inner)
+        return dataclasses.replace(rest, leading=self.leading[bytes_:], coarse=self.coarse[groups:], width=width)
+
     def take_bits(self, full: int) -> NestedArray:
         """The same entries, with all bits of the first `full` alone; of the others the leading bits.
 
@@ -102,12 +116,29 @@ class NestedArray:
         return _dense(jax.tree.map(jnp.asarray, self), jnp.dtype(dtype))
 
     def rows(self, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
-        """weight @ x over the last dimension, the weight's leading ones flattened; float32."""
-        return DenseArray(self.dense(x.dtype)).rows(x)
+        """weight @ x over the last dimension, the weight's leading ones flattened; float32.
+
+        A block of rows is dense at a time.
+        """
+        return jnp.concatenate([_rows(part, x) for part in self._parts()], axis=-1)
 
     def columns(self, flat: Float[Array, "*b k"]) -> Float[Array, "*b h"]:
-        """x @ weight, x flattened like the weight's leading dimensions; float32."""
-        return DenseArray(self.dense(flat.dtype)).columns(flat)
+        """x @ weight, x flattened like the weight's leading dimensions; float32.
+
+        A block of what is contracted is dense at a time.
+        """
+        border = self.full * math.prod(self.inner)
+        parts = self._parts()
+        each = [flat] if len(parts) == 1 else [flat[..., :border], flat[..., border:]]
+        return functools.reduce(jnp.add, [_columns(part, x) for part, x in zip(parts, each, strict=True)])
+
+    def _parts(self) -> list[NestedArray]:
+        """The entries of all bits, and the others; either alone where there are no others."""
+        parts = jax.tree.map(jnp.asarray, self)
+        if not self.full or self.full == self.shape[0]:
+            return [parts]
+        border = parts.take_prefix(self.full)
+        return [border, dataclasses.replace(parts, last=parts.last[:0], fine=parts.fine[:0]).drop_prefix(self.full)]
 
     def lookup(self, index: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b h"]:
         """Entries of the leading axis, as an embedding's are looked up; contract "last" only."""
@@ -121,10 +152,79 @@ class NestedArray:
             value = jnp.where((index < self.full)[..., None], whole, value)
         return value[..., : self.width].astype(dtype)
 
+    def packed(self) -> QuantizedArray:
+        """The same weight, where all entries have all bits, in 4-bit words; on the host, where no program is compiled.
+
+        Raises ValueError where some entries have the leading bits alone.
+        """
+        if self.full != self.shape[0]:
+            raise ValueError(f"{self.full} of {self.shape[0]} entries have all bits")
+        planes = [*np.moveaxis(np.asarray(self.leading), -2, 0), np.asarray(self.last)]
+        words = functools.reduce(lambda found, plane: found << 1 | _SPREAD[plane], planes, np.uint32(0))
+        return QuantizedArray(
+            words.view(np.int32), np.asarray(self.fine), bits=4, group=self.group, contract=self.contract,
+            width=self.width, inner=self.inner,
+        )  # fmt: skip
+
     def tensors(self, name: str) -> Mapping[str, np.ndarray]:
         """What is stored of it, by tensor name."""
         parts = {"leading": self.leading, "last": self.last, "fine": self.fine, "coarse": self.coarse}
         return {f"{name}.{part}": np.asarray(value) for part, value in parts.items()}
+
+
+BLOCK = 1 << 20
+"""Weights that are dense at a time."""
+
+
+def _rows(weight: NestedArray, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
+    """`NestedArray.rows` of a weight whose entries have all bits, or none of which has."""
+    rows, whole = math.prod(weight.shape[:-1]), bool(weight.full)
+    scale = (weight.fine if whole else weight.coarse).reshape(rows, -1)
+    leading = weight.leading.reshape(rows, PLANES, -1)
+    last = weight.last.reshape(rows, -1) if whole else None
+    size = max(1, min(rows, BLOCK // max(1, weight.width)))
+
+    def some(start: Any, count: int) -> Array:
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=count)
+        value = _values(cut(leading), None if last is None else cut(last), cut(scale), weight.group)
+        return DenseArray(value[:, : weight.width].astype(x.dtype)).rows(x)
+
+    blocks = rows // size
+    found = jax.lax.map(lambda i: some(i * size, size), jnp.arange(blocks)) if blocks > 1 else some(0, size)[None]
+    found = jnp.moveaxis(found, 0, -2).reshape(*x.shape[:-1], blocks * size)
+    return jnp.concatenate([found, some(blocks * size, rows % size)], axis=-1) if rows % size else found
+
+
+def _columns(weight: NestedArray, flat: Float[Array, "*b k"]) -> Float[Array, "*b h"]:
+    """`NestedArray.columns` of a weight whose entries have all bits, or none of which has."""
+    whole, features = bool(weight.full), weight.shape[-1]
+    scale = weight.fine if whole else weight.coarse
+    groups, group = scale.shape[0], weight.group
+    flat = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, groups * group - weight.width)])
+    size = max(1, min(groups, BLOCK // max(1, group * features)))
+
+    def some(start: Any, count: int) -> Array:
+        def cut(value: Array, each: int, axis: int = 0) -> Array:
+            return jax.lax.dynamic_slice_in_dim(value, start * each, count * each, axis)
+
+        bytes_ = group // BYTE
+        leading = cut(weight.leading, bytes_).swapaxes(0, 2)  # what is contracted goes last
+        last = cut(weight.last, bytes_).T if whole else None
+        value = _values(leading, last, cut(scale, 1).T, group)
+        return DenseArray(value.astype(flat.dtype)).rows(cut(flat, group, flat.ndim - 1))
+
+    blocks = groups // size
+    if blocks > 1:
+        start = jnp.zeros((*flat.shape[:-1], features), jnp.float32)
+        found = jax.lax.fori_loop(0, blocks, lambda i, total: total + some(i * size, size), start)
+    else:
+        found = some(0, size)
+    return found + some(blocks * size, groups % size) if groups % size else found
+
+
+def leading_bits(value: Any) -> Any:
+    """A nested weight at its leading bits; whatever else a leaf is, unchanged."""
+    return value.take_bits(0) if isinstance(value, NestedArray) else value
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -190,17 +290,25 @@ def from_nested_codes(
     Returns:
         The weight.
     """
+    made = _assemble(codes, fine, coarse, group, contract)
+    width = codes.shape[1]
+    if contract == "first":
+        return NestedArray(*made, group=group, contract=contract, width=width, inner=tuple(shape[1:-1]))
+    lead = shape[:-1]
+    made = (made[0].reshape(*lead, PLANES, -1), *(part.reshape(*lead, -1) for part in made[1:]))
+    return NestedArray(*made, group=group, contract=contract, width=width)
+
+
+@functools.partial(jax.jit, static_argnames=("group", "contract"))
+def _assemble(
+    codes: Int[Array, "rows width"], fine: Array, coarse: Array, group: int, contract: str
+) -> tuple[Array, Array, Array, Array]:
+    """Planes and scales of rows, turned where what is contracted goes first."""
     width = codes.shape[1]
     codes = jnp.pad(codes.astype(jnp.int32), ((0, 0), (0, fine.shape[1] * group - width)))
     high = (codes >> 1) + 4
     leading = jnp.stack([_plane((high >> (PLANES - 1 - i)) & 1) for i in range(PLANES)], axis=1)
     last, fine, coarse = _plane(codes & 1), fine.astype(jnp.bfloat16), coarse.astype(jnp.bfloat16)
     if contract == "first":
-        leading = jnp.moveaxis(leading, -1, 0).swapaxes(1, 2)
-        parts = {"leading": leading, "last": last.T, "fine": fine.T, "coarse": coarse.T}
-        return NestedArray(**parts, group=group, contract=contract, width=width, inner=tuple(shape[1:-1]))
-    lead = shape[:-1]
-    return NestedArray(
-        leading.reshape(*lead, PLANES, -1), last.reshape(*lead, -1), fine.reshape(*lead, -1),
-        coarse.reshape(*lead, -1), group=group, contract=contract, width=width,
-    )  # fmt: skip
+        return jnp.moveaxis(leading, -1, 0).swapaxes(1, 2), last.T, fine.T, coarse.T
+    return leading, last, fine, coarse

@@ -1,12 +1,15 @@
-"""Plan: the order in which units are given up, from what sorting measured."""
+"""Plan: the order in which units are given up, from what sorting measured; with nested codes that of bits as well."""
 
 from __future__ import annotations
 
 from uniql_jax.compression.artifacts import LayerStore, layer_name
+from uniql_jax.compression.sensitivity import loss_curves
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.stages.calibrate import Calibration
+from uniql_jax.compression.stages.quantize import LOST
 from uniql_jax.config import ModelConfig
-from uniql_jax.plan import Plan, make_plan
+from uniql_jax.joint_plan import JointPlan, make_joint_plan, pieces_of
+from uniql_jax.plan import Plan, grouping, make_plan
 
 
 def plan(
@@ -21,3 +24,26 @@ def plan(
         epsilon=settings.epsilon,
         portable=settings.portable,
     )
+
+
+def joint_plan(
+    config: ModelConfig, rates: Plan, sorted_layers: LayerStore, finished: LayerStore, total: int
+) -> JointPlan:
+    """The order of last bits and units of a nested model by loss per byte.
+
+    Args:
+        config: the model.
+        rates: the plan of units.
+        sorted_layers: their records say what sorting estimates of units.
+        finished: their records say what was measured of bits and units.
+        total: bytes of all tensors.
+    """
+    names = [layer_name(i) for i in range(len(config.pattern))]
+    pieces = pieces_of(config, rates, grouping(config)["groups"])
+    bits, drops = loss_curves(
+        pieces,
+        [finished.record(name) for name in names],
+        finished.record(LOST),
+        [sorted_layers.record(name) for name in names],
+    )
+    return make_joint_plan(pieces, bits, drops, total - sum(piece.bytes for piece in pieces))

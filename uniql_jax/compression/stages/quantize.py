@@ -19,7 +19,7 @@ from uniql_jax.compression.contract import Progress, SortedModel
 from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.log import Clock
-from uniql_jax.compression.packing import Packed, pack_leaf, pack_together
+from uniql_jax.compression.packing import Hessian, Packed, pack_leaf, pack_together
 from uniql_jax.compression.refit import (
     Keep,
     hidden_gram,
@@ -27,6 +27,7 @@ from uniql_jax.compression.refit import (
     read_gram,
 )
 from uniql_jax.compression.refit import refit as refitted
+from uniql_jax.compression.sensitivity import TOKENS, block_points, top_points
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.stages.calibrate import Calibration, Top, read_ahead
 from uniql_jax.compression.stages.rotate import Rotation, rotated_layer, rotated_top, rotation
@@ -35,9 +36,12 @@ from uniql_jax.compression.stored import TOP, StoredLayers, matrix_dtype
 from uniql_jax.compression.streams import StreamStore
 from uniql_jax.config import ModelConfig
 from uniql_jax.plan import grouping
+from uniql_jax.weights.nested import NestedArray
 from uniql_jax.weights.quantized import QuantizedArray, dense
 
 Block = Mapping[str, Any]
+LOST = "lost"
+"""Name of the entry whose record says what embedding and head lose with their last bits."""
 
 
 def quantize(
@@ -48,6 +52,7 @@ def quantize(
     unrounded: LayerStore | None,
     streams: StreamStore,
     progress: Progress,
+    fisher: LayerStore | None = None,
 ) -> None:
     """Rotate every layer and write it in its stored form.
 
@@ -61,6 +66,8 @@ def quantize(
         unrounded: gets what was rounded as well, in steps, for tuning; None: nobody wants it.
         streams: keep what runs along, over the calibration windows.
         progress: called with the layers.
+        fisher: Gram matrices of the loss's gradient after every block, where codes are nested: the records of the
+            finished layers say what their bits and units lose.
 
     Raises:
         UserError: naming layer and tensor, when a finished weight or scale is not finite.
@@ -76,7 +83,7 @@ def quantize(
             unrounded.save(TOP, offsets)
         done.save(TOP, finished)
     start = next((i for i in range(count) if not done.has(layer_name(i))), count)
-    if start == count:
+    if start == count and (not settings.nested or done.has(LOST)):
         return
     running = None
     if settings.packed or settings.refit is not None:
@@ -89,12 +96,16 @@ def quantize(
         i, copies = next(dense_layers)
         originals = [rotated_layer(layer, own) for layer, own in zip(copies, qs, strict=True)]
         original = originals[0]
-        finished, offsets = {}, {}
+        finished, offsets, points = {}, {}, {}
         for kind in config.pattern[i]:
             finished[kind], offsets[kind] = _finish_block(
                 config, i, kind, [each[kind] for each in originals], running, settings, unrounded is not None,
                 streams.devices,
             )  # fmt: skip
+            if running is not None and fisher is not None:
+                gram = turned_gram(jnp.asarray(fisher.load(layer_name(i))[kind], jnp.float32), q)
+                sample = streams.sample(running.x, TOKENS)
+                points |= block_points(config, kind, finished[kind], model.plan.units, gram, sample)
             if running is not None:
                 running = running.after(config, i, kind, finished[kind], [each[kind] for each in originals])
         check_finite(finished, f"layer {i}, quantized:")
@@ -102,11 +113,15 @@ def quantize(
             unrounded.save(layer_name(i), flatten(offsets))
         if running is not None:
             running.save(i + 1)
-        done.save(layer_name(i), flatten(finished))
+        done.save(layer_name(i), flatten(finished), points)
         error = _relative_error(finished, {kind: dict(original[kind]) for kind in finished})
         clock.line("quantize", i, relative_error=round(float(error), 5))
         if running is not None:
             running.drop_before(i + 1)
+    if running is not None and fisher is not None:
+        gram = turned_gram(jnp.asarray(fisher.load(layer_name(0))[config.pattern[0][0]], jnp.float32), q)
+        tokens, last = (streams.sample(part, TOKENS) for part in (streams.windows.batches, running.x))
+        done.save(LOST, {}, top_points(config, stored_layers.top(), tokens, last, gram))
 
 
 @jit
@@ -116,7 +131,7 @@ def _relative_error(finished: Mapping[str, Block], original: Mapping[str, Block]
         (dense(value).astype(jnp.float32), original[kind][name])
         for kind, block in finished.items()
         for name, value in block.items()
-        if isinstance(value, QuantizedArray)
+        if isinstance(value, QuantizedArray | NestedArray)
     ]
     change = sum(jnp.sum(jnp.square(after - before)) for after, before in pairs)
     return jnp.sqrt(change / sum(jnp.sum(jnp.square(before)) for _, before in pairs)) if pairs else jnp.zeros(())
@@ -137,7 +152,7 @@ def _finish_top(
     if not settings.packed:
         return {name: stored(elastic.TOP[name], value, dtype, name) for name, value in turned.items()}, {}
     # A rotated head holds the norm's weight itself.
-    read = _turned_gram(gram if q is not None and "head" in turned else norm[:, None] * gram * norm, q)
+    read = turned_gram(gram if q is not None and "head" in turned else norm[:, None] * gram * norm, q)
     out: dict[str, Any] = {n: stored(elastic.TOP[n], value, dtype, n) for n, value in turned.items() if n != "head"}
     if "head" in turned:
         hessians = {"head": read, "embed": None}
@@ -147,15 +162,24 @@ def _finish_top(
         hessians = {"embed": read / scale + settings.embed_mix * jnp.eye(read.shape[0])}
     before, group = {}, grouping(config, settings.portable)["groups"]["embed"]
     for name, hessian in hessians.items():
-        done = pack_leaf(elastic.TOP[name], turned[name], hessian, settings, group, offsets, devices)
+        pair = _of_views(settings, hessian, jnp.eye(config.hidden_size))
+        done = pack_leaf(elastic.TOP[name], turned[name], pair, settings, group, offsets, devices)
         out[name] = done.weight
         if done.unrounded is not None:
             before[name] = done.unrounded
     return out, before
 
 
+def _of_views(settings: CompressionSettings, hessian: Array | None, otherwise: Float[Array, "h h"]) -> Hessian:
+    """A Hessian for each model that codes serve: nested ones, outside the layers, serve two with the same inputs."""
+    if not settings.nested:
+        return hessian
+    hessian = otherwise if hessian is None else hessian
+    return hessian, hessian
+
+
 @jit
-def _turned_gram(gram: Float[Array, "h h"], q: Rotation) -> Float[Array, "h h"]:
+def turned_gram(gram: Float[Array, "h h"], q: Rotation) -> Float[Array, "h h"]:
     """The Gram matrix of the rotated stream."""
     return gram if q is None else q.T @ gram @ q
 
@@ -189,8 +213,11 @@ def _finish_block(
     hessian = None
     if running is not None and settings.packed and (settings.rounding == "gptq" or settings.scale_search):
         tokens = running.store.windows.tokens
-        hessian = running.store.summed(lambda block, x: read_gram(config, kind, block, x), originals, running.x)
-        hessian = hessian / tokens
+        grams = [
+            running.store.summed(lambda block, x: read_gram(config, kind, block, x), originals, x) / tokens
+            for x, _ in running.views()
+        ]
+        hessian = (grams[0], grams[1]) if settings.nested else grams[0]
     reading = {name: original[name] for name, leaf in leaves.items() if settings.packed and leaf.contract == "last"}
     if reading:
         for name, value in pack_together(reading, hessian, settings, meta["groups"]["embed"], offsets, devices).items():
@@ -198,12 +225,9 @@ def _finish_block(
     for name, leaf in leaves.items():
         if leaf.contract != "first" and name not in reading:
             done[name] = stored(leaf, original[name], dtype, f"layers.{index}.{kind}.{name}")
-    working = dict(original) | {name: dense(value) for name, value in done.items()}
     for name, leaf in leaves.items():
         if leaf.contract == "first":
-            weight, gram = _output(
-                config, index, kind, originals, working, name, running, settings, hessian is not None
-            )
+            weight, gram = _output(config, index, kind, originals, done, name, running, settings, hessian is not None)
             if settings.packed:
                 group, run = leaf_group(meta, leaf), leaf_run(meta, leaf)
                 take(name, pack_leaf(leaf, weight, gram, settings, group, offsets, devices, run))
@@ -217,34 +241,57 @@ def _output(
     index: int,
     kind: str,
     originals: Sequence[Block],
-    working: Block,
+    done: Block,
     name: str,
     running: Streams | None,
     settings: CompressionSettings,
     weighted: bool,
-) -> tuple[Float[Array, "..."], Float[Array, "k k"] | None]:
-    """The output matrix, refitted where that was asked, and the mean Gram matrix of what it contracts if `weighted`."""
+) -> tuple[Float[Array, "..."], Hessian]:
+    """The output matrix, refitted where that was asked, and the mean Gram matrix of what it contracts if `weighted`;
+    of a block whose other matrices are `done`.
+    """
     weight = originals[0][name]
     if running is None:
         return weight, None
-    copies = running.store.devices.everywhere(working)
     tokens = running.store.windows.tokens
     kept: Sequence[Keep | None] = running.kept(index)
-    if running.unpruned is not None:
-        target = settings.refit_target
-        gram, cross = running.store.summed(
-            lambda both, x, t, keep: hidden_gram_and_cross(config, kind, *both, x, t, keep, target),
-            list(zip(copies, originals, strict=True)),
-            running.x,
-            running.unpruned,
-            kept,
-        )
-        gram, cross = gram / tokens, cross / tokens
-        flat = weight.reshape(-1, weight.shape[-1])
-        return refitted(gram, cross, flat, settings.refit_ridge).reshape(weight.shape), gram
-    if not weighted:
+    grams = []
+    for number, (x, value_of) in enumerate(running.views()):
+        working = dict(originals[0]) | {leaf: value_of(value) for leaf, value in done.items()}
+        copies = running.store.devices.everywhere(working)
+        if running.unpruned is not None and not number:
+            weight, gram = _refitted(config, kind, originals, copies, name, running, settings, kept)
+            grams.append(gram)
+        elif weighted:
+            gram = running.store.summed(
+                lambda block, x, keep: hidden_gram(config, kind, block, x, keep), copies, x, kept
+            )
+            grams.append(gram / tokens)
+    if not grams:
         return weight, None
-    gram = running.store.summed(
-        lambda block, x, keep: hidden_gram(config, kind, block, x, keep), copies, running.x, kept
+    return weight, (grams[0], grams[1]) if len(grams) > 1 else grams[0]
+
+
+def _refitted(
+    config: ModelConfig,
+    kind: str,
+    originals: Sequence[Block],
+    copies: Sequence[Block],
+    name: str,
+    running: Streams,
+    settings: CompressionSettings,
+    kept: Sequence[Keep | None],
+) -> tuple[Float[Array, "..."], Float[Array, "k k"]]:
+    """The output matrix, refitted for all rates, and the mean Gram matrix of what it contracts."""
+    weight, target = originals[0][name], settings.refit_target
+    tokens = running.store.windows.tokens
+    gram, cross = running.store.summed(
+        lambda both, x, t, keep: hidden_gram_and_cross(config, kind, *both, x, t, keep, target),
+        list(zip(copies, originals, strict=True)),
+        running.x,
+        running.unpruned or [],
+        kept,
     )
-    return weight, gram / tokens
+    gram, cross = gram / tokens, cross / tokens
+    flat = weight.reshape(-1, weight.shape[-1])
+    return refitted(gram, cross, flat, settings.refit_ridge).reshape(weight.shape), gram

@@ -1,9 +1,11 @@
-"""What runs along while layers are finished: the finished model's stream, and for the refit the unpruned model's."""
+"""What runs along while layers are finished: the finished model's stream, for the refit the unpruned model's, and with
+nested codes that of the finished model at its leading bits.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float
@@ -16,46 +18,57 @@ from uniql_jax.compression.stored import StoredLayers
 from uniql_jax.compression.streams import StreamStore
 from uniql_jax.config import ModelConfig
 from uniql_jax.model.causal_lm import embed
+from uniql_jax.weights.nested import leading_bits
 from uniql_jax.weights.quantized import dense
 
 Block = Mapping[str, Any]
-FINISHED, UNPRUNED = "finished", "unpruned"
+FINISHED, UNPRUNED, LEADING = "finished", "unpruned", "leading"
 
 
 class Streams(NamedTuple):
     """What runs along, one array [b, t, hidden] a batch: the finished model's stream, and for the refit the unpruned
-    model's and the kept sizes at which each window is seen, per batch and layer. `store` keeps them.
+    model's and the kept sizes at which each window is seen, per batch and layer; with nested codes also that of the
+    leading bits. `store` keeps them.
     """
 
     store: StreamStore
     x: list[Float[Array, "_ t h"]]
     unpruned: list[Float[Array, "_ t h"]] | None = None
     keep: list[tuple[Keep, ...]] | None = None
+    leading: list[Float[Array, "_ t h"]] | None = None
+
+    def views(self) -> list[tuple[list[Float[Array, "_ t h"]], Callable[[Any], Any]]]:
+        """The streams of the finished model, of all bits and of the leading ones if there are any, each with the
+        function from a finished leaf to what its model computes with.
+        """
+        whole = (self.x, dense)
+        return [whole] if self.leading is None else [whole, (self.leading, lambda value: dense(leading_bits(value)))]
 
     def kept(self, index: int) -> list[Keep | None]:
         """Kept sizes at layer `index`, per batch."""
         return [None] * len(self.x) if self.keep is None else [batch[index] for batch in self.keep]
 
     def after(self, config: ModelConfig, index: int, kind: str, finished: Block, original: Sequence[Block]) -> Streams:
-        """Both streams after one block: finished, and as it was, of which every device has a copy."""
-        held = self.store.devices.everywhere({name: dense(value) for name, value in finished.items()})
-        x = self.store.mapped(
-            lambda block, x, keep: advance(config, kind, block, x, keep), held, self.x, self.kept(index)
-        )
+        """All streams after one block: finished, and as it was, of which every device has a copy."""
+        kept, each = self.kept(index), []
+        for x, value_of in self.views():
+            held = self.store.devices.everywhere({name: value_of(value) for name, value in finished.items()})
+            each.append(self.store.mapped(lambda block, x, keep: advance(config, kind, block, x, keep), held, x, kept))
         unpruned = self.unpruned and self.store.mapped(
             lambda block, t: advance(config, kind, block, t, None), original, self.unpruned
         )
-        return self._replace(x=x, unpruned=unpruned)
+        return self._replace(x=each[0], unpruned=unpruned, leading=each[1] if len(each) > 1 else None)
 
     def save(self, index: int) -> None:
         """Write them before layer `index`, if the store's interval says so."""
-        if self.unpruned is not None:
-            self.store.save(UNPRUNED, index, self.unpruned)
+        for name, stream in ((UNPRUNED, self.unpruned), (LEADING, self.leading)):
+            if stream is not None:
+                self.store.save(name, index, stream)
         self.store.save(FINISHED, index, self.x)
 
     def drop_before(self, index: int) -> None:
         """Forget what a run that goes on at layer `index` does not need."""
-        for name in (FINISHED, UNPRUNED):
+        for name in (FINISHED, UNPRUNED, LEADING):
             self.store.drop(name, range(self.store.nearest(name, index) or 0))
 
 
@@ -82,11 +95,13 @@ def resume(
         x = _embedded(streams, finished.top()["embed"])
         if keep is not None:
             unpruned = _embedded(streams, rotated_top(model.top, q)["embed"])
-        running = Streams(streams, x, unpruned, keep)
+        leading = _embedded(streams, leading_bits(finished.top()["embed"])) if settings.nested else None
+        running = Streams(streams, x, unpruned, keep, leading)
         running.save(0)
     else:
         unpruned = streams.load(UNPRUNED, at) if keep is not None else None
-        running = Streams(streams, streams.load(FINISHED, at), unpruned, keep)
+        leading = streams.load(LEADING, at) if settings.nested else None
+        running = Streams(streams, streams.load(FINISHED, at), unpruned, keep, leading)
     for i in range(at, start):
         original, done = rotated_layer(model.layers.layer(i), q), finished.layer(i)
         for kind in config.pattern[i]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name, narrowed
@@ -30,10 +31,12 @@ def sort(
     store: LayerStore,
     streams: StreamStore,
     progress: Progress,
+    fisher: LayerStore | None = None,
 ) -> None:
     """Sort the layers from the last to the first into `store`; the record of each is the loss of cutting its axes.
 
-    Goes on below the layers that an earlier run stored.
+    Goes on below the layers that an earlier run stored. `fisher` gets the Gram matrices of the loss's gradient after
+    each block; None: nobody wants them.
 
     Raises:
         UserError: naming layer and tensor, when a statistic or a sorted weight is not finite.
@@ -50,6 +53,8 @@ def sort(
         with jax.default_matmul_precision(matmul_precision(settings, solves=True)):
             done, losses = sort_layer(config, config.pattern[i], layer, means, settings, settings.seed + i)
             check_finite((done, losses), f"layer {i}, sorted:")
+        if fisher is not None:
+            fisher.save(layer_name(i), {kind: found["fisher"].astype(jnp.bfloat16) for kind, found in means.items()})
         return flatten(done), {axis: np.asarray(loss).tolist() for axis, loss in losses.items()}
 
     def keep(i: int, tensors: Mapping[str, Any], record: dict[str, Any]) -> None:

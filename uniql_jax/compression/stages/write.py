@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,17 @@ from uniql_jax.compression.contract import DenseModel
 from uniql_jax.compression.stored import StoredLayers
 
 
-def write(folder: Path, source: DenseModel, layers: StoredLayers, section: Mapping[str, Any]) -> int:
+def write(
+    folder: Path,
+    source: DenseModel,
+    layers: StoredLayers,
+    section: Mapping[str, Any],
+    nested: Callable[[int], Mapping[str, Any]] | None = None,
+) -> int:
     """Write the checkpoint of the finished layers into `folder`, anew; returns the bytes of its tensors.
 
-    section: of config.json, in addition to bits and groups: plan, settings, provenance, manifest.
+    section: of config.json, in addition to bits and groups: plan, settings, provenance, manifest. nested: makes the
+    part of it that says how nested codes are given up, of the bytes of all tensors.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -23,6 +30,6 @@ def write(folder: Path, source: DenseModel, layers: StoredLayers, section: Mappi
     writer.add_top(layers.top())
     for i in range(len(source.config.pattern)):
         writer.add_layer(i, layers.layer(i))
-    size = writer.finish()
+    size = writer.finish(meta=None if nested is None else {"nested": nested(writer.total_bytes)})
     source.write_side_files(folder)
     return size

@@ -1,0 +1,72 @@
+"""A weight whose first entries have all 4 bits, in words as kernels read them, and whose others have 3, in bit planes.
+
+What a nested weight becomes on a device: nothing of it is held twice, and nothing is expanded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.struct
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from uniql_jax.weights.nested import NestedArray
+from uniql_jax.weights.quantized import QuantizedArray
+
+
+@flax.struct.dataclass
+class MixedArray:
+    """The entries of `whole`, then those of `rest`, along the leading axis."""
+
+    whole: Any  # QuantizedArray and NestedArray of no last bits; Any, since jax.tree.map may put anything there
+    rest: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape of the weight."""
+        return (self.whole.shape[0] + self.rest.shape[0], *self.rest.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.whole.nbytes + self.rest.nbytes
+
+    def take_prefix(self, count: int) -> QuantizedArray | MixedArray:
+        """The first `count` entries of the leading axis. Raises ValueError when the cut would split a group."""
+        if count <= self.whole.shape[0]:
+            return self.whole.take_prefix(count)
+        return dataclasses.replace(self, rest=self.rest.take_prefix(count - self.whole.shape[0]))
+
+    def dense(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
+        """The weight as a plain array of its logical shape."""
+        return jnp.concatenate([self.whole.dense(dtype), self.rest.dense(dtype)])
+
+    def rows(self, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
+        """weight @ x over the last dimension, the weight's leading ones flattened."""
+        return jnp.concatenate([self.whole.rows(x).astype(jnp.float32), self.rest.rows(x)], axis=-1)
+
+    def columns(self, flat: Float[Array, "*b k"]) -> Float[Array, "*b h"]:
+        """x @ weight, x flattened like the weight's leading dimensions."""
+        border = math.prod(self.whole.shape[:-1])
+        first = self.whole.columns(flat[..., :border]).astype(jnp.float32)
+        return first + self.rest.columns(flat[..., border:])
+
+    def lookup(self, index: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b h"]:
+        """Entries of the leading axis, as an embedding's are looked up; contract "last" only."""
+        border = self.whole.shape[0]
+        first = self.whole.lookup(jnp.minimum(index, border - 1), dtype)
+        return jnp.where((index < border)[..., None], first, self.rest.lookup(jnp.maximum(index - border, 0), dtype))
+
+
+def in_parts(weight: NestedArray) -> QuantizedArray | NestedArray | MixedArray:
+    """A nested weight of numpy arrays in the form that computes: words where there are all bits, planes elsewhere."""
+    full = weight.full
+    if full == weight.shape[0]:
+        return weight.packed()
+    if not full:
+        return weight
+    return MixedArray(weight.take_prefix(full).packed(), weight.drop_prefix(full))
