@@ -116,7 +116,10 @@ def packed(folder: Path, hf: dict[str, Any], bits: int, rng: np.random.Generator
             info = np.iinfo(like.dtype)
             return rng.integers(info.min, info.max, like.shape, like.dtype, endpoint=True)
         center = 1.0 if name.endswith("norm") else 0.0
-        return (center + 0.1 * rng.standard_normal(like.shape)).astype(like.dtype)
+        value = (center + 0.1 * rng.standard_normal(like.shape)).astype(like.dtype)
+        if name in ("q_norm", "k_norm"):  # which all heads share
+            value[...] = value[..., :1]
+        return value
 
     def leaf(name: str, like: Any, layer: int = 0) -> Any:
         if not isinstance(like, QuantizedArray):

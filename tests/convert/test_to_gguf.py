@@ -285,7 +285,10 @@ def test_what_leaves_comes_back(made, tmp_path, name, bits, rate):
     for leaf, want in theirs.items():
         most = 2**-10 if leaf == "head" else 2e-6  # a head that the rotation went into leaves as float16 or bfloat16
         most = 2**-7 if leaf == "head" and bits == 16 else most
-        np.testing.assert_allclose(ours[leaf], want, rtol=most, atol=most * np.abs(want).max(), err_msg=leaf)
+        got = ours[leaf]
+        if got.shape != want.shape:  # an MLP whose groups start new blocks
+            got = got[np.abs(got).reshape(len(got), -1).any(1)]
+        np.testing.assert_allclose(got, want, rtol=most, atol=most * np.abs(want).max(), err_msg=leaf)
     packed = content(tmp_path / "m.gguf")[1].get("blk.0.ssm_out.weight")
     assert packed == {"portable-ssm": "Q4_0"}.get(name, packed)
 
