@@ -100,9 +100,7 @@ def attention(count: int, context: int, args: Any, cut: decode_pallas.Settings |
     """The chain of attention over caches; each layer's output is the next one's query."""
     q = jax.random.normal(jax.random.key(4), (count, 64, 2, HEADS), jnp.bfloat16)
     k, v = jnp.ones((count, 64, 2, KV_HEADS), jnp.bfloat16), jnp.ones((count, 128, KV_HEADS), jnp.bfloat16)
-    slots = args[0].k.shape[1]
-    visible = jnp.broadcast_to(jnp.arange(slots) <= context, (count, slots)).astype(jnp.int8)
-    place = Place(jnp.full((count,), context, jnp.int32), visible, jnp.int32(context))
+    place = Place(None, jnp.int32(context))
     inv_freq = jnp.ones((64, KV_HEADS)) * 0.01
 
     def turn(_: Any, carry: Any) -> Any:

@@ -79,6 +79,8 @@ class Load:
                         self.left += 1
                     else:
                         self.wrong.append("timeout")
+                except httpx.TransportError as error:
+                    self.wrong.append(repr(error))
 
     def failed(self, body: dict[str, Any], error: dict[str, Any]) -> None:
         """An error instead of an answer."""

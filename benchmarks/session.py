@@ -13,6 +13,7 @@ ways to treat caches; tokens/s of a full batch of requests next to `generate_tok
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import subprocess
@@ -64,24 +65,26 @@ def random_checkpoint(name: str, folder: Path) -> Path:
 
 
 FRESH = """
-import sys, uniql_jax, jax, numpy as np
+import sys, time, uniql_jax, jax, numpy as np
 from uniql_jax.runtime.requests import Settings
 ckpt, rate, context = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 session = uniql_jax.Elastic(ckpt, rate=rate, context=context)
 jax.block_until_ready(jax.tree.leaves(dict(session.model.params)))
-print("weights", flush=True)
+print("weights", time.process_time(), flush=True)
 next(iter(session.submit(np.arange(3, 3 + context // 2), Settings(context // 2))))
-print("token", flush=True)
+print("token", time.process_time(), flush=True)
 """
 
 
+@functools.cache
 def fresh_process(ckpt: Path, rate: float, context: int) -> dict[str, float]:
-    """Seconds from the start of a new process until it holds the weights, and until a text's next token is there."""
+    """Seconds, and of CPUs, of a new process until it holds the weights, and until a text's next token is there."""
     start, found = time.perf_counter(), {}
     command = [sys.executable, "-c", FRESH, str(ckpt), str(rate), str(context)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
-            found[f"fresh_{line.strip()}_seconds"] = time.perf_counter() - start
+            what, cpu = line.split()
+            found[f"fresh_{what}_seconds"], found[f"fresh_{what}_cpu_seconds"] = time.perf_counter() - start, float(cpu)
     if process.returncode:
         raise SystemExit("the fresh process failed")
     return found
@@ -89,9 +92,14 @@ def fresh_process(ckpt: Path, rate: float, context: int) -> dict[str, float]:
 
 def seconds(run: Any) -> float:
     """How long something takes until the device is done."""
-    start = time.perf_counter()
+    return timed(run)[0]
+
+
+def timed(run: Any) -> tuple[float, float]:
+    """The same, and the seconds of CPUs that it takes, which other programs on them hardly change."""
+    start, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(run())
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 def switches(ckpt: Path, context: int) -> Iterator[dict[str, Any]]:
@@ -111,18 +119,19 @@ def switches(ckpt: Path, context: int) -> Iterator[dict[str, Any]]:
     change(0.0)
     session.step()
     for before, after in ((0.0, 0.35), (0.35, 0.15), (0.15, 0.35), (0.35, 0.0)):
+        made = request.made
+        while request.made < made + 2:  # until the text has been read again, where that is needed
+            session.step()
         made, start = request.made, time.perf_counter()
-        took = seconds(lambda rate=after: change(rate))
+        took, cpu = timed(lambda rate=after: change(rate))
         while request.made == made:  # steps that were under way have landed with the switch
             session.step()
         next_token = time.perf_counter() - start
-        load = min(
-            seconds(lambda rate=after: jax.tree.leaves(dict(uniql_jax.load(ckpt, rate).params))) for _ in range(3)
-        )
+        load = min(timed(lambda rate=after: jax.tree.leaves(dict(uniql_jax.load(ckpt, rate).params))) for _ in range(3))
         bytes_held = sum(session.memory().values())
         yield {
-            "from": before, "to": after, "seconds": took, "next_token_seconds": next_token, "load_seconds": load,
-            **fresh_process(ckpt, after, context),
+            "from": before, "to": after, "seconds": took, "cpu_seconds": cpu, "next_token_seconds": next_token,
+            "load_seconds": load[0], "load_cpu_seconds": load[1], **fresh_process(ckpt, after, context),
             "held_bytes": bytes_held, "fresh_bytes": session.bytes_at(after),
         }  # fmt: skip
     request.cancel()
@@ -182,6 +191,7 @@ def main() -> None:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--ckpt", help="elastic checkpoint")
     model.add_argument("--config", help="random weights of a published config")
+    parser.add_argument("--no-switches", action="store_true", help="leave these out")
     parser.add_argument("--text", help="held-out text: perplexities are measured on it")
     parser.add_argument("--tokens", type=int, default=768, help="of the text")
     parser.add_argument("--context", type=int, default=512, help="of the session whose switches are timed")
@@ -194,11 +204,9 @@ def main() -> None:
         ckpt = Path(args.ckpt) if args.ckpt else random_checkpoint(args.config, Path(scratch) / args.config)
         found: dict[str, Any] = {"environment": environment(["benchmarks.session", *sys.argv[1:]]), "model": ckpt.name}
         print(device_name())
-        found["switches"] = list(switches(ckpt, args.context))
-        rows = [list(row.values())[:7] + [console.format_bytes(row[key]) for key in ("held_bytes", "fresh_bytes")]
-                for row in found["switches"]]  # fmt: skip
-        names = ["from", "to", "switch s", "token s", "load s", "process: weights s", "token s", "held", "fresh"]
-        print(console.table(rows, names))
+        if not args.no_switches:
+            found["switches"] = list(switches(ckpt, args.context))
+            print(console.table([list(row.values()) for row in found["switches"]], list(found["switches"][0])))
         if args.text:
             tokenizer = load_tokenizer(str(ckpt))
             vocabulary = open_checkpoint(ckpt).config.vocab_size

@@ -4,34 +4,34 @@
 
 Budgets are spread from what prune rate 0.35 needs to what 0 needs. The peak is that of a session whose rows are all
 full: bytes of all live arrays, each piece of memory once, and at every step what the compiler says that its program
-takes in addition. The interpreter and its libraries are not part of it.
+takes in addition; while weights are loaded, a leaf as it was read. The interpreter and its libraries are not part.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import sys
 import unittest.mock
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-import uniql_jax
-from uniql_jax import console
+from uniql_jax import Elastic, console
 from uniql_jax.evaluation.timing import environment
+from uniql_jax.runtime import loading, resizing
 from uniql_jax.runtime.batching import Batch
 from uniql_jax.runtime.requests import Settings
-from uniql_jax.runtime.steps import work_space
+from uniql_jax.runtime.steps import tree_bytes, work_space
 
 
 def held() -> int:
     """Bytes of all live arrays, each piece of memory once."""
-    gc.collect()
     found: dict[int, int] = {}
     for array in jax.live_arrays():
         where = array.unsafe_buffer_pointer()
@@ -39,31 +39,40 @@ def held() -> int:
     return sum(found.values())
 
 
-def measured_peak(session: Any, before: int, new: int = 16) -> int:
-    """The most bytes that a session takes while all its rows fill their context, with `new` tokens made in each."""
-    peak, run = 0, Batch._run
+def measured_peak(make: Callable[[], Elastic], new: int = 16) -> tuple[Elastic, int]:
+    """A session, and the most bytes while it loads and while all its rows fill their context, by `new` tokens each."""
+    gc.collect()  # sessions before this one
+    peak, before, run, place = 0, held(), Batch._run, loading.place
+
+    def at_least(extra: int) -> None:
+        nonlocal peak
+        peak = max(peak, held() - before + extra)
+
+    def placed(leaf: Any, value: Any, *args: Any, **named: Any) -> Any:
+        """Where a CPU computes, a leaf lies in memory twice for a moment: as it was read, and as JAX has it."""
+        found = place(leaf, value, *args, **named)
+        at_least(tree_bytes(value) if resizing.on_host() else 0)
+        return found
 
     def measured(batch: Batch, program: Any, *rest: Any) -> Any:
-        nonlocal peak
-        peak = max(peak, held() - before + work_space(program))
+        at_least(work_space(program))
         return run(batch, program, *rest)
 
-    prompt = np.arange(3, 3 + session.shape.context - new)
-    with unittest.mock.patch.object(Batch, "_run", measured):
+    with unittest.mock.patch.object(Batch, "_run", measured), unittest.mock.patch.object(loading, "place", placed):
+        session = make()
+        prompt = np.arange(3, 3 + session.shape.context - new)
         requests = [session.submit(prompt, Settings(new)) for _ in range(session.shape.rows)]
         while session.step():
-            peak = max(peak, held() - before)
+            at_least(0)
     assert all(request.made == new for request in requests)
-    return peak
+    return session, peak
 
 
 def budgets(ckpt: Path, count: int, **shape: int) -> Iterator[dict[str, Any]]:
     """Rows of the table: a budget, the rate that was taken for it, and the peak under it."""
-    needs = [uniql_jax.Elastic(ckpt, rate=rate, **shape).need.total for rate in (0.35, 0.0)]
+    needs = [Elastic(ckpt, rate=rate, **shape).need.total for rate in (0.35, 0.0)]
     for budget in np.linspace(*needs, count).astype(int).tolist():
-        before = held()
-        session = uniql_jax.Elastic(ckpt, memory_budget=budget, **shape)
-        peak = measured_peak(session, before)
+        session, peak = measured_peak(functools.partial(Elastic, ckpt, memory_budget=budget, **shape))
         yield {"budget": budget, "rate": session.rate, "peak": peak, "share": round(peak / budget, 4)}
         del session  # before the next one is loaded
 

@@ -7,7 +7,8 @@ The Triton backend is deprecated since 0.11 and will go; a CPU-only build may la
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -42,12 +43,16 @@ except ImportError:
 
 T = TypeVar("T")
 
+MOST_ELEMENTS = 2**31 - 1
+"""Of an array that a kernel indexes."""
+
 __all__ = [
     "ampere",
     "arith",
     "barrier",
     "call",
     "capability",
+    "check_offsets",
     "cores",
     "count",
     "hopper",
@@ -57,6 +62,7 @@ __all__ = [
     "load",
     "mosaic",
     "mosaic_gpu",
+    "nvidia",
     "outside_traces",
     "pl",
     "plgpu",
@@ -80,9 +86,16 @@ def interpreted() -> bool:
     return jax.default_backend() == "cpu"
 
 
+def nvidia() -> bool:
+    """Whether an NVIDIA GPU computes: AMD's are "gpu" as well, and their versions may look like capabilities."""
+    device = jax.devices()[0]
+    about = f"{getattr(device.client, 'platform_version', '')} {device.device_kind}".lower()
+    return device.platform == "gpu" and ("cuda" in about or "nvidia" in about) and "rocm" not in about
+
+
 def capability() -> float:
     """Compute capability of an NVIDIA GPU, 0 for any other device."""
-    text = str(getattr(jax.devices()[0], "compute_capability", ""))
+    text = str(getattr(jax.devices()[0], "compute_capability", "")) if nvidia() else ""
     return float(text) if text.replace(".", "", 1).isdigit() else 0.0
 
 
@@ -117,9 +130,10 @@ def call(
     aliases: dict[int, int] | None = None,
 ) -> Any:
     """`pallas_call` over whole arrays for the Triton backend, or the interpreter; `aliases` maps an input to the output
-    that takes its place in memory.
+    that takes its place in memory. Raises NotImplementedError for arrays that 32-bit offsets do not reach.
     """
-    return pl.pallas_call(
+    check_offsets(name, jax.tree.leaves(out_shape))
+    made = pl.pallas_call(
         kernel,
         out_shape=out_shape,
         grid=grid,
@@ -128,6 +142,22 @@ def call(
         input_output_aliases=aliases or {},
         name=name,
     )
+
+    def checked(*arrays: Array) -> Any:
+        check_offsets(name, arrays)
+        return made(*arrays)
+
+    return checked
+
+
+def check_offsets(name: str, arrays: Sequence[Any]) -> None:
+    """Raise NotImplementedError for an array whose elements 32-bit offsets, as all kernels here have, do not reach."""
+    for array in arrays:
+        if math.prod(array.shape) > MOST_ELEMENTS:
+            raise NotImplementedError(
+                f"{name} counts elements in 32 bits, and an array of shape {tuple(array.shape)} has "
+                f"{math.prod(array.shape)}, more than {MOST_ELEMENTS}"
+            )
 
 
 def load(ref: Any, index: tuple[Any, ...], mask: Array) -> Array:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,8 +15,9 @@ VARIABLE = "UNIQL_KERNELS"
 
 NAMES = ("reference", "blocked", "pallas", "cudnn")
 
-DEFAULTS = {"cpu": "blocked", "gpu": "reference"}
-"""What runs on each backend when nobody says otherwise; elsewhere the reference."""
+DEFAULT = "blocked"
+"""What runs where nothing is known to be faster, of kernels that have it; else the reference. It never holds a whole
+dequantized matrix."""
 
 MEASURED: dict[tuple[str, str], str] = {
     ("causal_attention", "gpu"): "cudnn",
@@ -25,7 +27,8 @@ MEASURED: dict[tuple[str, str], str] = {
     ("rope_qk", "gpu"): "pallas",
 }
 """Kernel and backend -> what beats the backend's default there (benchmarks/results). "decode" is a step of a model by
-fused kernels (uniql_jax/layers/fused.py). cuDNN's attention needs no measurement: it alone holds no scores in memory.
+fused kernels (uniql_jax/model/layers/fused.py). cuDNN's attention needs no measurement: it alone holds no scores in
+memory.
 """
 
 
@@ -40,7 +43,33 @@ def named() -> str | None:
 def default(kernel: str = "") -> str:
     """What runs for a kernel when the caller names nothing. Raises ValueError when the environment's is unknown."""
     backend = jax.default_backend()
-    return named() or MEASURED.get((kernel, backend)) or DEFAULTS.get(backend, "reference")
+    return named() or MEASURED.get((kernel, backend)) or DEFAULT
+
+
+class Refusal(NamedTuple):
+    """A kernel's implementation that did not run, and why."""
+
+    kernel: str
+    implementation: str
+    reason: str
+
+
+REFUSALS: dict[Refusal, None] = {}
+"""What was refused in this process, in order; `uniql inspect --kernels` shows it."""
+
+
+def refuse(kernel: str, implementation: str, reason: str) -> None:
+    """Note a refusal; the first one of a fast product on a GPU is said aloud, since decoding is then much slower."""
+    first = not any(old.kernel == kernel and old.implementation == implementation for old in REFUSALS)
+    REFUSALS.setdefault(Refusal(kernel, implementation, reason))
+    expected = MEASURED.get((kernel, jax.default_backend())) == implementation
+    if first and expected and kernel == "dequant_matmul":
+        warnings.warn(
+            f"no fast kernel for 4-bit weights runs here ({reason}); a slower path is used. "
+            "`uniql inspect --kernels` shows all that is missing",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def pick(
@@ -48,8 +77,9 @@ def pick(
 ) -> Callable[..., Any]:
     """The function to call for kernel `name`.
 
-    A named implementation runs alone, so whatever it cannot do is raised. The default falls back to the reference for
-    what it answers with NotImplementedError or has not. Raises ValueError when a named one does not exist.
+    A named implementation runs alone, so whatever it cannot do is raised. The default falls back to DEFAULT, then to
+    the reference, for what it answers with NotImplementedError or has not. Raises ValueError when a named one does not
+    exist.
     """
     if implementation is not None:
         if implementation not in implementations:
@@ -57,16 +87,19 @@ def pick(
         return implementations[implementation]
     chosen = default(name)
     if chosen not in implementations:
-        chosen = MEASURED.get((name, jax.default_backend()), "reference")
-    if chosen not in implementations or chosen == "reference":
+        chosen = MEASURED.get((name, jax.default_backend()), DEFAULT)
+    order = [each for each in dict.fromkeys((chosen, DEFAULT, "reference")) if each in implementations]
+    order = order[order.index(chosen) :] if chosen in order else order
+    if chosen == "reference" or len(order) == 1:
         return implementations["reference"]
-    function = implementations[chosen]
 
-    @functools.wraps(function)
+    @functools.wraps(implementations[order[0]])
     def with_fallback(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except NotImplementedError:
-            return implementations["reference"](*args, **kwargs)
+        for each in order[:-1]:
+            try:
+                return implementations[each](*args, **kwargs)
+            except NotImplementedError as refusal:
+                refuse(name, each, str(refusal))
+        return implementations[order[-1]](*args, **kwargs)
 
     return with_fallback

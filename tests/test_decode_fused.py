@@ -153,8 +153,7 @@ def test_fused_decode_is_decode(
         assert ours.shape == theirs.shape
         assert ours.dtype == theirs.dtype
         assert distance(ours, theirs) < 0.03
-    np.testing.assert_array_equal(mine.valid, its.valid)
-    np.testing.assert_array_equal(mine.position, its.position)
+    np.testing.assert_array_equal(mine.start, its.start)
     assert int(mine.slot) == int(its.slot)
 
 

@@ -21,6 +21,7 @@ from uniql_jax.commands import cli
 from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.runtime import generation as runtime
+from uniql_jax.runtime import sampling
 
 NEW = 12
 
@@ -52,9 +53,14 @@ def prompt_of(rng: np.random.Generator, length: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ sampling
 
 
+FILTERED = jax.jit(runtime.filtered_logits)
+
+
 def kept_set(logits: np.ndarray, **settings: float) -> set[int]:
-    ranked, order = runtime.filtered_logits(jnp.asarray(logits)[None], 1.0, **settings)
-    return set(np.asarray(order)[0][np.isfinite(np.asarray(ranked)[0])].tolist())
+    found = FILTERED(
+        jnp.asarray(logits)[None], 1.0, top_p=float(settings.get("top_p", 1)), top_k=settings.get("top_k", 0)
+    )
+    return set(np.flatnonzero(np.isfinite(np.asarray(found)[0])).tolist())
 
 
 @given(seed=st.integers(0, 10**6), top_p=st.floats(0.01, 0.99))
@@ -68,6 +74,62 @@ def test_top_p_keeps_the_smallest_set(seed: int, top_p: float) -> None:
     assert mass >= top_p - 1e-5
     assert len(kept) == 1 or mass - least < top_p + 1e-5
     assert least >= max(np.delete(chances, list(kept)), default=0)
+
+
+def by_sorting(logits: np.ndarray, temperature: float, top_p: float, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The definition, in float64 from logits over temperature on: which tokens stay, and how near to top_p each one's
+    share before it is.
+    """
+    x = logits / np.float32(temperature)
+    order = np.argsort(-x, kind="stable")
+    chances = np.exp((x[order] - x.max()).astype(np.float64))
+    if top_k:
+        chances[top_k:] = 0
+    chances /= chances.sum()
+    before = np.cumsum(chances) - chances
+    kept = (np.arange(len(x)) < (top_k or len(x))) & ((before < top_p) | (np.arange(len(x)) == 0) | (top_p >= 1))
+    found, near = np.zeros(len(x), bool), np.zeros(len(x))
+    found[order], near[order] = kept, np.abs(before - top_p)
+    return found, near
+
+
+@pytest.mark.parametrize("digit", [1, 8])
+@pytest.mark.parametrize("kind", ["spread", "ties", "few values", "huge", "flat"])
+def test_thresholds_are_what_sorting_finds(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, digit: int, kind: str
+) -> None:
+    """Every row has its own settings; what is equal stays by its id; only shares within rounding may differ."""
+    monkeypatch.setitem(sampling.DIGIT, jax.default_backend(), digit)
+    rows, size = 40, 333
+    x = rng.standard_normal((rows, size)) * 4
+    x = {"spread": x, "ties": np.round(x), "few values": np.sign(np.round(x / 4)), "huge": x * 1e30, "flat": 0 * x}[
+        kind
+    ]
+    x = x.astype(np.float32) * rng.choice(np.asarray([-1, 1], np.float32), (rows, 1))  # zeros of both signs
+    temperature = rng.uniform(0.3, 2, rows).astype(np.float32)
+    top_p = rng.choice([1.0, 0.999, 0.9, 0.5, 0.1, 1e-6], rows).astype(np.float32)
+    top_k = rng.choice([0, 1, 2, 7, 100, size - 1, size, 10**6], rows).astype(np.int32)
+    found = np.asarray(jax.jit(lambda *a: runtime.filtered_logits(*a))(x, temperature, top_p, top_k))
+    for i in range(rows):
+        want, near = by_sorting(x[i], float(temperature[i]), float(top_p[i]), int(min(top_k[i], size)))
+        differ = np.isfinite(found[i]) != want
+        assert (near[differ] < 1e-6).all()
+        np.testing.assert_allclose(found[i][want & ~differ], (x[i] / temperature[i])[want & ~differ], rtol=1e-6)
+
+
+def test_nothing_is_sorted() -> None:
+    text = str(jax.make_jaxpr(runtime.sample)(jnp.zeros((2, 50)), jax.random.key(0), 1.0, 0.9, 5))
+    assert "sort" not in text
+    assert "top_k" not in text
+
+
+def test_each_row_may_have_its_own_key(rng: np.random.Generator) -> None:
+    logits, keys = jnp.asarray(rng.standard_normal((3, 40)), jnp.float32), jax.random.split(jax.random.key(4), 3)
+    temperature = jnp.asarray([0.0, 1.0, 2.0])
+    together = runtime.sample(logits, keys, temperature, 0.9, 0)
+    alone = [int(runtime.sample(logits[i : i + 1], keys[i], temperature[i], 0.9, 0)[0]) for i in range(3)]
+    assert together.tolist() == alone
+    assert alone[0] == int(jnp.argmax(logits[0]))
 
 
 def test_filters_at_their_ends(rng: np.random.Generator) -> None:
@@ -212,15 +274,15 @@ def test_a_generation_config_that_is_a_folder(tmp_path: Path) -> None:
         runtime.stop_ids(CausalLM(tiny.config(), {"layers": []}, folder=str(tmp_path)))
 
 
-def test_changing_settings_and_lengths_compiles_nothing(rng: np.random.Generator) -> None:
-    def go(length: int, **settings: float) -> None:
-        list(uniql_jax.generate(the_model(), prompt_of(rng, length), max_new_tokens=NEW, **settings))
+def test_changing_settings_compiles_nothing(rng: np.random.Generator) -> None:
+    def go(**settings: float) -> None:
+        list(uniql_jax.generate(the_model(), prompt_of(rng, 9), max_new_tokens=NEW, **settings))
 
-    go(3, temperature=0.5)
-    before = runtime._first._cache_size(), runtime._next._cache_size()
-    go(15, temperature=0.9, top_p=0.8, top_k=3, seed=8)
-    go(9, temperature=2)
-    assert (runtime._first._cache_size(), runtime._next._cache_size()) == before
+    go(temperature=0.5)
+    before = runtime._pick._cache_size(), runtime._next._cache_size()
+    go(temperature=0.9, top_p=0.8, top_k=3, seed=8)
+    go(temperature=2)
+    assert (runtime._pick._cache_size(), runtime._next._cache_size()) == before
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from uniql_jax.runtime.prefixes import prefix, prefix_tree
 from uniql_jax.runtime.requests import Settings
 
 NEW = 10
-SHAPE = {"context": 32, "batch": 2}
+SHAPE: dict[str, Any] = {"context": 32, "batch": 2}
 RATES = (0.0, 0.15, 0.35)
 
 

@@ -61,7 +61,7 @@ def test_a_conversation_and_the_slider_by_keyboard(browser: Any, server: Server)
         page = page_of(browser, url)
         assert page.locator("#model").text_content() == "tiny"
         assert page.locator("#perplexity").text_content() == "12.50"
-        page.locator("summary").click()
+        page.locator("#sampling summary").click()
         page.fill("#temperature", "0")
         page.fill("#tokens", "12")
         page.focus("#say")
@@ -92,7 +92,7 @@ def test_a_conversation_and_the_slider_by_keyboard(browser: Any, server: Server)
 def test_stopping_an_answer(browser: Any, server: Server) -> None:
     with serving(server) as url:
         page = page_of(browser, url)
-        page.locator("summary").click()
+        page.locator("#sampling summary").click()
         page.fill("#tokens", "170")
         page.fill("#say", "hi")
         page.keyboard.press("Enter")
@@ -105,6 +105,42 @@ def test_stopping_an_answer(browser: Any, server: Server) -> None:
             page.wait_for_timeout(50)
         assert not server.streams
         assert page.locator("#send").is_enabled()
+
+
+def test_what_goes_wrong_stays_to_be_read(browser: Any, server: Server) -> None:
+    """An answer that cannot be had leaves no empty bubble, its text in the box, and its reason on the page."""
+    with serving(server) as url:
+        page = page_of(browser, url)
+        page.locator("#sampling summary").click()
+        page.fill("#tokens", "4096")
+        page.fill("#say", "the people")
+        page.press("#say", "Enter")
+        page.wait_for_selector("#problem:visible", timeout=20_000)
+        page.wait_for_timeout(2_000)  # longer than the page waits between looks at the server
+        assert "context of 200" in page.locator("#problem").text_content()
+        assert page.locator("#log li").count() == 0
+        assert page.locator("#say").input_value() == "the people"
+        page.fill("#tokens", "3")
+        page.press("#say", "Enter")
+        page.wait_for_selector("#log .assistant footer", timeout=60_000)
+        assert page.locator("#problem").is_hidden()
+
+
+def test_a_model_without_a_chat_template_goes_on_with_a_text(browser: Any, folder: Path, tmp_path: Path) -> None:
+    plain = shutil.copytree(folder, tmp_path / "plain")
+    tiny.tokenizer().save_pretrained(plain)
+    (plain / "chat_template.jinja").unlink(missing_ok=True)
+    server = Server(uniql_jax.Elastic(plain, context=200, batch=2), "tiny")
+    with serving(server) as url:
+        page = page_of(browser, url)
+        page.locator("#sampling summary").click()
+        page.fill("#temperature", "0")
+        page.fill("#tokens", "12")
+        page.fill("#say", "the people")
+        page.press("#say", "Enter")
+        page.wait_for_selector("#log .assistant footer", timeout=60_000)
+        wanted = "".join(uniql_jax.generate(server.session.model, "the people", max_new_tokens=12))
+        assert page.locator("#log .assistant div").text_content() == wanted
 
 
 def test_a_key_is_asked_for(browser: Any, folder: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from tests.pallas_cases import relative
 from uniql_jax.pallas_kernels import compat, dispatch
-from uniql_jax.pallas_kernels.attention import causal_attention, cudnn, masked_attention, prefill, reference
+from uniql_jax.pallas_kernels.attention import cached, cached_attention, causal_attention, cudnn, prefill, reference
+from uniql_jax.pallas_kernels.attention.caches import Caches, dequantize, quantize
 
 BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
 """Of norms. In 16 bits the softmax is rounded before the product with values, and so is the result."""
@@ -145,17 +146,38 @@ def test_gradient(rng: np.random.Generator, attend, padding: str) -> None:
             assert relative(got, want) < 2 * BOUND[dtype]
 
 
-@pytest.mark.parametrize("scores", [10**9, 1000], ids=["plain", "blocked"])
-def test_any_mask(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, scores: int) -> None:
-    """Queries and keys of different number; some queries see nothing."""
+@pytest.mark.parametrize(("length", "scores"), [(1, 10**9), (37, 10**9), (37, 3000)])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_new_tokens_over_a_cache(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, length: int, scores: int, bits: int
+) -> None:
+    """Rows that begin at several slots, over several tiles; a query before its row's start sees nothing."""
     monkeypatch.setattr(reference, "SCORES", dict.fromkeys(reference.SCORES, scores))
-    q, _, _ = draw(rng, (2, 37, 6, 3, 10, 1), "float32")
-    _, k, v = draw(rng, (2, 53, 6, 3, 10, 7), "float32")
-    visible = rng.random((2, 37, 53)) < 0.3
-    visible[:, ::5] = False
-    got = jax.jit(functools.partial(masked_attention, scale=0.4))(q, k, v, jnp.asarray(visible))
-    assert relative(got, Truth(q, k, v, visible, 0.4).out) < BOUND["float32"]
-    assert not np.asarray(got)[:, ::5].any()
+    monkeypatch.setattr(cached, "TILE", 16)
+    slots, slot = 77, 30
+    q, _, _ = draw(rng, (3, length, 6, 3, 10, 1), "float32")
+    _, k, v = draw(rng, (3, slots, 6, 3, 10, 7), "float32")
+    start = np.asarray([0, 25, 41])
+    place, own = np.arange(slots), slot + np.arange(length)
+    visible = (place[None, None] >= start[:, None, None]) & (place[None, None] <= own[None, :, None])
+    caches = (
+        Caches(k, v)
+        if bits == 16
+        else Caches(*(x for pair in zip(quantize(k), quantize(v), strict=True) for x in pair))
+    )
+    wide = [dequantize(caches.k, caches.k_scale, jnp.float32), dequantize(caches.v, caches.v_scale, jnp.float32)]
+    poison = (place[None] < start[:, None]) | (place[None] > own[-1])
+    if bits == 16:
+        caches = jax.tree.map(lambda x: jnp.where(poison[:, :, None, None], jnp.nan, x), caches)
+    run = jax.jit(functools.partial(cached_attention, scale=0.4))
+    got = run(q, caches, jnp.asarray(start, jnp.int32), jnp.int32(slot))
+    assert relative(got, Truth(q, *wide, visible, 0.4).out) < BOUND["float32"]
+    if length > 1:
+        assert not np.asarray(got)[2, :11].any()
+    # tiles before the first start and behind the last token are not even looked at
+    of_row = jax.tree.map(lambda x: x[2:], caches)
+    alone = run(q[2:], of_row, jnp.asarray([41], jnp.int32), jnp.int32(slot))
+    np.testing.assert_allclose(alone[0], got[2], atol=1e-6)
 
 
 def test_no_square_of_scores_is_held(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,13 +30,13 @@ def test_every_default_and_kernel_is_a_known_name() -> None:
     for table in tables:
         assert "reference" in table
         assert set(table) <= set(dispatch.NAMES)
-    assert set(dispatch.DEFAULTS.values()) <= set(dispatch.NAMES)
+    assert dispatch.DEFAULT in dispatch.NAMES
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
 def test_default_follows_the_backend(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert dispatch.pick("k", KERNEL, None)() == dispatch.DEFAULTS.get(backend, "reference")
+    assert dispatch.pick("k", KERNEL, None)() == "blocked"
     assert dispatch.pick("k", {"reference": lambda: "reference"}, None)() == "reference"
 
 
@@ -44,7 +44,9 @@ def test_environment_overrides_and_falls_back(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv(dispatch.VARIABLE, "reference")
     assert dispatch.pick("k", KERNEL, None)() == "reference"
     monkeypatch.setenv(dispatch.VARIABLE, "pallas")
-    assert dispatch.pick("k", KERNEL, None)() == "reference"
+    assert dispatch.pick("k", KERNEL, None)() == "blocked", "blocks come before the reference"
+    assert dispatch.pick("k", KERNEL | {"blocked": refuse}, None)() == "reference"
+    assert dispatch.Refusal("k", "blocked", "not this shape") in dispatch.REFUSALS
     assert dispatch.pick("k", KERNEL | {"pallas": lambda: "pallas"}, None)() == "pallas"
     monkeypatch.setenv(dispatch.VARIABLE, "palas")
     with pytest.raises(ValueError, match="UNIQL_KERNELS is one of reference, blocked, pallas, cudnn, not 'palas'"):

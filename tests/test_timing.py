@@ -22,9 +22,10 @@ from uniql_jax.evaluation.timing import Bench, Timing
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import cache_bytes
 from uniql_jax.runtime import generation as runtime
+from uniql_jax.runtime import lengths, reading
 
 pytestmark = pytest.mark.usefixtures("ahead_of_time")
-STEPS = ("_first", "_next", "_rest")
+STEPS = ((reading, "_first"), (reading, "_more"), (runtime, "_pick"), (runtime, "_next"), (runtime, "_rest"))
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +60,21 @@ def test_the_programs_are_those_of_generation(model: CausalLM, monkeypatch: pyte
     """Function, shapes, dtypes and static arguments, of both ways to generate; and nothing else is measured."""
     measured: list[Any] = []
     run: list[Any] = []
-    steps = {name: getattr(runtime, name) for name in STEPS}
-    for name, step in steps.items():
-        monkeypatch.setattr(runtime, name, Spy(step, measured))
+    steps = {(module, name): getattr(module, name) for module, name in STEPS}
+    for (module, name), step in steps.items():
+        monkeypatch.setattr(module, name, Spy(step, measured))
+    monkeypatch.setitem(lengths.PIECE, jax.default_backend(), 16)
     bench = Bench(model, 1, 20, 6, repeats=1)
     for measure in (bench.ttft, bench.tpot_step, bench.tpot_loop, bench.ttlt):
         measure()
-    for name, step in steps.items():
-        monkeypatch.setattr(runtime, name, Spy(step, run))
+    for (module, name), step in steps.items():
+        monkeypatch.setattr(module, name, Spy(step, run))
     # a stop id that is none keeps the streaming loop going
     monkeypatch.setattr(runtime, "stop_ids", lambda model: (tiny.VOCAB,))
     answer = runtime.generate_tokens(model, bench.prompts, max_new_tokens=6)
+    runtime.forget(model)
     streamed = list(runtime.generate(model, bench.prompts[0], max_new_tokens=6))
-    assert {name for name, _, _ in run} == set(STEPS)
+    assert {name for name, _, _ in run} == {name for _, name in STEPS}
     assert all(program in run for program in measured)
     assert all(program in measured for program in run)
     np.testing.assert_array_equal(np.asarray(bench.answer()), answer)
@@ -150,7 +153,7 @@ def test_bytes_that_a_step_moves(name: str) -> None:
     config = model_config.from_hf(published.shrunk(name))
     small = random_model(config, 4, 0.35)
     bench = Bench(small, 2, 40, 10)
-    assert bench.slots == 64 + 10
+    assert bench.slots == 256
     sizes = {kind: 0 for kinds in config.pattern for kind in kinds}
     for kinds, keep in zip(config.pattern, small.keep, strict=True):
         if "attention" in kinds:
@@ -167,7 +170,7 @@ def test_bytes_that_a_step_moves(name: str) -> None:
     if not config.tie_embeddings:
         weights -= small.params["embed"].nbytes
     assert bench.step_bytes == weights + sum(sizes.values())
-    assert bench.cache_bytes == cache_bytes(config, small.keep, 2, 74, jnp.float32)
+    assert bench.cache_bytes == cache_bytes(config, small.keep, 2, 256, jnp.float32)
 
 
 def test_memory_speed(monkeypatch: pytest.MonkeyPatch) -> None:

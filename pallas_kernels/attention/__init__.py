@@ -1,4 +1,5 @@
-"""Attention: softmax of scores over keys, for whole prompts."""
+"""Attention: softmax of scores over keys, for whole prompts and for new tokens over a cache."""
 
+from uniql_jax.pallas_kernels.attention.caches import Caches as Caches
+from uniql_jax.pallas_kernels.attention.prefill import cached_attention as cached_attention
 from uniql_jax.pallas_kernels.attention.prefill import causal_attention as causal_attention
-from uniql_jax.pallas_kernels.attention.prefill import masked_attention as masked_attention

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uniql_jax.pallas_kernels import dispatch
@@ -34,9 +35,11 @@ def check(token: Token, caches: Caches, inv_freq: Array | None, place: Place) ->
         raise ValueError(f"caches {caches.k.shape} and {caches.v.shape} do not fit q {q.shape} and v {v.shape}")
     if inv_freq is not None and (inv_freq.shape != (q.shape[1], groups) or q.shape[2] != 2):
         raise ValueError(f"inv_freq {inv_freq.shape} does not fit q {q.shape}: it is [pairs, kv heads]")
-    positions, visible = place.positions.shape, place.visible.shape
-    if positions != q.shape[:1] or visible != (q.shape[0], slots):
-        raise ValueError(f"positions {positions} and visible {visible} do not fit q {q.shape} and {slots} slots")
+    for name, scale in (("k_scale", caches.k_scale), ("v_scale", caches.v_scale)):
+        if (scale is None) != (caches.k.dtype != jnp.int8) or (scale is not None and scale.shape != wide):
+            raise ValueError(f"caches of {caches.k.dtype} have {name} of shape {wide} if they are int8, else none")
+    if place.start is not None and place.start.shape != q.shape[:1]:
+        raise ValueError(f"start {place.start.shape} does not fit q {q.shape}: it is [batch]")
 
 
 def decode(
@@ -50,7 +53,8 @@ def decode(
 ) -> tuple[Float[Array, "b vo n"], Caches]:
     """Attend from one new token of every sequence to what its cache holds and to itself.
 
-    The token is rotated by positions * inv_freq (not at all when that is None) and written to its slot of the caches.
+    The token is rotated by its position (slot less start) times inv_freq, not at all when that is None, and written to
+    its slot of the caches.
     `scale` multiplies the scores: that of the ORIGINAL head size. Returns what the output matrix receives, in q's
     dtype, and the caches after the token. Scores and softmax are float32. Not differentiable under "pallas". Raises
     ValueError when shapes do not fit.

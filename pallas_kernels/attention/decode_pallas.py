@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from uniql_jax.pallas_kernels import ahead, blocks, compat
 from uniql_jax.pallas_kernels.ahead import Ahead, Pull
-from uniql_jax.pallas_kernels.attention.decode_reference import Caches, Place, Token
+from uniql_jax.pallas_kernels.attention.caches import Caches, integers, scale_of
+from uniql_jax.pallas_kernels.attention.decode_reference import Place, Token
 from uniql_jax.pallas_kernels.compat import pl
 from uniql_jax.pallas_kernels.rope.pallas import fast_sine_and_cosine
 
@@ -27,6 +28,10 @@ PROGRAMS = 264
 """Programs that fill a large GPU twice."""
 LOWEST = -1e30
 """Score of what is not seen: finite, so that differences are."""
+
+
+Tile = tuple[Array, Array, tuple[Array, ...], Array]
+"""Keys, values, scales of both or none, and which slots are seen."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,8 @@ def _kernel(
     turning = pair * ref["q"].shape[1]
     row, group, part = (pl.program_id(axis) for axis in range(3))
     slot = ref["slot"][0]
+    start = ref["start"][row] if "start" in ref else jnp.int32(0)
+    eight = "k_scale" in ref
     m, d = jnp.arange(HEADS), jnp.arange(max(16, pl.next_power_of_2(width)))
     r = jnp.arange(max(16, pl.next_power_of_2(ranks)))
     m_in, d_in, r_in = m < share, d < width, r < ranks
@@ -89,59 +96,79 @@ def _kernel(
             other = (row, lanes // pair, 1 - lanes % pair, index)
             other = compat.load(ref[name], other, turns).astype(jnp.float32)
             frequency = compat.load(ref["inv_freq"], (d // pair, group), d < turning)
-            sine, cosine = _sine_and_cosine(ref["positions"][row].astype(jnp.float32) * frequency)
+            sine, cosine = _sine_and_cosine((slot - start).astype(jnp.float32) * frequency)
             x = x * cosine[None, :] + other * jnp.where(d % pair == 0, -sine, sine)[None, :]
         if f"{name}_pass" in ref:
             passed = inside[:, None] & (lanes >= turning) & (lanes < width)
             x = x + compat.load(ref[f"{name}_pass"], (row, lanes - turning, index), passed).astype(jnp.float32)
         return x.astype(dtype)
 
-    # A part takes every split-th tile, so that its first is known, and on its way, before the slot is.
-    tiles = pl.cdiv(slot, cut.tile)
+    # A part takes every split-th tile from the first that holds a token on. Where no row is padded that is known, and
+    # on its way, before the slot is.
+    first = start // cut.tile
+    tiles = pl.cdiv(slot, cut.tile) - first
     slots = ref["k_cache"].shape[1]
 
-    def load(index: Array) -> tuple[Array, Array, Array]:
-        """Keys, values and who is seen, of a tile."""
-        t = index * cut.tile + jnp.arange(cut.tile)
+    def load(index: Array) -> Tile:
+        """Keys, values, their scales if any, and who is seen, of a tile."""
+        t = (first + index) * cut.tile + jnp.arange(cut.tile)
         held = jnp.minimum(t, slots - 1)
         k = _rows(ref["k_cache"], (row, held[None, :], group, d[:, None]), d_in[:, None], width)
         v = _rows(ref["v_cache"], (row, held[:, None], group, r[None, :]), r_in[None, :], ranks)
-        return k, v, (ref["visible"][row, held] != 0) & (t < slot)
+        scales = tuple(ref[f"{name}_scale"][row, held, group].astype(jnp.float32) for name in "kv" if eight)
+        return k, v, scales, (t >= start) & (t < slot)
 
     held = load(part)  # first of all, so that it is on its way while the new token is turned
     q = vectors("q", group * share + m, m_in)
     one = jnp.zeros((1,), jnp.int32) + group
-    new_k = vectors("k", one, one >= 0).astype(ref["k_cache"].dtype)
-    new_v = compat.load(ref["v"], (row, r, group), r_in).astype(ref["v_cache"].dtype)
+    new_k = vectors("k", one, one >= 0)
+    new_v = compat.load(ref["v"], (row, r, group), r_in)
+    new_scales: tuple[Any, ...] = ()
+    if eight:
+        new_scales = tuple(scale_of(jnp.max(jnp.abs(x).astype(jnp.float32))) for x in (new_k, new_v))
+        new_k, new_v = (integers(x, of_x) for x, of_x in zip((new_k, new_v), new_scales, strict=True))
+    new_k, new_v = new_k.astype(ref["k_cache"].dtype), new_v.astype(ref["v_cache"].dtype)
     # What this program needs itself is on its way by now.
     program, programs = (row * groups + group) * cut.split + part, ref["k_cache"].shape[0] * groups * cut.split
     pull(pulled, program, programs, early=True)
 
-    def add(carry: tuple[Array, Array, Array], tile: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def add(carry: tuple[Array, Array, Array], tile: Tile) -> tuple[Array, Array, Array]:
         top, total, found = carry
-        k, v, seen = tile
-        scores = jnp.where(seen[None, :], _dot(q, k.astype(dtype)) * scale, LOWEST)
+        k, v, scales, seen = tile
+        scores = _dot(q, k.astype(dtype)) * scale
+        if eight:
+            scores = scores * scales[0][None, :]
+        scores = jnp.where(seen[None, :], scores, LOWEST)
         higher = jnp.maximum(top, jnp.max(scores, axis=1))
         weights = jnp.where(seen[None, :], jnp.exp(scores - higher[:, None]), 0.0)
         fade = jnp.exp(top - higher)
         v = jnp.where(seen[:, None], v, jnp.zeros((), v.dtype))  # nobody knows what lies where no token is
-        found = found * fade[:, None] + _dot(weights.astype(dtype), v.astype(dtype))
+        shares = weights
+        if eight:
+            shares = weights * jnp.where(seen, scales[1], 0.0)[None, :]
+        found = found * fade[:, None] + _dot(shares.astype(dtype), v.astype(dtype))
         return higher, total * fade + jnp.sum(weights, axis=1), found
 
     # The first part begins with the new token, the others with nothing.
     score = jnp.sum(q.astype(jnp.float32) * new_k.astype(dtype).astype(jnp.float32), axis=1) * scale
+    value = new_v.astype(dtype).astype(jnp.float32)
+    if eight:
+        score, value = score * new_scales[0].astype(jnp.float32), value * new_scales[1].astype(jnp.float32)
     mine = (part == 0).astype(jnp.float32)
-    start = score * mine + LOWEST * (1 - mine), jnp.zeros((HEADS,), jnp.float32) + mine
-    found = jnp.zeros((HEADS, 1), jnp.float32) + (mine * new_v.astype(dtype).astype(jnp.float32))[None, :]
+    begin = score * mine + LOWEST * (1 - mine), jnp.zeros((HEADS,), jnp.float32) + mine
+    found = jnp.zeros((HEADS, 1), jnp.float32) + (mine * value)[None, :]
     # The first tile is apart from the loop: what passes from turn to turn takes a register for each 16-bit number.
-    carry = add((*start, found), held)
+    carry = add((*begin, found), held)
     rounds = pl.cdiv(tiles - part, cut.split)
     top, total, found = jax.lax.fori_loop(1, rounds, lambda i, carry: add(carry, load(part + i * cut.split)), carry)
 
     @pl.when(part == 0)
     def _() -> None:
-        compat.store(ref["k_after"], (row, slot, group, d), new_k.sum(axis=0), d_in)
+        # The sum over the one row that there is.
+        compat.store(ref["k_after"], (row, slot, group, d), new_k.astype(jnp.float32).sum(axis=0), d_in)
         compat.store(ref["v_after"], (row, slot, group, r), new_v, r_in)
+        for name, of_x in zip("kv", new_scales, strict=False):
+            ref[f"{name}_scale_after"][row, slot, group] = of_x
 
     pull(pulled, program, programs, early=False)
 
@@ -181,7 +208,7 @@ def _kernel(
 
 
 def _supported(token: Token, caches: Caches) -> None:
-    arrays = [*(x for x in token if x is not None), *caches]
+    arrays = [x for x in (*token, caches.k, caches.v) if x is not None]
     if any(x.size == 0 for x in arrays):
         raise NotImplementedError("nothing to attend to")
     if token.q.shape[-1] // caches.k.shape[2] > HEADS:
@@ -189,7 +216,7 @@ def _supported(token: Token, caches: Caches) -> None:
     if max(caches.k.shape[3], caches.v.shape[3]) > 256:
         raise NotImplementedError("heads wider than 256 do not fit in registers")
     kinds = (jnp.bfloat16, jnp.float16) if not compat.interpreted() else (jnp.bfloat16, jnp.float16, jnp.float32)
-    if any(x.dtype not in kinds for x in arrays):
+    if any(x.dtype not in kinds for x in arrays if x.dtype != jnp.int8):
         raise NotImplementedError("the kernel attends in 16-bit floats")
     if not compat.interpreted() and not compat.ampere():
         raise NotImplementedError("the kernel wants an NVIDIA GPU of compute capability 8.0 or newer")
@@ -240,11 +267,10 @@ def attend(
     ranks, heads = caches.v.shape[3], token.q.shape[3]
     cut = cut or settings(batch, groups, slots)
     arrays: dict[str, Array] = dict(q=token.q, k=token.k, v=token.v, k_cache=caches.k, v_cache=caches.v, done=done)
-    arrays |= dict(positions=place.positions, visible=place.visible, slot=place.slot.reshape(1))
-    optional = dict(q_pass=token.q_pass, k_pass=token.k_pass, inv_freq=inv_freq)
+    arrays |= dict(slot=jnp.asarray(place.slot, jnp.int32).reshape(1))
+    optional = dict(q_pass=token.q_pass, k_pass=token.k_pass, inv_freq=inv_freq, start=place.start)
+    optional |= dict(k_scale=caches.k_scale, v_scale=caches.v_scale)
     arrays |= {name: value for name, value in optional.items() if value is not None}
-    if place.visible.dtype == jnp.bool_:
-        arrays["visible"] = place.visible.astype(jnp.int8)
     arrays |= {f"coming {i}": array for i, array in enumerate(coming.arrays)}
     flat = blocks.shape(batch, ranks * heads, blocked)
     after = {
@@ -253,6 +279,11 @@ def attend(
         "v_after": jax.ShapeDtypeStruct(caches.v.shape, caches.v.dtype),
         "done_after": jax.ShapeDtypeStruct(done.shape, jnp.int32),
     }
+    in_place = {"k_cache": "k_after", "v_cache": "v_after", "done": "done_after"}
+    for name in ("k_scale", "v_scale"):
+        if name in arrays:
+            after[f"{name}_after"] = jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype)
+            in_place[name] = f"{name}_after"
     if cut.split > 1:
         parts, share = (batch, groups, cut.split), heads // groups
         after |= {
@@ -261,8 +292,7 @@ def attend(
             "totals": jax.ShapeDtypeStruct((*parts, share), jnp.float32),
         }
     inputs, outputs = tuple(arrays), tuple(after)
-    in_place = {"k_cache": "k_after", "v_cache": "v_after", "done": "done_after"}
-    out, k, v, done, *_ = compat.call(
+    found = compat.call(
         functools.partial(_kernel, inputs=inputs, outputs=outputs, cut=cut, scale=scale, pull=coming.pull),
         name="decode_attention",
         grid=(batch, groups, cut.split),
@@ -270,4 +300,6 @@ def attend(
         warps=cut.warps,
         aliases={inputs.index(old): outputs.index(new) for old, new in in_place.items()},
     )(*arrays.values())
-    return out, Caches(k, v), done
+    new = dict(zip(outputs, found, strict=True))
+    scales = new.get("k_scale_after"), new.get("v_scale_after")
+    return new["out"], Caches(new["k_after"], new["v_after"], *scales), new["done_after"]

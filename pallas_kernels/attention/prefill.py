@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from uniql_jax.pallas_kernels import dispatch
-from uniql_jax.pallas_kernels.attention import cudnn, reference
+from uniql_jax.pallas_kernels.attention import cached, cudnn, reference
+from uniql_jax.pallas_kernels.attention.caches import Caches
 
 CAUSAL = {"reference": reference.causal_attention, "cudnn": cudnn.causal_attention}
 
@@ -44,19 +45,30 @@ def causal_attention(
     return dispatch.pick("causal_attention", CAUSAL, implementation)(q, k, v, valid, scale=scale)
 
 
-def masked_attention(
+def cached_attention(
     q: Float[Array, "b t n dk"],
-    k: Float[Array, "b s g dk"],
-    v: Float[Array, "b s g dv"],
-    visible: Bool[Array, "b t s"],
+    caches: Caches,
+    start: Int[Array, " b"] | None,
+    slot: Int[Array, ""] | int,
     *,
     scale: float | int,
 ) -> Float[Array, "b t n dv"]:
-    """As `causal_attention`, where query t sees the keys s of any `visible[b, t, s]`; zero where it sees none.
+    """Attention of new tokens to a cache that holds them from `slot` on: each sees itself and the ones before it.
 
-    Raises ValueError when the shapes do not fit.
+    Args:
+        q: rotated queries.
+        caches: keys and values of all slots, in 16, 32 or 8 bits.
+        start: first slot of each row that holds a token; what lies before is never read. None: 0 everywhere.
+        slot: slot of the first query's token.
+        scale: multiplies the scores.
+
+    Returns:
+        The result in q's dtype; zeros for a query before its row's start.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
-    check(q, k, v)
-    if visible.shape != (*q.shape[:2], k.shape[1]):
-        raise ValueError(f"visible {visible.shape} does not fit q {q.shape} and k {k.shape}: it is [batch, t, s]")
-    return reference.masked_attention(q, k, v, visible, scale=scale)
+    check(q, caches.k, caches.v)
+    if start is not None and start.shape != q.shape[:1]:
+        raise ValueError(f"start {start.shape} does not fit q {q.shape}: it is [batch]")
+    return cached.cached_attention(q, caches, start, slot, scale=scale)

@@ -36,34 +36,27 @@ def plain(
     return out.astype(q.dtype).reshape(batch, length, heads, v.shape[-1])
 
 
-def _in_blocks(
+def in_blocks(
     q: Float[Array, "b t n dk"],
-    k: Float[Array, "b s g dk"],
-    v: Float[Array, "b s g dv"],
-    visible: Callable[[Int[Array, " block"]], Bool[Array, "b block s"]],
-    scale: float | int,
+    most: int,
+    block: Callable[[Int[Array, ""] | int, Float[Array, "b s n dk"]], Float[Array, "b s n dv"]],
 ) -> Float[Array, "b t n dv"]:
-    """`plain` over blocks of queries that hold SCORES scores; `visible` says what the queries at some places see."""
+    """block(first, queries from there on) for at most `most` queries at a time, joined."""
     batch, length, heads, _ = q.shape
-    most = max(1, SCORES.get(jax.default_backend(), 2**26) // max(1, batch * heads * k.shape[1]))
     if length <= most:
-        return plain(q, k, v, visible(jnp.arange(length)), scale)
+        return block(0, q)
     blocks = -(-length // most)
     size = -(-length // blocks)
 
-    @jax.checkpoint
-    def block(first: Int[Array, ""]) -> Float[Array, "b block n dv"]:
+    def cut(first: Int[Array, ""]) -> Float[Array, "b s n dv"]:
         # The last block starts early enough to be whole: what it does twice is cut off below.
-        part = jax.lax.dynamic_slice_in_dim(q, first, size, axis=1)
-        return plain(part, k, v, visible(first + jnp.arange(size)), scale)
+        return block(first, jax.lax.dynamic_slice_in_dim(q, first, size, axis=1))
 
     whole = length // size
-    starts = jnp.arange(whole) * size
-    out = jax.lax.map(block, starts).swapaxes(0, 1).reshape(batch, whole * size, heads, -1)
+    out = jax.lax.map(cut, jnp.arange(whole) * size).swapaxes(0, 1).reshape(batch, whole * size, heads, -1)
     rest = length - whole * size
     if rest:
-        last = block(jnp.asarray(length - size))
-        out = jnp.concatenate([out, last[:, size - rest :]], axis=1)
+        out = jnp.concatenate([out, cut(jnp.asarray(length - size))[:, size - rest :]], axis=1)
     return out
 
 
@@ -76,23 +69,13 @@ def causal_attention(
     scale: float | int,
 ) -> Float[Array, "b t n dv"]:
     """See prefill.causal_attention."""
-    batch, length = q.shape[:2]
+    batch, length, heads, _ = q.shape
     real = jnp.ones((batch, length), bool) if valid is None else valid
+    most = max(1, SCORES.get(jax.default_backend(), 2**26) // max(1, batch * heads * length))
 
-    def visible(place: Int[Array, " block"]) -> Bool[Array, "b block t"]:
+    def block(first: Int[Array, ""] | int, part: Float[Array, "b s n dk"]) -> Float[Array, "b s n dv"]:
+        place = first + jnp.arange(part.shape[1])
         before = jnp.arange(length)[None, :] <= place[:, None]
-        return before[None] & real[:, None, :] & real[:, place][:, :, None]
+        return plain(part, k, v, before[None] & real[:, None, :] & real[:, place][:, :, None], scale)
 
-    return _in_blocks(q, k, v, visible, scale)
-
-
-def masked_attention(
-    q: Float[Array, "b t n dk"],
-    k: Float[Array, "b s g dk"],
-    v: Float[Array, "b s g dv"],
-    visible: Bool[Array, "b t s"],
-    *,
-    scale: float | int,
-) -> Float[Array, "b t n dv"]:
-    """See prefill.masked_attention."""
-    return _in_blocks(q, k, v, lambda place: visible[:, place], scale)
+    return in_blocks(q, most, block if length <= most else jax.checkpoint(block))

@@ -36,7 +36,7 @@ def dequant_matmul(
     int8. `width` counts the contracted weights; groups * group of them are stored and those beyond `width` are ignored.
     `layout`: "plain", or that of data in tiles (tiling.py): "rows" of contract "last", "groups" of "first".
     Differentiable in x and scale. Raises ValueError when the parts do not fit; a named `implementation` that cannot do
-    this shape raises NotImplementedError, the default one falls back to the reference.
+    this shape raises NotImplementedError, the default one falls back to blocks, then to the reference.
     """
     if layout == "plain":
         packing.check(data, scale, bits=bits, group=group, contract=contract, width=width)
@@ -46,10 +46,11 @@ def dequant_matmul(
         raise ValueError(f"x of shape {x.shape} does not end in the weight's width {width}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is floating point, not {x.dtype}")
+    found = dict(IMPLEMENTATIONS)
     by_default = implementation is None and dispatch.named() is None and dispatch.default("dequant_matmul") == "pallas"
     if by_default and not pallas.fast(x.dtype, scale.dtype, bits=bits, group=group):
-        implementation = "reference"  # runs there, but was never seen to win
-    function = dispatch.pick("dequant_matmul", IMPLEMENTATIONS, implementation)
+        found.pop("pallas")  # runs there, but was never seen to win
+    function = dispatch.pick("dequant_matmul", found, implementation)
     return function(x, data, scale, bits=bits, group=group, contract=contract, width=width, layout=layout)
 
 

@@ -1,9 +1,12 @@
-"""Dequantize a block that fits the cache, multiply, go on: what a CPU runs, several times faster than the reference.
+"""Dequantize a block that fits the cache, multiply, go on: what runs on a CPU, and wherever no kernel does.
 
-The reference writes the whole dense weight to memory and reads it back; a block never leaves the cache.
+The reference writes the whole dense weight to memory and reads it back; a block never leaves a CPU's cache, and needs
+no memory to speak of on other devices.
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +16,19 @@ from uniql_jax.pallas_kernels import packing
 from uniql_jax.pallas_kernels.dequant_matmul import tiling
 
 BLOCK = 512
-"""Rows ("last") or about as many contracted weights ("first") that are dequantized at a time."""
+"""Rows ("last") or about as many contracted weights ("first") that are dequantized at a time: what a CPU's cache
+holds."""
+WIDE = 4096
+"""The same on other devices, which are idle while a block is small."""
 FEW = 16
 """Up to so many rows of x, a product is bound by reading the weight."""
 LARGE = 1 << 21
 """Weights from which, with many rows of x, blocks beat one dense weight."""
+
+
+def block_rows() -> int:
+    """BLOCK or WIDE, whichever is for this backend."""
+    return BLOCK if jax.default_backend() == "cpu" else WIDE
 
 
 def _rows(
@@ -31,7 +42,7 @@ def _rows(
 ) -> Float[Array, "count rows"]:
     """X Wᵀ for one block of rows; x is float32."""
     dims = (((1,), (1,)), ((), ()))
-    if x.shape[0] > FEW:
+    if x.shape[0] > FEW or (bits == 4 and group % 8):
         weight = packing.dequantize_last(data, scale, bits=bits, group=group, width=width)
         return jax.lax.dot_general(x, weight, dims)
     spread = jnp.repeat(scale.astype(jnp.float32), group // (8 if bits == 4 else 1), axis=1)
@@ -52,15 +63,14 @@ def _rows(
 
 def _last(x: Array, data: Array, scale: Array, *, bits: int, group: int, width: int) -> Array:
     rows = data.shape[0]
-    whole = rows // BLOCK
-    cut = whole * BLOCK
+    size = min(block_rows(), max(1, -(-rows // 2)))  # at least two blocks, so that no whole matrix is held
+    whole = rows // size
+    cut = whole * size
 
     def block(parts: tuple[Array, Array]) -> Array:
         return _rows(x, *parts, bits=bits, group=group, width=width)
 
-    if whole < 2:
-        return block((data, scale))
-    blocks = data[:cut].reshape(whole, BLOCK, -1), scale[:cut].reshape(whole, BLOCK, -1)
+    blocks = data[:cut].reshape(whole, size, -1), scale[:cut].reshape(whole, size, -1)
     out = jnp.moveaxis(jax.lax.map(block, blocks), 0, 1).reshape(x.shape[0], cut)
     return out if cut == rows else jnp.concatenate([out, block((data[cut:], scale[cut:]))], axis=1)
 
@@ -68,17 +78,18 @@ def _last(x: Array, data: Array, scale: Array, *, bits: int, group: int, width: 
 def _first(x: Array, data: Array, scale: Array, *, bits: int, group: int, width: int) -> Array:
     groups = scale.shape[0]
     x = jnp.pad(x, ((0, 0), (0, groups * group - width)))
-    per_block = max(1, BLOCK // group)
-    stored = packing.words(group, bits)
+    whole_words = 8 // math.gcd(8, group) if bits == 4 else 1  # groups that end where a word does
+    per_block = -(-max(1, min(block_rows(), -(-groups * group // 2)) // group) // whole_words) * whole_words
 
     def block(start: int | Array, size: int) -> Array:
-        part = jax.lax.dynamic_slice_in_dim(data, start * stored, size * stored)
+        first, stored = start * group, packing.words(size * group, bits)
+        part = jax.lax.dynamic_slice_in_dim(data, first // 8 if bits == 4 else first, stored)
         of_part = jax.lax.dynamic_slice_in_dim(scale, start, size)
         weight = packing.dequantize_first(part, of_part, bits=bits, group=group, width=size * group)
         return jax.lax.dynamic_slice_in_dim(x, start * group, size * group, axis=1) @ weight
 
     whole = groups // per_block
-    if whole < 2:
+    if whole < 1:
         return block(0, groups)
     left = groups - whole * per_block
     total = block(whole * per_block, left) if left else jnp.zeros((x.shape[0], data.shape[1]), jnp.float32)
@@ -100,17 +111,17 @@ def dequant_matmul(
 ) -> Float[Array, "*lead out"]:
     """See api.dequant_matmul.
 
-    Raises NotImplementedError where the reference is as fast, for float64, and for groups that split a word.
+    Raises NotImplementedError where there is nothing to multiply, and on a CPU where the reference is faster.
     """
-    if bits == 4 and group % 8:
-        raise NotImplementedError(f"a group of {group} splits a word of eight weights")
     features = scale.shape[0 if contract == "last" else 1]
     data = tiling.plain(data, layout, features)
-    if x.dtype == jnp.float64 or x.size == 0:
-        raise NotImplementedError("blocks are summed in float32")
+    if x.size == 0 or scale.size == 0:
+        raise NotImplementedError("nothing to multiply")
     flat = x.reshape(-1, width).astype(jnp.float32)
-    if flat.shape[0] > FEW and width * features < LARGE:
+    if jax.default_backend() == "cpu" and flat.shape[0] > FEW and width * features < LARGE:
         raise NotImplementedError("a dense weight of this size stays in the cache")
     product = _last if contract == "last" else _first
-    out = product(flat, data, scale, bits=bits, group=group, width=width)
+    # Full float32 where the caller's numbers are: a GPU's default would be TF32.
+    with jax.default_matmul_precision("highest" if x.dtype in (jnp.float32, jnp.float64) else "default"):
+        out = product(flat, data, scale, bits=bits, group=group, width=width)
     return out.reshape(*x.shape[:-1], features).astype(x.dtype)

@@ -95,8 +95,10 @@ def tuned_power(groups: int) -> int:
 
 def supported(x: Array, weights: Sequence[Weight], count: int) -> None:
     """Raise NotImplementedError for what these kernels cannot do, or were seen to get wrong on this device."""
-    if not pallas.available():
-        raise NotImplementedError("these kernels want an NVIDIA GPU of compute capability 8.0 or newer")
+    compat.triton()
+    lacking = pallas.missing()
+    if lacking is not None:
+        raise NotImplementedError(lacking)
     if count > mma.MOST or x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"fused kernels take up to {mma.MOST} rows of bfloat16, not {count} of {x.dtype}")
     for weight in weights:

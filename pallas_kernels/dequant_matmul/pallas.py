@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.pallas_kernels import compat, packing
+from uniql_jax.pallas_kernels import compat, dispatch, packing
 from uniql_jax.pallas_kernels.dequant_matmul import dequantize, dot, mma, plain, reference, selfcheck, tiling, tuned
 from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster, wgmma
 from uniql_jax.pallas_kernels.dequant_matmul.plain import Weight
@@ -38,9 +38,19 @@ def dense(
     return jax.lax.dot_general(x, values, dims, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
+def missing() -> str | None:
+    """What this process lacks for any of these kernels; None: nothing. Each backend of Pallas is looked at alone."""
+    if jax.default_backend() == "gpu" and not compat.ampere():
+        return "these kernels want an NVIDIA GPU of compute capability 8.0 or newer"
+    if compat.plgpu is not None or (compat.mosaic_gpu is not None and compat.hopper()):
+        return None
+    other = "and, on Hopper, none for Mosaic GPU" if compat.mosaic_gpu is None else "and Mosaic GPU is for Hopper alone"
+    return f"JAX {jax.__version__} has no Pallas Triton backend {other}"
+
+
 def available() -> bool:
-    """Whether this process has what these kernels need: a Triton backend and, if on a GPU, bf16 tensor cores."""
-    return compat.plgpu is not None and (jax.default_backend() != "gpu" or compat.ampere())
+    """Whether this process can run any of these kernels."""
+    return missing() is None
 
 
 def fast(x_dtype: Any, scale_dtype: Any, *, bits: int, group: int) -> bool:
@@ -59,24 +69,24 @@ def _choose(x: Array, scale: Array, weight: Weight) -> tuple[Tiled, tuned.Choice
     choices = tuned.choices(tiled, x.shape[0])
     if jax.default_backend() != "gpu":
         return tiled, choices[0]
-    # What a kernel was seen to get wrong goes to the next more general one; the last is XLA's alone.
+    # What a kernel was seen to get wrong goes to the next more general one.
     for choice in choices:
         try:
             if choice[0] != "dense":
                 selfcheck.verify(choice[0], layout)
             return tiled, choice
-        except NotImplementedError:
-            continue
-    return tiled, ("dense", {})
+        except NotImplementedError as refusal:
+            dispatch.refuse(f"dequant_matmul ({layout})", choice[0], str(refusal))
+    raise NotImplementedError(f"no kernel for {x.shape[0]} rows times {tiled} is right on this device")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _product(
     x: Float[Array, "count width"], data: Int[Array, "..."], scale: Float[Array, "c d"], weight: Weight
 ) -> Float[Array, "count features"]:
-    compat.triton()
     chosen = _choose(x, scale, weight)
     if chosen is None:
+        compat.triton()
         return plain.product(x, data, scale, weight)
     tiled, (kernel, settings) = chosen
     if kernel == "dense":
@@ -125,9 +135,9 @@ def dequant_matmul(
         raise NotImplementedError(f"the Pallas kernel multiplies 16-bit and 32-bit floats, not {x.dtype}")
     if bits == 4 and group % 8:
         raise NotImplementedError(f"a group of {group} splits a word of eight weights")
-    compat.triton()
-    if not available():
-        raise NotImplementedError("these kernels want an NVIDIA GPU of compute capability 8.0 or newer")
+    lacking = missing()
+    if lacking is not None:
+        raise NotImplementedError(lacking)
     features = scale.shape[0 if contract == "last" else 1]
     if x.size == 0 or features == 0:
         raise NotImplementedError("nothing to multiply")

@@ -38,6 +38,9 @@ SETTINGS: dict[str, Any] = {
 HOPPER: dict[str, Any] = {"cluster": cluster, "wgmma": wgmma}
 """Kernels that only Hopper runs."""
 
+TRITON = ("mma", "dot", "dequantize")
+"""Kernels of Pallas's Triton backend."""
+
 MOST_DOT = {"last": 256, "rows": 256, "first": 128, "groups": 128}
 """Rows of x up to which, by rule, unpacking in every tile of x beats dequantizing once. On an H100 `dot` won at 256 for
 "last" and lost for "first"; tiles, not measured there yet, take after the layout they come from."""
@@ -67,7 +70,7 @@ def choices(weight: Weight, count: int, device_kind: str | None = None) -> list[
     Raises NotImplementedError when no kernel here serves the weight.
     """
     rows = table(device_kind or jax.devices()[0].device_kind)
-    if count < cuts.LEAST:
+    if count < cuts.LEAST and compat.plgpu is not None:
         rows = [row for row in rows if row["kernel"] != "cluster"]
     first, rule = nearest(rows, weight, count), cuts.choice(weight, count)
     if first is None or (rule is not None and first[0] not in HOPPER and not measured(rows, weight)):
@@ -77,6 +80,7 @@ def choices(weight: Weight, count: int, device_kind: str | None = None) -> list[
         nearest([row for row in rows if row["kernel"] not in HOPPER], weight, count),
         by_rule(weight, count),
         by_rule(weight, max(count, mma.MOST + 1)),
+        *without_triton(weight, count),
     ]
     able = [choice for choice in found if choice is not None and _supported(choice, weight, count)]
     if not able:
@@ -86,6 +90,8 @@ def choices(weight: Weight, count: int, device_kind: str | None = None) -> list[
 
 def _supported(choice: Choice, weight: Weight, count: int) -> bool:
     kernel, settings = choice
+    if kernel in TRITON and compat.plgpu is None:
+        return False
     try:
         if kernel == "mma":
             mma.supported(weight, settings, count)
@@ -96,6 +102,14 @@ def _supported(choice: Choice, weight: Weight, count: int) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def without_triton(weight: Weight, count: int) -> list[Choice]:
+    """Hopper's kernels for any number of rows, where JAX has no Triton backend: not always the fastest ones."""
+    if compat.plgpu is not None or compat.mosaic_gpu is None:
+        return []
+    kernels = ("cluster", "wgmma") if count <= cluster.MOST else ("wgmma",)
+    return [(kernel, cuts.cut(kernel, weight, count)) for kernel in kernels]
 
 
 def measured(rows: list[dict[str, Any]], weight: Weight) -> bool:

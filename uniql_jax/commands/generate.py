@@ -48,14 +48,14 @@ def main(argv: list[str]) -> None:
         raise UserError("this checkpoint has no tokenizer, which a prompt needs")
     ids = prompt_ids(tokenizer, args.prompt, args.chat)[None]
     check_prompt(checkpoint.config, ids, np.ones(ids.shape, np.int32), args.max_new_tokens)
-    cache = console.format_bytes(serving.cache_size(checkpoint, size, ids.size, args.max_new_tokens))
+    cache = console.format_bytes(serving.cache_size(checkpoint, size, ids.size, args.max_new_tokens, args.cache_bits))
     plan = (
         f"{serving.describe(args.ckpt, checkpoint, size.rate, size)}; "
         f"cache {cache} for {ids.size} + {args.max_new_tokens} tokens"
     )
     print(plan, file=sys.stderr)
     model = load_size(checkpoint, size, devices=args.devices)
-    pieces = generate(model, args.prompt, chat=args.chat, tokenizer=tokenizer, **settings)
+    pieces = generate(model, args.prompt, chat=args.chat, tokenizer=tokenizer, cache_bits=args.cache_bits, **settings)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

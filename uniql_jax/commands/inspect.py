@@ -17,6 +17,9 @@ examples:
   what each layer keeps at prune rate 0.25, and a picture of the plan:
     uniql inspect elastic --prune-rate 0.25 --plot plan.png
 
+  which kernels run on this machine:
+    uniql inspect --kernels
+
   for a program:
     uniql inspect elastic --json -
 """
@@ -31,7 +34,10 @@ def parser() -> cli.Parser:
         epilog=EXAMPLES,
         formatter_class=cli.ExamplesHelp,
     )
-    parser.add_argument("checkpoint", metavar="DIR", help="elastic checkpoint, or its hub id (owner/name)")
+    parser.add_argument("checkpoint", metavar="DIR", nargs="?", help="elastic checkpoint, or its hub id (owner/name)")
+    parser.add_argument(
+        "--kernels", action="store_true", help="which kernels run on this machine, and why others do not; needs no DIR"
+    )
     cli.add_revision(parser)
     parser.add_argument("--rates", type=cli.prune_rates, metavar="R,R,...", help="of the table (default: 0 to 0.35)")
     size = parser.add_mutually_exclusive_group()
@@ -50,7 +56,15 @@ def parser() -> cli.Parser:
 
 def main(argv: list[str]) -> None:
     """Run the command; raises UserError."""
-    args = parser().parse_args(argv)
+    found_parser = parser()
+    args = found_parser.parse_args(argv)
+    if args.kernels:
+        if args.checkpoint is not None:
+            found_parser.error("--kernels is about this machine: give no checkpoint")
+        print(kernels())
+        return
+    if args.checkpoint is None:
+        found_parser.error("give an elastic checkpoint, or --kernels")
     from uniql_jax import console  # here: `--help` and argument errors need none of this
     from uniql_jax.evaluation.describe import describe_checkpoint
     from uniql_jax.outputs import check_output_files
@@ -82,6 +96,31 @@ def main(argv: list[str]) -> None:
         from uniql_jax.evaluation.plan_plot import plan_map
 
         plan_map(open_checkpoint(args.checkpoint), args.plot)
+
+
+def kernels() -> str:
+    """Which kernels run on this machine, for people; each that can run is tried."""
+    import warnings
+
+    from uniql_jax import console
+    from uniql_jax.pallas_kernels import dispatch, status
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # all of it stands in the table
+        rows = [[row.name, "yes" if row.runs else "no", row.reason] for row in status.rows()]
+    lines = [
+        status.device(),
+        "",
+        console.table([list(pair) for pair in status.defaults()], ["product or block", "runs by default"]),
+        "",
+        console.table(rows, ["kernel", "runs here", "why not"]),
+    ]
+    if named := dispatch.named():
+        lines.insert(1, f"{dispatch.VARIABLE} asks for {named}")
+    if dispatch.REFUSALS:
+        refused = [list(refusal) for refusal in dispatch.REFUSALS]
+        lines += ["", console.table(refused, ["refused in this process", "kernel", "why"])]
+    return "\n".join(lines)
 
 
 def report(found: Mapping[str, Any], with_layers: bool = False) -> str:

@@ -33,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     )  # fmt: skip
     add("--top-k", type=cli.natural_int, default=0, metavar="K", help="draw from the K likeliest tokens; 0 is off")
     add("--seed", type=cli.natural_int, default=0, metavar="N", help="for a temperature above 0")
+    add("--cache-bits", type=int, choices=(8, 16), default=16, help="of keys and values; 8: int8, half the memory")
     cli.add_compilation_cache(parser)
 
 
@@ -59,13 +60,15 @@ def choose_size(checkpoint: Checkpoint, args: argparse.Namespace) -> Choice:
     return found
 
 
-def cache_size(checkpoint: Checkpoint, size: Choice, prompt: int, new: int) -> int:
+def cache_size(checkpoint: Checkpoint, size: Choice, prompt: int, new: int, bits: int = 16) -> int:
     """Bytes of the cache for a prompt of so many tokens and `new` more, padding included."""
     from uniql_jax.model.decoding import cache_bytes
-    from uniql_jax.runtime.generation import bucket, room
+    from uniql_jax.runtime.generation import room
+    from uniql_jax.runtime.lengths import read_slots, slots_for
     from uniql_jax.runtime.loading import default_dtype
 
-    return cache_bytes(checkpoint.config, size.keep(checkpoint), 1, bucket(prompt) + room(new), default_dtype())
+    slots = slots_for(max(prompt + room(new), read_slots(prompt)))
+    return cache_bytes(checkpoint.config, size.keep(checkpoint), 1, slots, default_dtype(), bits)
 
 
 def describe(ckpt: str, checkpoint: Checkpoint, rate: float, size: Choice | None = None) -> str:

@@ -26,7 +26,8 @@ from uniql_jax.evaluation.timing import Bench, copy_bandwidth, device_bytes, mem
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import cache_bytes
 from uniql_jax.plan import Plan, make_plan
-from uniql_jax.runtime.generation import bucket, room
+from uniql_jax.runtime.generation import room
+from uniql_jax.runtime.lengths import read_slots, slots_for
 from uniql_jax.runtime.loading import default_dtype, load
 from uniql_jax.weights.split import device_mesh
 
@@ -191,7 +192,7 @@ def benchmark(
             f"{prompt_len} prompt tokens and {gen_len} new ones exceed the model's {config.max_position}; "
             "lower --prompt-len or --gen-len"
         )
-    found = variants(subject, rates, dense, batch_size, bucket(prompt_len) + room(gen_len), seed)
+    found = variants(subject, rates, dense, batch_size, _slots(prompt_len, gen_len), seed)
     limit, devices = memory_limit(), subject.mesh.size
     limit = None if limit is None else limit * (1 if jax.default_backend() == "cpu" else devices)
     if timed:
@@ -200,7 +201,7 @@ def benchmark(
         "devices": devices,
         "batch_size": batch_size,
         "prompt_len": prompt_len,
-        "padded_prompt_len": bucket(prompt_len),
+        "padded_prompt_len": read_slots(prompt_len),
         "gen_len": gen_len,
         "repeats": repeats,
         "seed": seed,
@@ -228,3 +229,8 @@ def benchmark(
         "copy_bandwidth": dataclasses.asdict(copy) if copy else None,
         "rows": benchmark_report.rows(found, measured, 2 * about["parameters"], batch_size),
     }
+
+
+def _slots(prompt_len: int, gen_len: int) -> int:
+    """Slots of the cache that the runtime makes for such prompts and answers."""
+    return slots_for(max(prompt_len + room(gen_len), read_slots(prompt_len)))

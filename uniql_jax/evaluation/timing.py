@@ -29,6 +29,9 @@ from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import cache_bytes
 from uniql_jax.pallas_kernels import dispatch
 from uniql_jax.runtime import generation as runtime
+from uniql_jax.runtime import reading
+from uniql_jax.runtime.lengths import pieces, read_slots, slots_for
+from uniql_jax.runtime.sampling import settings_of
 
 COPY_BYTES = {"cpu": 2**28, "gpu": 2**31}
 """Bytes of the array that the memory's speed is measured on: far beyond any device's caches."""
@@ -101,32 +104,59 @@ class Bench:
     """
 
     def __init__(
-        self, model: CausalLM, batch: int, prompt_len: int, gen_len: int, repeats: int = 5, seed: int = 0
+        self,
+        model: CausalLM,
+        batch: int,
+        prompt_len: int,
+        gen_len: int,
+        repeats: int = 5,
+        seed: int = 0,
+        sampling: tuple[float, float, int] = (0.0, 1.0, 0),
+        cache_bits: int = 16,
     ) -> None:
+        self.cache_bits = cache_bits
         self.model, self.batch, self.prompt_len, self.gen_len, self.repeats = model, batch, prompt_len, gen_len, repeats
         rng = np.random.default_rng(seed)
         self.prompts = rng.integers(0, model.config.vocab_size, (batch, prompt_len)).astype(np.int32)
-        self._inputs = runtime._padded(self.prompts, np.ones((batch, prompt_len), np.int32))
         self._key = jax.random.key(0)
-        self._settings = runtime._settings(0.0, 1.0, 0)
+        self._settings = settings_of(*sampling, model.config.vocab_size)
         self._stops = np.full(4, -1, np.int32)  # no token has this id
 
     # The seam: from here to _run_loop is all that knows how the runtime's compiled steps are called. They are compiled
     # ahead of their call, which alone gives compile time and memory. A test compares them with `generate_tokens`.
 
-    @property
+    @functools.cached_property
     def slots(self) -> int:
         """Tokens that the cache has room for."""
-        return self._inputs[0].shape[1] + runtime.room(self.gen_len)
+        return slots_for(max(self.prompt_len + runtime.room(self.gen_len), read_slots(self.prompt_len)))
 
-    @property
-    def _prompt(self) -> tuple:
-        return self.model, *self._inputs, self._key, self._settings
+    @functools.cached_property
+    def _pieces(self) -> list[tuple[Array, Any]]:
+        """The prompts' pieces, padded, and how many tokens each has."""
+
+        def part(at: int, end: int, padded: int) -> Array:
+            return jnp.asarray(np.pad(self.prompts[:, at:end], ((0, 0), (0, padded - (end - at)))))
+
+        return [(part(*each), np.int32(each[1] - each[0])) for each in pieces(self.prompt_len)]
 
     @functools.cached_property
     def prefill(self) -> Program:
-        """Prompts to first tokens and cache."""
-        return compile_program(runtime._first, *self._prompt, slots=self.slots)
+        """Prompts, or the first piece of long ones, to logits and cache."""
+        tokens, count = self._pieces[0]
+        sizes = dict(slots=self.slots, bits=self.cache_bits)
+        return compile_program(reading._first, self.model, tokens, count, None, **sizes)
+
+    @functools.cached_property
+    def _more(self) -> dict[int, Program]:
+        """Later pieces, by their padded length."""
+        cache = self._first()[1]
+        parts = {tokens.shape[1]: (tokens, count) for tokens, count in self._pieces[1:]}
+        return {padded: compile_program(reading._more, self.model, *part, cache) for padded, part in parts.items()}
+
+    @functools.cached_property
+    def _pick(self) -> Program:
+        """Logits to first tokens."""
+        return compile_program(runtime._pick, self._first()[0], self._key, self._settings)
 
     @functools.cached_property
     def step(self) -> Program:
@@ -137,22 +167,29 @@ class Bench:
     @functools.cached_property
     def loop(self) -> Program:
         """All tokens after the first, in one while_loop."""
-        last = (self._key, self._settings, self._stops)
-        return compile_program(runtime._rest, self.model, *self._start(), *last, count=self.gen_len)
+        last = (self._key, self._settings, self._stops, np.int32(self.gen_len))
+        return compile_program(runtime._rest, self.model, *self._start(), *last, size=self.slots)
+
+    def _first(self) -> tuple[Array, Cache]:
+        return self.prefill.run(self.model, *self._pieces[0], None)
 
     def _start(self) -> tuple[Array, Cache]:
-        return self.prefill.run(*self._prompt)
+        logits, cache = self._first()
+        for tokens, count in self._pieces[1:]:
+            logits, cache = self._more[tokens.shape[1]].run(self.model, tokens, count, cache)
+        return self._pick.run(logits, self._key, self._settings), cache
 
     def _run_step(self, token: Array, cache: Cache, step: int) -> tuple[Array, Array, Cache]:
         return self.step.run(self.model, token, cache, self._key, np.int32(step), self._settings)
 
     def _run_loop(self, token: Array, cache: Cache) -> tuple[Array, Cache]:
-        return self.loop.run(self.model, token, cache, self._key, self._settings, self._stops)
+        return self.loop.run(self.model, token, cache, self._key, self._settings, self._stops, np.int32(self.gen_len))
 
     # What is measured.
 
     def ttft(self) -> Timing:
         """Seconds from prompts to their first tokens."""
+        self._start()  # compiles
         return measure(self._start, self.repeats)
 
     def tpot_step(self, read: bool = True) -> Timing:
@@ -185,7 +222,7 @@ class Bench:
 
     def answer(self) -> Int[Array, "b new"]:
         """The answers themselves, [batch, gen_len]."""
-        return self._run_loop(*self._start())[0]
+        return self._run_loop(*self._start())[0][:, : self.gen_len]
 
     def _steps(self) -> int:
         """Decode steps that an answer takes, in whole chunks."""
@@ -197,7 +234,7 @@ class Bench:
     def cache_bytes(self) -> int:
         """Bytes that decoding remembers, for the whole batch and length."""
         model = self.model
-        return cache_bytes(model.config, model.keep, self.batch, self.slots, model.dtype)
+        return cache_bytes(model.config, model.keep, self.batch, self.slots, model.dtype, self.cache_bits)
 
     @property
     def step_bytes(self) -> int:
@@ -207,7 +244,7 @@ class Bench:
         model, params = self.model, self.model.params
         looked_up = device_bytes(params["embed"]) if "head" in params else 0
         so_far, states = (
-            cache_bytes(model.config, model.keep, self.batch, length, model.dtype)
+            cache_bytes(model.config, model.keep, self.batch, length, model.dtype, self.cache_bits)
             for length in (self.prompt_len + self.gen_len // 2, 0)
         )
         return device_bytes(params) - looked_up + so_far + states

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
+
+from uniql_jax.pallas_kernels.attention import Caches
 
 
 def _resize(value: Shaped[Array, "..."] | Shaped[np.ndarray, "..."], axis: int, count: int) -> Any:
@@ -23,10 +26,20 @@ def _resize(value: Shaped[Array, "..."] | Shaped[np.ndarray, "..."], axis: int, 
 
 @flax.struct.dataclass
 class LayerCache:
-    """Keys [batch, slots, kv heads, 2 * pairs] (rotated) and values [batch, slots, kv heads, ranks] of one layer."""
+    """Keys [batch, slots, kv heads, 2 * pairs] (rotated) and values [batch, slots, kv heads, ranks] of one layer.
 
-    k: Any  # float arrays; Any here and below, since jax.tree.map and jax.eval_shape may put anything into a pytree
+    In 8 bits they are int8 and have scales, bfloat16 [batch, slots, kv heads]; else those are None.
+    """
+
+    k: Any  # arrays; Any here and below, since jax.tree.map and jax.eval_shape may put anything into a pytree
     v: Any
+    k_scale: Any = None
+    v_scale: Any = None
+
+    @property
+    def caches(self) -> Caches:
+        """The same as kernels take it."""
+        return Caches(self.k, self.v, self.k_scale, self.v_scale)
 
     def resized(self, have: Mapping[str, int], keep: Mapping[str, int], pair: int) -> LayerCache:
         """The same tokens at other kept sizes: what goes is cut off, what was never stored is zero.
@@ -41,7 +54,7 @@ class LayerCache:
         passed = _resize(self.k[..., split:], 3, keep.get("qk_pass", 0))
         join: Any = np if isinstance(rotated, np.ndarray) else jnp
         k = join.concatenate([rotated, passed], axis=3) if passed.shape[3] else rotated
-        return LayerCache(k=k, v=_resize(self.v, 3, keep["vo"]))
+        return dataclasses.replace(self, k=k, v=_resize(self.v, 3, keep["vo"]))
 
 
 @flax.struct.dataclass
@@ -70,13 +83,13 @@ class SsmCache:
 class Cache:
     """State of a batch of sequences: one {kind: state} a layer, which slots hold tokens, and where the next one goes.
 
-    `slot` is shared by the batch (padding sits on the left); `position` is each sequence's own count of real tokens.
-    `empty`, known when code is traced, says that nothing was written yet: what is read then sees only itself.
+    A sequence's tokens lie in the slots from its `start` to `slot`, which the batch shares; what lies outside is never
+    read. `start` is None where it is 0 for all, and code is compiled for that. `empty`, known when code is traced, says
+    that nothing was written yet: what is read then sees only itself.
     """
 
     layers: tuple[dict[str, Any], ...]
-    valid: Any  # bool [batch, slots]
-    position: Any  # int32 [batch]
+    start: Any  # int32 [batch], or None
     slot: Any  # int32
     empty: bool = flax.struct.field(pytree_node=False, default=False)
 

@@ -31,7 +31,7 @@ def _state_specs(state: Any) -> Any:
     """Where the states of one block lie: heads or groups are shared out, in the order of devices."""
     heads = PartitionSpec(None, None, AXIS)
     if isinstance(state, LayerCache):
-        return LayerCache(k=heads, v=heads)
+        return LayerCache(*(None if value is None else heads for value in state.caches))
     inputs = PartitionSpec(None, None, None, AXIS)
     return SsmCache(x=inputs, b=inputs, c=inputs, state=PartitionSpec(None, AXIS))
 

@@ -161,7 +161,10 @@ class Batch:
         return chosen
 
     def _placed(self) -> Any:
-        return dataclasses.replace(self.cache, slot=np.int32(self.slot))
+        # A row without a request begins at the slot, so that nothing is read for it.
+        held = [0 if row is None else row.held for row in self.rows]
+        start = np.maximum(self.slot - np.asarray(held, np.int32), 0)
+        return dataclasses.replace(self.cache, start=start, slot=np.int32(self.slot))
 
     def _move(self, slot: int) -> None:
         """Move all rows so that the next token goes to `slot`."""
@@ -193,8 +196,7 @@ class Batch:
         for whole, part, value in zip(jax.tree.leaves(self._sampling), jax.tree.leaves(sampling), own, strict=True):
             whole[i] = part[0] = value
         length = self.shape.padded(len(text))
-        pad = ((0, 0), (length - len(text), 0))
-        prompt = np.pad(text[None], pad), np.pad(np.ones((1, len(text)), np.int32), pad)
+        prompt = np.pad(text[None], ((0, 0), (0, length - len(text)))), np.int32(len(text))
         forced = tokens[-1] if tokens else int(request.forced(0, 1)[0])
         program = self._compiled.admit(variant_of([request]), length)
         chosen = self._run(program, np.int32(i), prompt, sampling, np.asarray([forced], np.int32))

@@ -14,7 +14,8 @@ from uniql_jax.model.cache import Cache
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import empty_cache
 from uniql_jax.runtime import steps
-from uniql_jax.runtime.generation import bucket, chunk
+from uniql_jax.runtime.generation import chunk
+from uniql_jax.runtime.lengths import bucket
 from uniql_jax.runtime.steps import Programs, Sampling, Variant
 
 
@@ -37,7 +38,7 @@ class Shape:
 
     def lengths(self) -> list[int]:
         """All lengths that `padded` gives."""
-        return sorted({self.padded(length) for length in (*(2**i for i in range(32)), self.context)})
+        return sorted({self.padded(length) for length in range(1, self.context + 1)})
 
 
 class Compiled:
@@ -68,7 +69,7 @@ class Compiled:
         def prepare() -> Any:
             function = functools.partial(steps.admit, self._config, self._dtype, variant)
             state = self.params, self.cache, _ints(self.shape.rows)
-            prompt = _ints(1, length), _ints(1, length)
+            prompt = _ints(1, length), _ints()
             args = (*state, _ints(), prompt, Sampling.empty(1), _ints(1))
             return self._programs.prepare(("admit", variant, self._dtype), function, *args, donate=(1, 2))
 
@@ -115,4 +116,5 @@ def _ints(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _empty_cache(config: Any, keep: Any, dtype: Any, shape: Shape) -> Cache:
-    return dataclasses.replace(empty_cache(config, keep, shape.rows, shape.slots, dtype), empty=False)
+    cache = empty_cache(config, keep, shape.rows, shape.slots, dtype)
+    return dataclasses.replace(cache, start=jnp.zeros((shape.rows,), jnp.int32), empty=False)

@@ -1,7 +1,8 @@
 """Generation: a streaming loop for one prompt, and a compiled loop for batches.
 
-Shapes are static: prompts are padded on the left to a power of two and the cache has room for every new token, so
-each bucket compiles once; the cache is donated from step to step.
+Shapes are static: prompts are padded behind their last token, in pieces (lengths.py), and caches have room to spare, so
+that each bucket compiles once; the cache is donated from step to step. What a model has read before is not read again
+(reading.py).
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from uniql_jax.errors import UserError
 from uniql_jax.model.cache import Cache
 from uniql_jax.model.causal_lm import CausalLM
-from uniql_jax.model.decoding import decode, init_cache, prefill
+from uniql_jax.model.decoding import decode
+from uniql_jax.runtime.lengths import bucket
 from uniql_jax.runtime.prompts import check_prompt, read_prompt, stop_ids, token_array
+from uniql_jax.runtime.reading import forget, read
 from uniql_jax.runtime.sampling import (
     NOT_FINITE,
     Settings,
+    check_cache_bits,
     check_sampling,
     check_seed,
     filtered_logits,
@@ -38,6 +42,7 @@ __all__ = [
     "chunk",
     "decode_stream",
     "filtered_logits",
+    "forget",
     "generate",
     "generate_tokens",
     "prompt_ids",
@@ -46,22 +51,12 @@ __all__ = [
     "stop_ids",
 ]
 
-SHORTEST_BUCKET = 16
-
 # ---------------------------------------------------------------------------------------------- compiled steps
 
 
-@functools.partial(jax.jit, static_argnames="slots")
-def _first(
-    model: CausalLM,
-    tokens: Int[Array, "b t"],
-    mask: Int[Array, "b t"],
-    key: PRNGKeyArray,
-    settings: Settings,
-    slots: int,
-) -> tuple[Int[Array, " b"], Cache]:
-    logits, cache = prefill(model, tokens, mask, init_cache(model, tokens.shape[0], slots))
-    return pick(logits, key, 0, settings), cache
+@jax.jit
+def _pick(logits: Float[Array, "b vocab"], key: PRNGKeyArray, settings: Settings) -> Int[Array, " b"]:
+    return pick(logits, key, 0, settings)
 
 
 def chunk() -> int:
@@ -104,7 +99,7 @@ def _next(
     return jax.lax.fori_loop(0, count, body, (rows, token, cache))
 
 
-@functools.partial(jax.jit, static_argnames="count", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="size", donate_argnames="cache")
 def _rest(
     model: CausalLM,
     token: Int[Array, " b"],
@@ -112,16 +107,15 @@ def _rest(
     key: PRNGKeyArray,
     settings: Settings,
     stops: Int[Array, " s"],
-    count: int,
-) -> tuple[Int[Array, "b count"], Cache]:
+    count: Int[Array, ""] | Any,
+    size: int,
+) -> tuple[Int[Array, "b size"], Cache]:
     """The whole decode as one while_loop over chunks that ends early once every row has met a stop id.
 
-    A device asks the host whether to go on after each chunk only.
+    Of `size` tokens a row the first `count` are made. A device asks the host whether to go on after each chunk only.
     """
     many = chunk()
-    if count == 1:
-        return token[:, None], cache
-    rows = jnp.zeros((token.shape[0], room(count)), jnp.int32).at[:, 0].set(token)
+    rows = jnp.zeros((token.shape[0], size), jnp.int32).at[:, 0].set(token)
 
     def stopped(token: Int[Array, "b n"]) -> Any:
         return (token[..., None] == stops).any(-1)
@@ -142,20 +136,8 @@ def _rest(
     ended = stopped(rows)
     first = jnp.argmax(ended, axis=-1)
     last = jnp.take_along_axis(rows, first[:, None], axis=-1)
-    past = ended.any(-1)[:, None] & (jnp.arange(rows.shape[1]) > first[:, None])
-    return jnp.where(past, last, rows)[:, :count], cache
-
-
-def bucket(length: int) -> int:
-    """Padded length of a prompt: the next power of two, at least 16."""
-    return max(SHORTEST_BUCKET, 1 << (length - 1).bit_length())
-
-
-def _padded(
-    tokens: Int[np.ndarray, "b t"], mask: Int[np.ndarray, "b t"]
-) -> tuple[Int[np.ndarray, "b p"], Int[np.ndarray, "b p"]]:
-    extra = ((0, 0), (bucket(tokens.shape[1]) - tokens.shape[1], 0))
-    return np.pad(tokens, extra), np.pad(mask, extra)
+    past = ended.any(-1)[:, None] & (jnp.arange(size) > first[:, None])
+    return jnp.where(past, last, rows), cache
 
 
 # ---------------------------------------------------------------------------------------------- public
@@ -172,6 +154,7 @@ def generate_tokens(
     top_k: int = 0,
     seed: int = 0,
     eos_ids: Sequence[int] | None = None,
+    cache_bits: int = 16,
 ) -> Int[np.ndarray, "b new"]:
     """Continue a batch of prompts in one compiled loop.
 
@@ -185,6 +168,7 @@ def generate_tokens(
         top_k: draw from so many of the likeliest tokens; 0 is off, more than the vocabulary is all of it.
         seed: from 0 to 2**32 - 1; the same seed draws the same tokens.
         eos_ids: ids that end a row (default: the model's; () never stops).
+        cache_bits: 8 holds keys and values as int8 with a scale per head and token; 16 in the model's dtype.
 
     Returns:
         int32 [batch, max_new_tokens]; a row that meets one of `eos_ids` is filled up with it.
@@ -193,6 +177,7 @@ def generate_tokens(
         UserError: settings or prompts that cannot be used, or a model whose logits are not finite.
     """
     check_sampling(temperature, top_p, top_k, max_new_tokens)
+    check_cache_bits(cache_bits)
     tokens = token_array(tokens)
     mask = np.ones(tokens.shape, np.int32) if attention_mask is None else np.asarray(attention_mask).astype(np.int32)
     check_prompt(model.config, tokens, mask, max_new_tokens)
@@ -201,11 +186,13 @@ def generate_tokens(
         raise UserError(f"eos_ids must be integers, not {list(stops)}")
     stops = tuple(int(i) if 0 <= i < model.config.vocab_size else -1 for i in stops)  # -1: never met
     stops = np.asarray(stops + (-1,) * (-len(stops) % 4), np.int32)  # in fours, so that their number rarely compiles
-    length = bucket(tokens.shape[1]) + room(max_new_tokens)
     key = jax.random.key(check_seed(seed))
-    settings = _settings(temperature, top_p, top_k, model.config.vocab_size)
-    token, cache = _first(model, *_padded(tokens.astype(np.int32), mask), key, settings, length)
-    rows = np.asarray(_rest(model, token, cache, key, settings, stops, max_new_tokens)[0])
+    settings = settings_of(temperature, top_p, top_k, model.config.vocab_size)
+    padding = (mask == 0).sum(axis=1).astype(np.int32)
+    start = padding if padding.any() else None
+    logits, cache, slots = read(model, tokens.astype(np.int32), start, room(max_new_tokens), cache_bits)
+    token, count = _pick(logits, key, settings), np.int32(max_new_tokens)
+    rows = np.asarray(_rest(model, token, cache, key, settings, stops, count, size=slots)[0])[:, :max_new_tokens]
     if (rows < 0).any():
         raise UserError(NOT_FINITE)
     return rows
@@ -222,6 +209,7 @@ def generate(
     seed: int = 0,
     tokenizer: Any | None = None,
     chat: bool = False,
+    cache_bits: int = 16,
 ) -> Iterator[str] | Iterator[Int[np.ndarray, "1"]]:
     """Stream the continuation of one prompt as it is made, until a stop id or `max_new_tokens`.
 
@@ -235,6 +223,7 @@ def generate(
         seed: from 0 to 2**32 - 1; the same seed draws the same tokens.
         tokenizer: of transformers (default: for text, the one in the model's folder).
         chat: wrap a text prompt in the chat template as the user's turn.
+        cache_bits: 8 holds keys and values as int8 with a scale per head and token; 16 in the model's dtype.
 
     Returns:
         An iterator of pieces of text, whole characters only, where the prompt is text or a tokenizer is given; else of
@@ -244,23 +233,32 @@ def generate(
         UserError: at once, on a prompt or settings that cannot be used; on the way, where logits are not finite.
     """
     check_sampling(temperature, top_p, top_k, max_new_tokens)
+    check_cache_bits(cache_bits)
     ids, tokenizer = read_prompt(prompt, tokenizer, getattr(model, "folder", None), chat)
     check_prompt(model.config, ids[None], np.ones((1, ids.size), np.int32), max_new_tokens)
     stops = set(stop_ids(model))
     if chat and tokenizer is not None and tokenizer.eos_token_id is not None:
         stops.add(int(tokenizer.eos_token_id))
-    settings = _settings(temperature, top_p, top_k, model.config.vocab_size)
-    new = _stream(model, ids.astype(np.int32), max_new_tokens, settings, jax.random.key(check_seed(seed)), stops)
+    settings = settings_of(temperature, top_p, top_k, model.config.vocab_size)
+    key, ids = jax.random.key(check_seed(seed)), ids.astype(np.int32)
+    new = _stream(model, ids, max_new_tokens, settings, key, stops, cache_bits)
     if tokenizer is None:
         return (np.asarray([token], np.int32) for token in new)
     return decode_stream(tokenizer, new, ids.tolist())
 
 
 def _stream(
-    model: CausalLM, ids: Int[np.ndarray, " t"], count: int, settings: Settings, key: PRNGKeyArray, stops: set[int]
+    model: CausalLM,
+    ids: Int[np.ndarray, " t"],
+    count: int,
+    settings: Settings,
+    key: PRNGKeyArray,
+    stops: set[int],
+    bits: int,
 ) -> Iterator[int]:
-    mask, many = np.ones((1, ids.size), np.int32), chunk()
-    token, cache = _first(model, *_padded(ids[None], mask), key, settings, bucket(ids.size) + room(count))
+    many = chunk()
+    logits, cache, _ = read(model, ids[None], None, room(count), bits)
+    token = _pick(logits, key, settings)
     shown, left = token[None] + 0, count  # a copy for the host to read, since the next step takes the token itself
     for step in range(1, count + many, many):
         # The next tokens are on their way before the host looks at these, so that the device never waits for it.
@@ -274,7 +272,3 @@ def _stream(
                 return
             yield value
         left -= rows.shape[1]
-
-
-def _settings(temperature: float | int, top_p: float | int, top_k: int, vocab_size: int = 2**31 - 1) -> Settings:
-    return settings_of(temperature, top_p, top_k, vocab_size)

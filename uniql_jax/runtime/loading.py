@@ -73,6 +73,7 @@ def in_form(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = Tru
         if not isinstance(value, QuantizedArray):
             return value
     if isinstance(value, QuantizedArray):
+        check_scales(value, name)
         if dispatch.default("dequant_matmul") == "pallas":
             value = value.in_runs()  # once instead of for every product
         if tiles and value.run == 1:
@@ -81,6 +82,19 @@ def in_form(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = Tru
         return value
     is_matrix = leaf is None or leaf.contract is not None
     return cast(name, value, dtype if is_matrix else np.float32)
+
+
+LARGEST_SCALE = 2.0**27
+"""Kernels multiply a scale with sums of 136 inputs and more, which must stay below what bfloat16 and float32 hold."""
+
+
+def check_scales(weight: QuantizedArray, name: str) -> None:
+    """Raise UserError for scales that no weight has and kernels cannot multiply with."""
+    if not isinstance(weight.scale, np.ndarray):  # shapes alone, or on a device already
+        return
+    largest = float(np.max(np.abs(np.asarray(weight.scale, np.float32)), initial=0.0))
+    if largest >= LARGEST_SCALE:
+        raise UserError(f"{name} has a scale of {largest:g}, at or above 2^27: the checkpoint is damaged")
 
 
 def place_layer(layer: dict[str, dict[str, Any]], dtype: Any, split: Split | None = None) -> dict[str, dict[str, Any]]:

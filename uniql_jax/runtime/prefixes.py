@@ -36,9 +36,8 @@ _pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes
 class _Prefix:
     """What `jax.dlpack.from_dlpack` reads: the first entries of an array."""
 
-    def __init__(self, array: Array, count: int):
-        self._array: Any = array  # has the methods of DLPack, its type does not
-        self._count = count
+    def __init__(self, array: Any, count: int):
+        self._array, self._count = array, count
 
     def __dlpack__(self, *, stream: Any = None, **unused: Any) -> Any:
         capsule = self._array.__dlpack__(stream=stream)

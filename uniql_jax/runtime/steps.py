@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from uniql_jax.config import ModelConfig
 from uniql_jax.model.cache import Cache, LayerCache
@@ -80,15 +80,8 @@ def _choose(
     """The next token of every row: as `generate` draws it, or the forced one."""
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if not variant.greedy:
-
-        def draw(row: Array, seed: Array, step: Array, temperature: Array, top_p: Array, top_k: Array) -> Array:
-            key = jax.random.fold_in(jax.random.key(seed), step)
-            return sample(row[None], key, temperature, top_p, top_k)[0]
-
-        drawn = jax.vmap(draw)(
-            logits, sampling.seed, sampling.step, sampling.temperature, sampling.top_p, sampling.top_k
-        )
-        token = jnp.where(sampling.temperature > 0, drawn, token)
+        keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(sampling.seed, sampling.step)
+        token = sample(logits, keys, sampling.temperature, sampling.top_p, sampling.top_k)
     token = jnp.where(forced >= 0, forced, token)
     token = jnp.where(jnp.isfinite(logits.max(axis=-1)), token, NO_TOKEN)
     if variant.top is None:
@@ -111,24 +104,24 @@ def admit(
     cache: Cache,
     token: Int[Array, " b"],
     row: Int[Array, ""],
-    prompt: tuple[Int[Array, "1 p"], Int[Array, "1 p"]],
+    prompt: tuple[Int[Array, "1 p"], Int[Array, ""]],
     sampling: Sampling,
     forced: Int[Array, " one"],
 ) -> tuple[Chosen, Int[Array, " b"], Cache]:
-    """Read a prompt, padded on the left, into one row, so that its last token sits just before the cache's slot.
+    """Read a prompt, so many tokens and padding, into one row: its last token sits just before the cache's slot.
 
     The first token is drawn exactly as `generate` does. Returns it, the rows' next tokens and the cache.
     """
     model = CausalLM(config, dict(params), dtype=dtype)
-    tokens, mask = prompt
-    length, slots = tokens.shape[1], cache.valid.shape[1]
-    logits, own = prefill(model, tokens, mask, init_cache(model, 1, length))
+    tokens, count = prompt
+    length = tokens.shape[1]
+    logits, own = prefill(model, tokens, None, init_cache(model, 1, length), count)
     first, chosen = _choose(logits, sampling, forced, variant)
 
     def place(whole: Array, part: Array) -> Array:
         """Slots of one row: the prompt's, turned so that they end before the cache's slot; padding may wrap."""
-        wide = jnp.zeros((1, slots, *part.shape[2:]), part.dtype).at[:, :length].set(part)
-        return _put(whole, jnp.roll(wide, cache.slot - length, axis=1), row)
+        wide = jnp.zeros((1, whole.shape[1], *part.shape[2:]), part.dtype).at[:, :length].set(part)
+        return _put(whole, jnp.roll(wide, cache.slot - count, axis=1), row)
 
     layers = tuple(
         {
@@ -139,8 +132,7 @@ def admit(
     )
     after = Cache(
         layers=layers,
-        valid=place(cache.valid, own.valid[:, :length]),
-        position=_put(cache.position, own.position, row),
+        start=_put(cache.start, (cache.slot - count)[None], row),
         slot=cache.slot,
     )
     return jax.tree.map(lambda x: x[:, None], chosen), _put(token, first, row), after
@@ -187,7 +179,6 @@ def advance(
 
 def shift(cache: Cache, by: Int[Array, ""]) -> Cache:
     """All rows `by` slots further on, or back where it is negative; what falls out at either end must be unused."""
-    slot = cache.slot + by
 
     def turn(x: Array) -> Array:
         return jnp.roll(x, by, axis=1)
@@ -196,8 +187,7 @@ def shift(cache: Cache, by: Int[Array, ""]) -> Cache:
         {kind: jax.tree.map(_placer(state, turn, lambda x: x), state) for kind, state in layer.items()}
         for layer in cache.layers
     )
-    valid: Bool[Array, "b s"] = turn(cache.valid) & (jnp.arange(cache.valid.shape[1]) < slot)
-    return Cache(layers=layers, valid=valid, position=cache.position, slot=slot)
+    return Cache(layers=layers, start=cache.start + by, slot=cache.slot + by)
 
 
 # ------------------------------------------------------------------------------------------------ programs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ def _identity(folder: str) -> tuple:
     return tuple(found)
 
 
+_loading = threading.Lock()
+
+
 def folder_tokenizer(folder: str | None) -> Any | None:
     """The tokenizer of a model's folder, loaded once for as long as its files stay the same.
 
@@ -68,7 +72,8 @@ def folder_tokenizer(folder: str | None) -> Any | None:
     identity = _identity(folder)
     if isinstance(folder, Folder) and folder.identity != identity:
         raise UserError(f"the tokenizer files in {folder} have changed since the model was loaded; load it again")
-    return _load(str(Path(folder).absolute()), identity)
+    with _loading:  # transformers' imports do not bear several threads at a time
+        return _load(str(Path(folder).absolute()), identity)
 
 
 @functools.lru_cache(maxsize=4)

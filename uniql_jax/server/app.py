@@ -21,6 +21,7 @@ from starlette.staticfiles import StaticFiles
 from uniql_jax.errors import UserError
 from uniql_jax.runtime.budget import free_memory
 from uniql_jax.runtime.session import Elastic
+from uniql_jax.runtime.text import chat_text
 from uniql_jax.server import calls
 from uniql_jax.server.errors import ApiError, of_session
 from uniql_jax.server.http import (
@@ -70,11 +71,17 @@ class Server:
             limits: of each call.
             loopback: whether only this machine can reach the server; then foreign host names are refused.
             quality: prune rate -> measured perplexity, for the page.
+
+        Raises:
+            UserError: the checkpoint has no tokenizer.
         """
+        if session.tokenizer is None:  # loads it, so that the first call need not
+            raise UserError(f"{session.model.folder} has no tokenizer, which a server needs")
         self.session, self.name, self.keys, self.limits = session, name, keys, limits
         self.loopback, self.quality = loopback, dict(quality or {})
         self.worker = Worker(session)
         self.metrics = Metrics(self.worker)
+        self.chat = _chats(session.tokenizer)
         self.streams, self._started = 0, int(time.time())
 
     def app(self) -> Starlette:
@@ -245,6 +252,7 @@ class Server:
         found = {"model": self.name, "rate": session.rate, "why": session.why, "highest_rate": session.highest_rate}
         found |= {"context": session.shape.context, "rows": session.shape.rows, "warm_rates": session.warm_rates}
         found |= {"tokens_per_second": round(self.worker.tokens_per_second(), 2), "memory": session.memory()}
+        found["chat"] = self.chat
         found["active_at"] = {f"{rate:g}": count for rate, count in session.active_at().items()}
         found |= {"free_memory": await run_in_threadpool(free_memory), "streams": self.streams} | session.load_now()
         found["sizes"] = {f"{rate:g}": session.checkpoint.weight_bytes(rate) for rate in self._rates()}
@@ -269,6 +277,14 @@ class Server:
         if self.session.rate != before:
             self.metrics.switches.inc()
         return JSONResponse({"rate": self.session.rate, "why": self.session.why, "memory": self.session.memory()})
+
+
+def _chats(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template."""
+    try:
+        return bool(chat_text(tokenizer, [{"role": "user", "content": "?"}]))
+    except UserError:
+        return False
 
 
 def _status(error: Exception) -> int:

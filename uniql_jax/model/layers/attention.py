@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
@@ -19,7 +18,8 @@ from uniql_jax.model.cache import LayerCache
 from uniql_jax.model.layers.context import Causal, Context
 from uniql_jax.model.layers.linear import apply_columns, apply_rows
 from uniql_jax.model.layers.norm import head_norm, rms_norm
-from uniql_jax.pallas_kernels.attention import causal_attention, masked_attention
+from uniql_jax.pallas_kernels.attention import cached_attention, caches, causal_attention
+from uniql_jax.pallas_kernels.attention.decode_reference import written
 from uniql_jax.pallas_kernels.rope import rope_qk
 
 Leaves = Mapping[str, Any]
@@ -76,26 +76,22 @@ def _passed(leaves: Leaves, name: str, normed: Array, context: Context) -> Float
 def attend(
     config: ModelConfig,
     q: Float[Array, "b t n dk"],
-    k: Float[Array, "b s g dk"],
-    v: Float[Array, "b s g dv"],
-    visible: Causal | Bool[Array, "b t s"],
+    k: Float[Array, "b t g dk"],
+    v: Float[Array, "b t g dv"],
+    visible: Causal,
 ) -> Float[Array, "b t dv n"]:
-    """Softmax attention; scores and softmax in float32. `visible[b, t, s]` says that query t may see key s.
+    """Softmax attention of tokens to themselves and those before them; scores and softmax in float32.
 
-    With `Causal` keys and values are those of the queries' tokens. A query that sees nothing (padding) gets zeros.
+    A query that sees nothing (padding) gets zeros.
     """
-    scale = config.softmax_scale
-    if isinstance(visible, Causal):
-        out = causal_attention(q, k, v, visible.valid, scale=scale)
-    else:
-        out = masked_attention(q, k, v, visible, scale=scale)
-    return out.swapaxes(2, 3)
+    return causal_attention(q, k, v, visible.valid, scale=config.softmax_scale).swapaxes(2, 3)
 
 
 def inner(
     config: ModelConfig, leaves: Leaves, normed: Float[Array, "b t h"], context: Context
 ) -> Float[Array, "b t vo n"]:
     """What o receives, over whole sequences."""
+    assert isinstance(context.visible, Causal)
     return attend(config, *project(config, leaves, normed, context), context.visible)
 
 
@@ -105,11 +101,17 @@ def write(leaves: Leaves, hidden: Float[Array, "b t vo n"]) -> Float[Array, "b t
     return y + leaves["o_bias"].astype(y.dtype) if "o_bias" in leaves else y
 
 
-def init_state(config: ModelConfig, keep: Mapping[str, int], batch: int, slots: int, dtype: DTypeLike) -> LayerCache:
-    """Empty keys and values, sized for the kept pairs and ranks."""
+def init_state(
+    config: ModelConfig, keep: Mapping[str, int], batch: int, slots: int, dtype: DTypeLike, bits: int = 16
+) -> LayerCache:
+    """Empty keys and values, sized for the kept pairs and ranks; `bits` 8 holds them as int8, else in `dtype`."""
     shape = (batch, slots, config.kv_heads)
     width = elastic.sizes(config)["pair"] * keep["qk"] + keep.get("qk_pass", 0)
-    return LayerCache(k=jnp.zeros((*shape, width), dtype), v=jnp.zeros((*shape, keep["vo"]), dtype))
+    held = jnp.int8 if bits == 8 else dtype
+    state = LayerCache(k=jnp.zeros((*shape, width), held), v=jnp.zeros((*shape, keep["vo"]), held))
+    if bits != 8:
+        return state
+    return LayerCache(state.k, state.v, jnp.zeros(shape, jnp.bfloat16), jnp.zeros(shape, jnp.bfloat16))
 
 
 def cached_inner(
@@ -117,12 +119,16 @@ def cached_inner(
 ) -> tuple[Float[Array, "b t vo n"], LayerCache]:
     """What o receives when earlier keys and values sit in the cache; the new ones are written from the slot on."""
     q, k, v = project(config, leaves, normed, context)
-    k, v = k.astype(state.k.dtype), v.astype(state.v.dtype)  # a first prompt sees what later ones will
-    start = (0, context.slot, 0, 0)
-    state = LayerCache(
-        k=jax.lax.dynamic_update_slice(state.k, k, start),
-        v=jax.lax.dynamic_update_slice(state.v, v, start),
-    )
-    if not isinstance(context.visible, Causal):
-        k, v = state.k, state.v
-    return attend(config, q, k.astype(q.dtype), v.astype(q.dtype), context.visible), state
+    state = LayerCache(*written(state.caches, k, v, context.slot))
+    if isinstance(context.visible, Causal):
+        k, v = (_as_held(x, state.k.dtype) for x in (k, v))
+        return attend(config, q, k, v, context.visible), state
+    start, scale = context.visible.start, config.softmax_scale
+    return cached_attention(q, state.caches, start, context.slot, scale=scale).swapaxes(2, 3), state
+
+
+def _as_held(x: Float[Array, "b t g d"], dtype: DTypeLike) -> Float[Array, "b t g d"]:
+    """What later tokens will read of it, so that a first prompt sees the same."""
+    if dtype == jnp.int8:
+        return caches.dequantize(*caches.quantize(x), x.dtype)
+    return x.astype(dtype).astype(x.dtype)

@@ -21,18 +21,30 @@ class Causal:
     valid: Bool[Array, "b t"] | None = None
 
 
+@flax.struct.dataclass
+class Cached:
+    """Each token sees itself and what the cache holds of its sequence before it: the slots from `start` on.
+
+    `start` is [batch]; None: 0 for all, and code is compiled for that.
+    """
+
+    start: Int[Array, " b"] | None = None
+
+
 class Context(NamedTuple):
     """Positions of the tokens, who sees whom, which are real, where the cache goes on, and masks if any.
 
-    positions [batch, length]; visible: `Causal`, or [batch, length, slots] of a cache; valid [batch, length]; slot:
-    first cache slot to write; keep: kept sizes of this layer that mask instead of slicing.
+    positions [batch, length]; visible: these tokens alone, or a cache that holds them; valid [batch, length]; slot:
+    first cache slot to write; keep: kept sizes of this layer that mask instead of slicing; count: how many of the
+    tokens there are, padding follows them; None: all.
     """
 
     positions: Int[Array, "b t"]
-    visible: Causal | Bool[Array, "b t s"]
+    visible: Causal | Cached
     valid: Bool[Array, "b t"]
     slot: Int[Array, ""] | int = 0
     keep: elastic.Keep | None = None
+    count: Int[Array, ""] | int | None = None
 
 
 def full_context(valid: Bool[Array, "b t"], padded: bool = True) -> Context:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.config import ModelConfig
@@ -20,7 +19,7 @@ from uniql_jax.model.layers.attention import normed_heads
 from uniql_jax.pallas_kernels import ahead, dispatch
 from uniql_jax.pallas_kernels.ahead import Ahead, Budget
 from uniql_jax.pallas_kernels.attention import decode_pallas
-from uniql_jax.pallas_kernels.attention.decode import Caches, Place, Token
+from uniql_jax.pallas_kernels.attention.decode import Place, Token
 from uniql_jax.pallas_kernels.dequant_matmul import fused, tiling
 from uniql_jax.pallas_kernels.dequant_matmul.fused import Job, Stream
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
@@ -128,7 +127,7 @@ def attention(
     found |= {"q": q[:, 0], "k": k[:, 0]}
     hidden, caches, done = decode_pallas.attend(
         Token(**found),
-        Caches(state.k, state.v),
+        state.caches,
         leaves.get("inv_freq"),
         step.place,
         step.done,
@@ -137,7 +136,7 @@ def attention(
         coming=step.coming[1],
     )
     stream = _write(leaves, "o", hidden, stream, norm, step.coming[2])
-    return stream, LayerCache(k=caches.k, v=caches.v), step._replace(done=done)
+    return stream, LayerCache(*caches), step._replace(done=done)
 
 
 def mamba2(
@@ -173,10 +172,8 @@ def head(config: ModelConfig, table: Any, norm: Float[Array, " h"] | None, strea
     return out
 
 
-def first_step(positions: Int[Array, " b"], visible: Array, slot: Int[Array, ""], config: ModelConfig) -> Step:
+def first_step(batch: int, place: Place, config: ModelConfig) -> Step:
     """What the blocks need, made once a token."""
-    batch = positions.shape[0]
-    place = Place(positions, visible.astype(jnp.int8), slot)
     return Step(place, decode_pallas.counters(batch, max(1, config.kv_heads)), ())
 
 

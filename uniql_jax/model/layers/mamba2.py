@@ -83,7 +83,8 @@ def project(
         value = jnp.where(real[..., None], _project(leaves, name, normed), 0)
         before = getattr(state, name)
         kept = jnp.concatenate([before, value.astype(before.dtype)], axis=1)
-        last[name] = kept[:, kept.shape[1] - before.shape[1] :]
+        count = value.shape[1] if context.count is None else context.count
+        last[name] = jax.lax.dynamic_slice_in_dim(kept, count, before.shape[1], axis=1)
         convolved[name] = elastic.mask(_convolve(leaves, name, value, before), context.keep, axis, 2)
     z = elastic.mask(_project(leaves, "z", normed), context.keep, "ssm_head", 2)
     return Inputs(z=z, dt=dt, **convolved), dataclasses.replace(state, **last)
@@ -141,7 +142,9 @@ def empty_state(config: ModelConfig, leaves: Leaves, normed: Float[Array, "b t h
     return init_state(config, keep, normed.shape[0], 0, normed.dtype)
 
 
-def init_state(config: ModelConfig, keep: Mapping[str, int], batch: int, slots: int, dtype: DTypeLike) -> SsmCache:
+def init_state(
+    config: ModelConfig, keep: Mapping[str, int], batch: int, slots: int, dtype: DTypeLike, bits: int = 16
+) -> SsmCache:
     """Zeros, sized for the kept channels and states; it does not grow with the text."""
     ssm = ssm_of(config)
     channels, states = int(keep["ssm_head"]), int(keep["ssm_state"])

@@ -47,7 +47,9 @@ def write(leaves: Leaves, hidden: Float[Array, "b t ffn"]) -> Float[Array, "b t 
     return y + leaves["down_bias"].astype(y.dtype) if "down_bias" in leaves else y
 
 
-def init_state(config: ModelConfig, keep: Mapping[str, int], batch: int, slots: int, dtype: DTypeLike) -> None:
+def init_state(
+    config: ModelConfig, keep: Mapping[str, int], batch: int, slots: int, dtype: DTypeLike, bits: int = 16
+) -> None:
     """An MLP remembers nothing."""
     return None
 

@@ -3,7 +3,8 @@
 
 const $ = (id) => document.getElementById(id);
 let turns = [];
-let model = "", running = null, setting = false, timer = 0;
+let model = "", chats = true, running = null, setting = false, timer = 0;
+const narrow = matchMedia("(max-width: 46rem)"); // numbers are folded there, so that the message box is on the first screen
 
 function bytes(count) {
   for (const unit of ["B", "kB", "MB", "GB"]) {
@@ -13,9 +14,14 @@ function bytes(count) {
   return `${count.toPrecision(3)} TB`;
 }
 
-function problem(text) {
-  $("problem").textContent = text || "";
-  $("problem").hidden = !text;
+// What went wrong last: with the connection, which the next answer mends, or with what was asked, until that is done anew.
+const problems = { connection: "", asked: "" };
+
+function problem(of, text) {
+  problems[of] = text || "";
+  const shown = problems.connection || problems.asked;
+  if ($("problem").textContent !== shown) $("problem").textContent = shown;
+  $("problem").hidden = !shown;
 }
 
 async function call(path, body, signal) {
@@ -35,6 +41,8 @@ async function call(path, body, signal) {
 
 function show(status) {
   model = status.model;
+  chats = status.chat;
+  if (!chats) $("say").placeholder = "A text to go on with (Enter sends)";
   $("model").textContent = model;
   document.title = `${model} – uniql`;
   $("rate").max = Math.round(status.highest_rate * 100);
@@ -55,9 +63,9 @@ function show(status) {
 async function refresh() {
   try {
     show(await (await call("/status")).json());
-    if (!running) problem("");
+    problem("connection", "");
   } catch (error) {
-    problem(error.message);
+    problem("connection", error.message);
   }
 }
 
@@ -65,9 +73,9 @@ async function changeRate() {
   setting = true;
   try {
     await call("/admin/rate", { rate: Number($("rate").value) / 100 });
-    problem("");
+    problem("asked", "");
   } catch (error) {
-    problem(error.message);
+    problem("asked", error.message);
   } finally {
     setting = false;
     refresh();
@@ -125,18 +133,20 @@ async function ask(text) {
   const system = $("system").value.trim();
   const request = {
     model, stream: true, stream_options: { include_usage: true },
-    messages: system ? [{ role: "system", content: system }, ...messages] : messages,
     temperature: Number($("temperature").value), max_tokens: Number($("tokens").value),
   };
+  if (chats) request.messages = system ? [{ role: "system", content: system }, ...messages] : messages;
+  else request.prompt = text; // a model without a chat template goes on with what it is given
+  const path = chats ? "/v1/chat/completions" : "/v1/completions";
   running = new AbortController();
   $("stop").hidden = false;
   $("send").disabled = true;
-  problem("");
+  problem("asked", "");
   let usage = null, rates = "", first = 0; // speed is counted from the first piece: before it, a prompt is read
   try {
-    for await (const event of events(await call("/v1/chat/completions", request, running.signal))) {
+    for await (const event of events(await call(path, request, running.signal))) {
       if (event.error) throw new Error(event.error.message);
-      const piece = event.choices[0]?.delta.content || "";
+      const choice = event.choices[0], piece = (chats ? choice?.delta.content : choice?.text) || "";
       body.textContent += piece;
       if (piece) first ||= performance.now();
       usage = event.usage || usage;
@@ -144,9 +154,15 @@ async function ask(text) {
       if (piece) body.parentElement.scrollIntoView({ block: "end" });
     }
   } catch (error) {
-    if (error.name !== "AbortError") problem(error.message);
+    if (error.name !== "AbortError") problem("asked", error.message);
   }
-  messages.push({ role: "assistant", content: body.textContent });
+  if (body.textContent || !problems.asked) messages.push({ role: "assistant", content: body.textContent });
+  else { // nothing came: as if it had not been asked, with the text back in the box
+    messages.pop();
+    body.parentElement.previousElementSibling?.remove();
+    body.parentElement.remove();
+    $("say").value ||= text;
+  }
   const note = document.createElement("footer");
   const seconds = (performance.now() - first) / 1000, count = usage?.completion_tokens || 0;
   const speed = count ? `${count} tokens, ${(Math.max(count - 1, 0) / seconds).toFixed(1)}/s, ` : "";
@@ -182,6 +198,9 @@ $("reset").addEventListener("click", () => {
   $("say").focus();
 });
 
+const fold = () => $("numbers").open = !narrow.matches;
+narrow.addEventListener("change", fold);
+fold();
 refresh();
 setInterval(() => document.hidden || refresh(), 1500);
 $("say").focus();
