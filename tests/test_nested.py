@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,10 +75,11 @@ def test_products_are_those_of_the_values(
     last = contract == "last"
     x = jnp.asarray(rng.standard_normal((3, flat.shape[1 if last else 0])), jnp.float32)
     truth = np.asarray(x) @ (flat.T if last else flat)
+    products: list[Any] = [planes.rows_product, planes.columns_product]
     for block in (1 << 20, 200):  # of several sizes, the last one smaller
         monkeypatch.setattr(planes, "BLOCK", block)
-        planes.rows_product.clear_cache()
-        planes.columns_product.clear_cache()
+        for product in products:
+            product.clear_cache()
         mixed = jax.tree.map(jnp.asarray, in_parts(jax.device_get(cut)))
         for weight in (cut, cut.take_bits(0).drop_prefix(6), cut.take_bits(0), whole, mixed):
             some = truth
