@@ -51,7 +51,8 @@ test-packaging: $(VENV)/.test
 
 # 5: all of it was skipped, because llama.cpp did not install here.
 test-llamacpp: $(VENV)/.llamacpp
-	$(BIN)/python -m pytest tests/convert/test_gguf_llamacpp.py tests/convert/test_to_gguf_llamacpp.py -m "llamacpp and not slow" $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest tests/convert/test_gguf_families.py tests/convert/test_gguf_llamacpp.py tests/convert/test_to_gguf_llamacpp.py \
+		-m "llamacpp and not slow" $(ARGS) || [ $$? = 5 ]
 
 # Without torch, so without the parity tests: what JAX itself may break.
 test-next:

@@ -3,15 +3,18 @@
     python benchmarks/gguf_export.py --ckpt elastic --text manual=python-docs/ \
         --json benchmarks/results/gguf-smollm2-cpu.json
 
-Speeds are measured in turns (A B A B), since other programs may load the machine, and compared within a turn.
+Speeds are measured in turns (A B A B) and compared within a turn. On a machine with other work to do, give --threads 1
+and compare the processor's time of a token, which the record has as well (on Linux): threads that wait for one another
+spend it too.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
-import statistics
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,6 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from uniql_jax import console, data
+from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.convert.exporting import Request
 from uniql_jax.convert.formats import export_as
 from uniql_jax.evaluation.timing import environment
@@ -77,6 +81,18 @@ class LlamaCpp:
         if found["id"] != token:
             raise RuntimeError(f"llama.cpp drew {found['id']} instead of {token}")
         return float(found["logprob"])
+
+    def cpu_seconds(self) -> float:
+        """Processor time of the process so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def decode(self, prompt: Sequence[int], count: int) -> tuple[float, float]:
+        """Tokens a second, and seconds of the processor for each, of generating after a prompt that is cached."""
+        self.complete(prompt, n_predict=1)
+        before = self.cpu_seconds()
+        answer = self.complete(prompt, n_predict=count, ignore_eos=True)
+        return answer["timings"]["predicted_per_second"], (self.cpu_seconds() - before) / count
 
     def close(self) -> None:
         """End the process."""
@@ -132,7 +148,8 @@ def main() -> None:
         if args.text:
             name, spec = args.text.split("=", 1)
             count = args.windows * args.length
-            windows = data.evaluation_windows([spec], tokenizer, args.length, count).tokens
+            vocab = open_checkpoint(args.ckpt).config.vocab_size
+            windows = data.evaluation_windows([spec], tokenizer, args.length, count, vocab_size=vocab).tokens
             for row in rows:
                 theirs, ours, tokens = losses(
                     server, files[row["prune_rate"]], args.ckpt, row["prune_rate"], windows, tokenizer
@@ -140,26 +157,27 @@ def main() -> None:
                 row |= {"text": name, "tokens": tokens, "llamacpp_perplexity": math.exp(theirs)}
                 row |= {"perplexity": math.exp(ours), "difference": math.exp(theirs - ours) - 1}
                 print(row, flush=True)
-        speeds: dict[float, list[float]] = {rate: [] for rate in args.rates}
+        found: dict[float, list[tuple[float, float]]] = {rate: [] for rate in args.rates}
         prompt = tokenizer(PROMPT).input_ids
         for turn in range(args.turns):
             for rate in args.rates:
                 server.load(files[rate])
-                answer = server.complete(prompt, n_predict=args.new_tokens, ignore_eos=True, cache_prompt=False)
-                speeds[rate].append(answer["timings"]["predicted_per_second"])
-            print(turn, {rate: round(values[-1], 1) for rate, values in speeds.items()}, flush=True)
-        first = speeds[args.rates[0]]
+                found[rate].append(server.decode(prompt, args.new_tokens))
+            print(
+                turn, {rate: f"{values[-1][0]:.1f} {values[-1][1]:.4f}" for rate, values in found.items()}, flush=True
+            )
         for row in rows:
-            own = speeds[row["prune_rate"]]
-            ratios = [value / base for value, base in zip(own, first, strict=True)]
-            row["tokens_per_second"] = [round(value, 2) for value in own]
-            row["speedup"] = statistics.median(ratios)
+            own, first = np.array(found[row["prune_rate"]]), np.array(found[args.rates[0]])
+            row["tokens_per_second"] = own[:, 0].round(2).tolist()
+            row["cpu_seconds_per_token"] = own[:, 1].round(5).tolist()
+            row["speedup"] = float(np.median(own[:, 0] / first[:, 0]))
+            row["cpu_speedup"] = float(np.median(first[:, 1] / own[:, 1]))
             row["bytes_ratio"] = row["bytes"] / rows[0]["bytes"]
-            print({key: row[key] for key in ("prune_rate", "bytes", "bytes_ratio", "speedup")}, flush=True)
+            print(
+                {key: row[key] for key in ("prune_rate", "bytes", "bytes_ratio", "speedup", "cpu_speedup")}, flush=True
+            )
     server.close()
     if args.json:
-        import importlib.metadata
-
         record = {"environment": environment(), "xllamacpp": importlib.metadata.version("xllamacpp"), "rows": rows}
         console.write_whole(args.json, json.dumps(record, indent=1) + "\n")
 

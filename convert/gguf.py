@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from uniql_jax.convert import gguf_tables
+from uniql_jax.convert import gguf_tables, tables
 from uniql_jax.convert.gguf_config import ARCHITECTURES
 from uniql_jax.convert.gguf_file import GgufFile
 from uniql_jax.convert.gguf_metadata import FACTORS, Metadata
 from uniql_jax.convert.gguf_tokenizer import GgufTokenizer
 from uniql_jax.convert.rows import Row
-from uniql_jax.convert.to_hf import ARCHITECTURES as CLASSES
 from uniql_jax.errors import UserError
 
 
@@ -63,7 +62,7 @@ class GgufReader:
         if len(tokens) > meta.embed.shape[0]:
             raise UserError(f"{self.path} has {len(tokens)} tokens, but {meta.embed.shape[0]} rows of embedding")
         found = ARCHITECTURES[name](meta)
-        return {"architectures": [CLASSES[found["model_type"]]], **found}
+        return {"architectures": [tables.CLASSES[found["model_type"]]], **found}
 
     def table(self) -> tuple[Row, ...]:
         """Which tensor is which leaf."""

@@ -59,10 +59,9 @@ def _check(config: ModelConfig, name: str) -> None:
         "biases of SSM projections": ssm is not None and ssm.bias,
         "convolutions without a bias": ssm is not None and not ssm.conv_bias,
         "largest SSM steps": ssm is not None and math.isfinite(ssm.dt_max),
-        f"MLPs with {config.activation}": config.activation != ("relu2" if name == "nemotron_h" else "silu"),
     }
     for what, lacks in missing.items():
-        if lacks and (config.intermediate_size or "MLP" not in what):
+        if lacks:
             raise UserError(f"llama.cpp's {name} has no {what}; use --format transformers")
 
 
@@ -130,10 +129,11 @@ def _add_rotation(writer: Any, config: ModelConfig, name: str) -> None:
     writer.add_rope_dimension_count(config.head_dim if whole or rope is None else rope.dim)
     if name == "granitehybrid":
         writer.add_rope_scaling_finetuned(rope is not None)
-        writer.add_attention_scale(config.softmax_scale)
-        writer.add_embedding_scale(_residual(config))
-        writer.add_residual_scale(_residual(config))
-        writer.add_logit_scale(1.0)
+        if config.attention_scale is not None:
+            writer.add_attention_scale(config.softmax_scale)
+            writer.add_embedding_scale(_residual(config))
+            writer.add_residual_scale(_residual(config))
+            writer.add_logit_scale(1.0)
     elif name != "nemotron_h" and (factor := config.softmax_scale * math.sqrt(config.head_dim)) != 1.0:
         writer.add_rope_scaling_attn_factors(math.sqrt(factor))
 

@@ -80,6 +80,21 @@ TABLES: dict[str, tuple[Row, ...]] = {
 }
 """By HF's model_type."""
 
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "mamba2": "Mamba2ForCausalLM",
+    "bamba": "BambaForCausalLM",
+    "nemotron_h": "NemotronHForCausalLM",
+}
+"""The classes that stock runtimes serve a family with, by model_type."""
+
 PREFIXES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(TABLES, ("model.", "")),
     "mamba2": ("backbone.", ""),

@@ -42,20 +42,6 @@ DTYPES = {
 }
 UNTRUE = ("auto_map", "quantization_config", "compression_config", "_name_or_path", "_commit_hash")
 """Keys of the original's config.json that do not hold for what is written: code and files that are not there."""
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-    "granite": "GraniteForCausalLM",
-    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "mamba2": "Mamba2ForCausalLM",
-    "bamba": "BambaForCausalLM",
-    "nemotron_h": "NemotronHForCausalLM",
-}
-"""The classes that stock runtimes serve a family with."""
 RESCALED = ("mamba2", "nemotron_h")
 """Families with `rescale_prenorm_residual`: where it is true, transformers divides out_proj of what it loads."""
 RESIDUAL = 1e-5
@@ -165,7 +151,7 @@ def hf_form(
     """
     hf = {key: value for key, value in hf_config.items() if key not in UNTRUE} | {"tie_word_embeddings": tied}
     if "architectures" in hf:
-        hf["architectures"] = [ARCHITECTURES[config.model_type]]
+        hf["architectures"] = [tables.CLASSES[config.model_type]]
     if config.model_type in RESCALED:
         hf["rescale_prenorm_residual"] = False
     for key in {"dtype", "torch_dtype"} & set(hf) or {"torch_dtype"}:
@@ -174,7 +160,7 @@ def hf_form(
         return hf, tables.TABLES[config.model_type]
     for key in ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"):
         hf.pop(key, None)
-    hf |= {"model_type": "llama", "architectures": [ARCHITECTURES["llama"]], "attention_bias": True, "mlp_bias": False}
+    hf |= {"model_type": "llama", "architectures": [tables.CLASSES["llama"]], "attention_bias": True, "mlp_bias": False}
     return hf, tables.TABLES["llama"]
 
 

@@ -6,17 +6,20 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
-from tests import compressed, published
+from tests import compressed, published, tiny
 from uniql_jax import config as model_config
 from uniql_jax import elastic
 from uniql_jax.checkpoint import open_checkpoint, packed
+from uniql_jax.commands import benchmark, evaluate, generate
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
@@ -216,7 +219,41 @@ def test_a_device_reads_its_own_bytes(tmp_path_factory: pytest.TempPathFactory, 
                         assert read == [total // 2, total // 2], (kind, name)
 
 
+def test_the_host_holds_less_than_two_layers_while_it_loads(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrays of numpy that live whenever something is put on a device, which does not take them over here."""
+    config = tiny.HF | {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 256, "vocab_size": 64}
+    folder = tiny.packed(tmp_path / "model", config, 4, rng)
+    sizes = open_checkpoint(folder).tensor_bytes()
+    layer = sum(size for name, size in sizes.items() if name.startswith("layers.0."))
+    put, held = jax.device_put, []
+    ours = [tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)]
+
+    def watched(value: Any, *place: Any) -> Any:
+        held.append(sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces(ours).traces))
+        return put(value, *place, may_alias=False)
+
+    monkeypatch.setattr(jax, "device_put", watched)
+    tracemalloc.start()
+    try:
+        load(folder, devices=Mesh(np.asarray(jax.devices()[:1]), ("all",)))
+    finally:
+        tracemalloc.stop()
+    assert len(held) > 6 * 7
+    assert sum(sizes.values()) > 6 * layer
+    assert 0 < max(held) < 2 * layer
+
+
 def test_more_devices_than_there_are(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     folder = compressed.made(tmp_path_factory, seed).checkpoint("nemotron_h", CompressionSettings())
     with pytest.raises(UserError, match="among 4096 devices: JAX sees"):
         load(folder, devices=4096)
+    common = ["--ckpt", str(folder), "--devices", "4096"]
+    for command, more in (
+        (generate, ["--prompt", "x"]),
+        (evaluate, ["--text", "nothing.txt"]),
+        (benchmark, ["--size"]),
+    ):
+        with pytest.raises(UserError, match="among 4096 devices: JAX sees"):
+            command.main([*common, *more])

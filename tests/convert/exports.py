@@ -62,26 +62,28 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+PORTABLE = ("portable", "untied", "portable-ssm")
+"""Compressed for real, with portable groups; the others have random integers, which leave in the same way."""
+
+
 class Made:
     """Checkpoints by name of the model and bits, built when first asked for; read only."""
 
     def __init__(self, root: Path, seed: int):
         self.root, self.seed = root, seed
-        self.source = functools.cache(self._source)
         self.checkpoint = functools.cache(self._checkpoint)
 
-    def _source(self, name: str) -> Path:
-        model = reference.build(MODELS[name], self.seed + zlib.crc32(name.encode()))
-        folder = reference.save(model, self.root / f"{name}-hub", MODELS[name])
-        tiny.tokenizer().save_pretrained(folder)
-        return folder
-
     def _checkpoint(self, name: str, bits: int = 4) -> Path:
-        out = self.root / f"{name}-{bits}"
+        out, hf = self.root / f"{name}-{bits}", MODELS[name]
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
-        groups = "portable" if name in ("portable", "untied", "portable-ssm") else "fast"
-        settings = CompressionSettings(bits=bits, groups=groups, rounding="nearest", scale_search=False)
-        compress(open_source(self.source(name)), out, compressed.tokens(rng, 4, 48), settings)
+        if name not in PORTABLE:
+            tiny.packed(out, hf, bits, rng)
+            tiny.tokenizer().save_pretrained(out)
+            return out
+        source = reference.save(reference.build(hf, self.seed), self.root / f"{name}-hub", hf)
+        tiny.tokenizer().save_pretrained(source)
+        settings = CompressionSettings(bits=bits, groups="portable", rounding="nearest", scale_search=False)
+        compress(open_source(source), out, compressed.tokens(rng, 4, 48), settings)
         return out
 
 

@@ -9,8 +9,6 @@ import pytest
 import uniql_jax
 from tests import published
 from tests.convert import common, gguf_models, test_gguf
-from tests.convert.test_gguf_llamacpp import LlamaCpp
-from tests.convert.test_to_gguf_llamacpp import FLOATS, difference
 from uniql_jax.convert.source import open_source
 
 pytest.importorskip("gguf")
@@ -40,6 +38,8 @@ FAMILIES = {
 @pytest.fixture(scope="module")
 def llama_cpp():
     pytest.importorskip("xllamacpp")
+    from tests.convert.test_gguf_llamacpp import LlamaCpp
+
     started = LlamaCpp(context=256)
     yield started
     started.process.kill()
@@ -66,10 +66,13 @@ def test_a_file_is_the_folder_that_was_converted(tmp_path, rng, name):
 SHOWN = ("granite", "phi3", "nemotron_h")
 
 
+@pytest.mark.llamacpp
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in SHOWN else pytest.mark.slow) for name in FAMILIES]
 )
 def test_what_we_read_is_what_llama_cpp_computes(llama_cpp, tmp_path, rng, name):
+    from tests.convert.test_to_gguf_llamacpp import FLOATS, difference
+
     hf = FAMILIES[name]
     tensors = {key: value * (1 if value.ndim == 1 else 0.3) for key, value in common.state_dict(hf, rng).items()}
     path = gguf_models.write(tmp_path / "m.gguf", hf, tensors, PIECES)

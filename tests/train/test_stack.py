@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +37,27 @@ def test_the_trainers_forward_is_the_models(family: str, remat: str, rng: np.ran
     jax.tree.map(np.testing.assert_array_equal, stack.unstack_factors(model.config, together), factors)
     expected = jax.jit(lambda m, t, k: logits(m, hidden_states(m, t, keep=k)))(plain, tokens, keep)
     assert reference.relative_error(np.asarray(found), np.asarray(expected)) < 1e-5
+
+
+def test_the_host_holds_two_layers_at_most_while_a_trainer_begins(rng: np.random.Generator) -> None:
+    """Of layers that are read in bfloat16 and held in float32, so that devices cannot take over what was read."""
+    model = cases.model("llama", rng, num_hidden_layers=6)
+    alive: list[weakref.ref[np.ndarray]] = []
+    most = 0
+
+    def read(i: int) -> dict[str, dict[str, np.ndarray]]:
+        nonlocal most
+        gc.collect()
+        most = max(most, sum(one() is not None for one in alive))
+        layer = jax.tree.map(lambda value: np.array(value).astype(jnp.bfloat16), dict(model.params["layers"][i]))
+        alive.extend(weakref.ref(value) for value in jax.tree.leaves(layer))
+        return layer
+
+    top = {name: value for name, value in model.params.items() if name != "layers"}
+    Trainer(model.config, stack.Lazy(read, 6), top, RecoverySettings(batch=2, rank=4, compute="float32"), 1)
+    leaves = len(jax.tree.leaves(dict(model.params["layers"][0])))
+    assert len(alive) >= 6 * leaves
+    assert most <= leaves, "one, and the next that is being read"
 
 
 def test_runs_are_neighbours_of_one_kind(rng: np.random.Generator) -> None:

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     check_prompt(checkpoint.config, ids, np.ones(ids.shape, np.int32), args.max_new_tokens)
     cache = console.format_bytes(serving.cache_size(checkpoint, size, ids.size, args.max_new_tokens, args.cache_bits))
     plan = (
-        f"{serving.describe(args.ckpt, checkpoint, size.rate, size)}; "
+        f"{serving.describe(args.ckpt, checkpoint, size.rate, size, args.devices)}; "
         f"cache {cache} for {ids.size} + {args.max_new_tokens} tokens"
     )
     print(plan, file=sys.stderr)

@@ -51,9 +51,8 @@ def choose_size(checkpoint: Checkpoint, args: argparse.Namespace) -> Choice:
     from uniql_jax.runtime.choice import Choice, choose
 
     if args.memory_budget is None:
-        return Choice(
-            checkpoint.weight_bytes(args.prune_rate), args.prune_rate
-        )  # an unsorted one refuses rates above 0
+        # an unsorted one refuses rates above 0
+        return Choice(checkpoint.weight_bytes(args.prune_rate), args.prune_rate)
     found = choose(checkpoint, args.memory_budget)
     size, budget = console.format_bytes(found.bytes), console.format_bytes(args.memory_budget)
     print(f"{found}: {size} of weights fit {budget}", file=sys.stderr)
@@ -71,7 +70,7 @@ def cache_size(checkpoint: Checkpoint, size: Choice, prompt: int, new: int, bits
     return cache_bytes(checkpoint.config, size.keep(checkpoint), 1, slots, default_dtype(), bits)
 
 
-def describe(ckpt: str, checkpoint: Checkpoint, rate: float, size: Choice | None = None) -> str:
+def describe(ckpt: str, checkpoint: Checkpoint, rate: float, size: Choice | None = None, devices: int = 1) -> str:
     """The model's part of a plan, in a line."""
     from uniql_jax.evaluation.timing import device_name
 
@@ -79,5 +78,5 @@ def describe(ckpt: str, checkpoint: Checkpoint, rate: float, size: Choice | None
         f"{ckpt}: {checkpoint.config.model_type}, {checkpoint.bits} bits, "
         f"{f'rate {rate:g}' if size is None or size.setting is None else size}, "
         f"{console.format_bytes(checkpoint.weight_bytes(rate) if size is None else size.bytes)} of weights; "
-        f"{device_name()}"
+        f"{device_name(devices)}"
     )

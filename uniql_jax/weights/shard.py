@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -160,6 +161,7 @@ def spread(leaf: elastic.Leaf, value: Any, split: Split, prepare: Callable[[Any]
     dim = split_dim(leaf)
     if dim is None:
         return jax.device_put(prepare(part_of(leaf, value, split, 0)), split.replicated)
+    assert isinstance(split.mesh, Mesh), "parts lie on devices"
     shape = tuple(value.shape)
     here = {
         device: i

@@ -19,7 +19,7 @@ from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.sorters.base import Block, Seed, Sorted, Sorter, Statistics, Taps
 from uniql_jax.config import ModelConfig
 from uniql_jax.model.layers import attention
-from uniql_jax.model.layers.context import Context
+from uniql_jax.model.layers.context import Causal, Context
 
 
 def _taps(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -29,6 +29,7 @@ def _taps(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _run(config: ModelConfig, leaves: Block, normed: Array, context: Context, taps: Taps) -> tuple[Array, Any]:
     q, k, v = attention.project(config, leaves, normed, context)
     q = q + taps["q"]
+    assert isinstance(context.visible, Causal)  # whole windows
     return attention.attend(config, q, k, v, context.visible), (q, k)
 
 
