@@ -49,7 +49,7 @@ from uniql_jax.model.causal_lm import CausalLM, embed
 from uniql_jax.model.layers import KINDS
 from uniql_jax.plan import grouping
 from uniql_jax.tokenizer import load_tokenizer
-from uniql_jax.weights.nested import OFFSET
+from uniql_jax.weights.planes import OFFSET
 from uniql_jax.weights.quantized import group_size
 
 RIDGE = 1e-2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 from uniql_jax.compression.math import nested
 from uniql_jax.compression.math.gptq import quantize
 from uniql_jax.compression.math.refine import DAMPING, damped, descend, nearest, output_error, refit_scales
-from uniql_jax.weights import nested as nested_weights
+from uniql_jax.weights import planes
 from uniql_jax.weights.mixed import MixedArray, in_parts
 from uniql_jax.weights.nested import NestedArray, from_nested_codes
 from uniql_jax.weights.protocol import StoredWeight
@@ -74,8 +75,11 @@ def test_products_are_those_of_the_values(
     last = contract == "last"
     x = jnp.asarray(rng.standard_normal((3, flat.shape[1 if last else 0])), jnp.float32)
     truth = np.asarray(x) @ (flat.T if last else flat)
+    products: list[Any] = [planes.rows_product, planes.columns_product]
     for block in (1 << 20, 200):  # of several sizes, the last one smaller
-        monkeypatch.setattr(nested_weights, "BLOCK", block)
+        monkeypatch.setattr(planes, "BLOCK", block)
+        for product in products:
+            product.clear_cache()
         mixed = jax.tree.map(jnp.asarray, in_parts(jax.device_get(cut)))
         for weight in (cut, cut.take_bits(0).drop_prefix(6), cut.take_bits(0), whole, mixed):
             some = truth

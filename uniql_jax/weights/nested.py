@@ -17,16 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
-from uniql_jax.weights.protocol import DenseArray
+from uniql_jax.weights.planes import BYTE, PLANES, columns_product, plane_of, rows_product, values_of
 from uniql_jax.weights.quantized import SHIFTS, QuantizedArray
 
-PLANES = 3
-"""Of one bit each, the most significant first, that make up the leading bits."""
-OFFSET = 0.25
-"""What a leading integer h stands for beyond itself, in its own steps: half way between codes 2 h and 2 h + 1."""
-BYTE = 8
 _SPREAD = ((np.arange(256)[:, None] >> np.arange(BYTE) & 1) << np.asarray(SHIFTS)).sum(1).astype(np.uint32)
 """The bits of a byte of a plane, each where the lowest bit of its weight is in a word of 4-bit weights."""
 
@@ -120,7 +115,7 @@ class NestedArray:
 
         A block of rows is dense at a time.
         """
-        return jnp.concatenate([_rows(part, x) for part in self._parts()], axis=-1)
+        return jnp.concatenate([rows_product(part, x) for part in self._parts()], axis=-1)
 
     def columns(self, flat: Float[Array, "*b k"]) -> Float[Array, "*b h"]:
         """x @ weight, x flattened like the weight's leading dimensions; float32.
@@ -130,7 +125,7 @@ class NestedArray:
         border = self.full * math.prod(self.inner)
         parts = self._parts()
         each = [flat] if len(parts) == 1 else [flat[..., :border], flat[..., border:]]
-        return functools.reduce(jnp.add, [_columns(part, x) for part, x in zip(parts, each, strict=True)])
+        return functools.reduce(jnp.add, [columns_product(part, x) for part, x in zip(parts, each, strict=True)])
 
     def _parts(self) -> list[NestedArray]:
         """The entries of all bits, and the others; either alone where there are no others."""
@@ -145,10 +140,10 @@ class NestedArray:
         if self.contract != "last" or self.leading.ndim != 3:
             raise NotImplementedError("only a matrix that contracts its last dimension is looked up")
         parts = jax.tree.map(jnp.asarray, self)
-        value = _values(parts.leading[index], None, parts.coarse[index], self.group)
+        value = values_of(parts.leading[index], None, parts.coarse[index], self.group)
         if self.full:
             inside = jnp.minimum(index, self.full - 1)
-            whole = _values(parts.leading[index], parts.last[inside], parts.fine[inside], self.group)
+            whole = values_of(parts.leading[index], parts.last[inside], parts.fine[inside], self.group)
             value = jnp.where((index < self.full)[..., None], whole, value)
         return value[..., : self.width].astype(dtype)
 
@@ -172,56 +167,6 @@ class NestedArray:
         return {f"{name}.{part}": np.asarray(value) for part, value in parts.items()}
 
 
-BLOCK = 1 << 20
-"""Weights that are dense at a time."""
-
-
-def _rows(weight: NestedArray, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
-    """`NestedArray.rows` of a weight whose entries have all bits, or none of which has."""
-    rows, whole = math.prod(weight.shape[:-1]), bool(weight.full)
-    scale = (weight.fine if whole else weight.coarse).reshape(rows, -1)
-    leading = weight.leading.reshape(rows, PLANES, -1)
-    last = weight.last.reshape(rows, -1) if whole else None
-    size = max(1, min(rows, BLOCK // max(1, weight.width)))
-
-    def some(start: Any, count: int) -> Array:
-        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=count)
-        value = _values(cut(leading), None if last is None else cut(last), cut(scale), weight.group)
-        return DenseArray(value[:, : weight.width].astype(x.dtype)).rows(x)
-
-    blocks = rows // size
-    found = jax.lax.map(lambda i: some(i * size, size), jnp.arange(blocks)) if blocks > 1 else some(0, size)[None]
-    found = jnp.moveaxis(found, 0, -2).reshape(*x.shape[:-1], blocks * size)
-    return jnp.concatenate([found, some(blocks * size, rows % size)], axis=-1) if rows % size else found
-
-
-def _columns(weight: NestedArray, flat: Float[Array, "*b k"]) -> Float[Array, "*b h"]:
-    """`NestedArray.columns` of a weight whose entries have all bits, or none of which has."""
-    whole, features = bool(weight.full), weight.shape[-1]
-    scale = weight.fine if whole else weight.coarse
-    groups, group = scale.shape[0], weight.group
-    flat = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, groups * group - weight.width)])
-    size = max(1, min(groups, BLOCK // max(1, group * features)))
-
-    def some(start: Any, count: int) -> Array:
-        def cut(value: Array, each: int, axis: int = 0) -> Array:
-            return jax.lax.dynamic_slice_in_dim(value, start * each, count * each, axis)
-
-        bytes_ = group // BYTE
-        leading = cut(weight.leading, bytes_).swapaxes(0, 2)  # what is contracted goes last
-        last = cut(weight.last, bytes_).T if whole else None
-        value = _values(leading, last, cut(scale, 1).T, group)
-        return DenseArray(value.astype(flat.dtype)).rows(cut(flat, group, flat.ndim - 1))
-
-    blocks = groups // size
-    if blocks > 1:
-        start = jnp.zeros((*flat.shape[:-1], features), jnp.float32)
-        found = jax.lax.fori_loop(0, blocks, lambda i, total: total + some(i * size, size), start)
-    else:
-        found = some(0, size)
-    return found + some(blocks * size, groups % size) if groups % size else found
-
-
 def leading_bits(value: Any) -> Any:
     """A nested weight at its leading bits; whatever else a leaf is, unchanged."""
     return value.take_bits(0) if isinstance(value, NestedArray) else value
@@ -234,38 +179,14 @@ def _dense(weight: NestedArray, dtype: np.dtype) -> Float[Array, "..."]:
         leading = jnp.moveaxis(leading, 0, -1).swapaxes(0, 1)
         last, fine, coarse = last.T, fine.T, coarse.T
         border = fine.shape[-1] * weight.group
-        whole = _values(leading[..., : last.shape[-1]], last, fine, weight.group)
-        rest = _values(leading[..., last.shape[-1] :], None, coarse[..., fine.shape[-1] :], weight.group)
+        whole = values_of(leading[..., : last.shape[-1]], last, fine, weight.group)
+        rest = values_of(leading[..., last.shape[-1] :], None, coarse[..., fine.shape[-1] :], weight.group)
         value = jnp.concatenate([whole[..., :border], rest], axis=-1)[..., : weight.width]
         return value.T.reshape(weight.shape).astype(dtype)
     count = fine.shape[0]
-    whole = _values(leading[:count], last, fine, weight.group)
-    rest = _values(leading[count:], None, coarse[count:], weight.group)
+    whole = values_of(leading[:count], last, fine, weight.group)
+    rest = values_of(leading[count:], None, coarse[count:], weight.group)
     return jnp.concatenate([whole, rest])[..., : weight.width].astype(dtype)
-
-
-def _values(
-    leading: UInt8[Array, "*b planes n"], last: UInt8[Array, "*b n"] | None, scale: Float[Array, "*b g"], group: int
-) -> Float[Array, "*b w"]:
-    """Values of planes whose last axis is contracted; `last` None: of the leading bits alone."""
-    bits = _bits(leading).astype(jnp.int32)
-    high = sum(bits[..., i, :] << (PLANES - 1 - i) for i in range(PLANES)) - 4
-    if last is None:
-        steps = jnp.asarray(high, jnp.float32) + OFFSET
-    else:
-        steps = (2 * high + _bits(last)).astype(jnp.float32)
-    return steps * jnp.repeat(scale.astype(jnp.float32), group, axis=-1)
-
-
-def _bits(plane: UInt8[Array, "*b n"]) -> UInt8[Array, "*b w"]:
-    found = (plane[..., None] >> jnp.arange(BYTE, dtype=jnp.uint8)) & 1
-    return found.reshape(*plane.shape[:-1], plane.shape[-1] * BYTE)
-
-
-def _plane(bits: Int[Array, "*b w"]) -> UInt8[Array, "*b n"]:
-    """Inverse of `_bits`."""
-    groups = bits.astype(jnp.uint8).reshape(*bits.shape[:-1], bits.shape[-1] // BYTE, BYTE)
-    return (groups << jnp.arange(BYTE, dtype=jnp.uint8)).sum(-1, dtype=jnp.uint8)
 
 
 def from_nested_codes(
@@ -307,8 +228,8 @@ def _assemble(
     width = codes.shape[1]
     codes = jnp.pad(codes.astype(jnp.int32), ((0, 0), (0, fine.shape[1] * group - width)))
     high = (codes >> 1) + 4
-    leading = jnp.stack([_plane((high >> (PLANES - 1 - i)) & 1) for i in range(PLANES)], axis=1)
-    last, fine, coarse = _plane(codes & 1), fine.astype(jnp.bfloat16), coarse.astype(jnp.bfloat16)
+    leading = jnp.stack([plane_of((high >> (PLANES - 1 - i)) & 1) for i in range(PLANES)], axis=1)
+    last, fine, coarse = plane_of(codes & 1), fine.astype(jnp.bfloat16), coarse.astype(jnp.bfloat16)
     if contract == "first":
         return jnp.moveaxis(leading, -1, 0).swapaxes(1, 2), last.T, fine.T, coarse.T
     return leading, last, fine, coarse

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.math.gptq import SCALE_GRID, SMALLEST, inverse_factor
 from uniql_jax.compression.math.refine import damped, nearest, refit_scales
-from uniql_jax.weights.nested import OFFSET
+from uniql_jax.weights.planes import OFFSET
 from uniql_jax.weights.quantized import limits
 
 Pair = tuple[Array, Array]
