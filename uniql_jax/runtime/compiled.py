@@ -15,7 +15,7 @@ from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import empty_cache
 from uniql_jax.runtime import steps
 from uniql_jax.runtime.generation import chunk
-from uniql_jax.runtime.lengths import bucket
+from uniql_jax.runtime.lengths import coarse
 from uniql_jax.runtime.steps import Programs, Sampling, Variant
 
 
@@ -33,8 +33,10 @@ class Shape:
         return -(-(self.context + spare) // 16) * 16
 
     def padded(self, length: int) -> int:
-        """Length that a prompt is padded to: as `generate` does, but not beyond the context."""
-        return min(bucket(length), self.context)
+        """Length that a prompt is padded to, at most the context. Fewer than those of `generate`: `warm_up` compiles
+        every one at every rate.
+        """
+        return min(coarse(length), self.context)
 
     def lengths(self) -> list[int]:
         """All lengths that `padded` gives."""

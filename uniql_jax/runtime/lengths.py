@@ -27,6 +27,15 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
+def coarse(length: int, least: int = SHORTEST) -> int:
+    """The least power of two that holds `length`, or three quarters of it where these do: so few lengths that all can
+    be compiled ahead.
+    """
+    length = max(length, least)
+    power = 1 << (length - 1).bit_length()
+    return power * 3 // 4 if length <= power * 3 // 4 else power
+
+
 def piece() -> int:
     """Most tokens of a prompt that are read at a time on this backend."""
     return PIECE.get(jax.default_backend(), 2048)
@@ -45,9 +54,7 @@ def slots_for(tokens: int) -> int:
     """
     if tokens > WHOLE:
         return -(-tokens // WHOLE) * WHOLE
-    power = max(SMALLEST_CACHE, 1 << (tokens - 1).bit_length())
-    between = power * 3 // 4
-    return between if max(tokens, SMALLEST_CACHE) <= between else power
+    return coarse(tokens, SMALLEST_CACHE)
 
 
 def read_slots(length: int, read: int = 0) -> int:
