@@ -162,7 +162,7 @@ class CompressedTensors:
         forms = {group.get("format") or form for group in parts} if form == "mixed-precision" else {form}
         if other := forms - {"pack-quantized", "int-quantized"}:
             read = "pack-quantized and int-quantized are read"
-            raise UserError(f"{name} has the compressed-tensors layout {sorted(map(str, other))[0]!r}; {read}")
+            raise UserError(f"{name} has the compressed-tensors layout {min(other, key=str)!r}; {read}")
         found = {
             (weights.get("num_bits"), weights.get("type", "int"))
             for group in parts

@@ -19,8 +19,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.evaluation.likelihood import rows_at_once, token_nll
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.plan import make_plan
-from uniql_jax.runtime import generation
-from uniql_jax.runtime.sampling import settings_of
+from uniql_jax.runtime import reading
 from uniql_jax.train.losses import LOGITS, head_losses
 
 VOCABULARY, WINDOW = 131072, 8192
@@ -76,10 +75,7 @@ def training() -> Any:
 
 
 def prompt() -> Any:
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return generation._first.lower(
-        model(), tokens(), tokens(), key, settings_of(0.0, 1.0, 0, VOCABULARY), slots=WINDOW + 16
-    )
+    return reading._first.lower(model(), tokens(), None, None, slots=WINDOW + 16, bits=16)
 
 
 @pytest.mark.parametrize(

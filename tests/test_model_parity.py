@@ -122,7 +122,9 @@ def test_greedy_tokens_of_a_padded_batch(name: str, hf_folder: Folder, rng: np.r
     np.testing.assert_array_equal(found[1:2], _greedy(ours, rows[1][None], 64))
 
 
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize(
+    "left", [pytest.param(False, id="right", marks=pytest.mark.slow), pytest.param(True, id="left")]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_changes_nothing(name: str, left: bool, hf_folder: Folder, rng: np.random.Generator) -> None:
     """Logits at real tokens are those of the row alone, ours and transformers'; padding's content does not matter."""

@@ -36,7 +36,7 @@ from uniql_jax.weights.protocol import as_weight
 
 GPTQ = CompressionSettings(nested=True)
 NEAREST = dataclasses.replace(GPTQ, rounding="nearest", scale_search=False)
-ALWAYS = ("bamba", "qwen2")
+ALWAYS = ("bamba",)
 FAMILY = pytest.mark.parametrize(
     "family", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in sorted(FAMILIES)]
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -377,14 +378,16 @@ def test_a_kernel_that_is_wrong_here_is_not_used(rng: np.random.Generator, monke
     monkeypatch.setattr(tuned, "table", lambda kind: [])
     weight = pallas.Weight(bits=4, group=128, contract="last", width=256, layout="rows")
     x, scale = jnp.zeros((4, 256), jnp.bfloat16), jnp.zeros((32, 2), jnp.bfloat16)
-    for kernel in ("mma", "dot", "dense"):
+    for kernel in ("mma", "dot"):
         chosen = pallas._choose(x, scale, weight)
         assert chosen is not None
         assert chosen[1][0] == kernel
         wrong.add(kernel)
+    with pytest.raises(NotImplementedError, match="no kernel for 4 rows"):
+        pallas._choose(x, scale, weight)
     monkeypatch.setattr(compat, "capability", lambda: 9.0)
     wrong.clear()
-    for kernel in ("wgmma", "dequantize", "dense") if compat.mosaic_gpu is not None else ():
+    for kernel in ("wgmma", "dequantize") if compat.mosaic_gpu is not None else ():
         chosen = pallas._choose(jnp.zeros((300, 256), jnp.bfloat16), scale, weight)
         assert chosen is not None
         assert chosen[1][0] == kernel
@@ -440,10 +443,10 @@ def test_the_self_check_runs_inside_a_trace_once(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_gpus_default_is_what_was_measured(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 rows times 4 bits take the kernels; other dtypes and 8 bits stay with the reference unless asked."""
+    """bf16 rows times 4 bits take the kernels; other dtypes and 8 bits go in blocks unless asked."""
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     ran: list[str] = []
-    for name in ("reference", "pallas"):
+    for name in ("reference", "blocked", "pallas"):
         monkeypatch.setitem(api.IMPLEMENTATIONS, name, lambda x, *_, name=name, **__: (ran.append(name), x)[1])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
@@ -453,7 +456,7 @@ def test_the_gpus_default_is_what_was_measured(rng: np.random.Generator, monkeyp
         return ran[-1]
 
     assert run("bfloat16") == "pallas"
-    assert run("float32") == run("bfloat16", bits=8) == run("bfloat16", group=32) == "reference"
+    assert run("float32") == run("bfloat16", bits=8) == run("bfloat16", group=32) == "blocked"
     monkeypatch.setenv(dispatch.VARIABLE, "pallas")
     assert run("float32") == "pallas"
     monkeypatch.setenv(dispatch.VARIABLE, "reference")
@@ -481,10 +484,20 @@ def test_on_the_device(rng: np.random.Generator, layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "able"), [(dict(compute_capability="9.0"), True), (dict(compute_capability="7.5"), False), ({}, False)]
+    ("kind", "version", "capability", "able"),
+    [
+        ("NVIDIA H100", "PJRT C API\ncuda 13000", "9.0", True),
+        ("Tesla T4", "PJRT C API\ncuda 12090", "7.5", False),
+        ("AMD Instinct MI300X", "PJRT C API\nrocm 70000", "9.4", False),
+        ("NVIDIA H100", "PJRT C API\ncuda 13000", "", False),
+    ],
 )
-def test_only_gpus_with_bf16_tensor_cores(monkeypatch: pytest.MonkeyPatch, device: dict, able: bool) -> None:
-    monkeypatch.setattr(compat.jax, "devices", lambda: [type("Device", (), device)()])
+def test_only_gpus_with_bf16_tensor_cores(
+    monkeypatch: pytest.MonkeyPatch, kind: str, version: str, capability: str, able: bool
+) -> None:
+    client = types.SimpleNamespace(platform_version=version)
+    device = types.SimpleNamespace(platform="gpu", device_kind=kind, client=client, compute_capability=capability)
+    monkeypatch.setattr(compat.jax, "devices", lambda: [device])
     assert compat.ampere() is able
 
 

@@ -53,6 +53,7 @@ def _block(
     slots, groups = caches.k.shape[1:3]
     split = q.reshape(batch, length, groups, heads // groups, -1)
     own = slot + jnp.arange(length)
+    wide = reference.multiplied(q.dtype)
 
     def add(index: Int[Array, ""] | int, carry: Carry) -> Carry:
         top, total, found = carry
@@ -63,16 +64,18 @@ def _block(
         if start is not None:
             real = real & (place[None] >= start[:, None])
         seen = (real[:, None] & (place[None, None] <= own[None, :, None]))[:, None, None]
-        k = dequantize(part.k, part.k_scale, q.dtype)
-        scores = jnp.einsum("btgmd,bsgd->bgmts", split, k, preferred_element_type=jnp.float32)
+        k = dequantize(part.k, part.k_scale, q.dtype).astype(wide)
+        scores = jnp.einsum("btgmd,bsgd->bgmts", split.astype(wide), k, preferred_element_type=jnp.float32)
         scores = jnp.where(seen, scores * scale, LOWEST)
         higher = jnp.maximum(top, scores.max(axis=-1))
         weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0.0)
         fade = jnp.exp(top - higher)
         # Nobody knows what lies where no token is.
         real = (real & (place <= own[-1])[None])[:, :, None, None]
-        v = jnp.where(real, dequantize(part.v, part.v_scale, q.dtype), 0)
-        more = jnp.einsum("bgmts,bsgr->bgmtr", weights.astype(q.dtype), v, preferred_element_type=jnp.float32)
+        v = jnp.where(real, dequantize(part.v, part.v_scale, q.dtype), 0).astype(wide)
+        more = jnp.einsum(
+            "bgmts,bsgr->bgmtr", weights.astype(q.dtype).astype(wide), v, preferred_element_type=jnp.float32
+        )
         return higher, total * fade + weights.sum(axis=-1), found * fade[..., None] + more
 
     shape = (batch, groups, heads // groups, length)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from uniql_jax.pallas_kernels.attention.caches import Caches as Caches
 from uniql_jax.pallas_kernels.attention.caches import dequantize, quantize
+from uniql_jax.pallas_kernels.attention.reference import multiplied
 from uniql_jax.pallas_kernels.rope import reference as rope
 
 
@@ -84,14 +85,16 @@ def written(
 def attend(q: Float[Array, "b n dk"], caches: Caches, place: Place, scale: float) -> Float[Array, "b vo n"]:
     """Softmax attention of one query per head over the slots that it sees, all scores at once."""
     groups, slots = caches.k.shape[2], jnp.arange(caches.k.shape[1])
-    keys, values = dequantize(caches.k, caches.k_scale, q.dtype), dequantize(caches.v, caches.v_scale, q.dtype)
+    wide = multiplied(q.dtype)
+    keys = dequantize(caches.k, caches.k_scale, q.dtype).astype(wide)
+    values = dequantize(caches.v, caches.v_scale, q.dtype).astype(wide)
     seen = (slots <= place.slot)[None]
     if place.start is not None:
         seen = seen & (slots[None] >= place.start[:, None])
     split = q.reshape(q.shape[0], groups, q.shape[1] // groups, -1)
-    scores = jnp.einsum("bgmd,bsgd->bgms", split, keys, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bgmd,bsgd->bgms", split.astype(wide), keys, preferred_element_type=jnp.float32)
     scores = jnp.where(seen[:, None, None, :], scores * scale, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     values = jnp.where(seen[:, :, None, None], values, 0)  # nobody knows what lies where no token is
-    out = jnp.einsum("bgms,bsgr->brgm", weights, values, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bgms,bsgr->brgm", weights.astype(wide), values, preferred_element_type=jnp.float32)
     return out.astype(q.dtype).reshape(q.shape[0], out.shape[1], -1)

@@ -10,10 +10,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 SCORES = {"cpu": 2**21, "gpu": 2**26}
 """Most float32 scores that are held at a time: what a CPU's cache holds, 256 MiB of a GPU's memory."""
+
+
+def multiplied(dtype: DTypeLike) -> DTypeLike:
+    """The type in which attention multiplies: XLA lacks some products of 16-bit floats on CPUs, and none is faster."""
+    return jnp.float32 if jax.default_backend() == "cpu" else dtype
 
 
 def plain(
