@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 from jaxtyping import Array, Float, Int
 
+from tests import virtual_devices
 from uniql_jax import CausalLM, forward, load, load_source
 from uniql_jax.checkpoint import open_checkpoint
 
@@ -48,29 +46,7 @@ def test_several_devices_give_what_one_gives(
     """Windows in batches of two, one batch more than a multiple of the devices; each device compiles for itself."""
     calib = tmp_path / "calib.npy"
     np.save(calib, rng.integers(3, 256, (2 * count + 2, 32)).astype(np.int32))
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-    # Many devices on few cores wait for each other longer than XLA finds right.
-    flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "error",
-            "-c",
-            RUN,
-            str(hf_folder(name)),
-            str(calib),
-            str(tmp_path),
-            str(count),
-            str(stored),
-        ],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    virtual_devices.run(RUN, count, str(hf_folder(name)), str(calib), str(tmp_path), str(count), str(stored))
     text = jnp.asarray(rng.integers(3, 256, (4, 48)).astype(np.int32))
     original = logits_of(load_source(str(hf_folder(name)), dtype=jnp.float32), text)
     for bits in stored:

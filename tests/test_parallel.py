@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, Mesh
 
-from tests import compressed, published, tiny
+from tests import compressed, published, tiny, virtual_devices
 from uniql_jax import config as model_config
 from uniql_jax import elastic
 from uniql_jax.checkpoint import open_checkpoint, packed
@@ -58,19 +55,7 @@ print(json.dumps(found))
 
 def on_eight_devices(program: str, *arguments: str) -> Any:
     """What a program on eight virtual devices prints, which is JSON."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    # Eight devices on few cores wait for each other longer than XLA finds right.
-    flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program, *arguments],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(virtual_devices.run(program, 8, *arguments).splitlines()[-1])
 
 
 def check(cases: dict[str, tuple[str, float, int, bool]]) -> None:
