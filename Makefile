@@ -4,6 +4,7 @@
 #   make lint types imports   ruff, pyright, import-linter          make clean      remove what these made
 #   make docs notebook        the site, warnings are errors; examples/quickstart.ipynb
 #   make test-packaging       the wheel, installed next to a user's own train.py
+#   make test-triton          the kernels for jax-triton, interpreted, and compiled for GPUs that need not be here
 #   make test-llamacpp test-next   against llama.cpp; the fast tests on a newer Python and JAX, where there is one
 
 PYTHON ?= python3
@@ -28,10 +29,10 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check
 
-.PHONY: help demo test test-slow test-gpu test-packaging test-llamacpp test-next lint format types imports docs notebook clean
+.PHONY: help demo test test-slow test-gpu test-triton test-packaging test-llamacpp test-next lint format types imports docs notebook clean
 
 help:
-	@sed -n 's/^# \{0,1\}//;1,7p' Makefile
+	@sed -n 's/^# \{0,1\}//;1,8p' Makefile
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --model $(MODEL) --rates $(RATES) --out $(OUT) $(ARGS)
@@ -48,6 +49,10 @@ test-gpu: $(VENV)/.gpu
 
 test-packaging: $(VENV)/.test
 	$(BIN)/python -m pytest tests/test_packaging.py -m "not gpu" -n $(JOBS) --dist loadfile $(ARGS)
+
+# Triton is large, so that no other target installs it.
+test-triton: $(VENV)/.triton
+	$(BIN)/python -m pytest tests/test_pallas_jaxtriton.py -m "not gpu" $(ARGS)
 
 # 5: all of it was skipped, because llama.cpp did not install here.
 test-llamacpp: $(VENV)/.llamacpp
@@ -109,11 +114,15 @@ $(VENV)/.test: $(VENV)/.demo pyproject.toml
 	@touch $@
 
 $(VENV)/.gpu: $(VENV)/.test pyproject.toml
-	$(PIP) -e ".[test,cuda]"
+	$(PIP) -e ".[test,cuda,triton]"
 	@touch $@
 
 $(VENV)/.llamacpp: $(VENV)/.test pyproject.toml
 	$(PIP) -e ".[test,llamacpp]" || echo "no llama.cpp for this machine"
+	@touch $@
+
+$(VENV)/.triton: $(VENV)/.test pyproject.toml
+	$(PIP) -e ".[test,triton]"
 	@touch $@
 
 $(VENV)/.notebook: $(VENV)/.demo pyproject.toml

@@ -86,7 +86,21 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
         rows += [make("wgmma", **cut) for cut in wgmma_cuts(n, count)]
         rows.append(task(k, n, count, "dense"))
     plain = [task(k, n, count, "auto")] if count in (1, 64) else []
-    return [*rows, *plain, make("auto")]
+    return [*rows, *plain, *jax_triton_cuts(k, n, count), make("auto")]
+
+
+def jax_triton_cuts(k: int, n: int, count: int) -> list[dict]:
+    """The kernels that are launched through jax-triton, of plain layouts: by rule, and cut otherwise."""
+    make = functools.partial(task, k, n, count, "jax-triton")
+    if count > 256:
+        return []
+    if count > 4:
+        m = min(max(8, count), 64)
+        return [make(), make(n=32, m=m, k=128, split=2), make(n=128, m=m, k=64, split=1, warps=8)]
+    m = 1 << (count - 1).bit_length()
+    if SHAPES[k, n] == "first":
+        return [make(), make(n=64, m=m, k=256, split=8), make(n=32, m=m, k=512, split=4, warps=8)]
+    return [make(), make(n=16, m=m, k=1024), make(n=4, m=m, k=1024, warps=1), make(n=8, m=m, k=2048, warps=8)]
 
 
 Cut = tuple[int, int, int, int, int, str]

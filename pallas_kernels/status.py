@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from uniql_jax.pallas_kernels import ahead, compat, dispatch
-from uniql_jax.pallas_kernels.dequant_matmul import selfcheck, tiling, tuned
+from uniql_jax.pallas_kernels import ahead, compat, dispatch, jaxtriton
+from uniql_jax.pallas_kernels.dequant_matmul import default_implementation, selfcheck, tiling, tuned
+from uniql_jax.pallas_kernels.dequant_matmul import jaxtriton as through_triton
 
 
 class Row(NamedTuple):
@@ -31,7 +32,8 @@ def defaults() -> list[tuple[str, str]]:
     """Kernel -> implementation that dispatch picks here, before it knows the shapes."""
     found = {kernel: dispatch.default(kernel) for kernel, _ in dispatch.MEASURED}
     own = {dispatch.DEFAULT: "reference"}  # of those that have no blocks
-    return [(kernel, name if kernel == "dequant_matmul" else own.get(name, name)) for kernel, name in found.items()]
+    products = {"dequant_matmul": default_implementation()}
+    return [(kernel, products.get(kernel, own.get(name, name))) for kernel, name in found.items()]
 
 
 def rows() -> list[Row]:
@@ -39,15 +41,20 @@ def rows() -> list[Row]:
     found = [
         Row("Pallas Triton", compat.plgpu is not None, "" if compat.plgpu is not None else "JAX has no such backend"),
         Row("Pallas Mosaic GPU", compat.mosaic_gpu is not None, "" if compat.mosaic_gpu else "JAX has no such backend"),
+        Row("jax-triton", not (lacking := jaxtriton.missing()), lacking or ""),
         Row("reading ahead", *_reason(_ahead)),
     ]
     for kernel in (*tuned.TRITON, *tuned.HOPPER):
         layouts = tiling.CONTRACTS if kernel in (*tuned.HOPPER, "dequantize") else ("last", "first", *tiling.CONTRACTS)
         found += [Row(f"{kernel} ({layout})", *_reason(_verify, kernel, layout)) for layout in layouts]
+    for kernel in through_triton.KERNELS if not lacking else ():
+        for layout, bits in (("last", 4), ("first", 4), ("last", 8), ("first", 8)):
+            label = through_triton.name(kernel, layout, bits)
+            found.append(Row(label, *_reason(through_triton.verify, kernel, layout, bits)))
     return found
 
 
-def _reason(check: Callable[..., None], *args: str) -> tuple[bool, str]:
+def _reason(check: Callable[..., None], *args: Any) -> tuple[bool, str]:
     try:
         check(*args)
     except NotImplementedError as refusal:

@@ -1,0 +1,163 @@
+"""Run by test_pallas_jaxtriton.py in a process of its own: kernels in Triton's interpreter, or compiled without a GPU.
+
+python -m tests.triton_program interpret SEED     prints {what: relative error}
+python -m tests.triton_program compile            prints {what: [bytes of shared memory, registers, spilled bytes]}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+if sys.argv[1] == "interpret":
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from tests.pallas_cases import random_case, relative
+from uniql_jax.pallas_kernels import compat, jaxtriton, selfcheck
+from uniql_jax.pallas_kernels.dequant_matmul import dequant_matmul, tiling
+from uniql_jax.pallas_kernels.dequant_matmul import jaxtriton as products
+
+CAPABILITIES = (80, 86, 87, 89, 90, 100)
+LAYOUTS = ("last", "first", "rows", "groups")
+
+
+def run(case: Any, x: jax.Array, layout: str) -> jax.Array:
+    """The product that is tested, jitted, x donated."""
+    plain = layout == case.contract
+    data = case.data if plain else tiling.tile(case.data, case.contract)
+    options = case.options | dict(layout="plain" if plain else layout, implementation="jax-triton")
+    call = jax.jit(lambda x, data, scale: dequant_matmul(x, data, scale, **options))
+    return call(x, data, case.scale)
+
+
+# --- interpreted ----------------------------------------------------------------------------------------------------
+
+
+def to_torch(x: np.ndarray, name: str) -> torch.Tensor:
+    """An array as the interpreter takes it, which multiplies no bf16 matrices."""
+    if x.dtype != jnp.bfloat16:
+        return torch.from_numpy(np.array(x))
+    wide = torch.from_numpy(np.array(x, np.float32))
+    return wide if name == "dot" else wide.to(torch.bfloat16)
+
+
+def interpreted(kernel: Any, *args: Any, out_shape: Any, grid: tuple[int, ...], **options: Any) -> Any:
+    """`jaxtriton.call`, by Triton's interpreter."""
+    constants = {name: value for name, value in options.items() if name.isupper()}
+    places = [i for i, arg in enumerate(args) if isinstance(arg, jax.Array)]
+    [shape] = out_shape
+
+    def compute(*arrays: Any) -> np.ndarray:
+        given = list(args)
+        for place, array in zip(places, arrays, strict=True):
+            given[place] = to_torch(np.asarray(array), kernel.__name__ if place == 0 else "")
+        out = torch.full(shape.shape, torch.nan)
+        kernel[grid](*given, out, **constants)
+        return out.numpy().astype(shape.dtype)
+
+    return [jax.pure_callback(compute, shape, *(args[place] for place in places))]
+
+
+def interpret(seed: int) -> dict[str, float]:
+    """Relative errors against float64 over rows of x, bits, groups, layouts and dtypes, at sizes that fill no tile."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)  # as of Triton 3.6 it takes an array of one element for a number, which numpy 2.4 refuses
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+    jaxtriton.call, jaxtriton.missing = interpreted, lambda: None
+    rng, found = np.random.default_rng(seed), {}
+    cases = [
+        *((count, 4, 128, layout, "bfloat16") for count in (1, 5, 9, 16, 33, 64) for layout in ("last", "first")),
+        *((count, bits, 32, layout, "float32") for count in (1, 9) for bits in (4, 8) for layout in ("last", "first")),
+        *((count, 8, 64, layout, "bfloat16") for count in (2, 65) for layout in ("last", "first")),
+        *((count, 4, 128, layout, "bfloat16") for count in (3, 65) for layout in ("rows", "groups")),
+    ]
+    for count, bits, group, layout, dtype in cases:
+        contract = tiling.CONTRACTS.get(layout, layout)
+        features, width = int(rng.integers(17, 90)), int(rng.integers(group + 1, 3 * group))
+        case = random_case(rng, features, width, group, bits=bits, contract=contract)
+        x = jnp.asarray(rng.standard_normal((count, width)), dtype)
+        got, want = run(case, x, layout), np.asarray(x, np.float64) @ case.dense.T
+        found[f"{count} x {width} -> {features}, {bits} bits in {group}s, {layout}, {dtype}"] = relative(got, want)
+    selfcheck.needed = lambda: True
+    for kernel, layout in itertools.product(products.KERNELS, ("last", "groups")):
+        products.verify(kernel, layout, 4)
+    return found
+
+
+# --- compiled -------------------------------------------------------------------------------------------------------
+
+
+MADE: list[Kernel] = []
+
+
+class Kernel:
+    """Stands in for what launches a kernel on a GPU; keeps what jax-triton compiled."""
+
+    def __init__(self, *args: Any):
+        self.shared, self.ptx = args[3:5] if len(args) > 5 else (0, "")
+        if self.ptx:
+            MADE.append(self)
+
+    def to_proto(self, name: str, metadata: bytes) -> bytes:
+        return name.encode() + metadata
+
+
+def compiled() -> dict[str, list[int]]:
+    """Every kernel as jax-triton compiles it for each GPU, and what ptxas says of it."""
+    from jaxlib import gpu_triton
+
+    for name in ("get_compute_capability", "get_serialized_metadata", "get_arch_details", "TritonAutotunedKernelCall"):
+        setattr(gpu_triton, name, None)
+    gpu_triton.create_array_parameter = gpu_triton.create_scalar_parameter = lambda *args: args
+    gpu_triton.TritonKernel = gpu_triton.TritonKernelCall = Kernel
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    rng, found = np.random.default_rng(0), {}
+    for capability in CAPABILITIES:
+        compat.capability = lambda capability=capability: capability / 10
+        some = LAYOUTS if capability == 86 else ("last",)
+        cases = [(count, 4, layout) for layout in some for count in (1, 4, 8, 64, 200)]
+        for count, bits, layout in [*cases, (1, 8, "last"), (64, 8, "first")]:
+            case = random_case(rng, 64, 256, 128, bits=bits, contract=tiling.CONTRACTS.get(layout, layout))
+            x = jax.ShapeDtypeStruct((count, 256), jnp.bfloat16)
+            MADE.clear()
+            jax.jit(lambda x, case=case, layout=layout: run(case, x, layout)).trace(x).lower(
+                lowering_platforms=("cuda",)
+            )
+            [kernel] = MADE
+            with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+                file.write(kernel.ptx)
+                file.flush()
+                command = [get_ptxas(capability).path, f"-arch={sm_arch_from_capability(capability)}", "-v"]
+                done = subprocess.run([*command, file.name, "-o", os.devnull], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            registers = re.search(r"Used (\d+) registers", done.stderr)
+            spilled = re.search(r"(\d+) bytes spill stores", done.stderr)
+            assert registers, done.stderr
+            numbers = [kernel.shared, int(registers[1]), int(spilled[1]) if spilled else 0]
+            found[f"sm_{capability}: {count} rows, {bits} bits, {layout}"] = numbers
+    return found
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        result = interpret(int(sys.argv[2])) if sys.argv[1] == "interpret" else compiled()
+    print(json.dumps(result))
