@@ -8,8 +8,23 @@ from typing import Any, NamedTuple
 import jax
 
 from uniql_jax.pallas_kernels import ahead, compat, dispatch, jaxtriton
-from uniql_jax.pallas_kernels.dequant_matmul import default_implementation, selfcheck, tiling, tuned
+from uniql_jax.pallas_kernels.attention import decode_pallas
+from uniql_jax.pallas_kernels.dequant_matmul import default_implementation, fused, selfcheck, tiling, tuned
 from uniql_jax.pallas_kernels.dequant_matmul import jaxtriton as through_triton
+from uniql_jax.pallas_kernels.embedding import pallas as embedding
+from uniql_jax.pallas_kernels.rope import pallas as rope
+from uniql_jax.pallas_kernels.ssd import pallas as ssd
+
+OF_DECODE: list[tuple[Any, ...]] = [
+    ("fused read and write (tiles)", fused.verify, "tiles"),
+    ("fused read and write (plain)", fused.verify, "plain"),
+    ("decode attention", decode_pallas.verify),
+    ("Mamba2 step", ssd.verify),
+    ("rope", rope.verify),
+    ("embedding (4 bits)", embedding.verify, 4),
+    ("embedding (8 bits)", embedding.verify, 8),
+]
+"""Kernels of Pallas's Triton backend besides those of products: label, what raises where it is wrong, arguments."""
 
 
 class Row(NamedTuple):
@@ -47,6 +62,7 @@ def rows() -> list[Row]:
     for kernel in (*tuned.TRITON, *tuned.HOPPER):
         layouts = tiling.CONTRACTS if kernel in (*tuned.HOPPER, "dequantize") else ("last", "first", *tiling.CONTRACTS)
         found += [Row(f"{kernel} ({layout})", *_reason(_verify, kernel, layout)) for layout in layouts]
+    found += [Row(label, *_reason(_try, verify, *args)) for label, verify, *args in OF_DECODE]
     for kernel in through_triton.KERNELS if not lacking else ():
         for layout, bits in (("last", 4), ("first", 4), ("last", 8), ("first", 8)):
             label = through_triton.name(kernel, layout, bits)
@@ -71,6 +87,12 @@ def _ahead() -> None:
     _on_a_gpu()
     if not ahead.available():
         raise NotImplementedError("for Hopper and newer, where Triton takes PTX with an address")
+
+
+def _try(verify: Callable[..., None], *args: Any) -> None:
+    _on_a_gpu()
+    compat.triton()
+    verify(*args)
 
 
 def _verify(kernel: str, layout: str) -> None:

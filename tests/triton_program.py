@@ -135,9 +135,12 @@ def compiled() -> dict[str, list[int]]:
         compat.capability = lambda capability=capability: capability / 10
         some = LAYOUTS if capability == 86 else ("last",)
         cases = [(count, 4, layout) for layout in some for count in (1, 4, 8, 64, 200)]
-        for count, bits, layout in [*cases, (1, 8, "last"), (64, 8, "first")]:
-            case = random_case(rng, 64, 256, 128, bits=bits, contract=tiling.CONTRACTS.get(layout, layout))
-            x = jax.ShapeDtypeStruct((count, 256), jnp.bfloat16)
+        # jax-triton makes a constant of a number that is 1: one row of x, one group, one row of the weight.
+        alone = [(1, 4, "first", 1, 100), (9, 4, "last", 1, 100)]
+        for count, bits, layout, *sizes in [*cases, (1, 8, "last"), (64, 8, "first"), *alone]:
+            features, width = sizes or (64, 256)
+            case = random_case(rng, features, width, 128, bits=bits, contract=tiling.CONTRACTS.get(layout, layout))
+            x = jax.ShapeDtypeStruct((count, width), jnp.bfloat16)
             MADE.clear()
             jax.jit(lambda x, case=case, layout=layout: run(case, x, layout)).trace(x).lower(
                 lowering_platforms=("cuda",)
@@ -153,7 +156,7 @@ def compiled() -> dict[str, list[int]]:
             spilled = re.search(r"(\d+) bytes spill stores", done.stderr)
             assert registers, done.stderr
             numbers = [kernel.shared, int(registers[1]), int(spilled[1]) if spilled else 0]
-            found[f"sm_{capability}: {count} rows, {bits} bits, {layout}"] = numbers
+            found[f"sm_{capability}: {count} x {width} -> {features}, {bits} bits, {layout}"] = numbers
     return found
 
 

@@ -46,23 +46,28 @@ def worst(
 ) -> float:
     """The largest relative error of products of x, of each count of rows, with one weight; all compiled together."""
     rng = np.random.default_rng(0)
+    data, scale, dense = packed(rng, layout, FEATURES, WIDTH, bits)
+    xs = [jnp.asarray(rng.standard_normal((count, WIDTH)), jnp.bfloat16) for count in counts]
+    return selfcheck.relative(jax.jit(products)(xs, data, scale), [np.asarray(x, np.float32) @ dense.T for x in xs])
+
+
+def packed(
+    rng: np.random.Generator, layout: str, features: int, width: int, bits: int = 4, largest: float = 1.0
+) -> tuple[Array, Array, np.ndarray]:
+    """A random weight in groups of GROUP: data in a layout, bf16 scales, and dense float32 [features, width]."""
     high = 8 if bits == 4 else 128
-    codes = rng.integers(-high, high, (FEATURES, WIDTH))
-    scale = jnp.asarray(rng.uniform(0.5, 1.0, (FEATURES, WIDTH // GROUP)), jnp.bfloat16)
-    dense = codes * np.repeat(np.asarray(scale, np.float32), GROUP, axis=1)
+    codes = rng.integers(-high, high, (features, width))
+    scale = jnp.asarray(rng.uniform(largest / 2, largest, (features, width // GROUP)), jnp.bfloat16)
+    dense = codes.astype(np.float32) * np.repeat(np.asarray(scale, np.float32), GROUP, axis=1)
     stored = codes.astype(np.int8)
     if bits == 4:
-        shifts = np.asarray(packing.SHIFTS, np.uint32)
-        nibbles = (codes + 8).astype(np.uint32).reshape(FEATURES, -1, 8)
-        stored = np.bitwise_or.reduce(nibbles << shifts, axis=2).view(np.int32)
+        nibbles = (codes + 8).astype(np.uint32).reshape(features, -1, 8)
+        stored = np.bitwise_or.reduce(nibbles << np.asarray(packing.SHIFTS, np.uint32), axis=2).view(np.int32)
     if layout in ("first", "groups"):
         stored, scale = stored.T, scale.T
     if layout in tiling.CONTRACTS:
         stored = tiling.tile(stored, tiling.CONTRACTS[layout])
-    xs = [jnp.asarray(rng.standard_normal((count, WIDTH)), jnp.bfloat16) for count in counts]
-    got = jax.jit(products)(xs, jnp.asarray(stored), scale)
-    pairs = zip(xs, got, strict=True)
-    return max(selfcheck.relative(each, np.asarray(x, np.float32) @ dense.T) for x, each in pairs)
+    return jnp.asarray(stored), scale, dense
 
 
 def _product(kernel: str, weight: Weight) -> Callable[[Array, Array, Array], Array]:
