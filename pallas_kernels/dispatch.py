@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +80,15 @@ def _say_slow(reasons: Sequence[str]) -> None:
     )
 
 
+@functools.cache
+def note(backend: str) -> None:
+    """Say once a process, in a line of the log, that nothing fast decodes on a backend that no kernel is for."""
+    if backend != "gpu":  # a GPU has warnings, as soon as its kernels refuse
+        logging.getLogger(__name__).warning(
+            "note: fast kernels for packed weights are for NVIDIA GPUs; on this %s XLA does it all", backend.upper()
+        )
+
+
 def pick(
     name: str, implementations: Mapping[str, Callable[..., Any]], implementation: str | None
 ) -> Callable[..., Any]:
@@ -109,7 +119,7 @@ def pick(
             try:
                 return implementations[each](*args, **kwargs)
             except NotImplementedError as refusal:
-                new |= refuse(name, each, str(refusal))
+                new = refuse(name, each, str(refusal))
                 reasons.append(f"{each}: {refusal}")
         return implementations[order[-1]](*args, **kwargs)
 

@@ -36,7 +36,7 @@ def _module() -> tuple[ModuleType | None, str | None]:
 def missing() -> str | None:
     """What this process lacks for kernels through jax-triton; None: nothing."""
     if not compat.ampere():
-        return "for NVIDIA GPUs of compute capability 8.0 or newer"
+        return compat.OLD_GPU
     return _module()[1]
 
 

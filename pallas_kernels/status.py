@@ -80,7 +80,7 @@ def _reason(check: Callable[..., None], *args: Any) -> tuple[bool, str]:
 
 def _on_a_gpu() -> None:
     if not compat.ampere():
-        raise NotImplementedError("for NVIDIA GPUs of compute capability 8.0 or newer")
+        raise NotImplementedError(compat.OLD_GPU)
 
 
 def _ahead() -> None:

@@ -219,8 +219,6 @@ def _supported(token: Token, caches: Caches) -> None:
     kinds = (jnp.bfloat16, jnp.float16) if not compat.interpreted() else (jnp.bfloat16, jnp.float16, jnp.float32)
     if any(x.dtype not in kinds for x in arrays if x.dtype != jnp.int8):
         raise NotImplementedError("the kernel attends in 16-bit floats")
-    if not compat.interpreted() and not compat.ampere():
-        raise NotImplementedError("the kernel wants an NVIDIA GPU of compute capability 8.0 or newer")
     verify()
 
 

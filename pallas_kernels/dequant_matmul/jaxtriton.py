@@ -183,5 +183,8 @@ def dequant_matmul(
     lacking = jaxtriton.missing()
     if lacking is not None:
         raise NotImplementedError(lacking)
-    out = _product(x.reshape(-1, width), data, scale, weight)
-    return out.reshape(*x.shape[:-1], out.shape[1])
+    features = scale.shape[0 if contract == "last" else 1]
+    out_shape = jax.ShapeDtypeStruct((x.size // width, features), x.dtype)
+    compat.check_offsets("dequant_matmul", (x, data, scale, out_shape))
+    out: Any = _product(x.reshape(-1, width), data, scale, weight)
+    return out.reshape(*x.shape[:-1], features)

@@ -39,7 +39,7 @@ def dense(
 def missing() -> str | None:
     """What this process lacks for any of these kernels; None: nothing. Each backend of Pallas is looked at alone."""
     if jax.default_backend() == "gpu" and not compat.ampere():
-        return "these kernels want an NVIDIA GPU of compute capability 8.0 or newer"
+        return compat.OLD_GPU
     if compat.plgpu is not None or (compat.mosaic_gpu is not None and compat.hopper()):
         return None
     other = "and, on Hopper, none for Mosaic GPU" if compat.mosaic_gpu is None else "and Mosaic GPU is for Hopper alone"
@@ -124,6 +124,8 @@ def dequant_matmul(
     features = scale.shape[0 if contract == "last" else 1]
     if x.size == 0 or features == 0:
         raise NotImplementedError("nothing to multiply")
+    out_shape = jax.ShapeDtypeStruct((x.size // width, features), x.dtype)
+    compat.check_offsets("dequant_matmul", (x, data, scale, out_shape))
     weight = Weight(bits=bits, group=group, contract=contract, width=width, layout=layout)
     out: Any = _product(x.reshape(-1, width), data, scale, weight)
     return out.reshape(*x.shape[:-1], features)

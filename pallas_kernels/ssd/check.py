@@ -34,8 +34,8 @@ def error(mixer_step: Callable[..., tuple[Array, Window]]) -> float:
     found = []
     for count in selfcheck.ROWS[::2]:
         token = Token(normal(count, *x), normal(count, *x), normal(count, *b), normal(count, *b), normal(count, HEADS))
-        before = (normal(count, WIDTH - 1, *size) for size in (x, b, b))
-        windows = Window(*before, normal(count, HEADS, CHANNELS, STATES, dtype=jnp.float32))
+        before = [normal(count, WIDTH - 1, *size) for size in (x, b, b)]
+        windows = Window(*before, state=normal(count, HEADS, CHANNELS, STATES, dtype=jnp.float32))
         args = token, weights, windows
         found.append(selfcheck.relative(jax.jit(run)(*args), selfcheck.expected(want, *args)))
     return max(found)
