@@ -21,6 +21,7 @@ DEFAULT = "blocked"
 dequantized matrix."""
 
 MEASURED: dict[tuple[str, str], str] = {
+    ("cached_attention", "gpu"): "jax-triton",
     ("causal_attention", "gpu"): "cudnn",
     ("decode", "gpu"): "pallas",
     ("dequant_matmul", "gpu"): "pallas",
@@ -29,7 +30,7 @@ MEASURED: dict[tuple[str, str], str] = {
 }
 """Kernel and backend -> what beats the backend's default there (benchmarks/results). "decode" is a step of a model by
 fused kernels (uniql_jax/model/layers/fused.py). cuDNN's attention needs no measurement: it alone holds no scores in
-memory.
+memory; nor does jax-triton's, of one token, which runs where the fused kernels of "decode" cannot.
 """
 
 

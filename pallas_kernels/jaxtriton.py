@@ -40,6 +40,11 @@ def missing() -> str | None:
     return _module()[1]
 
 
+def alignment(number: int) -> int:
+    """The largest power of two, up to 16, that divides a number: how wide a load along it may be."""
+    return min(16, number & -number)
+
+
 def call(
     kernel: Any,
     *args: Any,

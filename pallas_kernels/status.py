@@ -9,6 +9,7 @@ import jax
 
 from uniql_jax.pallas_kernels import ahead, compat, dispatch, jaxtriton
 from uniql_jax.pallas_kernels.attention import decode_pallas
+from uniql_jax.pallas_kernels.attention import jaxtriton as jaxtriton_attention
 from uniql_jax.pallas_kernels.dequant_matmul import default_implementation, fused, selfcheck, tiling, tuned
 from uniql_jax.pallas_kernels.dequant_matmul import jaxtriton as through_triton
 from uniql_jax.pallas_kernels.embedding import pallas as embedding
@@ -63,6 +64,8 @@ def rows() -> list[Row]:
         layouts = tiling.CONTRACTS if kernel in (*tuned.HOPPER, "dequantize") else ("last", "first", *tiling.CONTRACTS)
         found += [Row(f"{kernel} ({layout})", *_reason(_verify, kernel, layout)) for layout in layouts]
     found += [Row(label, *_reason(_try, verify, *args)) for label, verify, *args in OF_DECODE]
+    if not lacking:
+        found.append(Row("jax-triton attention", *_reason(jaxtriton_attention.verify)))
     for kernel in through_triton.KERNELS if not lacking else ():
         for layout, bits in (("last", 4), ("first", 4), ("last", 8), ("first", 8)):
             label = through_triton.name(kernel, layout, bits)

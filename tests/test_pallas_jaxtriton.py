@@ -1,4 +1,4 @@
-"""The product through jax-triton: its kernels' arithmetic, that they compile for each GPU, and when they are chosen."""
+"""What runs through jax-triton: its kernels' arithmetic, that they compile for each GPU, and when they are chosen."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ import pytest
 from tests.pallas_cases import random_case, relative
 from uniql_jax.commands import inspect
 from uniql_jax.pallas_kernels import compat, dispatch, jaxtriton
+from uniql_jax.pallas_kernels.attention import jaxtriton as attention
+from uniql_jax.pallas_kernels.attention.caches import Caches, quantize
+from uniql_jax.pallas_kernels.attention.prefill import cached_attention
 from uniql_jax.pallas_kernels.dequant_matmul import dequant_matmul, pallas, tiling
 from uniql_jax.pallas_kernels.dequant_matmul import jaxtriton as products
 
@@ -154,6 +157,39 @@ def test_odd_groups_and_other_dtypes_go_on(ampere: pytest.MonkeyPatch, rng: np.r
             dequant_matmul(jnp.zeros((1, 144), dtype), case.data, case.scale, **options)
 
 
+def drawn(rng: np.random.Generator, rows: int, bits: int, dtype: str = "bfloat16") -> tuple[Any, ...]:
+    """Arguments of cached_attention for one query a row."""
+    q, k, v = (
+        jnp.asarray(rng.standard_normal(shape), dtype)
+        for shape in ((rows, 1, 6, 18), (rows, 90, 2, 18), (rows, 90, 2, 20))
+    )
+    caches = Caches(k, v)
+    if bits == 8:
+        (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
+        caches = Caches(k, v, k_scale, v_scale)
+    return q, caches, jnp.asarray(rng.integers(0, 70, rows), jnp.int32), jnp.int32(70)
+
+
+def test_attention_of_one_token_follows(ampere: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    """And of several, in float32, or by a kernel that is wrong here, goes to XLA."""
+    ampere.setattr(jaxtriton, "missing", lambda: None)
+    ampere.setattr(attention, "launch", lambda q, caches, *_, scale: jnp.full((*q.shape[:3], 20), 7, q.dtype))
+    ampere.setattr(attention, "verify", lambda: None)
+    args = drawn(rng, 2, 8)
+    assert (cached_attention(*args, scale=0.2) == 7).all()
+    want = cached_attention(*args, scale=0.2, implementation="reference")
+    several = jnp.concatenate([args[0]] * 2, axis=1)
+    assert not (cached_attention(several, *args[1:3], 60, scale=0.2) == 7).any()
+    assert not (cached_attention(*drawn(rng, 2, 16, "float32"), scale=0.2) == 7).any()
+
+    def wrong() -> None:
+        raise NotImplementedError("off by 1")
+
+    ampere.setattr(attention, "verify", wrong)
+    np.testing.assert_array_equal(cached_attention(*args, scale=0.2), want)
+    assert dispatch.Refusal("cached_attention", "jax-triton", "off by 1") in dispatch.REFUSALS
+
+
 # --- on a GPU -------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +227,24 @@ def test_on_the_device(rng: np.random.Generator, layout: str, bits: int) -> None
         x = jnp.ones((2, width), jnp.float32)
         slope = jax.grad(lambda *args, call=call: call(*args).sum())(x, data, case.scale)
         assert relative(slope, np.tile(case.dense.sum(0), (2, 1))) < 1e-4
+
+
+@with_triton
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 16])
+def test_attention_on_the_device(rng: np.random.Generator, bits: int) -> None:
+    """It passes its own check, and agrees with XLA's for any number of rows, jitted, caches donated."""
+    attention.verify()
+    for rows in (1, 5, 9, 64):
+        q, caches, start, slot = drawn(rng, rows, bits)
+        want = np.asarray(cached_attention(q, caches, start, slot, scale=0.2, implementation="reference"), np.float64)
+
+        @functools.partial(jax.jit, donate_argnums=1)
+        def call(q: jax.Array, caches: Caches, start: jax.Array, slot: jax.Array) -> tuple[jax.Array, Caches]:
+            out = cached_attention(q, caches, start, slot, scale=0.2, implementation="jax-triton")
+            return out, jax.tree.map(lambda x: -x, caches)
+
+        assert relative(call(q, caches, start, slot)[0], want) < 1e-2
 
 
 @with_triton

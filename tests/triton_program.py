@@ -26,6 +26,9 @@ import torch
 
 from tests.pallas_cases import random_case, relative
 from uniql_jax.pallas_kernels import compat, jaxtriton, selfcheck
+from uniql_jax.pallas_kernels.attention import decode_check
+from uniql_jax.pallas_kernels.attention import jaxtriton as attention
+from uniql_jax.pallas_kernels.attention.caches import Caches, quantize
 from uniql_jax.pallas_kernels.dequant_matmul import dequant_matmul, tiling
 from uniql_jax.pallas_kernels.dequant_matmul import jaxtriton as products
 
@@ -45,29 +48,29 @@ def run(case: Any, x: jax.Array, layout: str) -> jax.Array:
 # --- interpreted ----------------------------------------------------------------------------------------------------
 
 
-def to_torch(x: np.ndarray, name: str) -> torch.Tensor:
-    """An array as the interpreter takes it, which multiplies no bf16 matrices."""
+def to_torch(x: np.ndarray, widen: bool) -> torch.Tensor:
+    """An array as the interpreter takes it."""
     if x.dtype != jnp.bfloat16:
         return torch.from_numpy(np.array(x))
     wide = torch.from_numpy(np.array(x, np.float32))
-    return wide if name == "dot" else wide.to(torch.bfloat16)
+    return wide if widen else wide.to(torch.bfloat16)
 
 
 def interpreted(kernel: Any, *args: Any, out_shape: Any, grid: tuple[int, ...], **options: Any) -> Any:
     """`jaxtriton.call`, by Triton's interpreter."""
     constants = {name: value for name, value in options.items() if name.isupper()}
     places = [i for i, arg in enumerate(args) if isinstance(arg, jax.Array)]
-    [shape] = out_shape
+    widen = kernel.__name__ in ("dot", "attend")  # it multiplies no bf16 matrices
 
-    def compute(*arrays: Any) -> np.ndarray:
+    def compute(*arrays: Any) -> list[np.ndarray]:
         given = list(args)
         for place, array in zip(places, arrays, strict=True):
-            given[place] = to_torch(np.asarray(array), kernel.__name__ if place == 0 else "")
-        out = torch.full(shape.shape, torch.nan)
-        kernel[grid](*given, out, **constants)
-        return out.numpy().astype(shape.dtype)
+            given[place] = to_torch(np.asarray(array), widen)
+        outs = [torch.full(shape.shape, torch.nan) for shape in out_shape]
+        kernel[grid](*given, *outs, **constants)
+        return [out.numpy().astype(shape.dtype) for out, shape in zip(outs, out_shape, strict=True)]
 
-    return [jax.pure_callback(compute, shape, *(args[place] for place in places))]
+    return jax.pure_callback(compute, out_shape, *(args[place] for place in places))
 
 
 def interpret(seed: int) -> dict[str, float]:
@@ -99,7 +102,55 @@ def interpret(seed: int) -> dict[str, float]:
     selfcheck.needed = lambda: True
     for kernel, layout in itertools.product(products.KERNELS, ("last", "groups")):
         products.verify(kernel, layout, 4)
+    rng = np.random.default_rng(seed)
+    for case in ((1, False, 16), (3, True, 16), (3, True, 8)):
+        shapes = (
+            rng.integers(5, 40),
+            rng.integers(1, 4),
+            rng.integers(1, 5),
+            rng.integers(3, 50),
+            rng.integers(90, 200),
+        )
+        found[f"attention {case} of {shapes} in bfloat16"] = attended(rng, *case, *map(int, shapes))
+    decode_check.CASES = decode_check.CASES[:2]
+    attention.verify()
     return found
+
+
+def attended(
+    rng: np.random.Generator,
+    rows: int,
+    padded: bool,
+    bits: int,
+    width: int,
+    groups: int,
+    share: int,
+    ranks: int,
+    slots: int,
+) -> float:
+    """Relative error of attention against float64; what no token stands in is NaN."""
+    slot = int(rng.integers(slots // 2, slots))
+    start = rng.integers(0, slot + 1, rows) if padded else np.zeros(rows, int)
+    q = jnp.asarray(rng.standard_normal((rows, 1, groups * share, width)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.standard_normal((rows, slots, groups, size)), jnp.bfloat16) for size in (width, ranks))
+    place = np.arange(slots)[None]
+    unseen = jnp.asarray((place < start[:, None]) | (place > slot))[..., None]
+    caches = Caches(*(jnp.where(unseen[..., None], jnp.nan, x) for x in (k, v)))
+    if bits == 8:
+        (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
+        caches = Caches(k, v, *(jnp.where(unseen, jnp.nan, scale) for scale in (k_scale, v_scale)))
+        k, v = (
+            np.asarray(x, np.float64) * np.asarray(y, np.float64)[..., None] for x, y in ((k, k_scale), (v, v_scale))
+        )
+    begin = jnp.asarray(start, jnp.int32) if padded else None
+    got = jax.jit(lambda *args: attention.launch(*args, scale=0.3))(q, caches, begin, jnp.int32(slot))
+    wide, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    want = np.zeros((rows, 1, groups * share, ranks))
+    for row, head in itertools.product(range(rows), range(groups * share)):
+        seen = slice(start[row], slot + 1)
+        scores = np.exp(0.3 * k[row, seen, head // share] @ wide[row, 0, head])
+        want[row, 0, head] = scores / scores.sum() @ v[row, seen, head // share]
+    return relative(got, want)
 
 
 # --- compiled -------------------------------------------------------------------------------------------------------
@@ -120,16 +171,32 @@ class Kernel:
         return name.encode() + metadata
 
 
+def measured(call: Any, args: Any, capability: int) -> list[int]:
+    """What ptxas says of the one kernel of a function: shared memory, registers, spilled bytes."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    MADE.clear()
+    jax.jit(call).trace(*args).lower(lowering_platforms=("cuda",))
+    [kernel] = MADE
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.ptx)
+        file.flush()
+        command = [get_ptxas(capability).path, f"-arch={sm_arch_from_capability(capability)}", "-v"]
+        done = subprocess.run([*command, file.name, "-o", os.devnull], capture_output=True, text=True)
+    registers, spilled = (re.search(rf"(\d+) {word}", done.stderr) for word in ("registers", "bytes spill stores"))
+    assert done.returncode == 0, done.stderr
+    assert registers, done.stderr
+    return [kernel.shared, int(registers[1]), int(spilled[1]) if spilled else 0]
+
+
 def compiled() -> dict[str, list[int]]:
-    """Every kernel as jax-triton compiles it for each GPU, and what ptxas says of it."""
+    """Every kernel as jax-triton compiles it for each GPU."""
     from jaxlib import gpu_triton
 
     for name in ("get_compute_capability", "get_serialized_metadata", "get_arch_details", "TritonAutotunedKernelCall"):
         setattr(gpu_triton, name, None)
     gpu_triton.create_array_parameter = gpu_triton.create_scalar_parameter = lambda *args: args
     gpu_triton.TritonKernel = gpu_triton.TritonKernelCall = Kernel
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-
     rng, found = np.random.default_rng(0), {}
     for capability in CAPABILITIES:
         compat.capability = lambda capability=capability: capability / 10
@@ -141,22 +208,16 @@ def compiled() -> dict[str, list[int]]:
             features, width = sizes or (64, 256)
             case = random_case(rng, features, width, 128, bits=bits, contract=tiling.CONTRACTS.get(layout, layout))
             x = jax.ShapeDtypeStruct((count, width), jnp.bfloat16)
-            MADE.clear()
-            jax.jit(lambda x, case=case, layout=layout: run(case, x, layout)).trace(x).lower(
-                lowering_platforms=("cuda",)
-            )
-            [kernel] = MADE
-            with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-                file.write(kernel.ptx)
-                file.flush()
-                command = [get_ptxas(capability).path, f"-arch={sm_arch_from_capability(capability)}", "-v"]
-                done = subprocess.run([*command, file.name, "-o", os.devnull], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            registers = re.search(r"Used (\d+) registers", done.stderr)
-            spilled = re.search(r"(\d+) bytes spill stores", done.stderr)
-            assert registers, done.stderr
-            numbers = [kernel.shared, int(registers[1]), int(spilled[1]) if spilled else 0]
-            found[f"sm_{capability}: {count} x {width} -> {features}, {bits} bits, {layout}"] = numbers
+            what = f"sm_{capability}: {count} x {width} -> {features}, {bits} bits, {layout}"
+            found[what] = measured(lambda x, case=case, layout=layout: run(case, x, layout), [x], capability)
+        for width, ranks, groups, heads, bits in ((128, 128, 8, 32, 16), (86, 77, 3, 3, 8), (256, 256, 1, 16, 16)):
+            kind = jnp.int8 if bits == 8 else jnp.bfloat16
+            k, v = (jax.ShapeDtypeStruct((2, 300, groups, size), kind) for size in (width, ranks))
+            scales = [jax.ShapeDtypeStruct((2, 300, groups), jnp.bfloat16)] * 2 if bits == 8 else []
+            q, start = jax.ShapeDtypeStruct((2, 1, heads, width), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
+            args = [q, Caches(k, v, *scales), start, jax.ShapeDtypeStruct((), jnp.int32)]
+            what = f"sm_{capability}: attention of {heads} and {groups} heads, {width} and {ranks}, {bits} bits"
+            found[what] = measured(lambda *args: attention.launch(*args, scale=0.1), args, capability)
     return found
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from uniql_jax.pallas_kernels import selfcheck
-from uniql_jax.pallas_kernels.attention import decode_reference
+from uniql_jax.pallas_kernels.attention import cached, decode_reference
 from uniql_jax.pallas_kernels.attention.caches import Caches, quantize
 from uniql_jax.pallas_kernels.attention.decode_reference import Place, Token
 
@@ -46,4 +46,16 @@ def _arguments(rng: np.random.Generator, batch: int, padded: bool, bits: int) ->
 
 
 def _error(run: Callable[..., Any], want: Callable[..., Any], args: tuple[Any, ...]) -> float:
-    return selfcheck.relative(jax.jit(run)(*args), selfcheck.expected(want, *args))
+    return selfcheck.relative(jax.jit(lambda *args: run(*args))(*args), selfcheck.expected(want, *args))
+
+
+def cached_error(cached_attention: Callable[..., Array]) -> float:
+    """The same of a kernel that finds the rotated token in the cache already."""
+    rng, found = np.random.default_rng(0), []
+    run = functools.partial(cached_attention, scale=0.2)
+    want = functools.partial(cached.cached_attention, scale=0.2)
+    for case in CASES:
+        _, caches, _, place = _arguments(rng, *case)
+        q = jnp.asarray(rng.standard_normal((case[0], 1, HEADS, 2 * PAIRS)), jnp.bfloat16)
+        found.append(_error(run, want, (q, caches, *place)))
+    return max(found)

@@ -63,11 +63,6 @@ def settings(count: int, features: int, width: int, weight: Weight) -> Settings:
     return Settings(n, m, k, split, warps=4 if m <= 64 else 8)
 
 
-def _alignment(number: int) -> int:
-    """The largest power of two, up to 16, that divides a number."""
-    return min(16, number & -number)
-
-
 def launch(
     x: Float[Array, "count width"],
     data: Int[Array, "..."],
@@ -94,8 +89,8 @@ def launch(
         LAYOUT=weight.contract if weight.layout == "plain" else weight.layout,
         BITS=weight.bits,
         GROUP=weight.group,
-        ALIGNED=_alignment(features),
-        X_ALIGNED=_alignment(width),
+        ALIGNED=jaxtriton.alignment(features),
+        X_ALIGNED=jaxtriton.alignment(width),
         N=cut.n,
         M=cut.m,
         K=cut.k,
