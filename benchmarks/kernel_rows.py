@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from typing import Any
 
 BANDWIDTH = 2.9e12
@@ -92,7 +93,7 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
 def jax_triton_cuts(k: int, n: int, count: int) -> list[dict]:
     """The kernels that are launched through jax-triton, of plain layouts: by rule, and cut otherwise."""
     make = functools.partial(task, k, n, count, "jax-triton")
-    if count > 256:
+    if count > 256 or importlib.util.find_spec("jax_triton") is None:
         return []
     if count > 4:
         m = min(max(8, count), 64)

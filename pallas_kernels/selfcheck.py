@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from uniql_jax.pallas_kernels import compat
@@ -88,7 +89,8 @@ def _found(kernel: str, error: Callable[[], float], interface: bool) -> str | No
 
 
 def expected(reference: Callable[..., T], *args: Any, **options: Any) -> T:
-    """What the specification computes, on the CPU if JAX has one: a compiler that is not the one in doubt."""
+    """What the specification computes in float32, on the CPU if JAX has one: by a compiler that is not in doubt."""
+    args = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, args)
     try:
         host = jax.local_devices(backend="cpu")[0]
     except RuntimeError:

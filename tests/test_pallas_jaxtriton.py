@@ -195,6 +195,7 @@ def test_attention_of_one_token_follows(ampere: pytest.MonkeyPatch, rng: np.rand
 
 @with_triton
 @pytest.mark.gpu
+@pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("layout", ["last", "first", "rows", "groups"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_on_the_device(rng: np.random.Generator, layout: str, bits: int) -> None:
@@ -231,6 +232,7 @@ def test_on_the_device(rng: np.random.Generator, layout: str, bits: int) -> None
 
 @with_triton
 @pytest.mark.gpu
+@pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("bits", [8, 16])
 def test_attention_on_the_device(rng: np.random.Generator, bits: int) -> None:
     """It passes its own check, and agrees with XLA's for any number of rows, jitted, caches donated."""
@@ -249,6 +251,7 @@ def test_attention_on_the_device(rng: np.random.Generator, bits: int) -> None:
 
 @with_triton
 @pytest.mark.gpu
+@pytest.mark.usefixtures("checked")
 def test_it_runs_where_pallas_has_no_triton(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "plgpu", None)
     monkeypatch.setattr(compat, "mosaic_gpu", None)

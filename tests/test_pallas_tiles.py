@@ -464,6 +464,7 @@ def test_the_gpus_default_is_what_was_measured(rng: np.random.Generator, monkeyp
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("layout", ["last", "first", "rows", "groups"])
 def test_on_the_device(rng: np.random.Generator, layout: str) -> None:
     """The compiled kernels: each passes its own check, and what runs by default is right for any number of rows."""
