@@ -48,6 +48,8 @@ def defaults() -> list[tuple[str, str]]:
     """Kernel -> implementation that dispatch picks here, before it knows the shapes."""
     found = {kernel: dispatch.default(kernel) for kernel, _ in dispatch.MEASURED}
     own = {dispatch.DEFAULT: "reference"}  # of those that have no blocks
+    if jaxtriton.missing() is not None:
+        own["jax-triton"] = "reference"
     products = {"dequant_matmul": default_implementation()}
     return [(kernel, products.get(kernel, own.get(name, name))) for kernel, name in found.items()]
 
