@@ -49,7 +49,8 @@ def program(tmp_path: Path, *args: str) -> dict[str, Any]:
 def test_triton_interprets_the_route_right(tmp_path: Path, seed: int) -> None:
     found = program(tmp_path, "interpret", str(seed))
     assert len(found) > 20
-    assert not {what: error for what, error in found.items() if not error < BOUND[what.split()[-1]]}
+    bounds = BOUND | {"model": 2e-2}  # whose values are rounded many times, and in another order
+    assert not {what: error for what, error in found.items() if not error < bounds[what.split()[-1]]}
 
 
 @with_triton

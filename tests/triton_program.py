@@ -6,6 +6,7 @@ python -m tests.triton_program compile            prints {what: [bytes of shared
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import json
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 if sys.argv[1] == "interpret":
@@ -24,13 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from tests import tiny
 from tests.pallas_cases import random_case, relative
-from uniql_jax.pallas_kernels import compat, jaxtriton, selfcheck
+from uniql_jax.model.decoding import decode, init_cache, prefill
+from uniql_jax.pallas_kernels import compat, dispatch, jaxtriton, selfcheck
 from uniql_jax.pallas_kernels.attention import decode_check
 from uniql_jax.pallas_kernels.attention import jaxtriton as attention
 from uniql_jax.pallas_kernels.attention.caches import Caches, quantize
 from uniql_jax.pallas_kernels.dequant_matmul import dequant_matmul, tiling
 from uniql_jax.pallas_kernels.dequant_matmul import jaxtriton as products
+from uniql_jax.runtime.loading import load
 
 CAPABILITIES = (80, 86, 87, 89, 90, 100)
 LAYOUTS = ("last", "first", "rows", "groups")
@@ -56,10 +61,14 @@ def to_torch(x: np.ndarray, widen: bool) -> torch.Tensor:
     return wide if widen else wide.to(torch.bfloat16)
 
 
+LAUNCHED: collections.Counter[str] = collections.Counter()
+
+
 def interpreted(kernel: Any, *args: Any, out_shape: Any, grid: tuple[int, ...], **options: Any) -> Any:
     """`jaxtriton.call`, by Triton's interpreter."""
     constants = {name: value for name, value in options.items() if name.isupper()}
     places = [i for i, arg in enumerate(args) if isinstance(arg, jax.Array)]
+    LAUNCHED[kernel.__name__] += 1
     widen = kernel.__name__ in ("dot", "attend")  # it multiplies no bf16 matrices
 
     def compute(*arrays: Any) -> list[np.ndarray]:
@@ -114,7 +123,31 @@ def interpret(seed: int) -> dict[str, float]:
         found[f"attention {case} of {shapes} in bfloat16"] = attended(rng, *case, *map(int, shapes))
     decode_check.CASES = decode_check.CASES[:2]
     attention.verify()
+    found["logits of a pruned bfloat16 model"] = decoded(rng)
     return found
+
+
+def decoded(rng: np.random.Generator) -> float:
+    """Relative error of the logits after a prompt and two tokens of a model that has only these kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        hf = tiny.HF | dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+        model = load(tiny.packed(Path(folder) / "model", hf, 4, rng), 0.3, jnp.bfloat16)
+
+    def logits(_: str) -> jax.Array:
+        found, cache = prefill(model, jnp.asarray([[5, 7, 9]]), None, init_cache(model, 1, 5))
+        for token in (3, 8):
+            found, cache = decode(model, jnp.asarray([token]), cache)
+        return found
+
+    by_name = []
+    for name in ("reference", "jax-triton"):
+        os.environ[dispatch.VARIABLE] = name
+        LAUNCHED.clear()
+        by_name.append(jax.jit(logits, static_argnums=0)(name))
+    del os.environ[dispatch.VARIABLE]
+    assert LAUNCHED["gemv"] > 10, LAUNCHED
+    assert LAUNCHED["attend"] == 2, LAUNCHED
+    return relative(by_name[1], np.asarray(by_name[0], np.float64))
 
 
 def attended(
