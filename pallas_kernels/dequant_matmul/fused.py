@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.pallas_kernels import ahead, blocks, compat
+from uniql_jax.pallas_kernels import ahead, blocks, compat, selfcheck
 from uniql_jax.pallas_kernels.ahead import Ahead
-from uniql_jax.pallas_kernels.dequant_matmul import mma, pallas, selfcheck, shares, tiling
+from uniql_jax.pallas_kernels.dequant_matmul import fused_check, mma, pallas, shares, tiling
 from uniql_jax.pallas_kernels.dequant_matmul.fused_kernels import Job as Job
 from uniql_jax.pallas_kernels.dequant_matmul.fused_kernels import programs_of, read_kernel, write_kernel
 from uniql_jax.pallas_kernels.dequant_matmul.mma import Settings, parts_of, row_tiles
@@ -103,8 +103,13 @@ def supported(x: Array, weights: Sequence[Weight], count: int) -> None:
         raise NotImplementedError(f"fused kernels take up to {mma.MOST} rows of bfloat16, not {count} of {x.dtype}")
     for weight in weights:
         mma.supported(weight, Settings(), count)
-        if jax.default_backend() == "gpu":
-            selfcheck.verify("mma", weight.layout)
+        verify("tiles" if weight.layout in tiling.CONTRACTS else "plain")
+
+
+def verify(layout: str) -> None:
+    """Raise NotImplementedError when the kernels are wrong on this device, for weights in "tiles" or "plain"."""
+    error = functools.partial(fused_check.error, prepare, read, write, layout == "tiles")
+    selfcheck.require(f"fused read and write ({layout})", error)
 
 
 def read(

@@ -7,8 +7,6 @@ dtype, 8 bits and odd groups to plain.py.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -16,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.pallas_kernels import compat, dispatch, packing
-from uniql_jax.pallas_kernels.dequant_matmul import dequantize, dot, mma, plain, reference, selfcheck, tiling, tuned
+from uniql_jax.pallas_kernels.dequant_matmul import dequantize, dot, gradient, mma, plain, selfcheck, tiling, tuned
 from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster, wgmma
 from uniql_jax.pallas_kernels.dequant_matmul.plain import Weight
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight as Tiled
@@ -41,7 +39,7 @@ def dense(
 def missing() -> str | None:
     """What this process lacks for any of these kernels; None: nothing. Each backend of Pallas is looked at alone."""
     if jax.default_backend() == "gpu" and not compat.ampere():
-        return "these kernels want an NVIDIA GPU of compute capability 8.0 or newer"
+        return compat.OLD_GPU
     if compat.plgpu is not None or (compat.mosaic_gpu is not None and compat.hopper()):
         return None
     other = "and, on Hopper, none for Mosaic GPU" if compat.mosaic_gpu is None else "and Mosaic GPU is for Hopper alone"
@@ -80,7 +78,7 @@ def _choose(x: Array, scale: Array, weight: Weight) -> tuple[Tiled, tuned.Choice
     raise NotImplementedError(f"no kernel for {x.shape[0]} rows times {tiled} is right on this device")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@gradient.differentiable
 def _product(
     x: Float[Array, "count width"], data: Int[Array, "..."], scale: Float[Array, "c d"], weight: Weight
 ) -> Float[Array, "count features"]:
@@ -99,21 +97,6 @@ def _product(
     run = {"mma": mma.product, "dot": dot.product, "cluster": cluster.product, "wgmma": wgmma.product}[kernel]
     parts = run(x, data, scale, weight=tiled, settings=settings)
     return (parts[0] if parts.shape[0] == 1 else parts.sum(0)).astype(x.dtype)
-
-
-def _forward(x: Array, data: Array, scale: Array, weight: Weight) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _product(x, data, scale, weight), (x, data, scale)
-
-
-def _backward(weight: Weight, saved: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, None, Array]:
-    x, data, scale = saved
-    options = dataclasses.asdict(weight)
-    _, pull = jax.vjp(lambda x, scale: reference.dequant_matmul(x, data, scale, **options), x, scale)
-    x_bar, scale_bar = pull(cotangent)
-    return x_bar, None, scale_bar
-
-
-_product.defvjp(_forward, _backward)
 
 
 def dequant_matmul(
@@ -141,6 +124,8 @@ def dequant_matmul(
     features = scale.shape[0 if contract == "last" else 1]
     if x.size == 0 or features == 0:
         raise NotImplementedError("nothing to multiply")
+    out_shape = jax.ShapeDtypeStruct((x.size // width, features), x.dtype)
+    compat.check_offsets("dequant_matmul", (x, data, scale, out_shape))
     weight = Weight(bits=bits, group=group, contract=contract, width=width, layout=layout)
     out: Any = _product(x.reshape(-1, width), data, scale, weight)
     return out.reshape(*x.shape[:-1], features)

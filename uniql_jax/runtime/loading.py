@@ -74,7 +74,7 @@ def in_form(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = Tru
             return value
     if isinstance(value, QuantizedArray):
         check_scales(value, name)
-        if dispatch.default("dequant_matmul") == "pallas":
+        if dispatch.default("dequant_matmul") in ("pallas", "jax-triton"):
             value = value.in_runs()  # once instead of for every product
         if tiles and value.run == 1:
             layout = preferred_layout(bits=value.bits, group=value.group, contract=value.contract, dtype=dtype)
