@@ -1,0 +1,302 @@
+"""The published baselines do what their papers say: nothing is lost where all is kept, what is cut is the better half,
+and bytes are those of a count by hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.baselines import __main__ as driver
+from benchmarks.baselines import gptq, modegpt, semistructured, shortgpt, sizes, slicegpt, sparsegpt, svdllm, wanda
+from benchmarks.baselines.dense import Calibration, Dense, Made, open_dense, silent
+from tests import tiny
+from uniql_jax.checkpoint import open_checkpoint  # noqa: F401  registers nothing; the driver's own import
+from uniql_jax.compression.refit import advance
+from uniql_jax.config import ModelConfig
+from uniql_jax.errors import UserError
+from uniql_jax.model.layers import KINDS
+
+FAMILIES = {
+    "llama": {},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 1},
+}
+TOKENS = (4, 24)
+
+
+@pytest.fixture(params=FAMILIES)
+def calibration(request: pytest.FixtureRequest, rng: np.random.Generator) -> Calibration:
+    """A tiny random model of three layers and windows of random tokens."""
+    return calibrated(rng, num_hidden_layers=3, **FAMILIES[request.param])
+
+
+def calibrated(rng: np.random.Generator, **changes: object) -> Calibration:
+    """A tiny random model and windows of random tokens."""
+    model = tiny.model(rng, **changes)
+    layers, top = model.params["layers"], {k: v for k, v in model.params.items() if k != "layers"}
+    windows = rng.integers(3, tiny.VOCAB, TOKENS).astype(np.int32)
+    return Calibration.of(Dense(model.config, list(layers), top), windows, windows.size)
+
+
+def logits(model: Dense, calibration: Calibration, kinds: dict[str, object] | None = None) -> np.ndarray:
+    """Of the calibration windows."""
+    with mock.patch.dict(KINDS, kinds or {}):
+        return np.asarray(model.causal_lm()(calibration.batches[0]))
+
+
+def output_error(gram: np.ndarray, change: np.ndarray) -> float:
+    """E |x change|^2."""
+    return float(np.trace(change.T @ gram @ change))
+
+
+def correlated(rng: np.random.Generator, width: int) -> np.ndarray:
+    """Gram matrix of inputs of very different sizes that depend on one another."""
+    x = rng.standard_normal((4 * width, width // 2)) @ rng.standard_normal((width // 2, width))
+    x = (x + 0.3 * rng.standard_normal(x.shape)) * np.exp(rng.standard_normal(width))
+    return (x.T @ x / len(x)).astype(np.float32)
+
+
+@pytest.mark.parametrize("method", [shortgpt, slicegpt, modegpt])
+def test_nothing_is_lost_at_rate_0(method: object, calibration: Calibration) -> None:
+    [made] = method.rows(calibration, [0.0])  # type: ignore[attr-defined]
+    want = logits(calibration.model, calibration)
+    np.testing.assert_allclose(logits(made.model, calibration, dict(made.kinds)), want, atol=2e-4)
+    assert abs(made.removed) < 1e-9 or method is slicegpt  # its adapters are parameters in addition
+
+
+def test_layers_that_change_nothing_go_first(calibration: Calibration) -> None:
+    layers = list(calibration.model.layers)
+    layers[1] = silent(layers[1])
+    changed = dataclasses.replace(calibration, model=calibration.model._replace(layers=layers))
+    [made] = shortgpt.rows(changed, [1 / 3])
+    assert made.note["layers"] == [0, 2]
+    np.testing.assert_allclose(logits(made.model, changed), logits(changed.model, changed), atol=1e-5)
+    assert made.removed == pytest.approx(1 / 3)
+
+
+def test_a_sliced_model_is_one_whose_stream_is_projected(calibration: Calibration) -> None:
+    """Its own bases, as projections in full width, around the original's blocks."""
+    model, width = calibration.model, 16
+    sliced = slicegpt.slice_model(calibration, width)
+    [x] = calibration.streams()
+    for index, layer in enumerate(model.layers):
+        for kind in ("attention", "mlp"):
+            vectors = np.linalg.svd(np.asarray(x, np.float64).reshape(-1, x.shape[-1]))[2][:width].T
+            x = advance(model.config, kind, layer[kind], x @ jnp.asarray(vectors @ vectors.T, jnp.float32), None)
+            if (index, kind) == (len(model.layers) - 1, "mlp"):
+                continue
+    want = Dense(model.config, [], model.top)
+    from uniql_jax.model.causal_lm import logits as of_stream
+
+    expected = np.asarray(of_stream(want._replace(layers=model.layers).causal_lm(), x))
+    np.testing.assert_allclose(logits(sliced, calibration, slicegpt.BLOCKS), expected, atol=5e-3, rtol=5e-3)
+    kept = np.asarray(sliced.layers[0]["sliced_attention"]["q"])
+    assert not kept[..., width:].any()
+    assert kept[..., :width].any()
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(24, 12), (12, 24)])
+def test_low_rank_factors_are_those_of_the_whitened_matrix(inputs: int, outputs: int, rng: np.random.Generator) -> None:
+    gram, columns = correlated(rng, inputs), rng.standard_normal((inputs, outputs)).astype(np.float32)
+    found = svdllm.directions(jnp.asarray(columns), jnp.asarray(gram))
+    rate = 0.25
+    first, second = svdllm.factors(jnp.asarray(columns), found, rate)
+    rank = svdllm.rank_at(inputs, outputs, rate)
+    assert rank == first.shape[1] == int(0.75 * inputs * outputs / (inputs + outputs))
+    root = np.linalg.cholesky(gram.astype(np.float64))
+    left, sizes_, right = np.linalg.svd(root.T @ columns.astype(np.float64), full_matrices=False)
+    want = np.linalg.inv(root.T) @ (left[:, :rank] * sizes_[:rank]) @ right[:rank]
+    got = np.asarray(first @ second, np.float64)
+    assert output_error(gram, got - want) < 1e-6 * output_error(gram, columns)
+    assert output_error(gram, got - columns) == pytest.approx(np.sum(sizes_[rank:] ** 2), rel=1e-3)
+
+
+def test_low_rank_factors_of_full_rank_lose_nothing(calibration: Calibration) -> None:
+    with mock.patch.object(svdllm, "rank_at", lambda inputs, outputs, rate: min(inputs, outputs)):
+        model = svdllm.low_rank(calibration, svdllm.factored(calibration), 0.0)
+    np.testing.assert_allclose(logits(model, calibration), logits(calibration.model, calibration), atol=2e-4)
+
+
+def test_two_of_four_by_error(rng: np.random.Generator) -> None:
+    """Exactly two weights of every four; SparseGPT loses less than Wanda, Wanda less than magnitude."""
+    width, outputs = 192, 48
+    gram = correlated(rng, width)
+    columns = rng.standard_normal((width, outputs)).astype(np.float32)
+    w, h = jnp.asarray(columns), jnp.asarray(gram)
+    found = {
+        "magnitude": np.where(semistructured.two_of_four(jnp.abs(w)), columns, 0),
+        "wanda": np.asarray(wanda.prune(w, h)),
+        "sparsegpt": np.asarray(semistructured.prune_columns(w, h)),
+    }
+    for value in found.values():
+        np.testing.assert_array_equal((value.reshape(-1, 4, outputs) != 0).sum(1), 2)
+    errors = {name: output_error(gram, value - columns) for name, value in found.items()}
+    assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]
+    kept = found["sparsegpt"] != 0
+    rounded = np.asarray(semistructured.prune_columns(w, h, jnp.asarray(kept), bits=4))
+    assert not rounded[~kept].any()
+    assert all(len(np.unique(rounded[:128, i])) <= 16 for i in range(outputs))
+    assert errors["sparsegpt"] < output_error(gram, rounded - columns) < errors["magnitude"]
+
+
+def test_columns_in_turn_are_optimal_brain_surgery(rng: np.random.Generator) -> None:
+    """The inverse Hessian of the inputs that are left, shrunk input by input, gives the same weights."""
+    width = 12
+    gram, weights = correlated(rng, width), rng.standard_normal((width, 3)).astype(np.float32)
+    want = weights.astype(np.float64)
+    inverse = np.linalg.inv(gram + 0.01 * np.diagonal(gram).mean() * np.eye(width))
+    for start in range(0, width, 4):
+        # each input's entry once those of the same four before it are gone
+        shrunk, sizes_ = inverse.copy(), []
+        for j in range(start, start + 4):
+            sizes_.append(shrunk[j, j])
+            shrunk -= np.outer(shrunk[:, j], shrunk[j]) / shrunk[j, j]
+        score = want[start : start + 4] ** 2 / np.asarray(sizes_)[:, None]
+        gone = np.argsort(np.argsort(score, axis=0), axis=0) < 2
+        for j in range(start, start + 4):
+            error = np.where(gone[j - start], want[j], 0.0) / inverse[j, j]
+            want[j:] -= np.outer(inverse[j:, j], error)
+            inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    got = np.asarray(semistructured.prune_columns(jnp.asarray(weights), jnp.asarray(gram)))
+    np.testing.assert_allclose(got, want, rtol=2e-2, atol=2e-2)
+
+
+def test_modules_lose_less_than_at_random(rng: np.random.Generator) -> None:
+    calibration = calibrated(rng, num_hidden_layers=1)
+    [layer], [stats] = calibration.model.layers, calibration.stats
+    gram, down = stats["mlp"]["hidden"], np.asarray(layer["mlp"]["down"])
+    cut = modegpt.cut_mlp(layer["mlp"], jnp.asarray(gram), 48)
+    chosen = np.asarray(
+        [int(np.flatnonzero((np.asarray(layer["mlp"]["up"]) == row).all(1))[0]) for row in np.asarray(cut["up"])[:48]]
+    )
+    fitted = np.zeros_like(down)
+    fitted[chosen] = np.asarray(cut["down"])[:48]
+    random = []
+    for _ in range(8):
+        left = down.copy()
+        left[rng.permutation(len(down))[:48]] = 0
+        random.append(output_error(gram, left - down + 0 * down))
+    assert output_error(gram, fitted - down) < min(random)
+    want = logits(calibration.model, calibration)
+    keep = {"qk": 2, "vo": 4, "ffn": 96}
+    config = calibration.model.config
+    attention = modegpt.cut_attention(config, layer["attention"], stats["attention"], keep["qk"], keep["vo"])
+    model = calibration.model._replace(layers=[{**layer, "attention": attention}])
+    ours = np.square(logits(model, calibration) - want).mean()
+    others = []
+    for _ in range(8):
+        out = dict(layer["attention"])
+        for name, kept in (("q", 2), ("k", 2), ("v", 4)):
+            gone = rng.permutation(len(out[name]))[kept:] if name != "k" else gone  # noqa: F821
+            out[name] = jnp.asarray(out[name]).at[gone].set(0.0)
+        other = calibration.model._replace(layers=[{**layer, "attention": out}])
+        others.append(np.square(logits(other, calibration) - want).mean())
+    assert ours < np.mean(others)
+
+
+def test_bytes_by_hand() -> None:
+    """h 32, 96 channels, 4 query and 2 key/value heads of 8, 2 layers, 320 tokens, tied; norms of 32."""
+    config: ModelConfig = tiny.config()
+    outside = 320 * 32 + 32
+    layer = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 96 * 32
+    assert sizes.kept_parameters(config, [{}, {}]) == outside + 2 * (layer + 64)
+    assert sizes.kept_parameters(config, [{}]) == outside + layer + 64
+    keep = {"qk": 3, "vo": 6, "ffn": 64}
+    cut = 3 * 2 * 4 * 32 + 3 * 2 * 2 * 32 + 6 * 2 * 32 + 6 * 4 * 32 + 3 * 64 * 32
+    assert sizes.kept_parameters(config, [keep, {}]) == outside + cut + layer + 128
+    assert sizes.removed(config, sizes.matrices_left(config, [keep, {}])) == pytest.approx(1 - (cut + layer) / 2 / layer)
+    # 4 bits: half a byte a weight, two bytes for each output's scale (no matrix has more than 128 inputs)
+    outputs = 32 + 16 + 16 + 32 + 96 + 96 + 32
+    assert sizes.layer_bytes(config, None, 4) == layer // 2 + 2 * outputs + 2 * 64
+    assert sizes.matrix_bytes(300, 10, 3) == 300 * 10 * 3 // 8 + 2 * 10 * 3
+    # 2:4: two values and two 2-bit indices of four weights
+    assert semistructured.model_bytes(config, 2) == 2 * (layer // 4 * 36 // 8 + 2 * 64)
+    assert semistructured.model_bytes(config, 2, 4) == 2 * (layer // 4 * 12 // 8 + 2 * outputs + 2 * 64)
+    # low rank, and a stream of 24 directions with two adapters a layer, all 32 directions after the last block
+    ranks = {(32, 32): 12, (32, 16): 8, (32, 96): 18, (96, 32): 18}
+    low = 2 * ranks[32, 32] * 64 + 2 * ranks[32, 16] * 48 + 3 * ranks[32, 96] * 128
+    assert svdllm.layer_bytes(config, 0.25) == 2 * (low + 64)
+    first = 24 * (32 + 16 + 16) + 32 * 24 + 24 * 192 + 96 * 24 + 2 * 24 * 24
+    last = first + 96 * 8 + 24 * 8
+    assert slicegpt.stored(config, 24) == 2 * (320 * 24 + 320 * 32 + first + last)
+    assert slicegpt.width_at(config, 0.0) == 32
+    room = 0.75 * 2 * layer
+    width = slicegpt.width_at(config, 0.25)
+
+    def total(width: int) -> int:
+        return slicegpt.layer_parameters(config, width) + slicegpt.layer_parameters(config, width, last=True)
+
+    assert total(width) <= room < total(width + 8)
+
+
+def test_four_bits_stay_near(rng: np.random.Generator) -> None:
+    """Every baseline at 4 bits: finite, another model than before, and closer to it than 2 bits of the original."""
+    calibration = calibrated(rng, hidden_size=64)
+    want = logits(calibration.model, calibration)
+
+    def distance(model: Dense, other: np.ndarray, kinds: dict[str, object]) -> float:
+        return float(np.square(logits(model, calibration, kinds) - other).mean())
+
+    coarse = distance(gptq.row(calibration, 2, rotate=True).model, want, {})
+    rows: list[Callable[[], Made]] = [
+        lambda: next(shortgpt.rows(calibration, [0.5])),
+        lambda: next(slicegpt.rows(calibration, [0.15])),
+        lambda: next(svdllm.rows(calibration, [0.15])),
+        lambda: next(modegpt.rows(calibration, [0.15])),
+        lambda: next(sparsegpt.rows(calibration)),
+    ]
+    for row in rows:
+        made = row()
+        assert made.four is not None
+        four, kinds = made.four(), dict(made.kinds)
+        assert 0 < distance(four.model, logits(made.model, calibration, kinds), kinds) < coarse
+        assert made.bytes / 4 < four.bytes < made.bytes / 2
+        assert four.removed == made.removed > 0
+    for layer in four.model.layers:  # the zeros of a sparse model are still there
+        down = np.asarray(layer["mlp"]["down"])
+        assert ((down.reshape(-1, 4, down.shape[-1]) != 0).sum(1) <= 2).all()
+
+
+def test_the_driver_records_every_row(
+    tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model(rng)
+    layers, top = model.params["layers"], {k: v for k, v in model.params.items() if k != "layers"}
+    source = mock.Mock(config=model.config, layer=lambda i: layers[i], top=lambda: top)
+    monkeypatch.setattr(driver, "open_source", lambda path: source)
+    for name in ("calib", "text"):
+        np.save(tmp_path / f"{name}.npy", rng.integers(3, tiny.VOCAB, (4, 32)).astype(np.int32))
+    out = tmp_path / "record.json"
+    driver.main(
+        f"--ckpt x --calib {tmp_path}/calib.npy --windows 4 --length 32 --text some={tmp_path}/text.npy --eval-window 32 "
+        f"--rates .25 --json {out}".split()
+        + ["--only", "ShortGPT, 16", "Wanda 2:4, 16"]
+    )
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["original", "ShortGPT, 16 bits", "Wanda 2:4, 16 bits"]
+    assert rows[0]["ratio"] == {"some": 1.0}
+    assert rows[0]["bytes"] == 2 * sizes.kept_parameters(model.config, [{}, {}])
+    assert all(row["perplexity"]["some"] > 1 for row in rows)
+    assert "Wanda 2:4, 16 bits" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_other_blocks_are_refused(rng: np.random.Generator) -> None:
+    model = tiny.model(rng, model_type="qwen3", head_dim=8)
+    with pytest.raises(UserError, match="qwen3"):
+        open_dense(mock.Mock(config=model.config))
+
+
+def test_the_product_does_not_import_them() -> None:
+    root = Path(__file__).parents[1]
+    for folder in ("uniql_jax", "convert", "train", "pallas_kernels"):
+        for path in (root / folder).rglob("*.py"):
+            assert "benchmarks" not in path.read_text() or "import benchmarks" not in path.read_text()
+    assert jax.__version__
