@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from benchmarks.baselines.sizes import Keep
 from uniql_jax import elastic
 from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.math.gram import gram
@@ -25,6 +26,7 @@ from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM, embed
 from uniql_jax.model.layers import attention, mlp
 from uniql_jax.model.layers.context import Causal, full_context
+from uniql_jax.plan import Plan
 
 KINDS = ("attention", "mlp")
 Block = Mapping[str, Any]
@@ -193,7 +195,8 @@ class Made:
     rate: the prune rate that was asked for. removed: the part of the parameters of the layers' matrices that went,
     adapters counted against it. parameters, bytes: of the whole model in its published form, embedding and head
     included. model: what is evaluated, of the same logits. kinds: blocks that its forward pass needs in addition.
-    four: makes the same at 4 bits. note: what else a record should say.
+    four: makes the same at 4 bits. note: what else a record should say. keeps, plan: of plain dense layers, which can
+    be trained on: their kept sizes, and a plan that keeps these at `rate`, or at 0 where layers are whole.
     """
 
     rate: float
@@ -204,3 +207,5 @@ class Made:
     kinds: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     four: Callable[[], Made] | None = None
     note: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    keeps: Sequence[Keep] | None = None
+    plan: Plan | None = None

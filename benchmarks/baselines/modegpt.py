@@ -88,5 +88,5 @@ def rows(calibration: Calibration, rates: Sequence[float]) -> Iterator[Made]:
         keeps = plan.keep(rate)
         parameters = sizes.kept_parameters(config, keeps)
         share = sizes.removed(config, sizes.matrices_left(config, keeps))
-        made = Made(rate, share, parameters, 2 * parameters, cut_model(calibration, keeps))
+        made = Made(rate, share, parameters, 2 * parameters, cut_model(calibration, keeps), keeps=keeps, plan=plan)
         yield four_bits(made, calibration, keeps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.evaluation.likelihood import Masks, masks
 from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.plan import Plan
 from uniql_jax.runtime.loading import load
 
 
@@ -31,11 +32,20 @@ class Own(NamedTuple):
     keep: Masks
 
 
-def rows(measured: stages.Measured, bits: int, rates: Sequence[float]) -> Iterator[Own]:
-    """One checkpoint at every rate; bytes at 4 bits are those of its tensors as stored."""
+def rows(
+    measured: stages.Measured,
+    bits: int,
+    rates: Sequence[float],
+    train: Callable[[Plan, list[Any]], list[Any]] | None = None,
+) -> Iterator[Own]:
+    """One checkpoint at every rate, its sorted layers trained before if `train` is given.
+
+    Bytes at 4 bits are those of its tensors as stored.
+    """
     config = measured.source.config
+    settings = CompressionSettings(bits=32 if bits == 16 else bits)
     with tempfile.TemporaryDirectory() as folder:
-        made, _ = stages.compress(measured, CompressionSettings(bits=32 if bits == 16 else bits), Path(folder))
+        made, _ = stages.compress(measured, settings, Path(folder), train)
         checkpoint, loaded = open_checkpoint(made), load(made, dtype=jnp.float32)
         plan, model = loaded.plan, unpacked(loaded)
         assert plan is not None

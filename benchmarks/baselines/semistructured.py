@@ -56,7 +56,9 @@ def prune_columns(
     width, spare = len(columns), -len(columns) % GROUP
     method, diagonal = Method(bits=bits or 16), jnp.diagonal(hessian)
     importance = jnp.pad(diagonal + 1e-6 * diagonal.mean(), (0, spare))
-    factor = jnp.pad(inverse_factor(hessian, DAMPING), (0, spare)) + jnp.diag((jnp.arange(width + spare) >= width) * 1.0)
+    factor = jnp.pad(inverse_factor(hessian, DAMPING), (0, spare)) + jnp.diag(
+        (jnp.arange(width + spare) >= width) * 1.0
+    )
     columns = jnp.pad(columns, ((0, spare), (0, 0)))
     stays = None if mask is None else jnp.pad(mask, ((0, spare), (0, 0)))
     inside = jnp.arange(GROUP)[:, None]

@@ -8,12 +8,14 @@ Evaluated: the layers that stay, followed by as many that write nothing. Counted
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
 from benchmarks.baselines import sizes
 from benchmarks.baselines.dense import Calibration, Made
 from benchmarks.baselines.gptq import four_bits
+from uniql_jax.plan import make_plan
 
 
 def kept_layers(influence: Sequence[float], rate: float) -> list[int]:
@@ -28,7 +30,7 @@ def rows(calibration: Calibration, rates: Sequence[float]) -> Iterator[Made]:
     model = calibration.model
     for rate in rates:
         kept = kept_layers(calibration.influence, rate)
-        keeps = [{}] * len(kept)
+        keeps: list[sizes.Keep] = [{}] * len(kept)
         small = model._replace(layers=[model.layers[index] for index in kept])
         parameters = sizes.kept_parameters(model.config, keeps)
         made = Made(
@@ -38,5 +40,7 @@ def rows(calibration: Calibration, rates: Sequence[float]) -> Iterator[Made]:
             2 * parameters,
             small,
             note={"layers": kept},
+            keeps=keeps,
+            plan=make_plan(dataclasses.replace(model.config, pattern=model.config.pattern[: len(kept)]), None),
         )
         yield four_bits(made, calibration, keeps)
