@@ -258,25 +258,50 @@ def test_four_bits_stay_near(rng: np.random.Generator) -> None:
         assert ((down.reshape(-1, 4, down.shape[-1]) != 0).sum(1) <= 2).all()
 
 
-def test_the_driver_records_every_row(
-    tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+FEW = ["original", "ShortGPT, 16 bits", "Wanda 2:4, 16 bits"]
+
+
+@pytest.fixture
+def command(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The driver's arguments for a tiny model, its calibration windows and its text."""
     model = tiny.model(rng)
     layers, top = model.params["layers"], {k: v for k, v in model.params.items() if k != "layers"}
-    source = mock.Mock(config=model.config, layer=lambda i: layers[i], top=lambda: top)
+    source = mock.Mock(config=model.config, hf_config=tiny.HF, layer=lambda i: layers[i])
+    source.configure_mock(name="tiny", top=lambda: top, device_top=lambda: top)
     monkeypatch.setattr(driver, "open_source", lambda path: source)
     for name in ("calib", "text"):
         np.save(tmp_path / f"{name}.npy", rng.integers(3, tiny.VOCAB, (4, 32)).astype(np.int32))
-    out = tmp_path / "record.json"
     text = f"--text some={tmp_path}/text.npy --eval-window 32"
-    command = f"--ckpt x --calib {tmp_path}/calib.npy --windows 4 --length 32 {text} --rates .25 --json {out}"
-    driver.main([*command.split(), "--only", "ShortGPT, 16", "Wanda 2:4, 16"])
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["name"] for row in rows] == ["original", "ShortGPT, 16 bits", "Wanda 2:4, 16 bits"]
+    return f"--ckpt x --calib {tmp_path}/calib.npy --windows 4 --length 32 {text} --rates .25 --json".split()
+
+
+def recorded(command: list[str], out: Path, *more: str) -> list[dict[str, Any]]:
+    """The rows of a run."""
+    driver.main([*command, str(out), *more])
+    return json.loads(out.read_text())["rows"]
+
+
+def test_the_driver_records_rows(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = recorded(command, tmp_path / "record.json", "--only", *FEW)
+    assert [row["name"] for row in rows] == FEW
     assert rows[0]["ratio"] == {"some": 1.0}
-    assert rows[0]["bytes"] == 2 * sizes.kept_parameters(model.config, [{}, {}])
+    assert rows[0]["bytes"] == 2 * sizes.kept_parameters(tiny.config(), [{}, {}])
     assert all(row["perplexity"]["some"] > 1 for row in rows)
-    assert "Wanda 2:4, 16 bits" in capsys.readouterr().out.splitlines()[-1]
+    assert FEW[-1] in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_driver_runs_every_row(command: list[str], tmp_path: Path, rng: np.random.Generator) -> None:
+    examples = tmp_path / "train.npy"
+    np.save(examples, rng.integers(3, tiny.VOCAB, (40, 32)).astype(np.int32))
+    rows = recorded(command, tmp_path / "record.json", "--recover", "2", "--train", str(examples))
+    found = [(row["name"], row["prune_rate"]) for row in rows]
+    assert len(found) == len(set(found)) == 1 + 2 * 3 + 2 * (len(driver.METHODS) + 2) + 6
+    assert all(row["bytes"] > 0 and row["perplexity"]["some"] > 1 for row in rows)
+    at = {row["name"]: row for row in rows if row["prune_rate"] == 0.25}
+    for name in ("uniql-jax", "MoDeGPT", "ShortGPT"):
+        assert at[f"{name}, recovered, 16 bits"]["bytes"] == at[f"{name}, 16 bits"]["bytes"]
+        assert at[f"{name}, 4 bits"]["bytes"] < at[f"{name}, 16 bits"]["bytes"] / 2
 
 
 @pytest.mark.slow
@@ -304,3 +329,27 @@ def test_other_blocks_are_refused(rng: np.random.Generator) -> None:
     model = tiny.model(rng, model_type="qwen3", head_dim=8)
     with pytest.raises(UserError, match="qwen3"):
         open_dense(mock.Mock(config=model.config))
+
+
+def test_the_fit_and_the_ranks_are_the_best_there_are(rng: np.random.Generator) -> None:
+    """MoDeGPT's down_proj against least squares, its V/O product against an SVD of the whole weighed product."""
+    gram, down = correlated(rng, 24), rng.standard_normal((24, 10)).astype(np.float32)
+    chosen = rng.permutation(24)[:12]
+    root = np.linalg.cholesky(gram.astype(np.float64)).T
+    want = np.linalg.lstsq(root[:, chosen], root @ down, rcond=None)[0]
+    got = modegpt.fitted(gram, down, chosen)
+    np.testing.assert_allclose(root[:, chosen] @ got, root[:, chosen] @ want, atol=1e-3 * np.abs(root @ down).max())
+
+    calibration = calibrated(rng, num_hidden_layers=1, num_key_value_heads=1)
+    config, [layer], [stats] = calibration.model.config, calibration.model.layers, calibration.stats
+    of_attention = {name: jnp.asarray(value) for name, value in stats["attention"].items()}
+    cut = modegpt.cut_attention(config, layer["attention"], of_attention, 4, 3)
+
+    def product(block: Mapping[str, Any]) -> np.ndarray:
+        value, output = (np.asarray(block[name], np.float64) for name in ("v", "o"))
+        return np.einsum("dgh,dnk->hnk", value, output).reshape(config.hidden_size, -1)
+
+    root = np.linalg.cholesky(stats["attention"]["read"].astype(np.float64) + 1e-9 * np.eye(32)).T
+    sizes_of_all = np.linalg.svd(root @ product(layer["attention"]), compute_uv=False)
+    error = np.square(root @ (product(cut) - product(layer["attention"]))).sum()
+    assert error == pytest.approx(np.sum(sizes_of_all[3:] ** 2), rel=1e-3)

@@ -1,11 +1,15 @@
 """MoDeGPT (Lin et al., arXiv 2408.09632): pairs of matrices are cut together, each kind by a decomposition of its own.
 
 I, MLP, Nystroem: the channels of the highest ridge leverage [C (C + l I)^-1]_jj stay, C = E[a a^T] of down's input, and
-down is fitted to them, (S^T C S)^+ S^T C W_down. II, Q and K, CR: RoPE pairs of the highest |C_Q^1/2 e_i| |C_K^1/2 e_i|
-stay, summed over both features of a pair and over the query heads of a group. III, V and O: SVD of C_x^1/2 W_V W_O cut
-to rank r. Layers lose different parts: softmax(-BI_l / 0.1) of block influence, at most 0.85 (the package's plan of
-that name, which also rounds sizes to its units). Every statistic is the original model's. The ridge l is the mean of
-C's diagonal, not the paper's 1, which no float32 sum of activations would feel.
+down is fitted to them, (S^T C S)^-1 S^T C W_down. II, Q and K, CR: RoPE pairs of the highest |C_Q^1/2 e_i| |C_K^1/2
+e_i| stay, summed over both features of a pair and over the query heads of a group. III, V and O: SVD of C_x^1/2 W_V W_O
+cut to rank r, the O of a group's query heads side by side. Layers lose different parts: softmax(-BI_l / 0.1) of block
+influence, at most 0.85 (the package's plan of that name, which also rounds sizes to its units). Every statistic is the
+original model's.
+
+Two things differ in the arithmetic alone. The ridge l is the mean of C's diagonal, where the paper has 1, so that it
+does not depend on the scale of activations. Solves are in float64, with C scaled to a unit diagonal: single channels
+are so large that float32 loses the others.
 
 Evaluated: zeros in place of what is cut, so that one program serves all rates. Counted: what is kept.
 """
@@ -16,7 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+import scipy.linalg
+from jaxtyping import Array, Float, Int
 
 from benchmarks import published_sorting
 from benchmarks.baselines import sizes
@@ -24,25 +30,42 @@ from benchmarks.baselines.dense import Block, Calibration, Dense, Layer, Made
 from benchmarks.baselines.gptq import four_bits
 from uniql_jax import elastic
 from uniql_jax.compression.math.rope_pairs import order_pairs
+from uniql_jax.compression.math.value_output import sort_value_output
 from uniql_jax.config import ModelConfig
 from uniql_jax.plan import make_plan
 
+RIDGE = 1e-7
+"""Of the unit diagonal: what a Gram matrix summed in float32 resolves."""
 
-def _cut(value: Array, keep: int) -> Array:
-    """Zeros from entry `keep` of the first dimension on."""
-    return value.at[keep:].set(0.0)
+
+def _filled(kept: Array, count: int) -> Array:
+    """Zeros after the entries that are kept, `count` in all."""
+    return jnp.pad(kept, [(0, count - len(kept))] + [(0, 0)] * (kept.ndim - 1))
+
+
+def fitted(
+    gram: Float[np.ndarray, "f f"], down: Float[np.ndarray, "f h"], chosen: Int[np.ndarray, " k"]
+) -> Float[np.ndarray, "k h"]:
+    """The output matrix of these channels alone that comes nearest to the whole one's output; float64 on the host."""
+    wide = gram.astype(np.float64)
+    size = np.sqrt(np.maximum(np.diagonal(wide), np.finfo(np.float32).tiny))
+    inner = wide[np.ix_(chosen, chosen)] / size[chosen] / size[chosen, None]
+    inner += RIDGE * np.eye(len(chosen))
+    wanted = (wide[chosen] @ down.astype(np.float64)) / size[chosen, None]
+    return scipy.linalg.cho_solve(scipy.linalg.cho_factor(inner), wanted) / size[chosen, None]
 
 
 def cut_mlp(block: Block, gram: Array, keep: int) -> dict[str, Array]:
     """An MLP of so many channels, the most important first."""
     if keep == len(gram):
         return dict(block)
-    chosen, down = published_sorting.nystroem_mlp(gram, block["down"], keep, hermitian=True)
+    chosen = np.argsort(-np.asarray(published_sorting.leverage(gram)), kind="stable")[:keep]
+    down = jnp.asarray(fitted(np.asarray(gram), np.asarray(block["down"]), chosen), jnp.float32)
     out = dict(block)
     for name in ("gate", "up", "gate_bias", "up_bias"):
         if name in block:
-            out[name] = jnp.zeros_like(block[name]).at[:keep].set(block[name][chosen])
-    out["down"] = jnp.zeros_like(block["down"]).at[:keep].set(down)
+            out[name] = _filled(block[name][chosen], len(gram))
+    out["down"] = _filled(down, len(gram))
     return out
 
 
@@ -53,14 +76,12 @@ def cut_attention(config: ModelConfig, block: Block, stats: Mapping[str, Any], p
         order = order_pairs(stats["q"], stats["k"], "published", width=full["pair"])
         by_head = {"head": jnp.repeat(order, config.query_groups, axis=1), "kv_head": order}
         out = elastic.reorder(config, "attention", out, "qk", by_head)
-        out |= {name: _cut(out[name], pairs) for name in ("q", "k", "q_bias", "k_bias") if name in out}
+        out |= {name: _filled(out[name][:pairs], full["qk"]) for name in ("q", "k", "q_bias", "k_bias") if name in out}
     if ranks < full["vo"]:
-        value = block["v"].transpose(1, 0, 2)
-        output = block["o"].transpose(1, 0, 2).reshape(config.kv_heads, config.query_groups, full["vo"], -1)
-        value, output = published_sorting.svd_value_output(stats["read"], value, output, ranks)
-        output = output.reshape(config.heads, ranks, -1).transpose(1, 0, 2)
-        out["v"] = jnp.zeros_like(block["v"]).at[:ranks].set(value.transpose(1, 0, 2))
-        out["o"] = jnp.zeros_like(block["o"]).at[:ranks].set(output)
+        _, value, output = sort_value_output(
+            block["v"], block["o"], jnp.zeros((config.kv_heads, full["vo"], full["vo"])), stats["read"], "joint"
+        )
+        out |= {"v": _filled(value[:ranks], full["vo"]), "o": _filled(output[:ranks], full["vo"])}
     return out
 
 
