@@ -59,13 +59,12 @@ def run(
     comparison.add("original", 16, Made(0.0, 0.0, count, 2 * count, model), 0.0)
     own_rows(comparison, source, windows, rates, batch_tokens, recovery)
     for method, rows in METHODS.items():
-        parts = ["", ", recovered"] if recovery else [""]
-        if not any(comparison.wants(f"{method}{part}, {bits} bits") for part in parts for bits in (16, 4)):
+        trained = f"{method}, recovered"
+        if not (comparison.wants_either(method) or (recovery and comparison.wants_either(trained))):
             continue
         for made, taken in timed(rows(calibration, rates)):
             both(comparison, method, made, taken)
-            trained = f"{method}, recovered"
-            if recovery and made.keeps is not None and comparison.wants(f"{trained}, 16 bits"):
+            if recovery and made.keeps is not None and comparison.wants_either(trained):
                 start = time.time()
                 better = recovered(made, calibration, recovery)
                 both(comparison, trained, better, time.time() - start)

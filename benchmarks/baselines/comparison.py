@@ -16,6 +16,7 @@ from benchmarks.task_suite import Suite
 from benchmarks.tasks import against, record
 from benchmarks.tasks import measure as measure_tasks
 from uniql_jax import console
+from uniql_jax.errors import UserError
 from uniql_jax.evaluation.evaluate import perplexity
 from uniql_jax.model.layers import KINDS
 
@@ -30,6 +31,7 @@ class Comparison:
         self.rows: list[dict[str, Any]] = []
         self.answers: Any = None
         self.late: set[str] = set()
+        self.broken: list[dict[str, Any]] = []
 
     def wants(self, name: str) -> bool:
         """Whether a row is asked for and there is time for it."""
@@ -42,17 +44,19 @@ class Comparison:
             return False
         return True
 
+    def wants_either(self, name: str) -> bool:
+        """Whether its row at 16 bits or the one at 4 is asked for."""
+        return self.wants(f"{name}, 16 bits") or self.wants(f"{name}, 4 bits")
+
     def add(self, name: str, bits: int, made: Any, taken: float, keep: Any = None) -> None:
         """Measure a model and write the record anew; `made` is a `Made`, or a row of `ours`."""
-        on_cpu, start = jax.default_backend() == "cpu", time.time()
-        model = made.model.causal_lm() if hasattr(made.model, "causal_lm") else made.model
-        with (
-            mock.patch.dict(KINDS, getattr(made, "kinds", {})),
-            jax.default_matmul_precision("highest" if on_cpu else self.args.precision),
-        ):
-            batch = 4 if on_cpu else 16
-            found = {k: perplexity(model, windows, batch, keep=keep) for k, windows in self.texts.items()}
-            answers = measure_tasks(model, self.suite, 4096 if on_cpu else 65536, keep) if self.suite else None
+        start = time.time()
+        try:
+            found, answers = self.measured(made, keep)
+        except UserError as error:  # its output is not finite: the others can still be compared
+            self.broken.append({"name": name, "prune_rate": made.rate, "error": str(error)})
+            print(f"{name} at {made.rate:g}: {error}", flush=True)
+            return
         base = self.rows[0]["perplexity"] if self.rows else found
         row = {
             "name": name, "bits": bits, "prune_rate": made.rate, "removed": made.removed,
@@ -69,8 +73,21 @@ class Comparison:
         self.rows.append(row | {"measured_in": round(time.time() - start, 1)})
         print("  ".join(map(str, self.cells(row))), f" {taken:.0f} s", flush=True)
         if self.args.json:
-            whole = {**self.about, "suite": self.suite.digest if self.suite else None, "rows": self.rows}
+            suite = self.suite.digest if self.suite else None
+            whole = {**self.about, "suite": suite, "rows": self.rows, "broken": self.broken}
             console.write_whole(self.args.json, json.dumps(whole, indent=1, default=float) + "\n")
+
+    def measured(self, made: Any, keep: Any) -> tuple[dict[str, float], Any]:
+        """Perplexity of every text, and answers to the suite's items."""
+        on_cpu = jax.default_backend() == "cpu"
+        model = made.model.causal_lm() if hasattr(made.model, "causal_lm") else made.model
+        with (
+            mock.patch.dict(KINDS, getattr(made, "kinds", {})),
+            jax.default_matmul_precision("highest" if on_cpu else self.args.precision),
+        ):
+            batch = 4 if on_cpu else 16
+            found = {k: perplexity(model, windows, batch, keep=keep) for k, windows in self.texts.items()}
+            return found, measure_tasks(model, self.suite, 4096 if on_cpu else 65536, keep) if self.suite else None
 
     def cells(self, row: Mapping[str, Any]) -> list[Any]:
         """A row of the table."""
