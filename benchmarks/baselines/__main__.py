@@ -65,15 +65,14 @@ def run(
         for made, taken in timed(rows(calibration, rates)):
             both(comparison, method, made, taken)
             if recovery and made.keeps is not None and comparison.wants_either(trained):
-                start = time.time()
-                better = recovered(made, calibration, recovery)
-                both(comparison, trained, better, time.time() - start)
+                better, taken = called(lambda made=made: recovered(made, calibration, recovery))
+                both(comparison, trained, better, taken)
     for bits in (4, 3, 2):
         for rotate in (False, True):
             name = f"GPTQ, {bits} bits" + (", rotated" if rotate else "")
             if comparison.wants(name):
-                start = time.time()
-                comparison.add(name, bits, gptq.row(calibration, bits, rotate), time.time() - start)
+                made, taken = called(lambda b=bits, r=rotate: gptq.row(calibration, b, r))
+                comparison.add(name, bits, made, taken)
 
 
 def own_rows(
@@ -106,16 +105,25 @@ def both(comparison: Comparison, method: str, made: Made, taken: float) -> None:
     if comparison.wants(f"{method}, 16 bits"):
         comparison.add(f"{method}, 16 bits", 16, made, taken)
     if made.four and comparison.wants(f"{method}, 4 bits"):
-        start = time.time()
-        comparison.add(f"{method}, 4 bits", 4, made.four(), time.time() - start)
+        four, taken = called(made.four)
+        comparison.add(f"{method}, 4 bits", 4, four, taken)
 
 
 def timed(items: Iterator[Any]) -> Iterator[tuple[Any, float]]:
     """Items, and the seconds that each took to come."""
+    while True:
+        item, taken = called(lambda: next(items, None))
+        if item is None:
+            return
+        yield item, taken
+
+
+def called(make: Callable[[], Any]) -> tuple[Any, float]:
+    """What is made, and the seconds that it took, its arrays included."""
     start = time.time()
-    for item in items:
-        yield item, time.time() - start
-        start = time.time()
+    made = make()
+    jax.block_until_ready(getattr(getattr(made, "model", None), "layers", ()))
+    return made, time.time() - start
 
 
 def parser() -> argparse.ArgumentParser:
