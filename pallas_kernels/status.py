@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -44,10 +45,12 @@ def rows() -> list[Row]:
     for kernel in (*tuned.TRITON, *tuned.HOPPER):
         layouts = tiling.CONTRACTS if kernel in (*tuned.HOPPER, "dequantize") else ("last", "first", *tiling.CONTRACTS)
         found += [Row(f"{kernel} ({layout})", *_reason(_verify, kernel, layout)) for layout in layouts]
+    for kernel, layout in itertools.product(tuned.TRITON, tiling.CONTRACTS):
+        found.append(Row(f"{kernel} ({layout}, 3 bits)", *_reason(_verify, kernel, layout, 3)))
     return found
 
 
-def _reason(check: Callable[..., None], *args: str) -> tuple[bool, str]:
+def _reason(check: Callable[..., None], *args: Any) -> tuple[bool, str]:
     try:
         check(*args)
     except NotImplementedError as refusal:
@@ -66,8 +69,8 @@ def _ahead() -> None:
         raise NotImplementedError("for Hopper and newer, where Triton takes PTX with an address")
 
 
-def _verify(kernel: str, layout: str) -> None:
+def _verify(kernel: str, layout: str, bits: int = 4) -> None:
     _on_a_gpu()
     if kernel in tuned.TRITON:
         compat.triton()
-    selfcheck.verify(kernel, layout)
+    selfcheck.verify(kernel, layout, bits)

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.pallas_kernels import compat, dispatch, packing
-from uniql_jax.pallas_kernels.dequant_matmul import dequantize, dot, mma, plain, reference, selfcheck, tiling, tuned
-from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster, wgmma
+from uniql_jax.pallas_kernels.dequant_matmul import plain, reference, selfcheck, tiling, tuned
 from uniql_jax.pallas_kernels.dequant_matmul.plain import Weight
+from uniql_jax.pallas_kernels.dequant_matmul.products import DENSE, PRODUCTS
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight as Tiled
 
 LEAST_GROUP = 64
@@ -56,7 +56,7 @@ def available() -> bool:
 def fast(x_dtype: Any, scale_dtype: Any, *, bits: int, group: int) -> bool:
     """Whether these operands are those that the fast kernels take, and were measured on."""
     both = x_dtype == jnp.bfloat16 and scale_dtype == jnp.bfloat16
-    return both and bits == 4 and group % 8 == 0 and group >= LEAST_GROUP
+    return both and bits in (3, 4) and group % 8 == 0 and group >= LEAST_GROUP
 
 
 def _choose(x: Array, scale: Array, weight: Weight) -> tuple[Tiled, tuned.Choice] | None:
@@ -65,7 +65,7 @@ def _choose(x: Array, scale: Array, weight: Weight) -> tuple[Tiled, tuned.Choice
         return None
     axis = 1 if weight.contract == "last" else 0
     layout = weight.contract if weight.layout == "plain" else weight.layout
-    tiled = Tiled(layout, scale.shape[1 - axis], scale.shape[axis], weight.group)
+    tiled = Tiled(layout, scale.shape[1 - axis], scale.shape[axis], weight.group, weight.bits)
     choices = tuned.choices(tiled, x.shape[0])
     if jax.default_backend() != "gpu":
         return tiled, choices[0]
@@ -73,7 +73,7 @@ def _choose(x: Array, scale: Array, weight: Weight) -> tuple[Tiled, tuned.Choice
     for choice in choices:
         try:
             if choice[0] != "dense":
-                selfcheck.verify(choice[0], layout)
+                selfcheck.verify(choice[0], layout, weight.bits)
             return tiled, choice
         except NotImplementedError as refusal:
             dispatch.refuse(f"dequant_matmul ({layout})", choice[0], str(refusal))
@@ -87,6 +87,8 @@ def _product(
     chosen = _choose(x, scale, weight)
     if chosen is None:
         compat.triton()
+        if weight.bits == 3:
+            raise NotImplementedError("3-bit kernels multiply bfloat16")
         return plain.product(x, data, scale, weight)
     tiled, (kernel, settings) = chosen
     if kernel == "dense":
@@ -95,9 +97,8 @@ def _product(
     if padded != weight.width:  # what is stored beyond the width must meet zeros
         x = jnp.pad(x, ((0, 0), (0, padded - weight.width)))
     if kernel == "dequantize":
-        return dequantize.product(x, data, scale, tiled, settings)
-    run = {"mma": mma.product, "dot": dot.product, "cluster": cluster.product, "wgmma": wgmma.product}[kernel]
-    parts = run(x, data, scale, weight=tiled, settings=settings)
+        return DENSE[tiled.bits](x, data, scale, tiled, settings)
+    parts = PRODUCTS[kernel, tiled.bits](x, data, scale, weight=tiled, settings=settings)
     return (parts[0] if parts.shape[0] == 1 else parts.sum(0)).astype(x.dtype)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from uniql_jax.pallas_kernels.dequant_matmul import three_bit, tiling
 from uniql_jax.weights.planes import BYTE, PLANES, columns_product, plane_of, rows_product, values_of
 from uniql_jax.weights.quantized import SHIFTS, QuantizedArray
 
@@ -159,6 +160,22 @@ class NestedArray:
         return QuantizedArray(
             words.view(np.int32), np.asarray(self.fine), bits=4, group=self.group, contract=self.contract,
             width=self.width, inner=self.inner,
+        )  # fmt: skip
+
+    def tiled(self) -> QuantizedArray:
+        """The leading bits of all entries in tiles that kernels read; on the host, where no program is compiled.
+
+        Raises ValueError where entries have all bits, NotImplementedError for groups that no tile holds.
+        """
+        if self.full:
+            raise ValueError(f"{self.full} entries have all bits")
+        if self.group != tiling.GROUP:
+            raise NotImplementedError(f"tiles hold groups of {tiling.GROUP}, not of {self.group}")
+        leading = np.asarray(self.leading)
+        leading = leading.reshape(-1, *leading.shape[-2:]) if self.contract == "last" else leading
+        return QuantizedArray(
+            three_bit.tile(leading, self.contract), np.asarray(self.coarse), bits=three_bit.BITS, group=self.group,
+            contract=self.contract, width=self.width, inner=self.inner, layout=tiling.LAYOUTS[self.contract],
         )  # fmt: skip
 
     def tensors(self, name: str) -> Mapping[str, np.ndarray]:
