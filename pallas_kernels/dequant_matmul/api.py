@@ -33,10 +33,11 @@ def dequant_matmul(
 
     contract "last": data [rows, stored], scale [rows, groups], y = x Wᵀ. contract "first": data [stored, features],
     scale [groups, features], y = x W. 4 bits: data int32 of eight weights a word (packing.SHIFTS, weight + 8); 8 bits:
-    int8; 3 bits come in tiles alone (three_bit.py). `width` counts the contracted weights; groups * group of them are stored and those beyond `width` are ignored.
-    `layout`: "plain", or that of data in tiles (tiling.py): "rows" of contract "last", "groups" of "first".
-    Differentiable in x and scale. Raises ValueError when the parts do not fit; a named `implementation` that cannot do
-    this shape raises NotImplementedError, the default one falls back to blocks, then to the reference.
+    int8; 3 bits come in tiles alone (three_bit.py). `width` counts the contracted weights; groups * group of them are
+    stored and those beyond `width` are ignored. `layout`: "plain", or that of data in tiles (tiling.py): "rows" of
+    contract "last", "groups" of "first". Differentiable in x and scale. Raises ValueError when the parts do not fit; a
+    named `implementation` that cannot do this shape raises NotImplementedError, the default one falls back to blocks,
+    then to the reference.
     """
     if layout == "plain":
         packing.check(data, scale, bits=bits, group=group, contract=contract, width=width)

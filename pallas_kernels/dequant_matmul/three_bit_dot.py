@@ -28,9 +28,10 @@ def _planes(words: list[Int[Array, "..."]], scale: Float[Array, "..."]) -> list[
     scale = scale.astype(jnp.float32)
     for pair in three_bit.pairs_of(words):
         for half in (0, 16):
-            # float32 has 23 bits of mantissa: 2**23 + h is an `or` with the exponent.
-            raw = jax.lax.bitcast_convert_type(((pair >> half) & 7) | 0x4B000000, jnp.float32)
-            value = (raw - 8388612.0 + (4 - three_bit.CENTRE)) * scale
+            # 8 + h is an `or` of its highest bits of mantissa with the exponent of 8.
+            field = pair << 20 if half == 0 else jax.lax.shift_right_logical(pair, jnp.int32(half)) << 20
+            raw = jax.lax.bitcast_convert_type(field & 0x00700000 | 0x41000000, jnp.float32)
+            value = (raw - (8 + three_bit.CENTRE)) * scale
             found.append(value.astype(jnp.bfloat16))
     return found
 

@@ -71,8 +71,8 @@ def untile(tiles: Int[Array, "major minor 2 32 4"], contract: str, rows: int) ->
 
 
 def take_prefix(
-    tiles: Int[Array, "a b c 32 4"], contract: str, count: int, span: int = 1
-) -> Int[Array, "kept b c 32 4"]:
+    tiles: Int[Array | np.ndarray, "a b c 32 4"], contract: str, count: int, span: int = 1
+) -> Int[Array | np.ndarray, "kept b c 32 4"]:
     """The tiles of the first `count` rows ("last") or contracted weights ("first"): one contiguous block.
 
     `span`: groups of a tile. Raises ValueError when a cut of the contraction splits a group; any other one keeps the

@@ -94,9 +94,10 @@ def _read(
 
 def job_of(leaves: Sequence[Any], **options: Any) -> Job:
     """A product with a leaf, or with two that go row next to row."""
-    weights, *rest = zip(*map(weights_of, leaves), strict=True)
-    if any(len(set(each)) > 1 for each in (weights, *rest)):
+    every = [weights_of(leaf) for leaf in leaves]
+    if len(set(every)) > 1:
         raise NotImplementedError("what goes row next to row is of one size, and of as many bits in each row")
+    weights, *rest = zip(*every, strict=True)
     return Job(weights, rest=rest[0] if rest else (), **options)
 
 
