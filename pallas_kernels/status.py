@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from uniql_jax.pallas_kernels import ahead, compat, dispatch
-from uniql_jax.pallas_kernels.dequant_matmul import selfcheck, tiling, tuned
+from uniql_jax.pallas_kernels.dequant_matmul import selfcheck, three_bit_products, tiling, tuned
 
 
 class Row(NamedTuple):
@@ -45,12 +45,12 @@ def rows() -> list[Row]:
     for kernel in (*tuned.TRITON, *tuned.HOPPER):
         layouts = tiling.CONTRACTS if kernel in (*tuned.HOPPER, "dequantize") else ("last", "first", *tiling.CONTRACTS)
         found += [Row(f"{kernel} ({layout})", *_reason(_verify, kernel, layout)) for layout in layouts]
-    for kernel, layout in itertools.product(tuned.TRITON, tiling.CONTRACTS):
-        found.append(Row(f"{kernel} ({layout}, 3 bits)", *_reason(_verify, kernel, layout, 3)))
+    for kernel, layout in itertools.product(three_bit_products.KERNELS, tiling.CONTRACTS):
+        found.append(Row(f"{kernel} ({layout}, 3 bits)", *_reason(_verify_three_bits, kernel, layout)))
     return found
 
 
-def _reason(check: Callable[..., None], *args: Any) -> tuple[bool, str]:
+def _reason(check: Callable[..., None], *args: str) -> tuple[bool, str]:
     try:
         check(*args)
     except NotImplementedError as refusal:
@@ -69,8 +69,14 @@ def _ahead() -> None:
         raise NotImplementedError("for Hopper and newer, where Triton takes PTX with an address")
 
 
-def _verify(kernel: str, layout: str, bits: int = 4) -> None:
+def _verify(kernel: str, layout: str) -> None:
     _on_a_gpu()
     if kernel in tuned.TRITON:
         compat.triton()
-    selfcheck.verify(kernel, layout, bits)
+    selfcheck.verify(kernel, layout)
+
+
+def _verify_three_bits(kernel: str, layout: str) -> None:
+    _on_a_gpu()
+    compat.triton()
+    three_bit_products.verify(kernel, layout)

@@ -21,6 +21,8 @@ from tests.test_decode_fused import SIZES, distance, run
 from tests.test_pallas_fused import EPS, close, normal, normed
 from uniql_jax import config as model_config
 from uniql_jax import elastic
+from uniql_jax.evaluation import random_nested
+from uniql_jax.evaluation.random_model import random_model
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.layers import fused as layers
 from uniql_jax.pallas_kernels import blocks, compat, dispatch
@@ -35,11 +37,12 @@ from uniql_jax.pallas_kernels.dequant_matmul import (
     three_bit,
     three_bit_dot,
     three_bit_mma,
+    three_bit_products,
     tuned,
 )
 from uniql_jax.pallas_kernels.dequant_matmul.fused import Stream
 from uniql_jax.pallas_kernels.dequant_matmul.hopper import common
-from uniql_jax.pallas_kernels.dequant_matmul.tiling import CONTRACTS, Weight
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import CONTRACTS, LAYOUTS, Weight
 from uniql_jax.runtime import loading
 from uniql_jax.weights.mixed import MixedArray, in_parts
 from uniql_jax.weights.nested import NestedArray, from_nested_codes
@@ -136,7 +139,7 @@ KERNELS = [
     ("last", 50, 2, 5, mma.Settings(along_k=1, along_n=2, tiles=2, stream=True)),
     ("first", 18, 5, 9, mma.Settings(along_k=2, split=2, ordered=True)),
     ("first", 32, 1, 16, mma.Settings(along_k=4)),
-    ("last", 50, 3, 33, dot.Settings(32, 16, split=2, join=8)),
+    ("last", 50, 3, 33, dot.Settings(32, 16, split=2)),
     ("first", 21, 2, 64, dot.Settings(16, 32, rows_inner=True)),
     ("last", 37, 5, 7, dequantize.Settings(2)),
     ("first", 37, 4, 7, dequantize.Settings(4)),
@@ -203,7 +206,7 @@ MORE_READS = ((16, 19), (5, 0), (9, 40))
 
 def held(drawn: Drawn, border: int) -> tuple[Any, np.ndarray]:
     """The leaf as a GPU holds it, with 4 bits up to `border`, and what it means."""
-    tile = {"last": "rows", "first": "groups"}[drawn.stored.contract]
+    tile = LAYOUTS[drawn.stored.contract]
     leaf = in_parts(drawn.stored.take_bits(border), tiles=True)
     if isinstance(leaf, MixedArray):
         leaf = dataclasses.replace(leaf, whole=leaf.whole.in_layout(tile))
@@ -282,10 +285,8 @@ def model_of(rng: np.random.Generator, share: float) -> CausalLM:
     def leaf(described: elastic.Leaf, name: str) -> Any:
         shape = elastic.shape(config, described)
         if described.contract is None:
-            angles = config.inv_freq(0) if name == "inv_freq" else None
-            return jnp.asarray(
-                np.repeat(angles[:, None], shape[1], 1) if angles is not None else np.ones(shape), jnp.float32
-            )
+            value = np.ones(shape) if name != "inv_freq" else np.repeat(config.inv_freq(0)[:, None], shape[1], 1)
+            return jnp.asarray(value, jnp.float32)
         width = shape[-1] if described.contract == "last" else int(np.prod(shape[:-1]))
         drawn = draw(rng, str(described.contract), int(np.prod(shape)) // width, width, shape[:-1])
         step = 32 if described.contract == "first" or "vo" in described.dims else 8
@@ -308,9 +309,7 @@ def model_of(rng: np.random.Generator, share: float) -> CausalLM:
 @pytest.mark.slow
 def test_fused_decode(rng: np.random.Generator, share: float, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block and the head by fused kernels, with what a loaded model has on a GPU; the truth is that without."""
-    monkeypatch.setattr(
-        loading, "preferred_layout", lambda *, contract, **_: {"last": "rows", "first": "groups"}[contract]
-    )
+    monkeypatch.setattr(loading, "preferred_layout", lambda *, contract, **_: LAYOUTS[contract])
     model = model_of(rng, share)
     kinds = {type(leaf) for leaf in model.params["layers"][0]["mlp"].values()}
     assert (MixedArray in kinds) == (share > 0)
@@ -320,6 +319,29 @@ def test_fused_decode(rng: np.random.Generator, share: float, batch: int, monkey
     got, _ = run(model, batch)
     assert not dispatch.REFUSALS
     assert distance(got, want) < 3e-2
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_random_models_have_the_shapes_of_loaded_ones(
+    rng: np.random.Generator, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `benchmark --bits 3.5` times is what a budget loads."""
+    chosen = LAYOUTS if tiles else dict.fromkeys(LAYOUTS, "plain")
+    for module in (loading, random_nested):
+        monkeypatch.setattr(module, "preferred_layout", lambda *, contract, **_: chosen[contract])
+    sizes = SIZES["llama"] | dict(num_hidden_layers=1, intermediate_size=1024, vocab_size=64)
+    config = model_config.from_hf(dict(published.LLAMA_3_1_8B) | sizes)
+    for name in ("up", "down"):
+        described = elastic.BLOCKS["mlp"][name]
+        stored = draw(rng, str(described.contract), *((1024, 256) if name == "up" else (256, 1024))).stored
+        for share in (0, 0.5):
+            found = random_nested.nested_shape(config, described, stored.shape, share, 128, jnp.bfloat16)
+            want = in_parts(stored.take_bits(round(1024 * share)), tiles)
+            assert jax.tree.structure(found) == jax.tree.structure(want)
+            for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+                assert (one.shape, one.dtype) == (other.shape, other.dtype)
+    if not tiles:
+        assert np.isfinite(run(random_model(config, 3.5, dtype=jnp.bfloat16), 1)[0]).all()
 
 
 # --- which form and which kernel ------------------------------------------------------------------------------------
@@ -332,7 +354,7 @@ def test_loading_falls_back_to_planes(rng: np.random.Generator, monkeypatch: pyt
     assert isinstance(loading.in_form(described, stored, jnp.bfloat16).rest, NestedArray)  # a CPU's
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(compat, "ampere", lambda: True)
-    monkeypatch.setattr(selfcheck, "verify", lambda *_: None)
+    monkeypatch.setattr(three_bit_products, "verify", lambda *_: None)
     found = loading.in_form(described, stored, jnp.bfloat16)
     assert (found.whole.layout, found.rest.layout, found.rest.bits) == ("rows", "rows", 3)
     assert isinstance(loading.in_form(described, stored, jnp.float32).rest, NestedArray)
@@ -342,7 +364,7 @@ def test_loading_falls_back_to_planes(rng: np.random.Generator, monkeypatch: pyt
     def wrong(*_: Any) -> None:
         raise NotImplementedError("the mma kernel is off by 1")
 
-    monkeypatch.setattr(selfcheck, "verify", wrong)
+    monkeypatch.setattr(three_bit_products, "verify", wrong)
     found = loading.in_form(described, stored, jnp.bfloat16)
     assert found.whole.layout == "rows"
     assert isinstance(found.rest, NestedArray)
@@ -373,9 +395,9 @@ def test_every_size_has_a_kernel(on_hopper: None, monkeypatch: pytest.MonkeyPatc
     [("mma", "rows"), ("dequantize", "groups"), pytest.param("dot", "rows", marks=pytest.mark.slow)],
 )
 def test_the_self_check_passes_here_and_can_fail(kernel: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert selfcheck._error(kernel, layout, 3) < selfcheck.BOUND
+    assert three_bit_products.error_of(kernel, layout) < selfcheck.BOUND
     monkeypatch.setattr(three_bit, "pairs_of", lambda words, right=three_bit.pairs_of: right(words[::-1]))
-    assert selfcheck._error(kernel, layout, 3) > 10 * selfcheck.BOUND
+    assert three_bit_products.error_of(kernel, layout) > 10 * selfcheck.BOUND
 
 
 def test_preferred_layout_wants_groups_of_128(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,8 +415,8 @@ def test_preferred_layout_wants_groups_of_128(monkeypatch: pytest.MonkeyPatch) -
 CUTS = [
     ("mma", "rows", 1, mma.Settings(along_k=4, gate=True, stream=True)),
     ("mma", "groups", 16, mma.Settings(along_k=2, tiles=2, split=4)),
-    ("dot", "rows", 64, dot.Settings(join=8)),
-    ("dot", "groups", 128, dot.Settings(tile_m=128, split=4, join=8, rows_inner=True)),
+    ("dot", "rows", 64, dot.Settings()),
+    ("dot", "groups", 128, dot.Settings(tile_m=128, split=4, rows_inner=True)),
 ]
 
 

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.pallas_kernels import compat, dispatch, packing
-from uniql_jax.pallas_kernels.dequant_matmul import blocked, pallas, reference, selfcheck, three_bit, tiling
+from uniql_jax.pallas_kernels.dequant_matmul import blocked, pallas, reference, three_bit, three_bit_products, tiling
 
 IMPLEMENTATIONS = {
     "reference": reference.dequant_matmul,
@@ -69,7 +69,7 @@ def _three_bits_run(layout: str) -> bool:
     """Whether the kernel for few rows, which decoding needs, is right here; planes need no kernels, tiles do."""
     try:
         compat.triton()
-        selfcheck.verify("mma", layout, three_bit.BITS)
+        three_bit_products.verify("mma", layout)
     except NotImplementedError as refusal:
         dispatch.refuse(f"3-bit weights ({layout})", "pallas", str(refusal))
         return False

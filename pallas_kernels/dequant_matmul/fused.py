@@ -19,7 +19,16 @@ from jaxtyping import Array, Float, Int
 
 from uniql_jax.pallas_kernels import ahead, blocks, compat
 from uniql_jax.pallas_kernels.ahead import Ahead
-from uniql_jax.pallas_kernels.dequant_matmul import mma, pallas, selfcheck, shares, three_bit, three_bit_mma, tiling
+from uniql_jax.pallas_kernels.dequant_matmul import (
+    mma,
+    pallas,
+    selfcheck,
+    shares,
+    three_bit,
+    three_bit_mma,
+    three_bit_products,
+    tiling,
+)
 from uniql_jax.pallas_kernels.dequant_matmul.fused_kernels import Job as Job
 from uniql_jax.pallas_kernels.dequant_matmul.fused_kernels import programs_of, read_kernel, write_kernel
 from uniql_jax.pallas_kernels.dequant_matmul.mma import Settings, parts_of, row_tiles
@@ -110,7 +119,8 @@ def supported(x: Array, weights: Sequence[Weight], count: int) -> None:
     for weight in weights:
         mma.supported(weight, Settings(), count)
         if jax.default_backend() == "gpu":
-            selfcheck.verify("mma", weight.layout, weight.bits)
+            check = selfcheck if weight.bits != three_bit.BITS else three_bit_products
+            check.verify("mma", weight.layout)
 
 
 def read(

@@ -16,9 +16,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.pallas_kernels import compat, dispatch, packing
-from uniql_jax.pallas_kernels.dequant_matmul import plain, reference, selfcheck, tiling, tuned
+from uniql_jax.pallas_kernels.dequant_matmul import (
+    dequantize,
+    dot,
+    mma,
+    plain,
+    reference,
+    selfcheck,
+    three_bit,
+    three_bit_products,
+    tiling,
+    tuned,
+)
+from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster, wgmma
 from uniql_jax.pallas_kernels.dequant_matmul.plain import Weight
-from uniql_jax.pallas_kernels.dequant_matmul.products import DENSE, PRODUCTS
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight as Tiled
 
 LEAST_GROUP = 64
@@ -73,7 +84,7 @@ def _choose(x: Array, scale: Array, weight: Weight) -> tuple[Tiled, tuned.Choice
     for choice in choices:
         try:
             if choice[0] != "dense":
-                selfcheck.verify(choice[0], layout, weight.bits)
+                (selfcheck if weight.bits != three_bit.BITS else three_bit_products).verify(choice[0], layout)
             return tiled, choice
         except NotImplementedError as refusal:
             dispatch.refuse(f"dequant_matmul ({layout})", choice[0], str(refusal))
@@ -87,7 +98,7 @@ def _product(
     chosen = _choose(x, scale, weight)
     if chosen is None:
         compat.triton()
-        if weight.bits == 3:
+        if weight.bits == three_bit.BITS:
             raise NotImplementedError("3-bit kernels multiply bfloat16")
         return plain.product(x, data, scale, weight)
     tiled, (kernel, settings) = chosen
@@ -96,9 +107,12 @@ def _product(
     padded = tiled.groups * tiled.group
     if padded != weight.width:  # what is stored beyond the width must meet zeros
         x = jnp.pad(x, ((0, 0), (0, padded - weight.width)))
+    if weight.bits == three_bit.BITS:
+        return three_bit_products.product(kernel, x, data, scale, tiled, settings)
     if kernel == "dequantize":
-        return DENSE[tiled.bits](x, data, scale, tiled, settings)
-    parts = PRODUCTS[kernel, tiled.bits](x, data, scale, weight=tiled, settings=settings)
+        return dequantize.product(x, data, scale, tiled, settings)
+    run = {"mma": mma.product, "dot": dot.product, "cluster": cluster.product, "wgmma": wgmma.product}[kernel]
+    parts = run(x, data, scale, weight=tiled, settings=settings)
     return (parts[0] if parts.shape[0] == 1 else parts.sum(0)).astype(x.dtype)
 
 

@@ -1,6 +1,6 @@
 """Many rows of x times a 3-bit weight: tiles of words become bf16 in registers, or a dense bf16 weight in memory.
 
-Both unpack a group to 32 planes, the weights of a row's four lanes that have the same place in their words.
+In both, a thread unpacks the 32 weights of a row, group and lane of the tile.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from jaxtyping import Array, Float, Int
 
 from uniql_jax.pallas_kernels import compat
 from uniql_jax.pallas_kernels.compat import pl
-from uniql_jax.pallas_kernels.dequant_matmul import dequantize, dot, three_bit, tiling
+from uniql_jax.pallas_kernels.dequant_matmul import dequantize, three_bit, tiling
 from uniql_jax.pallas_kernels.dequant_matmul.dot import Settings
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
 LANES = 4
-PLANES = 2 * three_bit.PAIRS
+"""Of a row in a group: 32 contracted weights each, in pieces of 8 that take turns."""
 
 
-def _planes(words: list[Int[Array, "..."]], scale: Float[Array, "..."]) -> list[Float[Array, "..."]]:
+def _unpacked(words: list[Int[Array, "*b"]], scale: Float[Array, "*b"]) -> Float[Array, "*b 2 2 2 2 2"]:
     """The 32 weights of three words, (h - 3.75) * scale in bf16, in the order of the contraction."""
     found = []
     scale = scale.astype(jnp.float32)
@@ -33,7 +33,10 @@ def _planes(words: list[Int[Array, "..."]], scale: Float[Array, "..."]) -> list[
             raw = jax.lax.bitcast_convert_type(field & 0x00700000 | 0x41000000, jnp.float32)
             value = (raw - (8 + three_bit.CENTRE)) * scale
             found.append(value.astype(jnp.bfloat16))
-    return found
+    while len(found) > 1:  # all of them stay in their thread
+        rest = len(found) // 2
+        found = [jnp.stack([found[i], found[rest + i]], axis=-1) for i in range(rest)]
+    return found[0]
 
 
 def _load(data_ref: Any, weight: Weight, tile: Array, group: Array, row: Array, lane: Array) -> list[Array]:
@@ -56,19 +59,19 @@ def _dot_kernel(*refs: Any, weight: Weight, settings: Settings) -> None:
     n_read, m_read = jnp.minimum(n, weight.features - 1), jnp.minimum(m, count - 1)
     tile, row, lane = n_read[:, None] // tiling.ROWS, n_read[:, None] % tiling.ROWS, jnp.arange(LANES)[None, :]
     per_share = pl.cdiv(weight.groups, settings.split)
-    join = max(4, settings.join)  # tensor cores contract 16 at a time
 
     def one_group(index: Array, total: Array) -> Array:
         group = share * per_share + index
         scale = scale_ref[(n_read, group) if weight.layout == "rows" else (group, n_read)]
         words = _load(data_ref, weight, tile, group, row, lane)
-        planes = _planes(words, jnp.broadcast_to(scale[:, None], (settings.tile_n, LANES)))
-        for first in range(0, PLANES, join):
-            column = group * tiling.GROUP + LANES * first + jnp.arange(join * LANES)
-            x = x_ref[m_read[None, :], column[:, None]]
-            side_by_side = dot.side_by_side(planes[first : first + join])
-            total += jax.lax.dot_general(side_by_side, x, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return total
+        values = _unpacked(words, jnp.broadcast_to(scale[:, None], (settings.tile_n, LANES)))
+        column = group * tiling.GROUP + jnp.arange(tiling.GROUP)
+        return total + jax.lax.dot_general(
+            values.reshape(settings.tile_n, tiling.GROUP),
+            x_ref[m_read[None, :], column[:, None]],
+            (((1,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
 
     rounds = jnp.clip(weight.groups - share * per_share, 0, per_share)
     zeros = jnp.zeros((settings.tile_n, settings.tile_m), jnp.float32)
@@ -78,9 +81,8 @@ def _dot_kernel(*refs: Any, weight: Weight, settings: Settings) -> None:
 
 
 def arrange(x: Float[Array, "count width"], weight: Weight) -> Float[Array, "count width"]:
-    """x with the columns of a group in the order of `_planes`, lanes innermost."""
-    parts = x.reshape(x.shape[0], weight.groups, 4, LANES, 8).swapaxes(3, 4)
-    return parts.reshape(x.shape)
+    """x with the columns of a group lane after lane."""
+    return x.reshape(x.shape[0], weight.groups, 4, LANES, 8).swapaxes(2, 3).reshape(x.shape)
 
 
 def product(
@@ -117,14 +119,11 @@ def _dense_kernel(
     inside = (n < weight.features) & (group < weight.groups)
     n_read, group_read = jnp.minimum(n, weight.features - 1), jnp.minimum(group, weight.groups - 1)
     scale = scale_ref[(n_read, group_read) if weight.layout == "rows" else (group_read, n_read)]
-    planes = _planes(_load(data_ref, weight, tile, group_read, row, lane), scale)
-    while len(planes) > 1:  # the weights of a thread: [..., 2, 2, 2, 2, 2], the first bit outermost
-        half = len(planes) // 2
-        planes = [jnp.stack([planes[i], planes[half + i]], axis=-1) for i in range(half)]
+    values = _unpacked(_load(data_ref, weight, tile, group_read, row, lane), scale)
     byte, k = jnp.arange(4)[None, :, None], jnp.arange(8)[None, None, :]
     k = tiling.GROUP * group[:, None, None] + 8 * (LANES * byte + lane[:, None, None]) + k
     inside = jnp.broadcast_to(inside[:, None, None], k.shape)
-    compat.store(out_ref, (n[:, None, None], k), planes[0].reshape(k.shape), inside)
+    compat.store(out_ref, (n[:, None, None], k), values.reshape(k.shape), inside)
 
 
 def dense(

@@ -9,6 +9,7 @@ serve the other three, and leave the spare bits of three words next to one anoth
 from __future__ import annotations
 
 import functools
+import itertools
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -124,22 +125,18 @@ def accumulate(
         if weight.groups % three_bit.SPAN:
             groups = [[jnp.minimum(group, weight.groups - 1) for group in each] for each in groups]
         scales = [[[mma.scales_of(s, weight, at, g)[0] for s in sources] for g in each] for each in groups]
-        xs = [
-            [[mma.load_x(x_ref, weight, at, g + first, column) for column in range(columns)] for g in each]
-            for each in groups
-        ]
         mask = warp.gate(index, threads, -1) if settings.gate else None
         for u, pair in enumerate(numbers):
-            for r in range(len(sources)):
-                unpacked = unpack(words[u][r], mask)
-                for g in range(three_bit.SPAN):
-                    for column in range(columns):
-                        product = _product(unpacked, xs[u][g][column], g, zeros)
-                        if repeats or (g and weight.groups % three_bit.SPAN):
-                            # What is repeated must add nothing, not even 0 * inf.
-                            product = jnp.where(three_bit.SPAN * pair + g < weight.groups, product, 0.0)
-                        slot = r * columns + column
-                        sums[slot] = sums[slot] + product * scales[u][g][r]
+            unpacked = [unpack(each, mask) for each in words[u]]
+            for g, group in enumerate(groups[u]):
+                # x, which the first-level cache has, is loaded here: it would hold many registers all the while.
+                xs = [mma.load_x(x_ref, weight, at, group + first, column) for column in range(columns)]
+                for slot, (r, column) in enumerate(itertools.product(range(len(sources)), range(columns))):
+                    product = _product(unpacked[r], xs[column], g, zeros)
+                    if repeats or (g and weight.groups % three_bit.SPAN):
+                        # What is repeated must add nothing, not even 0 * inf.
+                        product = jnp.where(three_bit.SPAN * pair + g < weight.groups, product, 0.0)
+                    sums[slot] = sums[slot] + product * scales[u][g][r]
         return sums
 
     sums = jax.lax.fori_loop(0, rounds, step, [zeros] * (len(sources) * columns))
