@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from uniql_jax.pallas_kernels import compat
 from uniql_jax.pallas_kernels.compat import pl
-from uniql_jax.pallas_kernels.dequant_matmul import dequantize, three_bit, tiling
+from uniql_jax.pallas_kernels.dequant_matmul import dequantize, dot, three_bit, tiling
 from uniql_jax.pallas_kernels.dequant_matmul.dot import Settings
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
@@ -22,21 +22,15 @@ LANES = 4
 """Of a row in a group: 32 contracted weights each, in pieces of 8 that take turns."""
 
 
-def _unpacked(words: list[Int[Array, "*b"]], scale: Float[Array, "*b"]) -> Float[Array, "*b 2 2 2 2 2"]:
-    """The 32 weights of three words, (h - 3.75) * scale in bf16, in the order of the contraction."""
+def _unpacked(words: list[Int[Array, "*b"]]) -> list[Float[Array, "*b"]]:
+    """The 32 weights of three words, h - 3.75 in bf16, in the order of the contraction."""
     found = []
-    scale = scale.astype(jnp.float32)
     for pair in three_bit.pairs_of(words):
         for half in (0, 16):
-            # 8 + h is an `or` of its highest bits of mantissa with the exponent of 8.
-            field = pair << 20 if half == 0 else jax.lax.shift_right_logical(pair, jnp.int32(half)) << 20
-            raw = jax.lax.bitcast_convert_type(field & 0x00700000 | 0x41000000, jnp.float32)
-            value = (raw - (8 + three_bit.CENTRE)) * scale
-            found.append(value.astype(jnp.bfloat16))
-    while len(found) > 1:  # all of them stay in their thread
-        rest = len(found) // 2
-        found = [jnp.stack([found[i], found[rest + i]], axis=-1) for i in range(rest)]
-    return found[0]
+            # 8 + h is an `or` of the highest bits of a mantissa with the exponent of 8.
+            raw = (((pair >> half) & 7) << 4 | 0x4100).astype(jnp.int16)
+            found.append(jax.lax.bitcast_convert_type(raw, jnp.bfloat16) - jnp.bfloat16(8 + three_bit.CENTRE))
+    return found
 
 
 def _load(data_ref: Any, weight: Weight, tile: Array, group: Array, row: Array, lane: Array) -> list[Array]:
@@ -64,10 +58,11 @@ def _dot_kernel(*refs: Any, weight: Weight, settings: Settings) -> None:
         group = share * per_share + index
         scale = scale_ref[(n_read, group) if weight.layout == "rows" else (group, n_read)]
         words = _load(data_ref, weight, tile, group, row, lane)
-        values = _unpacked(words, jnp.broadcast_to(scale[:, None], (settings.tile_n, LANES)))
+        # Scaled when they are one matrix: Triton for Blackwell fails on an operand that is but reshaped.
+        values = dot.side_by_side(_unpacked(words)) * scale[:, None]
         column = group * tiling.GROUP + jnp.arange(tiling.GROUP)
         return total + jax.lax.dot_general(
-            values.reshape(settings.tile_n, tiling.GROUP),
+            values,
             x_ref[m_read[None, :], column[:, None]],
             (((1,), (0,)), ((), ())),
             preferred_element_type=jnp.float32,
@@ -81,8 +76,8 @@ def _dot_kernel(*refs: Any, weight: Weight, settings: Settings) -> None:
 
 
 def arrange(x: Float[Array, "count width"], weight: Weight) -> Float[Array, "count width"]:
-    """x with the columns of a group lane after lane."""
-    return x.reshape(x.shape[0], weight.groups, 4, LANES, 8).swapaxes(2, 3).reshape(x.shape)
+    """x with the k-th columns of a group's lanes next to one another."""
+    return x.reshape(x.shape[0], weight.groups, 4, LANES, 8).swapaxes(3, 4).reshape(x.shape)
 
 
 def product(
@@ -119,11 +114,14 @@ def _dense_kernel(
     inside = (n < weight.features) & (group < weight.groups)
     n_read, group_read = jnp.minimum(n, weight.features - 1), jnp.minimum(group, weight.groups - 1)
     scale = scale_ref[(n_read, group_read) if weight.layout == "rows" else (group_read, n_read)]
-    values = _unpacked(_load(data_ref, weight, tile, group_read, row, lane), scale)
+    values = [value * scale for value in _unpacked(_load(data_ref, weight, tile, group_read, row, lane))]
+    while len(values) > 1:  # neighbours in one thread: [..., 2, 2, 2, 2, 2], the first bit outermost
+        half = len(values) // 2
+        values = [jnp.stack([values[i], values[half + i]], axis=-1) for i in range(half)]
     byte, k = jnp.arange(4)[None, :, None], jnp.arange(8)[None, None, :]
     k = tiling.GROUP * group[:, None, None] + 8 * (LANES * byte + lane[:, None, None]) + k
     inside = jnp.broadcast_to(inside[:, None, None], k.shape)
-    compat.store(out_ref, (n[:, None, None], k), values.reshape(k.shape), inside)
+    compat.store(out_ref, (n[:, None, None], k), values[0].reshape(k.shape), inside)
 
 
 def dense(
