@@ -155,7 +155,7 @@ def test_products(rng: np.random.Generator, contract: str, rows: int, groups: in
         dense = three_bit_dot.dense(leaf.data, leaf.scale, weight, settings)
         np.testing.assert_array_equal(dense, drawn.coarse.astype(ml_dtypes.bfloat16))
         return
-    product = three_bit_mma.product if isinstance(settings, mma.Settings) else three_bit_dot.product
+    product: Any = three_bit_mma.product if isinstance(settings, mma.Settings) else three_bit_dot.product
     parts = jax.jit(lambda x, d, s: product(x, d, s, weight=weight, settings=settings))(x, leaf.data, leaf.scale)
     assert parts.shape == (settings.split, count, rows)
     want = np.asarray(x, np.float64) @ drawn.coarse.T
@@ -180,7 +180,7 @@ def test_every_implementation_agrees(rng: np.random.Generator, contract: str, mo
     width = 300 if contract == "last" else 256
     drawn = draw(rng, contract, 30, width)
     _, leaf = three(drawn)
-    options = dict(bits=3, group=128, contract=contract, width=width, layout=leaf.layout)
+    options: dict[str, Any] = dict(bits=3, group=128, contract=contract, width=width, layout=leaf.layout)
     for count in (2, 18):
         x = normal(rng, count, width)
         want = np.asarray(x, np.float64) @ drawn.coarse.T
@@ -207,7 +207,7 @@ MORE_READS = ((16, 19), (5, 0), (9, 40))
 def held(drawn: Drawn, border: int) -> tuple[Any, np.ndarray]:
     """The leaf as a GPU holds it, with 4 bits up to `border`, and what it means."""
     tile = LAYOUTS[drawn.stored.contract]
-    leaf = in_parts(drawn.stored.take_bits(border), tiles=True)
+    leaf: Any = in_parts(drawn.stored.take_bits(border), tiles=True)
     if isinstance(leaf, MixedArray):
         leaf = dataclasses.replace(leaf, whole=leaf.whole.in_layout(tile))
     elif leaf.bits == 4:
@@ -250,8 +250,10 @@ def test_gate_and_up(rng: np.random.Generator, count: int, border: int, settings
     stream = fused.prepare(x, jnp.asarray(norm))
     [out] = jax.jit(lambda s: fused.read(s, [job], operands, eps=EPS, settings=settings)[0])(stream)
     y = normed(x, norm) @ dense.T
-    out = out if out.ndim == 2 else pallas_cases.from_blocks(out, count)
-    close(out, y / (1 + np.exp(-y)) * (normed(x, norm) @ dense_up.T))
+    close(
+        jnp.asarray(out if out.ndim == 2 else pallas_cases.from_blocks(out, count)),
+        y / (1 + np.exp(-y)) * (normed(x, norm) @ dense_up.T),
+    )
     other, _ = held(draw(rng, "last", 128, 256), border // 2)
     with pytest.raises(NotImplementedError, match="one size"):
         layers.job_of([gate, other] if border else [gate, held(draw(rng, "last", 128, 256), 9)[0]])
@@ -313,8 +315,10 @@ def test_fused_decode(rng: np.random.Generator, share: float, batch: int, monkey
     model = model_of(rng, share)
     kinds = {type(leaf) for leaf in model.params["layers"][0]["mlp"].values()}
     assert (MixedArray in kinds) == (share > 0)
+    decoding = "decode", jax.default_backend()
+    monkeypatch.setitem(dispatch.MEASURED, decoding, "blocked")
     want, _ = run(model, batch)
-    monkeypatch.setitem(dispatch.MEASURED, ("decode", "cpu"), "pallas")
+    monkeypatch.setitem(dispatch.MEASURED, decoding, "pallas")
     monkeypatch.setattr(dispatch, "REFUSALS", {})
     got, _ = run(model, batch)
     assert not dispatch.REFUSALS
@@ -349,9 +353,10 @@ def test_random_models_have_the_shapes_of_loaded_ones(
 
 def test_loading_falls_back_to_planes(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles only where the kernel that decodes was seen to be right."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     described, stored = elastic.BLOCKS["mlp"]["up"], draw(rng, "last", 32, 256).stored.take_bits(16)
     monkeypatch.setattr(dispatch, "REFUSALS", {})
-    assert isinstance(loading.in_form(described, stored, jnp.bfloat16).rest, NestedArray)  # a CPU's
+    assert isinstance(loading.in_form(described, stored, jnp.bfloat16).rest, NestedArray)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(compat, "ampere", lambda: True)
     monkeypatch.setattr(three_bit_products, "verify", lambda *_: None)
@@ -461,3 +466,24 @@ def test_4_bits_and_3_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
             jax.jit(call).trace(shape((1, 256), jnp.bfloat16), operands).lower(lowering_platforms=("cuda",)).as_text()
         )
     assert text.count("xla.gpu.triton") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("count", [1, 5, 9, 16])
+def test_shapes_of_a_model_on_the_device(rng: np.random.Generator, share: float, count: int) -> None:
+    """As the model cuts them; a border inside of a row tile."""
+    for rows, border in ((14336, 7168), (4096, 2040), (1000, 504)):
+        full = {0.0: 0, 0.5: border, 1.0: rows}[share]
+        leaf, dense = held(draw(rng, "last", rows, 4096), full)
+        x = normal(rng, count, 4096)
+        [out], _ = fused.read(Stream(x), [layers.job_of([leaf])], [[layers.operands_of(leaf)]], eps=EPS)
+        close(out, np.asarray(x, np.float32) @ dense.T.astype(np.float32))
+    for width, border in ((14336, 7168), (4096, 1152), (9088, 4992)):
+        full = {0.0: 0, 0.5: border, 1.0: width}[share]
+        leaf, dense = held(draw(rng, "first", 4096, width), full)
+        hidden, x = normal(rng, count, width), normal(rng, count, 4096)
+        given = blocks.in_blocks(hidden) if count > 1 else hidden
+        weights, operands = layers.weights_of(leaf), layers.operands_of(leaf)
+        out = fused.write(given, weights, operands, Stream(x), jnp.ones(4096))
+        close(out.x, np.asarray(x, np.float32) + np.asarray(hidden, np.float32) @ dense.T.astype(np.float32))

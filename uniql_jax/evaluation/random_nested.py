@@ -21,7 +21,7 @@ from uniql_jax.weights.quantized import QuantizedArray, from_codes
 
 def packed_shape(leaf: elastic.Leaf, shape: tuple[int, ...], bits: int, group: int) -> QuantizedArray:
     """A packed leaf of 4 or 8 bits, in plain layout, with jax.ShapeDtypeStruct for arrays."""
-    assemble = functools.partial(from_codes, bits=bits, group=group, contract=leaf.contract, shape=shape)
+    assemble = functools.partial(from_codes, bits=bits, group=group, contract=str(leaf.contract), shape=shape)
     return jax.eval_shape(assemble, *_codes(leaf, shape, group, 1))
 
 
