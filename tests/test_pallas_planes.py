@@ -39,6 +39,7 @@ from uniql_jax.pallas_kernels.dequant_matmul import (
     three_bit_mma,
     three_bit_products,
     tuned,
+    warp,
 )
 from uniql_jax.pallas_kernels.dequant_matmul.fused import Stream
 from uniql_jax.pallas_kernels.dequant_matmul.hopper import common
@@ -436,6 +437,57 @@ def lowered(kernel: str, layout: str, count: int, settings: Any) -> Any:
             jax.ShapeDtypeStruct((*tiles, 3, 32, 4), jnp.int32),
             jax.ShapeDtypeStruct(scales, jnp.bfloat16),
         ).lower(lowering_platforms=("cuda",))
+
+
+def emulated(text: str, constraints: str, args: list[jax.Array], dtype: Any, pack: int) -> jax.Array:
+    """What lines of PTX, each for one element, make of 32-bit integers."""
+    registers = {f"${i}": np.asarray(arg).view(np.uint32) for i, arg in enumerate(args, 1)}
+    assert constraints == ",".join(["=r", *"r" * len(args)])
+
+    def value(name: str) -> Any:
+        return registers[name] if name in registers else np.uint32(int(name, 0) & 0xFFFFFFFF)
+
+    def halves(pair: Any) -> np.ndarray:
+        both = np.stack([pair & 0xFFFF, pair >> 16]) if np.ndim(pair) else np.asarray([pair & 0xFFFF, pair >> 16])
+        return both.astype(np.uint16).view(ml_dtypes.bfloat16).astype(np.float64)
+
+    for line in text.strip("{} ").split(";"):
+        operation, _, operands = line.strip().partition(" ")
+        if operation in ("", ".reg"):
+            continue
+        target, *found = (each.strip() for each in operands.split(","))
+        a, b, c, *_ = [*map(value, found), 0, 0]
+        if operation == "mov.b32":
+            out = a
+        elif operation == "and.b32":
+            out = a & b
+        elif operation == "lop3.b32":
+            out = {0x80: a & b & c, 0xEA: a & b | c}[int(found[3], 0)]
+        else:
+            assert operation == "fma.rn.bf16x2"
+            numbers = halves(a) * halves(b).reshape(2, 1, 1) + halves(c).reshape(2, 1, 1)
+            low, high = numbers.astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32)
+            out = high << 16 | low
+        registers[target] = out
+    return jnp.asarray(registers["$0"].view(np.int32))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_instructions_unpack(rng: np.random.Generator, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines of PTX that a GPU runs, which the interpreter never sees, one by one."""
+    monkeypatch.setattr(compat, "interpreted", lambda: False)
+    monkeypatch.setattr(warp, "asm", emulated)
+    integers = rng.integers(0, 8, (16, 2, 32, 4))
+    words = np.zeros((3, 32, 4), np.uint32)
+    for p, half in np.ndindex(16, 2):
+        for bit in range(3):
+            word, at = (p // 5, 3 * (p % 5) + bit) if p < 15 else (2 - bit, 15)
+            words[word] |= ((integers[p, half] >> bit & 1) << (at + 16 * half)).astype(np.uint32)
+    mask = jnp.full((32, 4), -1, jnp.int32) if gated else None
+    pairs = three_bit_mma.unpack([jnp.asarray(word.view(np.int32)) for word in words], mask)
+    got = np.stack([np.asarray(pair).view(ml_dtypes.bfloat16).reshape(32, 4, 2) for pair in pairs])
+    want = (np.moveaxis(integers, 1, -1) - 3.75) * 2.0**-three_bit_mma.LIFT
+    np.testing.assert_array_equal(got.astype(np.float64), want)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
