@@ -45,8 +45,8 @@ from uniql_jax.pallas_kernels.dequant_matmul.fused import Stream
 from uniql_jax.pallas_kernels.dequant_matmul.hopper import common
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import CONTRACTS, LAYOUTS, Weight
 from uniql_jax.runtime import loading
-from uniql_jax.weights.mixed import MixedArray, in_parts
-from uniql_jax.weights.nested import NestedArray, from_nested_codes
+from uniql_jax.weights.mixed import MixedArray, in_parts, in_planes
+from uniql_jax.weights.nested import NestedArray, from_nested_codes, from_tiles
 from uniql_jax.weights.quantized import QuantizedArray
 
 ROUNDING = 4e-3
@@ -104,6 +104,8 @@ def test_tiles_hold_the_leading_bits(rng: np.random.Generator, contract: str) ->
     tiled = planes.tiled()
     assert tiled.nbytes == planes.nbytes
     np.testing.assert_array_equal(tiled.dense(), planes.dense())
+    for one, other in zip(jax.tree.leaves(from_tiles(tiled)), jax.tree.leaves(planes), strict=True):
+        np.testing.assert_array_equal(one, other)
     for count in (5, 8) if contract == "last" else (128, 256):
         kept = tiled.take_prefix(count)
         np.testing.assert_array_equal(kept.dense(), planes.take_prefix(count).dense())
@@ -121,6 +123,13 @@ def test_odd_sizes_are_filled_up(rng: np.random.Generator) -> None:
         tiled, planes = drawn.stored.take_bits(0).tiled(), drawn.stored.take_bits(0)
         assert tiled.data.shape == ((2, 2, 3, 32, 4))
         np.testing.assert_array_equal(tiled.dense(), planes.dense())
+        mixed = in_parts(drawn.stored.take_bits(8 if contract == "last" else 256), tiles=True)
+        assert isinstance(mixed, MixedArray)
+        back = in_planes(dataclasses.replace(mixed, whole=mixed.whole.in_layout(LAYOUTS[contract])))
+        want = in_parts(drawn.stored.take_bits(mixed.whole.shape[0]))
+        assert jax.tree.structure(back) == jax.tree.structure(want)
+        for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(want), strict=True):
+            np.testing.assert_array_equal(one, other)
         with pytest.raises(ValueError, match="all bits"):
             drawn.stored.tiled()
         with pytest.raises(NotImplementedError, match="3 bits come in tiles"):

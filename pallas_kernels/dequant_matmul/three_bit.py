@@ -84,6 +84,32 @@ def tile(leading: UInt8[np.ndarray, "..."], contract: str) -> Int[np.ndarray, "m
     return tiles if contract == "last" else np.ascontiguousarray(tiles.swapaxes(0, 1))
 
 
+def tiles_shape(rows: int, groups: int, contract: str) -> tuple[int, ...]:
+    """Of the tiles of a weight of so many rows ("last") or features ("first")."""
+    tiles = -(-rows // ROWS), -(-groups // SPAN)
+    return (*(tiles if contract == "last" else tiles[::-1]), WORDS, 32, 4)
+
+
+def untile(
+    tiles: Int[np.ndarray, "major minor 3 32 4"], contract: str, rows: int, groups: int
+) -> UInt8[np.ndarray, "..."]:
+    """Inverse of `tile`, for a weight of so many rows ("last") or features ("first"), with numpy."""
+    found = tiles if contract == "last" else tiles.swapaxes(0, 1)
+    words = found.view(np.uint32).reshape(*found.shape[:2], WORDS, 8, 4, 2, SPAN)
+    planes = np.zeros((len(words), 2, 8, BITS, words.shape[1], SPAN, 4, 4), np.uint8)
+    for pair in range(PAIRS):
+        for plane in range(BITS):
+            word, at = divmod(pair, FIELDS)
+            at = BITS * at + BITS - 1 - plane
+            if pair == PAIRS - 1:
+                word, at = plane, SPARE
+            for half in (0, 1):
+                bit = (words[:, :, word] >> np.uint32(at + 16 * half) & 1).astype(np.uint8)
+                planes[:, :, :, plane, :, :, pair // 4] |= bit.transpose(0, 4, 2, 1, 5, 3) << (2 * (pair % 4) + half)
+    planes = planes.reshape(len(words) * ROWS, BITS, -1)[:rows, :, : groups * GROUP // 8]
+    return planes if contract == "last" else np.ascontiguousarray(planes.transpose(2, 1, 0))
+
+
 def pairs_of(words: list[Int[Array, "..."]]) -> list[Int[Array, "..."]]:
     """Three words as sixteen pairs of integers, each in the lowest bits of either half."""
     found = [(words[p // FIELDS] >> (3 * (p % FIELDS))) & 0x00070007 for p in range(PAIRS - 1)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
-from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout, three_bit, tiling
+from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout, three_bit
 from uniql_jax.plan import axis_layout
 from uniql_jax.weights.mixed import MixedArray
 from uniql_jax.weights.nested import NestedArray, from_nested_codes
@@ -44,19 +43,10 @@ def _three_bit_shape(
     leaf: elastic.Leaf, shape: tuple[int, ...], group: int, dtype: Any
 ) -> QuantizedArray | NestedArray:
     contract = str(leaf.contract)
+    assemble = functools.partial(from_nested_codes, group=group, contract=contract, shape=shape)
+    planes = jax.eval_shape(lambda *parts: assemble(*parts).take_bits(0), *_codes(leaf, shape, group, 2))
     layout = preferred_layout(bits=three_bit.BITS, group=group, contract=contract, dtype=dtype)
-    if layout == "plain":
-        assemble = functools.partial(from_nested_codes, group=group, contract=contract, shape=shape)
-        return jax.eval_shape(lambda *parts: assemble(*parts).take_bits(0), *_codes(leaf, shape, group, 2))
-    like = packed_shape(leaf, shape, 4, group)
-    features, groups = like.scale.shape[-1], like.scale.shape[0]
-    if contract == "last":
-        features, groups = like.scale.size // features, features
-    words, span = tiling.SHAPES[three_bit.BITS]
-    tiles = -(-features // tiling.ROWS), -(-groups // span)
-    tiles = tiles if contract == "last" else tiles[::-1]
-    data = jax.ShapeDtypeStruct((*tiles, words, 32, 4), jnp.int32)
-    return dataclasses.replace(like, data=data, bits=three_bit.BITS, layout=layout)
+    return planes if layout == "plain" else planes.tiled()
 
 
 def _codes(leaf: elastic.Leaf, shape: tuple[int, ...], group: int, scales: int) -> list[jax.ShapeDtypeStruct]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,9 +71,9 @@ def in_form(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = Tru
     """A leaf in the dtype and layout that `place` gives it, still in the host's memory; arguments as there."""
     if isinstance(value, NestedArray):
         layout = preferred_layout(bits=BITS, group=value.group, contract=value.contract, dtype=dtype)
-        value = in_parts(value, layout != "plain")
+        value = in_parts(value, tiles=layout != "plain")
     if isinstance(value, MixedArray):
-        return dataclasses.replace(value, whole=in_form(leaf, value.whole, dtype, tiles, name))
+        return MixedArray(*(in_form(leaf, part, dtype, tiles, name) for part in (value.whole, value.rest)))
     if isinstance(value, NestedArray):
         return value
     if isinstance(value, QuantizedArray):

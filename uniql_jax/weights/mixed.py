@@ -10,11 +10,14 @@ import math
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.weights.nested import NestedArray
+from uniql_jax.pallas_kernels.dequant_matmul.three_bit import BITS
+from uniql_jax.weights.nested import NestedArray, from_tiles
 from uniql_jax.weights.quantized import QuantizedArray
 
 
@@ -72,3 +75,12 @@ def in_parts(weight: NestedArray, tiles: bool = False) -> QuantizedArray | Neste
     rest = weight.drop_prefix(full) if full else weight
     rest = rest.tiled() if tiles else rest
     return MixedArray(weight.take_prefix(full).packed(), rest) if full else rest
+
+
+def in_planes(value: QuantizedArray | NestedArray | MixedArray) -> QuantizedArray | NestedArray | MixedArray:
+    """The same weight as `in_parts` gives it without tiles, whatever a device made of it: arrays of numpy."""
+    if isinstance(value, MixedArray):
+        return MixedArray(in_planes(value.whole), in_planes(value.rest))
+    if isinstance(value, QuantizedArray):
+        value = from_tiles(value) if value.bits == BITS else value.in_layout("plain")
+    return jax.tree.map(np.asarray, value)
