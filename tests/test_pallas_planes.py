@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -527,6 +531,22 @@ def test_4_bits_and_3_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
             jax.jit(call).trace(shape((1, 256), jnp.bfloat16), operands).lower(lowering_platforms=("cuda",)).as_text()
         )
     assert text.count("xla.gpu.triton") == 1
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_every_gpu() -> None:
+    """By Triton and ptxas, without a GPU: no spilled registers, and no more shared memory than a consumer GPU has."""
+    for package in ("triton", "jaxlib.triton", "jax.experimental.pallas.triton"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-W", "ignore", "-m", "tests.compiled_kernels"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-1000:]
+    found = json.loads(done.stdout)
+    assert {name.split()[0] for name in found} == {f"sm_{each}" for each in (80, 86, 87, 89, 90, 100)}
+    for name, (registers, spilled, shared) in found.items():
+        assert registers <= (128 if "dot" not in name else 255), name
+        assert not spilled, name
+        assert shared <= 99 * 1024, name
 
 
 @pytest.mark.gpu

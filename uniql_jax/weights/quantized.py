@@ -186,10 +186,9 @@ class QuantizedArray:
 def _dequantize(weight: QuantizedArray, dtype: np.dtype) -> Float[Array, "..."]:
     # Compiled as one: outside a jit, a dozen small programs per shape would be.
     if weight.bits == three_bit.BITS:
-        lead = weight.scale.shape[:-1] if weight.contract == "last" else ()
         scale = weight.scale.reshape(-1, weight.scale.shape[-1])
         dense = three_bit.dequantize(weight.data, scale, weight.contract)[:, : weight.width]
-        return (dense.reshape(*lead, -1) if lead else dense.T.reshape(weight.shape)).astype(dtype)
+        return (dense if weight.contract == "last" else dense.T).reshape(weight.shape).astype(dtype)
     weight = _plain(weight).in_runs()
     axis = -1 if weight.contract == "last" else 0
     values = unpack(weight.data, weight.bits, axis).astype(jnp.float32)
