@@ -10,9 +10,11 @@ keeps a prefix. A last group without a partner has one of zeros.
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import GROUP, ROWS
 
@@ -30,22 +32,17 @@ CENTRE = 3.75
 """Half way between the two 4-bit codes with the same leading bits, in steps of the leading bits."""
 
 
-def _spread() -> np.ndarray:
-    """[byte of a row's lane, plane, value, word]: where the bits of a byte of a plane lie in the three words.
+@functools.cache
+def _table(word: int) -> UInt32[np.ndarray, " 65536"]:
+    """Where the bits of two bytes of a plane, numbers `word` and `word` + 1 of a lane's four, lie in a word.
 
-    Byte i holds pairs 4 i to 4 i + 3, the first weight of each in the low half.
+    A byte holds four pairs, the first weight of each lowest. The plane is the lowest one.
     """
-    table = np.zeros((4, BITS, 256, WORDS), np.uint32)
-    value = np.arange(256)
-    for i in range(4):
-        for plane in range(BITS):
-            for bit in range(8):
-                pair, half = 4 * i + bit // 2, bit % 2
-                word, at = divmod(pair, FIELDS)
-                at = BITS * at + BITS - 1 - plane
-                if pair == PAIRS - 1:
-                    word, at = plane, SPARE
-                table[i, plane, :, word] |= ((value >> bit & 1) << (at + 16 * half)).astype(np.uint32)
+    value, table = np.arange(1 << 16), np.zeros(1 << 16, np.uint32)
+    for bit in range(16):
+        field = 4 * word + bit // 2 - FIELDS * word
+        if 0 <= field < FIELDS:
+            table |= ((value >> bit & 1) << (BITS * field + 16 * (bit % 2))).astype(np.uint32)
     return table
 
 
@@ -69,17 +66,17 @@ def tile(leading: UInt8[np.ndarray, "..."], contract: str) -> Int[np.ndarray, "m
     missing = (0, -rows % ROWS), (0, 0), (0, -width % (SPAN * GROUP // 8))
     if any(after for _, after in missing):
         planes = np.pad(planes, missing)
-    # row tile, half, row, plane, pair of groups, group, byte of a lane, lane
-    planes = planes.reshape(-1, 2, 8, BITS, planes.shape[-1] // 32, SPAN, 4, 4)
-    table = _spread()
-    tiles = np.zeros((len(planes), planes.shape[4], WORDS, 8, 4, 2, SPAN), np.uint32)
+    # Four lanes' bytes move together: row tile, half, row, plane, pair of groups, group, byte of a lane.
+    fours = np.ascontiguousarray(planes).view(np.uint32).reshape(-1, 2, 8, BITS, planes.shape[-1] // 32, SPAN, 4)
+    fours = np.ascontiguousarray(fours.transpose(6, 3, 0, 4, 2, 1, 5))
+    planes = fours.view(np.uint8).reshape(*fours.shape[:-2], 2 * SPAN, 4)
+    tiles = np.empty((*planes.shape[2:4], WORDS, 8, 4, 2 * SPAN), np.uint32)
     for word in range(WORDS):
-        found: np.ndarray | int = 0
-        for i in range(4):
-            for plane in range(BITS):
-                if table[i, plane, :, word].any():
-                    found = found | table[i, plane, :, word][planes[:, :, :, plane, :, :, i]]
-        tiles[:, :, word] = np.asarray(found).transpose(0, 3, 2, 5, 1, 4)
+        both = planes[word] | planes[word + 1].astype(np.uint16) << 8
+        high, middle, low = _table(word)[both]
+        spare = planes[3, word].astype(np.uint32)
+        found = high << 2 | middle << 1 | low | (spare >> 6 & 1) << SPARE | (spare >> 7) << (SPARE + 16)
+        tiles[:, :, word] = found.swapaxes(-1, -2)
     tiles = tiles.reshape(*tiles.shape[:3], 32, 4).view(np.int32)
     return tiles if contract == "last" else np.ascontiguousarray(tiles.swapaxes(0, 1))
 
