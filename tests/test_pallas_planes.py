@@ -419,6 +419,20 @@ def test_every_size_has_a_kernel(on_hopper: None, monkeypatch: pytest.MonkeyPatc
             kernel(Weight("last", 16, 1, 128, 3), mma.Settings(), 1)
 
 
+def test_cuts_of_leaves_with_4_bits_and_3() -> None:
+    """All warps find a tile, and registers that the entries of 3 bits need serve the others as well."""
+    four, three = (Weight("rows", 7168, 32, 128, bits) for bits in (4, 3))
+    for rest, batch in (((), 1), ((three, three), 2)):
+        assert fused.read_settings([fused.Job((four, four), rest=rest)], 1).batch == batch
+    for groups in (1, 2, 7, 32, 112):
+        few = Weight("groups", 4096, groups, 128, 3)
+        for count in (1, 8, 16):
+            cut = fused.write_settings([few], count)
+            assert cut.along_k * cut.split <= max(1, -(-groups // 2))
+            wide = fused.read_settings([fused.Job((dataclasses.replace(few, layout="rows"),))], count)
+            assert wide.along_k * wide.split <= max(1, -(-groups // 2))
+
+
 @pytest.mark.parametrize(
     ("kernel", "layout"),
     [("mma", "rows"), ("dequantize", "groups"), pytest.param("dot", "rows", marks=pytest.mark.slow)],

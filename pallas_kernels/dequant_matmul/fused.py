@@ -64,7 +64,9 @@ def read_settings(jobs: Sequence[Job], count: int) -> Settings:
     wide = programs > 512
     make = functools.partial(Settings, gate=True)
     if wide and count <= 8:
-        batch = 1 if paired or count == 1 else 2
+        # Where some rows have 3 bits, their registers are there for two groups of the others.
+        mixed = paired and any(job.rest for job in jobs)
+        batch = 1 if (paired or count == 1) and not mixed else 2
         return make(along_k=min(2 if count > 1 else 4, fill), batch=batch, stream=True)
     if wide:
         return make(along_k=min(2, fill), tiles=1 if paired else 2, zero="mma", stream=True)
