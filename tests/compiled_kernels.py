@@ -70,7 +70,7 @@ def kernels() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
 def lowered(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[str, dict[str, int]]:
     """The only kernel of a function, as Triton takes it, and its options."""
     with nvidia():
-        module = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).compiler_ir()
+        module: Any = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).compiler_ir()
 
     def configs(operation: Any) -> Iterator[dict[str, Any]]:
         for inner in (each for region in operation.regions for block in region.blocks for each in block.operations):

@@ -214,10 +214,7 @@ def write_kernel(
         sources = [Source(*pair, tile) for tile in tiles]
         found = accumulate(x_ref, sources, each, settings, at, columns, share, first=start)
         totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
-        # Who had the most of one weight has the least of the next.
-        at = dataclasses.replace(at, warp_k=settings.along_k - 1 - at.warp_k)
-        share, start = settings.split - 1 - share, start + each.groups
-    share = pl.program_id(1)
+        start += each.groups
     total, slot = add_up(totals, settings.along_k)
 
     def finish(total: Array) -> None:
