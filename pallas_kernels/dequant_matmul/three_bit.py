@@ -127,10 +127,13 @@ def codes(tiles: Int[Array, "major minor 3 32 4"], contract: str) -> Int[Array, 
 
 
 def dequantize(
-    tiles: Int[Array, "major minor 3 32 4"], scale: Float[Array, "c d"], contract: str
+    tiles: Int[Array, "major minor 3 32 4"], scale: Float[Array, "*c d"], contract: str
 ) -> Float[Array, "rows padded"]:
-    """The weight in float32, [rows or features, groups * 128]; the contraction is last."""
-    scale = (scale if contract == "last" else scale.T).astype(jnp.float32)
+    """The weight in float32, [rows or features, groups * 128]; the contraction is last.
+
+    scale: [*rows, groups] for contract "last", [groups, features] for "first".
+    """
+    scale = (scale.reshape(-1, scale.shape[-1]) if contract == "last" else scale.T).astype(jnp.float32)
     rows, groups = scale.shape
     value = codes(tiles, contract)[:rows, : groups * GROUP].astype(jnp.float32) - CENTRE
     return value * jnp.repeat(scale, GROUP, axis=1)

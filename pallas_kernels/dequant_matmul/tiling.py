@@ -71,16 +71,15 @@ def untile(tiles: Int[Array, "major minor 2 32 4"], contract: str, rows: int) ->
 
 
 def take_prefix(
-    tiles: Int[Array | np.ndarray, "a b c 32 4"], contract: str, count: int, span: int = 1
+    tiles: Int[Array | np.ndarray, "a b c 32 4"], contract: str, count: int
 ) -> Int[Array | np.ndarray, "kept b c 32 4"]:
     """The tiles of the first `count` rows ("last") or contracted weights ("first"): one contiguous block.
 
-    `span`: groups of a tile. Raises ValueError when a cut of the contraction splits a group; any other one keeps the
-    tile it falls in.
+    Raises ValueError when a cut of the contraction splits a group; a cut of the rows keeps the tile it falls in.
     """
     if contract == "first" and count % GROUP:
         raise ValueError(f"a cut at {count} splits a quantization group of {GROUP}")
-    return tiles[: -(-count // (ROWS if contract == "last" else GROUP * span))]
+    return tiles[: -(-count // (ROWS if contract == "last" else GROUP))]
 
 
 def plain(data: Int[Array, "..."], layout: str, features: int) -> Int[Array, "a b"]:

@@ -66,8 +66,7 @@ class QuantizedArray:
     features] (runs.py).
     4 bits: `data` int32, eight weights a word in the order of SHIFTS, each stored as weight + 8 in 0..15.
     8 bits: `data` int8, one weight an element. A weight is integer * scale; scale is bfloat16.
-    3 bits: the leading bits of nested codes on a GPU, an integer of 0..7 that stands for (integer - 3.75) * scale; only
-    in groups of 128 and as tiles (pallas_kernels/dequant_matmul/three_bit.py).
+    3 bits: of nested codes on a GPU, 0..7 for (integer - 3.75) * scale; groups of 128 in tiles alone (three_bit.py).
 
     `layout` "plain" is the above, and the only one on disk. 4 bits in groups of 128 may also be held as tiles that GPU
     kernels read faster, [major, minor, 2, 32, 4] (pallas_kernels/dequant_matmul/tiling.py): "rows" for contract "last",
@@ -114,10 +113,8 @@ class QuantizedArray:
         if (count % self.run) if self.run > 1 else (width % self.group):
             what = f"run of {self.run}" if self.run > 1 else f"quantization group of {self.group}"
             raise ValueError(f"a cut at {count} splits a {what}")
-        if self.layout == "plain":
-            data = self.data[: width // (8 if self.bits == 4 else 1)]
-        else:
-            data = tiling.take_prefix(self.data, "first", width, tiling.SHAPES[self.bits][1])
+        plain, per_word = self.layout == "plain", 8 if self.bits == 4 else 1
+        data = self.data[: -(-width // (per_word if plain else self.group * tiling.SHAPES[self.bits][1]))]
         scale = self.scale[: scale_rows(count, inner, self.group, self.run)]
         return dataclasses.replace(self, data=data, scale=scale, width=width)
 
@@ -186,8 +183,7 @@ class QuantizedArray:
 def _dequantize(weight: QuantizedArray, dtype: np.dtype) -> Float[Array, "..."]:
     # Compiled as one: outside a jit, a dozen small programs per shape would be.
     if weight.bits == three_bit.BITS:
-        scale = weight.scale.reshape(-1, weight.scale.shape[-1])
-        dense = three_bit.dequantize(weight.data, scale, weight.contract)[:, : weight.width]
+        dense = three_bit.dequantize(weight.data, weight.scale, weight.contract)[:, : weight.width]
         return (dense if weight.contract == "last" else dense.T).reshape(weight.shape).astype(dtype)
     weight = _plain(weight).in_runs()
     axis = -1 if weight.contract == "last" else 0
