@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,14 @@ import jax
 from uniql_jax.pallas_kernels import ahead, compat, dispatch, jaxtriton
 from uniql_jax.pallas_kernels.attention import decode_pallas
 from uniql_jax.pallas_kernels.attention import jaxtriton as jaxtriton_attention
-from uniql_jax.pallas_kernels.dequant_matmul import default_implementation, fused, selfcheck, tiling, tuned
+from uniql_jax.pallas_kernels.dequant_matmul import (
+    default_implementation,
+    fused,
+    selfcheck,
+    three_bit_products,
+    tiling,
+    tuned,
+)
 from uniql_jax.pallas_kernels.dequant_matmul import jaxtriton as through_triton
 from uniql_jax.pallas_kernels.embedding import pallas as embedding
 from uniql_jax.pallas_kernels.rope import pallas as rope
@@ -72,6 +80,8 @@ def rows() -> list[Row]:
         for layout, bits in (("last", 4), ("first", 4), ("last", 8), ("first", 8)):
             label = through_triton.name(kernel, layout, bits)
             found.append(Row(label, *_reason(through_triton.verify, kernel, layout, bits)))
+    for kernel, layout in itertools.product(three_bit_products.KERNELS, tiling.CONTRACTS):
+        found.append(Row(f"{kernel} ({layout}, 3 bits)", *_reason(_verify_three_bits, kernel, layout)))
     return found
 
 
@@ -105,3 +115,9 @@ def _verify(kernel: str, layout: str) -> None:
     if kernel in tuned.TRITON:
         compat.triton()
     selfcheck.verify(kernel, layout)
+
+
+def _verify_three_bits(kernel: str, layout: str) -> None:
+    _on_a_gpu()
+    compat.triton()
+    three_bit_products.verify(kernel, layout)

@@ -172,6 +172,8 @@ def dequant_matmul(
     """
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(f"jax-triton's kernels multiply 16-bit and 32-bit floats, not {x.dtype}")
+    if bits not in (4, 8):
+        raise NotImplementedError(f"jax-triton's kernels read 4 or 8 bits, not {bits}")
     if x.size == 0 or scale.size == 0:
         raise NotImplementedError("nothing to multiply")
     weight = Weight(bits=bits, group=group, contract=contract, width=width, layout=layout)

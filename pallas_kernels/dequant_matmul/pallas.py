@@ -14,7 +14,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.pallas_kernels import compat, dispatch, packing
-from uniql_jax.pallas_kernels.dequant_matmul import dequantize, dot, gradient, mma, plain, selfcheck, tiling, tuned
+from uniql_jax.pallas_kernels.dequant_matmul import (
+    dequantize,
+    dot,
+    gradient,
+    mma,
+    plain,
+    selfcheck,
+    three_bit,
+    three_bit_products,
+    tiling,
+    tuned,
+)
 from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster, wgmma
 from uniql_jax.pallas_kernels.dequant_matmul.plain import Weight
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight as Tiled
@@ -54,7 +65,7 @@ def available() -> bool:
 def fast(x_dtype: Any, scale_dtype: Any, *, bits: int, group: int) -> bool:
     """Whether these operands are those that the fast kernels take, and were measured on."""
     both = x_dtype == jnp.bfloat16 and scale_dtype == jnp.bfloat16
-    return both and bits == 4 and group % 8 == 0 and group >= LEAST_GROUP
+    return both and bits in (3, 4) and group % 8 == 0 and group >= LEAST_GROUP
 
 
 def _choose(x: Array, scale: Array, weight: Weight) -> tuple[Tiled, tuned.Choice] | None:
@@ -63,7 +74,7 @@ def _choose(x: Array, scale: Array, weight: Weight) -> tuple[Tiled, tuned.Choice
         return None
     axis = 1 if weight.contract == "last" else 0
     layout = weight.contract if weight.layout == "plain" else weight.layout
-    tiled = Tiled(layout, scale.shape[1 - axis], scale.shape[axis], weight.group)
+    tiled = Tiled(layout, scale.shape[1 - axis], scale.shape[axis], weight.group, weight.bits)
     choices = tuned.choices(tiled, x.shape[0])
     if jax.default_backend() != "gpu":
         return tiled, choices[0]
@@ -71,7 +82,7 @@ def _choose(x: Array, scale: Array, weight: Weight) -> tuple[Tiled, tuned.Choice
     for choice in choices:
         try:
             if choice[0] != "dense":
-                selfcheck.verify(choice[0], layout)
+                (selfcheck if weight.bits != three_bit.BITS else three_bit_products).verify(choice[0], layout)
             return tiled, choice
         except NotImplementedError as refusal:
             dispatch.refuse(f"dequant_matmul ({layout})", choice[0], str(refusal))
@@ -85,6 +96,8 @@ def _product(
     chosen = _choose(x, scale, weight)
     if chosen is None:
         compat.triton()
+        if weight.bits == three_bit.BITS:
+            raise NotImplementedError("3-bit kernels multiply bfloat16")
         return plain.product(x, data, scale, weight)
     tiled, (kernel, settings) = chosen
     if kernel == "dense":
@@ -92,6 +105,8 @@ def _product(
     padded = tiled.groups * tiled.group
     if padded != weight.width:  # what is stored beyond the width must meet zeros
         x = jnp.pad(x, ((0, 0), (0, padded - weight.width)))
+    if weight.bits == three_bit.BITS:
+        return three_bit_products.product(kernel, x, data, scale, tiled, settings)
     if kernel == "dequantize":
         return dequantize.product(x, data, scale, tiled, settings)
     run = {"mma": mma.product, "dot": dot.product, "cluster": cluster.product, "wgmma": wgmma.product}[kernel]
