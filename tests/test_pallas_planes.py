@@ -29,7 +29,7 @@ from uniql_jax.evaluation import random_nested
 from uniql_jax.evaluation.random_model import random_model, weight_shapes
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.layers import fused as layers
-from uniql_jax.pallas_kernels import blocks, compat, dispatch
+from uniql_jax.pallas_kernels import blocks, compat, dispatch, selfcheck
 from uniql_jax.pallas_kernels.dequant_matmul import (
     api,
     dequant_matmul,
@@ -37,7 +37,6 @@ from uniql_jax.pallas_kernels.dequant_matmul import (
     dot,
     fused,
     mma,
-    selfcheck,
     three_bit,
     three_bit_dot,
     three_bit_mma,
