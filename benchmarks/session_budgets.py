@@ -26,8 +26,8 @@ from uniql_jax import Elastic, console
 from uniql_jax.evaluation.timing import environment
 from uniql_jax.runtime import loading, resizing
 from uniql_jax.runtime.batching import Batch
+from uniql_jax.runtime.programs import tree_bytes, work_space
 from uniql_jax.runtime.requests import Settings
-from uniql_jax.runtime.steps import tree_bytes, work_space
 
 
 def held() -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from uniql_jax.commands import cli
+from uniql_jax.commands import cli, serving
 from uniql_jax.errors import UserError
 
 EXAMPLES = """\
@@ -76,6 +76,7 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add = group.add_argument
     add("--context", type=cli.positive_int, metavar="N", help="tokens of a text, prompt and answer (default: 2048)")
+    serving.add_cache_bits(group)
     add("--batch", type=cli.positive_int, default=1, metavar="N", help="texts at a time; others wait")
     add(
         "--other-rates", type=cli.bounded_int(0, 99), metavar="N", help="prune rates at a time that calls may ask for "
@@ -180,6 +181,7 @@ def _run(args: argparse.Namespace, keys: Any, limits: Any, loopback: bool, quali
         context=args.context,
         batch=args.batch,
         other_rates=args.other_rates,
+        cache_bits=args.cache_bits,
         say=note,
     )
     if session.tokenizer is None:

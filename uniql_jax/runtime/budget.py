@@ -21,10 +21,9 @@ from uniql_jax.console import format_bytes
 from uniql_jax.errors import UserError
 from uniql_jax.limits import MAX_PRUNE_RATE
 from uniql_jax.model.causal_lm import CausalLM
-from uniql_jax.model.decoding import cache_bytes
 from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout
 from uniql_jax.runtime.compiled import Compiled, Shape
-from uniql_jax.runtime.steps import Programs, tree_bytes
+from uniql_jax.runtime.programs import Programs, tree_bytes
 from uniql_jax.sizes import memory_size
 from uniql_jax.weights.quantized import QuantizedArray
 
@@ -172,8 +171,7 @@ class Needs:
 
     def cache(self, rate: float) -> int:
         """Bytes of the cache of all rows of one batch."""
-        keep, shape = self.checkpoint.keep(rate), self.shape
-        return cache_bytes(self.checkpoint.config, keep, shape.rows, shape.slots, self.dtype)
+        return self.compiled(rate).state_bytes
 
     def work(self, rate: float) -> int:
         """Bytes of work space, by compiling the steps."""

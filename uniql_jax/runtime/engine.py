@@ -23,9 +23,11 @@ from uniql_jax.runtime.budget import Need, Needs
 from uniql_jax.runtime.compiled import Shape
 from uniql_jax.runtime.lanes import DEFAULT, Lanes
 from uniql_jax.runtime.loading import default_dtype, load
+from uniql_jax.runtime.programs import programs_of
 from uniql_jax.runtime.prompts import check_prompt, token_array
 from uniql_jax.runtime.requests import Request, Settings
-from uniql_jax.runtime.steps import Variant, programs_of
+from uniql_jax.runtime.sampling import check_cache_bits
+from uniql_jax.runtime.steps import Variant
 
 CONTEXT = 2048
 
@@ -42,7 +44,15 @@ class Engine:
     model: CausalLM
 
     def __init__(
-        self, folder: str | Path, context: int | None, batch: int, dtype: Any, cache: str, other_rates: int | None
+        self,
+        folder: str | Path,
+        context: int | None,
+        batch: int,
+        dtype: Any,
+        cache: str,
+        other_rates: int | None,
+        cache_bits: int = 16,
+        marks: bool = True,
     ):
         """Open a checkpoint, without reading its weights; `start` does."""
         self.checkpoint = open_checkpoint(folder)
@@ -53,7 +63,8 @@ class Engine:
                 raise UserError(f"{name} must be an integer of at least 1, not {value!r}")
         if context > longest:
             raise UserError(f"a context of {context} tokens exceeds the model's {longest}")
-        self.shape = Shape(batch, context)
+        check_cache_bits(cache_bits)
+        self.shape = Shape(batch, context, cache_bits, marks)
         self._folder, self._dtype = folder, default_dtype() if dtype is None else dtype
         self._cache_policy = resizing.check_policy(cache)
         self._turnstile = threading.RLock()
@@ -143,13 +154,9 @@ class Engine:
         requests = [request for request in working if request.rate in (None, target)]
         if not requests:
             return
-        compiled = self._needs.compiled(target)
-        compiled.advance(variant_of(requests))
-        compiled.shift()
-        if target < self.rate and policy == "read-again":
-            compiled.empty()
-            for request in requests:
-                compiled.admit(variant_of([request]), self.shape.padded(request.length))
+        again = target < self.rate and policy == "read-again"
+        lengths = {self.shape.padded(request.length) for request in requests} if again else ()
+        self._needs.compiled(target).prepare_all([variant_of(requests)], lengths, reuse=False)
 
     def _switch(self, target: float, policy: str) -> None:
         """Bring every layer to the target's sizes, one after another; an interrupted switch is finished later."""
@@ -241,7 +248,7 @@ class Engine:
     def _prepare_lane(self, request: Request, rate: float) -> None:
         """Compile what a request needs at a rate of its own; no lock is held, so that others go on."""
         compiled, variant = self._needs.compiled(rate), variant_of([request])
-        compiled.prepare_all([variant], [self.shape.padded(request.length)])
+        compiled.prepare_all([variant], [self.shape.padded(request.length)], reuse=False)
 
     @property
     def _batches(self) -> list[Batch]:

@@ -24,7 +24,7 @@ from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.pallas_kernels.dequant_matmul import tiling
 from uniql_jax.runtime.budget import Needs
 from uniql_jax.runtime.loading import in_form
-from uniql_jax.runtime.steps import Programs
+from uniql_jax.runtime.programs import Programs
 from uniql_jax.weights.quantized import QuantizedArray
 
 Layer = Mapping[str, Mapping[str, Any]]

@@ -47,6 +47,8 @@ class Elastic(Engine):
         dtype: Any = None,
         cache: str = "read-again",
         other_rates: int | None = None,
+        cache_bits: int = 16,
+        marks: bool = True,
         say: Callable[[str], object] = lambda line: None,
     ):
         """Choose a rate, say why, and load.
@@ -64,6 +66,9 @@ class Elastic(Engine):
             cache: what becomes of caches when weights grow, see above.
             other_rates: the most prune rates at a time that requests may ask for in addition to the session's. Each
                 takes a cache of its own (and no weights), which budgets then count. Default: 2, or none with a budget.
+            cache_bits: 8 holds keys and values as int8 with a scale per head and token; 16 in the dtype.
+            marks: for models with SSM states, whether each row keeps a second state, at its prompt's end, so that a
+                prompt which begins with that one (the next turn of a chat) is read from there on. Attention needs none.
             say: hears `why` before weights are read.
 
         Raises:
@@ -74,7 +79,7 @@ class Elastic(Engine):
             raise UserError("give a rate or budgets, not both")
         if latency_budget is not None and not 0 < latency_budget < float("inf"):
             raise UserError(f"latency_budget must be a number of seconds above 0, not {latency_budget!r}")
-        super().__init__(folder, context, batch, dtype, cache, other_rates)
+        super().__init__(folder, context, batch, dtype, cache, other_rates, cache_bits, marks)
         if memory_budget is not None:
             self._lanes.most = self._needs.batches - 1
         self.why, first = self._first_rate(rate, memory_budget)

@@ -21,6 +21,7 @@ class Metrics:
         new = {"registry": self.registry, "namespace": "uniql"}
         self.requests = Counter("requests", "Calls by path and status", ["path", "status"], **new)
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts", **new)
+        self.cached_tokens = Counter("cached_prompt_tokens", "Tokens of prompts that were not read again", **new)
         self.generated_tokens = Counter("generated_tokens", "Tokens made", **new)
         self.tokens_at = Counter("rate_tokens", "Tokens made at each prune rate", ["rate"], **new)
         self.switches = Counter("rate_changes", "Changes of the prune rate", **new)
