@@ -18,7 +18,7 @@ import uniql_jax
 from tests import compressed, tiny
 from uniql_jax.errors import UserError
 from uniql_jax.model.decoding import decode, init_cache, prefill
-from uniql_jax.runtime import engine, resizing
+from uniql_jax.runtime import resizing
 from uniql_jax.runtime.batching import Batch
 from uniql_jax.runtime.requests import Settings
 
@@ -402,7 +402,7 @@ def test_an_interrupted_switch_is_finished_later(
     session = uniql_jax.Elastic(where, **SHAPE, rate=first)
     request = session.submit(prompts_of(rng, 5)[0], Settings(NEW))
     session.step()
-    interrupting(monkeypatch, engine.resizing, "cut" if second > first else "grow", {2}, after=True)
+    interrupting(monkeypatch, resizing, "cut" if second > first else "grow", {2}, after=True)
     with pytest.raises(Interrupted):
         session.rate = second
     assert len(list(request)) == NEW

@@ -15,7 +15,7 @@ from benchmarks import session_budgets
 from tests import tiny
 from uniql_jax import checkpoint as checkpoint_module
 from uniql_jax.errors import UserError
-from uniql_jax.runtime import budget, engine
+from uniql_jax.runtime import budget, switching
 from uniql_jax.runtime.compiled import Compiled
 from uniql_jax.runtime.requests import Settings
 from uniql_jax.runtime.steps import Variant
@@ -40,7 +40,8 @@ def sizes(folder: Path, rate: float) -> tuple[int, int]:
     """Bytes of weights and cache of a session at a rate, of real arrays."""
     session = uniql_jax.Elastic(folder, rate=rate, **SHAPE)
     made = session._needs.compiled(rate)
-    cache = made.empty()()
+    cache, marks = made.empty()()
+    assert marks is None  # attention alone
     return sum(x.nbytes for x in jax.tree.leaves(dict(session.model.params))), int(cache.nbytes)
 
 
@@ -147,7 +148,7 @@ def test_the_least_rate_that_is_fast_enough(
     folder: Path, monkeypatch: pytest.MonkeyPatch, limit: float, rate: float
 ) -> None:
     """Measured: here steps take 10 ms at rate 0 and less in proportion to what is kept."""
-    monkeypatch.setattr(engine.Engine, "seconds_per_token", lambda self: 0.010 * (1 - self.rate))
+    monkeypatch.setattr(switching.Switching, "seconds_per_token", lambda self: 0.010 * (1 - self.rate))
     if rate > 0.35:
         with pytest.raises(UserError, match=r"6\.2 ms a token is too little: prune rate 0\.35 takes 6\.5 ms"):
             uniql_jax.Elastic(folder, latency_budget=limit, **SHAPE)

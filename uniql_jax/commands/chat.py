@@ -72,7 +72,9 @@ class Chat:
         self.messages: list[dict[str, str]] = []
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._answers = 0
-        self._last: tuple[int, int, int, float, float] | None = None  # prompt, cached, new; seconds to the first, in all
+        self._last: tuple[int, int, int, float, float] | None = (
+            None  # prompt, cached, new; seconds to the first, in all
+        )
         budget: dict[str, Any] = {"rate": rate} if memory_budget is None else {"memory_budget": memory_budget}
         say = _note if memory_budget else lambda line: None
         self.session = Elastic(ckpt, context=context, cache_bits=cache_bits, say=say, **budget)

@@ -17,6 +17,7 @@ import numpy as np
 
 from uniql_jax.errors import UserError
 from uniql_jax.runtime import steps
+from uniql_jax.runtime.choice import Choice
 from uniql_jax.runtime.compiled import Compiled, Shape
 from uniql_jax.runtime.generation import chunk
 from uniql_jax.runtime.requests import TOP_LOGPROBS, Emitted, Request
@@ -31,20 +32,20 @@ class Flight:
 
     chosen: Chosen
     rows: list[tuple[int, Request, int]]
-    rate: float
+    size: Choice
 
 
 _NOTHING = steps.Source(0, 0, 0)
 
 
 class Batch:
-    """Rows, queue and cache of a running batch. `rate` is what new tokens are reported to be made at."""
+    """Rows, queue and cache of a running batch. `size` is what new tokens are reported to be made at."""
 
     def __init__(self, shape: Shape):
         self.shape = shape
         self.rows: list[Row | None] = [None] * shape.rows
         self.waiting: collections.deque[Request] = collections.deque()
-        self.rate = 0.0
+        self.size: Choice
         self.slot = 0
         self.cache: Any = None
         self.marks: Any = None
@@ -56,10 +57,10 @@ class Batch:
         self._whole = False  # whether the cache holds what the rows say
         self._texts = Texts(shape.rows, shape.slots, shape.padded)
 
-    def use(self, compiled: Compiled, params: Any, cache: Any, rate: float) -> None:
+    def use(self, compiled: Compiled, params: Any, cache: Any, size: Choice) -> None:
         """Go on with these weights. cache: of their sizes, with all rows in it; None: rows are read again."""
         assert not self._flights
-        self._compiled, self.params, self.rate = compiled, params, rate
+        self._compiled, self.params, self.size = compiled, params, size
         self.cache = cache
         self._texts.forget()  # what other weights made of them
         self.marks = None if cache is None or compiled.marks is None else compiled.empty_marks()(cache)
@@ -123,7 +124,7 @@ class Batch:
             tokens = np.asarray(flight.chosen.token)
             scores = None if flight.chosen.top is None else jax.tree.map(np.asarray, flight.chosen)
             for i, request, start in flight.rows:
-                _hand_out(request, start, i, tokens, scores, flight.rate)
+                _hand_out(request, start, i, tokens, scores, flight.size)
             self._flights.popleft()  # last: after an interrupt, what is handed out already is left out
 
     @property
@@ -205,7 +206,7 @@ class Batch:
         row.made = len(tokens)
         if not tokens:
             request.cached = int(source.count)
-            self._flights.append(Flight(chosen, [(0, request, 0)], self.rate))
+            self._flights.append(Flight(chosen, [(0, request, 0)], self.size))
             row.made = 1
         self._texts.put(i, row, self.slot - len(text), len(text))
         if row.made >= settings.max_new_tokens:
@@ -249,7 +250,7 @@ class Batch:
         requests = [row.request for _, row in self.active]
         sampling = jax.tree.map(np.copy, self._sampling)  # the device may still read it when the next step fills it
         chosen = self._run(self._compiled.advance(variant_of(requests)), sampling, forced)
-        self._flights.append(Flight(chosen, [(i, row.request, row.made) for i, row in self.active], self.rate))
+        self._flights.append(Flight(chosen, [(i, row.request, row.made) for i, row in self.active], self.size))
         self.slot += count
         for i, row in self.active:
             row.made += count
@@ -270,7 +271,7 @@ def variant_of(requests: Iterable[Request]) -> Variant:
     return Variant(all(s.temperature == 0 for s in settings), TOP_LOGPROBS if wanted else None)
 
 
-def _hand_out(request: Request, start: int, i: int, tokens: np.ndarray, scores: Chosen | None, rate: float) -> None:
+def _hand_out(request: Request, start: int, i: int, tokens: np.ndarray, scores: Chosen | None, size: Choice) -> None:
     for j, token in enumerate(tokens[i].tolist()):
         if request.reason is not None:
             return
@@ -279,9 +280,9 @@ def _hand_out(request: Request, start: int, i: int, tokens: np.ndarray, scores: 
         if token < 0:
             request.finish("error", UserError(NOT_FINITE))
         elif scores is None or request.settings.logprobs is None:
-            request.push(Emitted(token, rate))
+            request.push(Emitted(token, size.shown_rate, steps=size.steps))
         else:
             count = request.settings.logprobs
             ids, values = scores.top_token[i, j, :count].tolist(), scores.top[i, j, :count].tolist()
             top = tuple(zip(ids, values, strict=True))
-            request.push(Emitted(token, rate, float(scores.logprob[i, j]), top))
+            request.push(Emitted(token, size.shown_rate, float(scores.logprob[i, j]), top, size.steps))

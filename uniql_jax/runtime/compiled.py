@@ -16,7 +16,7 @@ from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import empty_cache
 from uniql_jax.runtime import steps
 from uniql_jax.runtime.generation import chunk
-from uniql_jax.runtime.lengths import coarse
+from uniql_jax.runtime.lengths import SHORTEST, coarse
 from uniql_jax.runtime.programs import Programs, tree_bytes, work_space
 from uniql_jax.runtime.steps import Sampling, Variant
 
@@ -144,7 +144,8 @@ class Compiled:
         """Bytes that the steps need in addition to weights and cache, whichever needs most."""
         longest = self.shape.context
         needed = [self.advance(Variant()), self.admit(longest), self.shift()]
-        needed += [self.extend(longest)] if self.reuses else []
+        if self.reuses and longest > SHORTEST:  # a beginning that is worth it leaves so many
+            needed.append(self.extend(self.shape.padded(longest - SHORTEST)))
         rows, count = self.shape.rows, chunk()
         # Tokens and settings that a step is given, and the tokens that the one before chose, which stay for the host.
         given = Sampling.empty(rows), _ints(2, self.shape.context), _ints(rows, count), _ints(2, rows, count)

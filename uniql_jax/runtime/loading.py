@@ -186,7 +186,7 @@ def load_size(checkpoint: Checkpoint, size: Choice, dtype: Any = None, devices: 
         top, plan = checkpoint.top(lazy=lazy), checkpoint.plan
     elif split is None:
         each = (checkpoint.layer_at(i, setting) for i in range(len(checkpoint.config.pattern)))
-        top, plan = checkpoint.top_at(setting), None
+        top, plan = checkpoint.top_at(setting), None  # which has no rates, and none itself
     else:
         raise UserError("a budget of nested bits is for one device: give a prune rate, at which several can share")
     layers = [place_layer(layer, dtype, split) for layer in each]

@@ -20,13 +20,15 @@ TOP_LOGPROBS = 20
 class Emitted(NamedTuple):
     """One new token; where log-probabilities were asked for, its own and [(token, log-probability)] of the likeliest.
 
-    `rate` is the prune rate of the weights that made it.
+    `rate` is the prune rate of the weights that made it; at a setting of the joint plan of nested bits the fraction
+    that it leaves out, and `steps` how many of the plan it takes.
     """
 
     token: int
     rate: float
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    steps: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

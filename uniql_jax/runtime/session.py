@@ -13,6 +13,7 @@ from uniql_jax.console import format_bytes
 from uniql_jax.errors import UserError
 from uniql_jax.plan import check_rate
 from uniql_jax.runtime.budget import Need, parse_budget
+from uniql_jax.runtime.choice import Choice, Sizes
 from uniql_jax.runtime.engine import Engine
 from uniql_jax.runtime.prompts import read_prompt, stop_ids
 from uniql_jax.runtime.requests import Settings
@@ -31,8 +32,8 @@ class Elastic(Engine):
     All methods may be called from any thread. Whoever waits for tokens makes the batch go on; an interrupt (Ctrl-C)
     loses nothing but what was in the making, which the next step makes again.
 
-    Attributes:
-        why: one line that says which rate was chosen, and why.
+    With a budget, a checkpoint of nested bits runs at a setting of its joint plan of bits and units instead of a rate,
+    and `fit` goes to another one in the same way.
     """
 
     def __init__(
@@ -82,42 +83,43 @@ class Elastic(Engine):
         super().__init__(folder, context, batch, dtype, cache, other_rates, cache_bits, marks)
         if memory_budget is not None:
             self._lanes.most = self._needs.batches - 1
-        self.why, first = self._first_rate(rate, memory_budget)
+        self.why, first = self._first_size(rate, memory_budget, latency_budget is not None)
         say(self.why)
         self.start(first)
         if latency_budget is not None:
             self._fit_latency(float(latency_budget))
             say(self.why)
 
-    def _first_rate(self, rate: float | int | None, budget: int | float | str | None) -> tuple[str, float]:
+    def _first_size(self, rate: float | int | None, budget: int | float | str | None, fast: bool) -> tuple[str, Choice]:
         if budget is None:
-            first = check_rate(rate or 0.0)
-            self.checkpoint.keep(first)  # an unsorted one refuses rates above 0
+            first = self._needs.size(check_rate(0.0 if rate is None else rate))  # unsorted ones refuse others than 0
             reason = "as asked for" if rate is not None else "no budget was given"
-            return f"prune rate {first:g}: {reason}", first
+            return f"{first}: {reason}", first
         limit = parse_budget(budget)
-        need = self._needs.fitting(limit)
-        return f"prune rate {need.rate:g}: the least that fits {format_bytes(limit)}, it needs {need}", need.rate
+        # Bits save no time, so that a budget of time as well chooses among prune rates.
+        need = self._needs.fitting(limit, Sizes(self.checkpoint, rates=True) if fast else None)
+        return _fits(need, limit), need.size
 
     def fit(self, budget: int | float | str, rates: Sequence[float] | None = None) -> Need:
-        """Go to the smallest rate that fits a memory budget.
+        """Go to the largest size that fits a memory budget.
 
         Args:
             budget: as `memory_budget`.
-            rates: to choose from (default: every 0.001, or those that were warmed up).
+            rates: prune rates to choose from (default: those that were warmed up; else every 0.001, or with nested bits
+                every setting of the joint plan).
 
         Returns:
-            What the chosen rate needs.
+            What the chosen size needs.
 
         Raises:
-            UserError: no rate fits; the rate is as before.
+            UserError: none fits; the size is as before.
         """
         limit, counted = parse_budget(budget), self._needs.batches - 1
         extra = 0 if counted else self._lanes.cache_bytes()  # of requests at work that no budget counted
-        need = self._needs.fitting(limit - extra, rates or self._warm or None)
+        rates = rates or self._warm
+        need = self._needs.fitting(limit - extra, sorted(map(check_rate, rates)) if rates else None)
         self._lanes.most = counted
-        self.set_rate(need.rate)
-        self.why = f"prune rate {need.rate:g}: the least that fits {format_bytes(limit)}, it needs {need}"
+        self.set_size(need.size, why=_fits(need, limit))
         return need
 
     def _fit_latency(self, budget: float) -> None:
@@ -208,3 +210,8 @@ class Elastic(Engine):
         if chat and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             found.add(int(self.tokenizer.eos_token_id))
         return found
+
+
+def _fits(need: Need, limit: int) -> str:
+    which = "the least" if need.size.setting is None else "the largest size"
+    return f"{need.size}: {which} that fits {format_bytes(limit)}, it needs {need}"

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from uniql_jax.weights.planes import BYTE, PLANES, columns_product, plane_of, rows_product, values_of
 from uniql_jax.weights.quantized import SHIFTS, QuantizedArray
@@ -165,6 +165,18 @@ class NestedArray:
         """What is stored of it, by tensor name."""
         parts = {"leading": self.leading, "last": self.last, "fine": self.fine, "coarse": self.coarse}
         return {f"{name}.{part}": np.asarray(value) for part, value in parts.items()}
+
+
+def leading_planes(words: QuantizedArray) -> UInt8[np.ndarray, "..."]:
+    """The planes of the leading bits of 4-bit words in plain layout, as `NestedArray.leading`; the inverse of `packed`."""
+    data = np.asarray(words.data).view(np.uint32)
+    planes = []
+    for plane in range(PLANES):
+        found = np.zeros(data.shape, np.uint8)
+        for i, shift in enumerate(SHIFTS):
+            found |= ((data >> np.uint32(int(shift) + PLANES - plane)) & 1).astype(np.uint8) << i
+        planes.append(found)
+    return np.stack(planes, axis=-2)
 
 
 def leading_bits(value: Any) -> Any:
