@@ -17,7 +17,8 @@ MAX_NEW_TOKENS = 512
 CONTEXT = 2048
 HELP = """\
 /rate R   go on at another prune rate, from 0 (all) to 0.35 (smallest), in place
-/stats    rate, bytes, and how fast the last answer was
+/budget S go on at the largest size that fits, such as 3GiB, in place
+/stats    size, bytes, and how fast the last answer was
 /reset    forget the conversation
 /help     this list
 /exit     leave (or Ctrl-D); Ctrl-C ends an answer"""
@@ -88,15 +89,18 @@ class Chat:
         """The present prune rate."""
         return self.session.rate
 
-    def change(self, rate: float) -> str:
-        """Go on at another rate, the conversation as it is; says what that took. Raises UserError."""
+    def change(self, rate: float | None, budget: str = "") -> str:
+        """Go on at another rate, or within a budget, the conversation as it is; says what that took. Raises UserError."""
         start = time.perf_counter()
-        self.session.set_rate(rate)
+        if rate is not None:
+            self.session.set_rate(rate)
+        else:
+            self.session.fit(budget)
         return f"{self.describe()}; changed in {time.perf_counter() - start:.2g} s"
 
     def describe(self) -> str:
         """The model in a line."""
-        return serving.describe(self.ckpt, self.checkpoint, self.rate)
+        return serving.describe(self.ckpt, self.checkpoint, self.rate, self.session.size)
 
     def reset(self) -> None:
         """Forget all turns."""
@@ -152,7 +156,7 @@ class Chat:
             self.messages.append({"role": "assistant", "content": text})
 
     def stats(self) -> str:
-        """Rate, bytes, and how fast the last answer was, the first of a length with its compilation."""
+        """Size, bytes, and how fast the last answer was, the first of a length with its compilation."""
         lines = [self.describe()]
         if self._last is not None:
             prompt, cached, new, first, seconds = self._last
@@ -195,6 +199,8 @@ def _command(chat: Chat, line: str) -> bool:
         except argparse.ArgumentTypeError as error:
             raise UserError(str(error)) from None
         _note(chat.change(rate))
+    elif name == "/budget":
+        _note(chat.change(None, value.strip()))
     elif name == "/stats":
         _note(chat.stats())
     elif name == "/reset":

@@ -113,7 +113,7 @@ def parse_budget(budget: int | float | str, capacity: Callable[[], int] = memory
 def _leaf_shape(
     checkpoint: Checkpoint, name: str, leaf: elastic.Leaf, keep: Any, dtype: Any, tiles: bool, kept: Kept | None = None
 ) -> Any:
-    """A leaf as `loading.place` gives it, with jax.ShapeDtypeStruct for arrays. kept: of its axis, where bits differ."""
+    """A leaf as `loading.place` gives it, with jax.ShapeDtypeStruct for arrays; `kept` where bits may differ."""
     tensors = checkpoint.tensors
     if kept is not None and kept.full < kept.entries and f"{name}.leading" in tensors:
         rest = _planes_shape(checkpoint, name, leaf, kept.entries - kept.full)

@@ -104,6 +104,10 @@ class Engine(Switching):
             found[batch.size.shown_rate] += len(batch.active)
         return dict(found)
 
+    def rates_at_work(self) -> set[float]:
+        """Prune rates that run: the session's, where it is at one, and those that requests asked for."""
+        return {batch.size.rate for batch in self._batches if batch.size.setting is None}
+
     def runs(self, rate: float) -> bool:
         """Whether a request may ask for a prune rate, as the session is now."""
         return self._lanes.available(rate, self.size)

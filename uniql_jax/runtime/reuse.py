@@ -84,7 +84,7 @@ class Texts:
         return max((len(text.tokens) for text in self._texts if text is not None), default=0)
 
     def moves(self, by: int) -> Int[np.ndarray, " b"]:
-        """How far each row goes where those at work go `by` slots: less far where it would fall out. It then is there."""
+        """How far each row goes where those at work go `by` slots: less where it would fall out. It then is there."""
         found = np.full(len(self._texts), by, np.int32)
         for i, text in enumerate(self._texts):
             if text is not None:

@@ -128,9 +128,9 @@ class Call:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
     def _fingerprint(self) -> str:
-        """At which prune rates the answers were made, in the order of use."""
-        rates = dict.fromkeys(rate for choice in self._choices for rate in choice.rates)
-        return "uniql-rate-" + ",".join(f"{rate:g}" for rate in rates or (self._worker.session.rate,))
+        """At which prune rates the answers were made, in the order of use; or after how many steps of a joint plan."""
+        sizes = dict.fromkeys(size for choice in self._choices for size in choice.sizes)
+        return "uniql-rate-" + ",".join(sizes or [self._worker.session.size.label.removeprefix("rate-")])
 
     def _cached(self) -> int:
         """Tokens of the prompts that were not read for their first answers."""

@@ -168,7 +168,7 @@ class NestedArray:
 
 
 def leading_planes(words: QuantizedArray) -> UInt8[np.ndarray, "..."]:
-    """The planes of the leading bits of 4-bit words in plain layout, as `NestedArray.leading`; the inverse of `packed`."""
+    """The planes `leading` of 4-bit words in plain layout: the inverse of `NestedArray.packed`."""
     data = np.asarray(words.data).view(np.uint32)
     planes = []
     for plane in range(PLANES):
