@@ -207,17 +207,20 @@ def test_a_device_reads_its_own_bytes(tmp_path_factory: pytest.TempPathFactory, 
 def test_the_host_holds_less_than_two_layers_while_it_loads(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Arrays of numpy that live whenever something is put on a device, which does not take them over here."""
+    """Arrays of numpy that live whenever something is put on a device, which gets copies here.
+
+    JAX gives back what it transfers when its threads come to it: only what the loader itself holds is counted.
+    """
     config = tiny.HF | {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 256, "vocab_size": 64}
     folder = tiny.packed(tmp_path / "model", config, 4, rng)
     sizes = open_checkpoint(folder).tensor_bytes()
     layer = sum(size for name, size in sizes.items() if name.startswith("layers.0."))
     put, held = jax.device_put, []
-    ours = [tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)]
+    ours = [tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain), tracemalloc.Filter(False, __file__)]
 
     def watched(value: Any, *place: Any) -> Any:
         held.append(sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces(ours).traces))
-        return put(value, *place, may_alias=False)
+        return put(np.array(value), *place, may_alias=False)
 
     monkeypatch.setattr(jax, "device_put", watched)
     tracemalloc.start()
@@ -227,7 +230,7 @@ def test_the_host_holds_less_than_two_layers_while_it_loads(
         tracemalloc.stop()
     assert len(held) > 6 * 7
     assert sum(sizes.values()) > 6 * layer
-    assert 0 < max(held) < 2 * layer
+    assert 0 < max(held) < layer
 
 
 def test_more_devices_than_there_are(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,17 @@ def place_layer(layer: dict[str, dict[str, Any]], dtype: Any, split: Split | Non
     }
 
 
+def place_layers(
+    layers: Iterable[dict[str, dict[str, Any]]], dtype: Any, split: Split | None = None
+) -> list[dict[str, dict[str, Any]]]:
+    """`place_layer` for one layer after another.
+
+    Transfers do not wait, and hold what they read from: each layer is waited for, so that however slow the way to a
+    device is, the host never holds more than a layer.
+    """
+    return [jax.block_until_ready(place_layer(layer, dtype, split)) for layer in layers]
+
+
 def place_top(top: dict[str, Any], dtype: Any, split: Split | None = None) -> dict[str, Any]:
     """`place` for the leaves outside the layers; head_in stays in float32, it is small and square."""
     # Rows of the embedding are looked up one by one, which tiles do not serve.
@@ -189,7 +200,7 @@ def load_size(checkpoint: Checkpoint, size: Choice, dtype: Any = None, devices: 
         top, plan = checkpoint.top_at(setting), None  # which has no rates, and none itself
     else:
         raise UserError("a budget of nested bits is for one device: give a prune rate, at which several can share")
-    layers = [place_layer(layer, dtype, split) for layer in each]
+    layers = place_layers(each, dtype, split)
     params = place_top(top, dtype, split) | {"layers": layers}
     return CausalLM(checkpoint.config, params, plan, size.rate, Folder(checkpoint.folder), dtype)
 
@@ -216,6 +227,6 @@ def load_source(
     dtype = default_dtype() if dtype is None else dtype
     folder = Folder(ckpt) if Path(ckpt).is_dir() else str(ckpt)
     split = split_for(source.config, devices, {})
-    layers = [place_layer(source.layer(i), dtype, split) for i in range(len(source.config.pattern))]
+    layers = place_layers((source.layer(i) for i in range(len(source.config.pattern))), dtype, split)
     params = place_top(source.top(), dtype, split) | {"layers": layers}
     return CausalLM(source.config, params, None, 0.0, folder, dtype)
