@@ -19,7 +19,7 @@ import uniql_jax
 from tests import compressed, reference, tiny
 from tests.compressed import FAMILIES, Made
 from uniql_jax.checkpoint import Checkpoint, Setting, open_checkpoint
-from uniql_jax.commands import cli, evaluate, export, generate
+from uniql_jax.commands import benchmark, cli, evaluate, export, generate
 from uniql_jax.commands import compress as compress_command
 from uniql_jax.commands import inspect as inspect_command
 from uniql_jax.compression.pipeline import compress
@@ -27,6 +27,7 @@ from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.convert import to_hf
 from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError
+from uniql_jax.evaluation.report import perplexities, read_speed
 from uniql_jax.joint_plan import TOP, JointPlan, Kept
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.nested import take_setting
@@ -251,12 +252,24 @@ def test_commands_take_a_budget(made: Made, tmp_path: Path, capsys: pytest.Captu
     found = json.loads(rows.read_text())
     assert [row.get("memory_budget") for row in found] == [None, budget]
     assert found[1]["weight_bytes"] <= budget < found[0]["weight_bytes"]
+    assert perplexities(found)[str(tmp_path / "text.npy").rpartition("/")[2]].keys() == {0.0}
+    speed = tmp_path / "speed.json"
+    work = ("--prompt-len", 4, "--gen-len", 2, "--repeats", 1, "--ttft", "--no-dense")
+    assert run(benchmark, *asked, *work, "--json", speed) == 0
+    [row] = json.loads(speed.read_text())["rows"]
+    assert row["memory_budget"] == budget
+    assert row["size"] == str(choose(open_checkpoint(folder), budget))
+    assert row["size"] in capsys.readouterr().out
+    assert read_speed(speed)[0] == {}  # of rates
     assert run(inspect_command, folder, "--memory-budget", budget) == 0
     assert "at 4 bits)" in capsys.readouterr().out
     assert run(export, folder, tmp_path / "hf", "--memory-budget", budget) == 0
     capsys.readouterr()
     assert run(export, folder, tmp_path / "g", "--memory-budget", budget, "--format", "gguf") == 2
     assert run(generate, "--ckpt", folder, "--memory-budget", "1KB", "--prompt", "x") == 2
+    assert run(benchmark, "--ckpt", folder, "--memory-budget", "1GB,1KB", "--size") == 2
+    assert run(benchmark, *asked, "--devices", 2, "--size") == 2
+    assert run(benchmark, "--config", "llama-3.2-1b", "--memory-budget", "1GB", "--size") == 2
     assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
 
 

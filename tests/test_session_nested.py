@@ -76,8 +76,9 @@ def is_fresh(session: Any) -> None:
 def test_weights_are_those_of_a_fresh_load(family: str, made: Made) -> None:
     """Smaller: but the coarser scales of what lost its last bit, nothing is read. Larger: no more than is missing."""
     session = uniql_jax.Elastic(made.checkpoint(family, NEAREST), **SHAPE)
-    last, scales = len(session.sizes) - 1, sum(
-        np.prod(shape) * 2 for name, (_, shape) in session.checkpoint.tensors.items() if name.endswith(".coarse")
+    last, scales = (
+        len(session.sizes) - 1,
+        sum(np.prod(shape) * 2 for name, (_, shape) in session.checkpoint.tensors.items() if name.endswith(".coarse")),
     )
     for step in (last // 3, last // 2, 2 * last // 3, last, last // 4, last // 2, 0, last // 3):
         before, read = session.size, session.checkpoint.bytes_read

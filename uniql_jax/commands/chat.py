@@ -90,7 +90,7 @@ class Chat:
         return self.session.rate
 
     def change(self, rate: float | None, budget: str = "") -> str:
-        """Go on at another rate, or within a budget, the conversation as it is; says what that took. Raises UserError."""
+        """Go on at another rate or within a budget; says what that took. Raises UserError."""
         start = time.perf_counter()
         if rate is not None:
             self.session.set_rate(rate)

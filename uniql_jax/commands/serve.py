@@ -166,6 +166,7 @@ def _logging() -> Iterator[None]:
 
 
 def _run(args: argparse.Namespace, keys: Any, limits: Any, loopback: bool, quality: dict[float, float]) -> None:
+    from uniql_jax.runtime.budget import parse_budget
     from uniql_jax.runtime.session import Elastic
     from uniql_jax.runtime.text import chat_text
     from uniql_jax.server.app import Server
@@ -174,6 +175,8 @@ def _run(args: argparse.Namespace, keys: Any, limits: Any, loopback: bool, quali
     def note(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    if args.watch:
+        parse_budget(args.reserve)  # refused before anything is read
     session = Elastic(
         args.checkpoint,
         memory_budget=args.memory_budget,

@@ -6,6 +6,7 @@ Weights and cache follow from shapes; the work space of the compiled steps is wh
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -98,15 +99,15 @@ def parse_budget(budget: int | float | str, capacity: Callable[[], int] = memory
     if isinstance(budget, str) and (match := re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", budget, re.ASCII)):
         share = float(match[1]) / 100
         if not 0 < share <= 1:
-            raise UserError(f"a share of the memory is above 0 % and at most 100 %, not {budget!r}")
+            raise UserError(f"a share of the memory is above 0 % and at most 100 %, not {budget[:60]!r}")
         return int(share * capacity())
     if isinstance(budget, str):
         try:
             return memory_size(budget)
         except ValueError as error:
             raise UserError(f"{error}, or 80%") from None
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 1 <= budget < 2**63:
-        raise UserError(f"a memory budget is a number of bytes, or looks like 3GiB or 80%, not {budget!r}")
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not 1 <= budget < 2**63:
+        raise UserError(f"a memory budget is a number of bytes, or looks like 3GiB or 80%, not {repr(budget)[:60]}")
     return int(budget)
 
 

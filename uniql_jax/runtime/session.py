@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ class Elastic(Engine):
         """
         if rate is not None and (memory_budget is not None or latency_budget is not None):
             raise UserError("give a rate or budgets, not both")
-        if latency_budget is not None and not 0 < latency_budget < float("inf"):
+        seconds = isinstance(latency_budget, numbers.Real) and not isinstance(latency_budget, bool)
+        if latency_budget is not None and not (seconds and 0 < latency_budget < float("inf")):
             raise UserError(f"latency_budget must be a number of seconds above 0, not {latency_budget!r}")
         super().__init__(folder, context, batch, dtype, cache, other_rates, cache_bits, marks)
         if memory_budget is not None:
@@ -118,8 +120,12 @@ class Elastic(Engine):
         extra = 0 if counted else self._lanes.cache_bytes()  # of requests at work that no budget counted
         rates = rates or self._warm
         need = self._needs.fitting(limit - extra, sorted(map(check_rate, rates)) if rates else None)
-        self._lanes.most = counted
-        self.set_size(need.size, why=_fits(need, limit))
+        before, self._lanes.most = self._lanes.most, counted
+        try:
+            self.set_size(need.size, why=_fits(need, limit))
+        except Exception:
+            self._lanes.most = before
+            raise
         return need
 
     def _fit_latency(self, budget: float) -> None:

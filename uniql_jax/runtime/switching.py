@@ -69,7 +69,8 @@ class Switching:
         self._turnstile = threading.RLock()
         self._lock, self._programs = threading.RLock(), programs_of(self.checkpoint.config)
         self._batch = Batch(self.shape)
-        if other_rates is not None and (isinstance(other_rates, bool) or not 0 <= other_rates < 100):
+        counts = isinstance(other_rates, int) and not isinstance(other_rates, bool) and 0 <= other_rates < 100
+        if other_rates is not None and not counts:
             raise UserError(f"other_rates must be an integer from 0 to 99, not {other_rates!r}")
         self._needs = Needs(self.checkpoint, self.shape, self._dtype, self._programs, 1 + (other_rates or 0))
         self._lanes = Lanes(self._needs, DEFAULT if other_rates is None else other_rates)
@@ -142,6 +143,8 @@ class Switching:
     def set_size(self, size: Choice, cache: str | None = None, ahead: bool = True, why: str = "") -> None:
         """Go on at another size of the checkpoint, such as `sizes` has; see `set_rate`."""
         policy = self._cache_policy if cache is None else resizing.check_policy(cache)
+        if size.setting is not None and self.checkpoint.joint_plan is None:
+            raise UserError(f"{self.checkpoint.folder} has no nested bits (compress --nested-bits), but prune rates")
         if ahead and size != self.size:
             self._prepare(size, policy)
         with self._turnstile, self._lock:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
+import numbers
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from uniql_jax.console import format_bytes
 from uniql_jax.errors import UserError
+from uniql_jax.plan import check_rate
 from uniql_jax.runtime.budget import free_memory, memory_capacity, parse_budget
 from uniql_jax.runtime.choice import Choice, rate_size
 
@@ -57,10 +60,12 @@ class Watcher:
         Raises:
             UserError: settings that cannot be used.
         """
-        if not interval > 0 or margin < 0 or patience < 1:
+        given = isinstance(interval, numbers.Real) and isinstance(margin, numbers.Real)
+        if not (given and 0 < interval < math.inf and 0 <= margin < math.inf and patience >= 1):
             raise UserError("a watcher needs an interval above 0, a margin of at least 0 and a patience of at least 1")
         self.session, self.interval, self.margin, self.patience = session, interval, margin, patience
         self.reserve = parse_budget(reserve, memory_capacity)
+        rates = None if rates is None else [session._needs.size(check_rate(rate)).rate for rate in rates]
         self._rates, self._probe, self._changed = rates, probe or free_memory, changed
         self._calm = 0
         self._stop = threading.Event()
