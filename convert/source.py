@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import Array
 
@@ -71,7 +71,7 @@ class Source:
                 for kind, own in rows.items()
             }
             raw = {kind: {name: value.result() for name, value in own.items()} for kind, own in read.items()}
-        return complete_on_device(self.config, self.table, raw, jnp.asarray(self.config.inv_freq(index)))
+        return complete_on_device(self.config, self.table, raw, jax.device_put(self.config.inv_freq(index)))
 
     def top(self) -> Leaves:
         """The leaves embed [vocab, embed], norm [embed] and head [vocab, embed]; no head in a tied model."""
@@ -93,7 +93,7 @@ class Source:
 
     def _on_device(self, name: str) -> Array:
         value = self.reader.read(name)
-        return jnp.asarray(cast(name, value, np.float32) if value.dtype == np.float64 else value)
+        return jax.device_put(cast(name, value, np.float32) if value.dtype == np.float64 else value)
 
     def _check_spare_heads(self) -> None:
         """A head that a tied checkpoint holds as well must be its embedding."""

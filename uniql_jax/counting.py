@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 
 
+@functools.cache
 def block_parameters(config: ModelConfig, kind: str) -> int:
     """Parameters of one block of a kind (`elastic.BLOCKS`); RoPE frequencies are constants, not parameters."""
     leaves = elastic.leaves(config, kind)

@@ -7,8 +7,10 @@ first) and which a matrix product contracts. Sorting, masking, slicing, quantizi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -35,7 +37,7 @@ class Leaf:
     contract: str | None = None
     shared: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def axis(self) -> str | None:
         """The elastic axis this leaf is sorted and pruned along, or None."""
         return self.dims[0] if self.dims[0] in AXES else None
@@ -108,10 +110,11 @@ Keep = Mapping[str, int | jax.Array]
 """Kept sizes of one layer, axis -> count. A traced array (also one per sample, [batch]) masks instead of slicing."""
 
 
-def sizes(config: ModelConfig) -> dict[str, int]:
+@functools.cache
+def sizes(config: ModelConfig) -> Mapping[str, int]:
     """Full size of every named dimension (0 for those of a block the model has not)."""
     rotary, ssm = config.rope.dim if config.rope else 0, config.ssm
-    return {
+    found = {
         "embed": config.hidden_size,
         "vocab": config.vocab_size,
         "head": config.heads,
@@ -127,9 +130,11 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "ssm_state": ssm.state if ssm else 0,
         "conv": ssm.conv if ssm else 0,
     }
+    return MappingProxyType(found)
 
 
-def leaves(config: ModelConfig, kind: str) -> dict[str, Leaf]:
+@functools.cache
+def leaves(config: ModelConfig, kind: str) -> Mapping[str, Leaf]:
     """The leaves that a block of this kind has in this model (biases and the like only where the model has them).
 
     A value bias never appears: softmax weights sum to one, so it is folded into o_bias exactly.
@@ -145,7 +150,7 @@ def leaves(config: ModelConfig, kind: str) -> dict[str, Leaf]:
     projections = ("z_bias", "x_bias", "b_bias", "c_bias", "dt_proj_bias", "out_bias")
     present |= dict.fromkeys(projections, ssm is not None and ssm.bias)
     present |= dict.fromkeys(("conv_x_bias", "conv_b_bias", "conv_c_bias"), ssm is not None and ssm.conv_bias)
-    return {name: leaf for name, leaf in BLOCKS[kind].items() if present.get(name, True)}
+    return MappingProxyType({name: leaf for name, leaf in BLOCKS[kind].items() if present.get(name, True)})
 
 
 def shape(config: ModelConfig, leaf: Leaf, keep: Mapping[str, int] | None = None) -> tuple[int, ...]:
@@ -159,7 +164,7 @@ def shape(config: ModelConfig, leaf: Leaf, keep: Mapping[str, int] | None = None
     Returns:
         The size of every dimension of the leaf.
     """
-    full = sizes(config) | dict(keep or {})
+    full = {**sizes(config), **keep} if keep else sizes(config)
     return tuple(full[dim] for dim in leaf.dims)
 
 
@@ -169,12 +174,14 @@ def parameters(config: ModelConfig, leaf: Leaf, keep: Mapping[str, int] | None =
     return math.prod(size for dim, size in sized if dim not in leaf.shared)
 
 
+@functools.cache
 def layer_axes(config: ModelConfig, kinds: tuple[str, ...]) -> tuple[str, ...]:
     """The elastic axes of a layer made of these blocks."""
     found = {leaf.axis for kind in kinds for leaf in leaves(config, kind).values()}
     return tuple(axis for axis in AXES if axis in found)
 
 
+@functools.cache
 def axis_cost(config: ModelConfig, kinds: tuple[str, ...], axis: str) -> int:
     """Parameters that one step along an elastic axis holds in a layer (matrices only)."""
     full = sizes(config)

@@ -6,9 +6,11 @@ prefix of that order, so what a higher rate keeps is always part of what a lower
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import numbers
@@ -153,13 +155,13 @@ class Plan:
     @functools.cached_property
     def _removed(self) -> np.ndarray:
         """Parameters removed after each prefix of the order, [units + 1]."""
-        kept = [{axis: self.sizes[axis] for axis in layer} for layer in self.costs]
-        removed = [0]
-        for layer, axis in self.order:
-            after = next_cut(kept[layer][axis], self.units[axis])
-            removed.append(removed[-1] + (kept[layer][axis] - after) * self.costs[layer][axis])
-            kept[layer][axis] = after
-        return np.asarray(removed)
+        kept = {axis: cut_sizes(size, self.units[axis]) for axis, size in self.sizes.items()}
+        rest = {
+            (layer, axis): iter([cost * (size - after) for size, after in itertools.pairwise(kept[axis])])
+            for layer, costs in enumerate(self.costs)
+            for axis, cost in costs.items()
+        }
+        return np.cumsum([0, *(next(rest[unit], 0) for unit in self.order)])
 
     def _cuts(self, rate: float) -> int:
         return int(np.argmin(np.abs(self._removed - check_rate(rate) * self.total)))
@@ -172,10 +174,11 @@ class Plan:
         Raises:
             UserError: the rate is outside 0 ... 0.35.
         """
-        kept = [{axis: self.sizes[axis] for axis in layer} for layer in self.costs]
-        for layer, axis in self.order[: self._cuts(rate)]:
-            kept[layer][axis] = next_cut(kept[layer][axis], self.units[axis])
-        return tuple(kept)
+        cuts = collections.Counter(self.order[: self._cuts(rate)])
+        kept = {axis: cut_sizes(size, self.units[axis]) for axis, size in self.sizes.items()}
+        return tuple(
+            {axis: kept[axis][: cuts[i, axis] + 1][-1] for axis in layer} for i, layer in enumerate(self.costs)
+        )
 
     def keep_from(self, have: float, want: float) -> tuple[dict[str, int], ...]:
         """Kept sizes at rate `want` for a model that was already cut to rate `have`; it cannot grow back."""
@@ -212,6 +215,15 @@ def next_cut(kept: int, unit: int) -> int:
     return max((kept - 1) // unit * unit, min(kept, unit))
 
 
+@functools.cache
+def cut_sizes(size: int, unit: int) -> tuple[int, ...]:
+    """Every size that an axis may have, from the full one down."""
+    found = [size]
+    while (after := next_cut(found[-1], unit)) < found[-1]:
+        found.append(after)
+    return tuple(found)
+
+
 def make_plan(
     config: ModelConfig,
     influence: Sequence[float] | None,
@@ -245,14 +257,16 @@ def make_plan(
     weight = np.exp(-(scores - scores.min()) / epsilon)
     weight /= weight.mean()
     full = elastic.sizes(config)
-    axes = [elastic.layer_axes(config, kinds) for kinds in config.pattern]
-    units = {axis: axis_layout(config, axis, portable).unit for axis in sorted({a for layer in axes for a in layer})}
+    costs = {
+        kinds: {axis: elastic.axis_cost(config, kinds, axis) for axis in elastic.layer_axes(config, kinds)}
+        for kinds in set(config.pattern)
+    }
+    units = {axis: axis_layout(config, axis, portable).unit for axis in sorted({a for c in costs.values() for a in c})}
     crossings = []
-    for layer in range(count):
-        for axis in axes[layer]:
-            kept, price = full[axis], 0.0
-            cost = elastic.axis_cost(config, config.pattern[layer], axis)
-            while (after := next_cut(kept, units[axis])) < kept:
+    for layer, kinds in enumerate(config.pattern):
+        for axis, cost in costs[kinds].items():
+            price = 0.0
+            for kept, after in itertools.pairwise(cut_sizes(full[axis], units[axis])):
                 share = (full[axis] - (kept + after) / 2) / full[axis]
                 if share > cap:
                     break
@@ -262,13 +276,10 @@ def make_plan(
                     curve = losses[layer][axis]
                     price = max(price, (curve[after] - curve[kept]) / (cost * (kept - after)))
                 crossings.append((price, layer, axis))
-                kept = after
     crossings.sort(key=lambda c: c[0])
     return Plan(
         sizes={axis: full[axis] for axis in units},
         units=units,
-        costs=tuple(
-            {axis: elastic.axis_cost(config, kinds, axis) for axis in axes[i]} for i, kinds in enumerate(config.pattern)
-        ),
+        costs=tuple(dict(costs[kinds]) for kinds in config.pattern),
         order=tuple((layer, axis) for _, layer, axis in crossings),
     )

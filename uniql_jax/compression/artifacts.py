@@ -100,7 +100,7 @@ class LayerStore:
     def layer(self, index: int) -> dict[str, dict[str, Array]]:
         """A dense layer, float32 {kind: {leaf: array}}, on the device, where it is widened."""
         return {
-            kind: {n: jnp.asarray(v).astype(jnp.float32) for n, v in block.items()}
+            kind: {n: jax.device_put(v).astype(jnp.float32) for n, v in block.items()}
             for kind, block in self.stored(index).items()
         }
 
@@ -112,7 +112,7 @@ class LayerStore:
 
 def narrowed(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The tensors on the host; float32 ones that bfloat16 holds exactly are narrowed on the device first."""
-    wide = {key: jnp.asarray(value) for key, value in tensors.items() if value.dtype == np.float32}
+    wide = {key: value for key, value in tensors.items() if value.dtype == np.float32}
     short = {key: _short(value) for key, value in wide.items()}
     exact = jax.device_get({key: same for key, (_, same) in short.items()})
     chosen = {key: short[key][0] if exact.get(key) else value for key, value in tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 import os
@@ -52,7 +53,10 @@ def estimated_bytes(
             return count * options.bits / 8
         return count * (width / 8 + 2 / group["embed" if leaf.contract == "last" else leaf.dims[0]])
 
-    layers = sum(size(leaf) for kind in _blocks(config) for leaf in elastic.leaves(config, kind).values())
+    layers = sum(
+        count * sum(map(size, elastic.leaves(config, kind).values()))
+        for kind, count in collections.Counter(_blocks(config)).items()
+    )
     tables = size(elastic.TOP["embed"]) * (1 if config.tie_embeddings else 2)
     mixer = 2 * config.hidden_size**2 if rotated and config.tie_embeddings else 0
     return int(layers + tables + mixer + 4 * config.hidden_size)
@@ -72,8 +76,8 @@ def memory_parts(config: ModelConfig, settings: CompressionSettings, length: int
     (sums, those of a batch, the one before) with what sorting and GPTQ make of them; the activations of one batch, the
     embedding and head.
     """
-    layer = max(sum(block_parameters(config, kind) for kind in kinds) for kinds in config.pattern)
-    widest = max(config.hidden_size, *(output_width(config, kind) for kind in _blocks(config)))
+    layer = max(sum(block_parameters(config, kind) for kind in kinds) for kinds in set(config.pattern))
+    widest = max(config.hidden_size, *(output_width(config, kind) for kind in set(_blocks(config))))
     statistics = max(statistics_bytes(config, kinds, settings.thorough) for kinds in {*config.pattern})
     floats = max(activation_floats(config, kinds) for kinds in {*config.pattern})
     copies = 6 if settings.nested else 4

@@ -57,7 +57,8 @@ def perplexity(
         batch = windows[start : start + batch_size]
         # the last batch is filled up, so that one shape is compiled
         full = np.pad(batch, ((0, batch_size - len(batch)), (0, 0)))
-        total += float(np.asarray(token_nll(model, jnp.asarray(full), rows, keep)[0], np.float64)[: len(batch)].sum())
+        nll = token_nll(model, jax.device_put(full), rows, keep)[0]
+        total += float(np.asarray(nll, np.float64)[: len(batch)].sum())
     mean = total / (count * (length - 1))
     if not math.isfinite(mean) or mean > 700:
         raise UserError(BROKEN)

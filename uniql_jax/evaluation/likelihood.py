@@ -96,7 +96,7 @@ def continuations(
         for place, i in enumerate(members):
             tokens[place, : len(whole[i])] = whole[i]
         rows = rows_at_once(model.config.vocab_size, size * (length - 1))
-        nll, first = (np.asarray(value) for value in token_nll(model, jnp.asarray(tokens), rows, keep))
+        nll, first = (np.asarray(value) for value in token_nll(model, jax.device_put(tokens), rows, keep))
         for place, i in enumerate(members):
             end = len(whole[i]) - 1
             part = slice(end - counts[i], end)

@@ -62,7 +62,7 @@ def place(
         UserError: a value does not fit `dtype`.
     """
     if split is None or leaf is None:
-        return jax.tree.map(jnp.asarray, in_form(leaf, value, dtype, tiles, name))
+        return jax.device_put(in_form(leaf, value, dtype, tiles, name))
     return spread(leaf, value, split, lambda part: in_form(leaf, part, dtype, tiles, name))
 
 

@@ -108,7 +108,7 @@ class NestedArray:
 
     def dense(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
         """The weight as a plain array of its logical shape, computed in float32 and cast to `dtype`."""
-        return _dense(jax.tree.map(jnp.asarray, self), jnp.dtype(dtype))
+        return _dense(self, jnp.dtype(dtype))
 
     def rows(self, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
         """weight @ x over the last dimension, the weight's leading ones flattened; float32.

@@ -146,11 +146,11 @@ class QuantizedArray:
             return self
         if isinstance(self.data, np.ndarray) and self.layout == "plain":
             return _tiled(self, layout)
-        return _in_layout(jax.tree.map(jnp.asarray, self), layout)
+        return _in_layout(self, layout)
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
         """The weight as a dense array of its logical shape, computed in float32 and cast to `dtype`."""
-        return _dequantize(jax.tree.map(jnp.asarray, self), jnp.dtype(dtype))
+        return _dequantize(self, jnp.dtype(dtype))
 
     def dense(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
         """`dequantize`, by the name that every Weight has for it."""
@@ -264,6 +264,7 @@ def unpack(data: Int[Array, "..."], bits: int, axis: int) -> Int[Array, "..."]:
     return jnp.moveaxis((nibbles - 8).reshape(*moved.shape[:-1], -1), -1, axis)
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "group", "contract", "shape", "run"))
 def from_codes(
     codes: Int[Array, "rows width"],
     scale: Float[Array, "rows groups"],

@@ -154,7 +154,7 @@ def decompose(
     found = _each(reachable, groups)
     for g, (_, rows) in enumerate(found):
         basis[g, : len(rows)] = rows
-    on_device = jnp.asarray(basis)
+    on_device = jax.device_put(basis)
     weights = _output_weights(on_device, metric, hidden)
     change, turn = np.zeros((2, groups, d, d), np.float32)
 
@@ -165,8 +165,8 @@ def decompose(
             change[g, :rank], turn[g, :rank, :rank] = _small_factors(left, grams[g], weights[g, :rank, :rank])
 
     _each(factors, groups)
-    new = _apply(jnp.asarray(turn), on_device).reshape(groups, d, heads // groups, hidden)
-    return jnp.asarray(change), new.transpose(1, 0, 2, 3).reshape(o.shape)
+    new = _apply(turn, on_device).reshape(groups, d, heads // groups, hidden)
+    return jax.device_put(change), new.transpose(1, 0, 2, 3).reshape(o.shape)
 
 
 def _each(function: Callable[[int], Any], groups: int) -> list[Any]:
