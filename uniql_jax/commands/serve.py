@@ -82,6 +82,10 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
         "--other-rates", type=cli.bounded_int(0, 99), metavar="N", help="prune rates at a time that calls may ask for "
         "(NAME@RATE) in addition to the server's, each with a cache of its own (default: 2; with a budget 0)",
     )  # fmt: skip
+    add(
+        "--no-marks", dest="marks", action="store_false", help="keep no second SSM state a row, from which prompts "
+        "that begin alike go on: less memory, and all of them are read",
+    )  # fmt: skip
     add("--warm-up", type=cli.prune_rates, metavar="R,R,...", help="compile these rates before it listens")
     add(
         "--watch", type=cli.bounded_float(0.1), metavar="S", help="look at free memory every S seconds, change the rate"
@@ -185,6 +189,7 @@ def _run(args: argparse.Namespace, keys: Any, limits: Any, loopback: bool, quali
         batch=args.batch,
         other_rates=args.other_rates,
         cache_bits=args.cache_bits,
+        marks=args.marks,
         say=note,
     )
     if session.tokenizer is None:
