@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from uniql_jax import elastic
@@ -85,7 +84,7 @@ def _changed(
         found = join([value[: want.entries], *_vector(checkpoint, name, have.entries, want.entries)])
     if not isinstance(found, NESTED):  # which `in_form` would have made the same of
         found = in_form(leaf, found, dtype, name != "embed", name)
-    return jax.tree.map(jnp.asarray, found)
+    return jax.device_put(found)  # jnp.asarray would compile a program for each shape
 
 
 def _vector(checkpoint: Checkpoint, name: str, start: int, stop: int) -> list[np.ndarray]:
