@@ -2,7 +2,7 @@
 
 MoDeGPT (arXiv 2408.09632), which UniQL (arXiv 2512.03383) compares its sorting with: a Nystroem approximation of the
 MLP, CR selection of Q and K, an SVD of V and O between square roots of the inputs' Gram matrix. Written in plain JAX
-for `compress_steps.py`, where it is timed next to ours.
+for `compress_steps.py`, where it is timed next to ours; `baselines/modegpt.py` measures what it is worth.
 """
 
 from __future__ import annotations
@@ -29,11 +29,16 @@ def nystroem_mlp(
     Returns:
         Indices, most important first, and the output matrix of those channels.
     """
-    ridge = jnp.mean(jnp.diagonal(gram))
-    scores = jnp.diagonal(gram @ jnp.linalg.inv(gram + ridge * jnp.eye(len(gram))))
-    chosen = jnp.argsort(-scores)[:keep]
+    chosen = jnp.argsort(-leverage(gram))[:keep]
     inner = gram[chosen][:, chosen]
     return chosen, jnp.linalg.pinv(inner, hermitian=hermitian) @ (gram[chosen] @ down)
+
+
+@jax.jit
+def leverage(gram: Float[Array, "f f"]) -> Float[Array, " f"]:
+    """Ridge leverage of every channel, [C (C + l I)^-1]_jj; the ridge is the mean of the diagonal."""
+    ridge = jnp.mean(jnp.diagonal(gram))
+    return jnp.diagonal(gram @ jnp.linalg.inv(gram + ridge * jnp.eye(len(gram))))
 
 
 @functools.partial(jax.jit, static_argnames="keep")

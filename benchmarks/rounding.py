@@ -137,7 +137,7 @@ def _summed(function: Callable[..., Any], *streams: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *found)
 
 
-def _round(columns: Any, hessians: Sequence[Any], method: Method, group: int) -> list[tuple[Any, int]]:
+def round_matrix(columns: Any, hessians: Sequence[Any], method: Method, group: int) -> list[tuple[Any, int]]:
     """(what columns are rounded to, bytes) of every view."""
     width, count = columns.shape
     spare = -width % group
@@ -160,7 +160,7 @@ def build(model: Model, row: Row, settings: CompressionSettings) -> tuple[list[V
     names = ["4 bits", "3 bits"] if row.body.share is not None else [""]
     views = [View(name) for name in names]
     errors: dict[str, list[float]] = {}
-    _round_top(model, row, q, views)
+    round_top(model, row, q, views)
     turned = rotated_top(model.top, q)
     target = [embed({"embed": turned["embed"]}, batch, jnp.float32) for batch in model.batches]
     for view in views:
@@ -179,7 +179,7 @@ def build(model: Model, row: Row, settings: CompressionSettings) -> tuple[list[V
     return views, errors
 
 
-def _round_top(model: Model, row: Row, q: Any, views: list[View]) -> None:
+def round_top(model: Model, row: Row, q: Any, views: list[View]) -> None:
     """Embedding, norm and head of every view, with the Hessians of the pass."""
     turned, norm, gram = rotated_top(model.top, q), model.top["norm"], model.final_gram
     method = row.top or row.body
@@ -195,7 +195,7 @@ def _round_top(model: Model, row: Row, q: Any, views: list[View]) -> None:
                 view.top[name] = value
                 view.bytes += 2 * value.size
             continue
-        found = _round(jnp.asarray(value).T, [hessians[name]] * len(views), method, group)
+        found = round_matrix(jnp.asarray(value).T, [hessians[name]] * len(views), method, group)
         for view, (rounded, size) in zip(views, found if len(found) == len(views) else found * 2, strict=True):
             view.top[name] = rounded.T
             view.bytes += size
@@ -234,7 +234,7 @@ def _round_block(
             gram, cross = _summed(functools.partial(_read_and_cross, config, kind, original), views[0].x, target)
             columns = refit(gram / tokens, cross @ columns / tokens, columns, RIDGE)
         group = _group(config, "embed", len(columns), method)
-        found = _round(columns, hessians, method, group)
+        found = round_matrix(columns, hessians, method, group)
         errors.setdefault(f"{kind}.{name}", []).append(float(output_error(columns, found[0][0], hessians[0])))
         for view, block, (rounded, size) in zip(views, done, found, strict=True):
             block[name] = rounded.T.reshape(value.shape)
@@ -255,7 +255,7 @@ def _round_block(
                 target,
             )
             columns = refit(grams[0], cross / tokens, columns, RIDGE)
-        found = _round(columns, grams, method, _group(config, leaf.dims[0], len(columns), method))
+        found = round_matrix(columns, grams, method, _group(config, leaf.dims[0], len(columns), method))
         errors.setdefault(f"{kind}.{name}", []).append(float(output_error(columns, found[0][0], grams[0])))
         for view, block, (rounded, size) in zip(views, done, found, strict=True):
             block[name] = rounded.reshape(value.shape)

@@ -72,7 +72,7 @@ def _gptq_block(block: Array, scale: Array, square: Array, bits: int) -> tuple[A
     return codes, errors
 
 
-def _scale(block: Array, importance: Array, square: Array, method: Method, bits: int) -> Float[Array, " rows"]:
+def group_scale(block: Array, importance: Array, square: Array, method: Method, bits: int) -> Float[Array, " rows"]:
     tries = candidates(block, bits)[: 1 if method.scale == "max" else None]
     if method.scale == "loss":
         every = jnp.broadcast_to(block, (len(tries), *block.shape))
@@ -96,7 +96,7 @@ def round_columns(
         first = jnp.argsort(-importance)
         scales = jnp.stack(
             [
-                _scale(
+                group_scale(
                     columns[at : at + group], importance[at : at + group] + 1e-6, jnp.eye(group), method, method.bits
                 )
                 for at in range(0, width, group)
@@ -125,7 +125,7 @@ def _in_order(columns: Array, hessian: Array, factor: Array | None, method: Meth
         block = jax.lax.dynamic_slice_in_dim(columns, start, group)
         stripe = identity if factor is None else jax.lax.dynamic_slice_in_dim(factor, start, group)
         square = identity if factor is None else jax.lax.dynamic_slice_in_dim(stripe, start, group, axis=1)
-        scale = _scale(block, jax.lax.dynamic_slice_in_dim(importance, start, group), square, method, method.bits)
+        scale = group_scale(block, jax.lax.dynamic_slice_in_dim(importance, start, group), square, method, method.bits)
         code, errors = _gptq_block(block, scale, square, method.bits)
         if factor is not None:
             later = jnp.arange(width) >= start + group

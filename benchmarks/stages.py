@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,16 @@ def measure(source: DenseModel, tokens: np.ndarray, folder: Path, batch_tokens: 
     return Measured(source, top, windows, calibration, layers)
 
 
-def compress(measured: Measured, settings: CompressionSettings, folder: Path) -> tuple[Path, int]:
-    """The checkpoint of these settings and the bytes of its tensors: what `compress` does after its calibration."""
+def compress(
+    measured: Measured,
+    settings: CompressionSettings,
+    folder: Path,
+    train: Callable[[Plan, list[Any]], list[Any]] | None = None,
+) -> tuple[Path, int]:
+    """The checkpoint of these settings and the bytes of its tensors: what `compress` does after its calibration.
+
+    train: makes other layers of the sorted ones before they are finished.
+    """
     source, config = measured.source, measured.source.config
     store = LayerStore(folder / "sorted")
     for i, layer, means in measured.layers:
@@ -58,6 +67,11 @@ def compress(measured: Measured, settings: CompressionSettings, folder: Path) ->
         record = {axis: np.asarray(loss).tolist() for axis, loss in losses.items()}
         store.save(layer_name(i), flatten(jax.device_get(done)), record)
     plan = make(config, measured.calibration, store, settings)
+    if train is not None:
+        layers = train(plan, [store.layer(i) for i in range(len(config.pattern))])
+        store = LayerStore(folder / "trained")
+        for i, layer in enumerate(layers):
+            store.save(layer_name(i), flatten(jax.device_get(layer)))
     finished = finish(measured, plan, store, settings, folder)[0]
     section = {"plan": plan.to_json(), "options": dataclasses.asdict(settings)}
     return folder / "checkpoint", write(folder / "checkpoint", source, finished, section)

@@ -23,6 +23,7 @@ from uniql_jax.joint_plan import Kept
 from uniql_jax.limits import MAX_PRUNE_RATE
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout
+from uniql_jax.pallas_kernels.dequant_matmul.three_bit import BITS
 from uniql_jax.runtime.choice import Choice, Sizes, rate_size
 from uniql_jax.runtime.compiled import Compiled, Shape
 from uniql_jax.runtime.programs import Programs, tree_bytes
@@ -117,10 +118,10 @@ def _leaf_shape(
     """A leaf as `loading.place` gives it, with jax.ShapeDtypeStruct for arrays; `kept` where bits may differ."""
     tensors = checkpoint.tensors
     if kept is not None and kept.full < kept.entries and f"{name}.leading" in tensors:
-        rest = _planes_shape(checkpoint, name, leaf, kept.entries - kept.full)
+        rest = _planes_shape(checkpoint, name, leaf, kept.entries - kept.full, dtype)
         if not kept.full:
             return rest
-        return MixedArray(_leaf_shape(checkpoint, name, leaf, {leaf.dims[0]: kept.full}, dtype, False), rest)
+        return MixedArray(_leaf_shape(checkpoint, name, leaf, {leaf.dims[0]: kept.full}, dtype, tiles), rest)
     parts = [part for part in ((".data", ".scale"), (".last", ".fine")) if name + part[0] in tensors]
     if parts:
 
@@ -140,8 +141,8 @@ def _leaf_shape(
     return jax.ShapeDtypeStruct(shape, dtype if leaf.contract else jnp.float32)
 
 
-def _planes_shape(checkpoint: Checkpoint, name: str, leaf: elastic.Leaf, count: int) -> NestedArray:
-    """The last `count` entries of a weight of which none has all bits, as `in_parts` gives them."""
+def _planes_shape(checkpoint: Checkpoint, name: str, leaf: elastic.Leaf, count: int, dtype: Any) -> Any:
+    """The last `count` entries of a weight of which none has all bits, in planes or tiles."""
     axis, whole = leaf.dims[0], elastic.sizes(checkpoint.config)[leaf.dims[0]]
 
     def part(name_: str) -> jax.ShapeDtypeStruct:
@@ -154,7 +155,9 @@ def _planes_shape(checkpoint: Checkpoint, name: str, leaf: elastic.Leaf, count: 
 
     coarse = part("coarse")
     parts = {"leading": part("leading"), "last": none(part("last")), "fine": none(coarse), "coarse": coarse}
-    return assembled(checkpoint.config, checkpoint.meta, leaf, parts, {axis: count})  # type: ignore[return-value]
+    found: Any = assembled(checkpoint.config, checkpoint.meta, leaf, parts, {axis: count})
+    layout = preferred_layout(bits=BITS, group=found.group, contract=found.contract, dtype=dtype)
+    return found if layout == "plain" else found.tiled()
 
 
 def abstract_model(checkpoint: Checkpoint, size: Choice, dtype: Any) -> CausalLM:
@@ -252,9 +255,10 @@ class Needs:
                 least = self.at(choices[len(choices) - 1])  # whose work space is less than that asked for above
                 if least.total <= budget:
                     return least
+                advice = "lower context= or batch=" if self.shape.rows > 1 else "lower context="
                 raise UserError(
                     f"{format_bytes(budget)} is too little: {least.size} needs {least} "
-                    f"for {self.shape.rows} x {self.shape.context} tokens; {_advice(self.shape)}"
+                    f"for {self.shape.rows} x {self.shape.context} tokens; {advice}"
                 )
             found = self.at(choices[index])
             if found.total <= budget:
@@ -277,10 +281,6 @@ class Needs:
             else:
                 low = middle + 1
         return found
-
-
-def _advice(shape: Shape) -> str:
-    return "lower context= or batch=" if shape.rows > 1 else "lower context="
 
 
 def _first_fitting(size: Callable[[Choice | float], int], budget: int, choices: Sequence[Choice | float]) -> int | None:

@@ -17,27 +17,29 @@ import numpy as np
 from uniql_jax import elastic
 from uniql_jax.checkpoint import Checkpoint, assembled
 from uniql_jax.joint_plan import Kept
+from uniql_jax.pallas_kernels.dequant_matmul.three_bit import BITS
 from uniql_jax.runtime.choice import Choice
 from uniql_jax.runtime.loading import in_form
-from uniql_jax.weights.mixed import MixedArray
+from uniql_jax.weights.mixed import MixedArray, in_planes
 from uniql_jax.weights.nested import NestedArray, leading_planes
 from uniql_jax.weights.quantized import QuantizedArray
 
-NESTED = (NestedArray, MixedArray)
+PACKED = (QuantizedArray, NestedArray, MixedArray)
 Join = Callable[[Sequence[np.ndarray]], np.ndarray]
 
 
 def has_planes(params: Any) -> bool:
     """Whether some weight has entries of fewer bits."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda value: isinstance(value, NESTED))
-    return any(isinstance(leaf, NESTED) for leaf in leaves)
+    leaves = jax.tree.leaves(params, is_leaf=lambda value: isinstance(value, PACKED))
+    return any(isinstance(leaf, PACKED) and held(leaf).full < leaf.shape[0] for leaf in leaves)
 
 
 def held(value: Any) -> Kept:
     """Entries of a leaf, and how many of them have all bits."""
     if isinstance(value, MixedArray):
         return Kept(value.shape[0], value.whole.shape[0])
-    return Kept(value.shape[0], value.full if isinstance(value, NestedArray) else value.shape[0])
+    bits = isinstance(value, NestedArray) or (isinstance(value, QuantizedArray) and value.bits == BITS)
+    return Kept(value.shape[0], 0 if bits else value.shape[0])  # in planes, or in tiles of them
 
 
 def renest(checkpoint: Checkpoint, params: dict[str, Any], size: Choice, i: int | None, dtype: Any, join: Join) -> None:
@@ -72,19 +74,16 @@ def _changed(
     checkpoint: Checkpoint, name: str, leaf: elastic.Leaf, value: Any, want: Kept, dtype: Any, join: Join
 ) -> Any:
     """A leaf with other entries and bits, on the device."""
-    have, packed = held(value), isinstance(value, (QuantizedArray, *NESTED))
+    have, packed = held(value), isinstance(value, PACKED)
     if have == want or (not packed and have.entries == want.entries):
         return value
-    if isinstance(value, QuantizedArray):
-        value = value.in_layout("plain")
-    value = jax.tree.map(np.asarray, value)
     if packed:
-        found = _recoded(checkpoint, name, leaf, value, have, want, join)
+        found = _recoded(checkpoint, name, leaf, in_planes(value), have, want, join)
     else:
-        found = join([value[: want.entries], *_vector(checkpoint, name, have.entries, want.entries)])
-    if not isinstance(found, NESTED):  # which `in_form` would have made the same of
-        found = in_form(leaf, found, dtype, name != "embed", name)
-    return jax.device_put(found)  # jnp.asarray would compile a program for each shape
+        rest = _vector(checkpoint, name, have.entries, want.entries)
+        found = join([np.asarray(value)[: want.entries], *rest])
+    # jnp.asarray would compile a program for each shape
+    return jax.device_put(in_form(leaf, found, dtype, name != "embed", name))
 
 
 def _vector(checkpoint: Checkpoint, name: str, start: int, stop: int) -> list[np.ndarray]:
