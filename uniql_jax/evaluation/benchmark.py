@@ -58,7 +58,7 @@ class Within:
     size: Choice
     devices: int
 
-    def variant(self, bits: int, batch: int, slots: int, dtype: Any) -> Variant:
+    def variant(self, bits: float | int, batch: int, slots: int, dtype: Any) -> Variant:
         """As a row to be measured."""
         checkpoint, size = self.checkpoint, self.size
         weights = tree_bytes(abstract_model(checkpoint, size, dtype).params)
