@@ -7,7 +7,9 @@ Measured: seconds of a warm switch, and until the next token of a text at work, 
 (files in the page cache, JAX imported) and next to what takes its place where the rate cannot change: a new process,
 until it holds the weights, and until it has made the same text's next token; bytes after a switch next to a fresh
 session's; perplexity of 512 tokens after 0 -> 0.35 -> 0.15, next to a fresh run at 0.15 with the same prefix, for both
-ways to treat caches; tokens/s of a full batch of requests next to `generate_tokens`.
+ways to treat caches; seconds to the first token of a conversation's second turn, where its first one is held and where
+it is not, with caches of 16 and 8 bits; with nested bits, changes between settings of the joint plan; tokens/s of a
+full batch of requests next to `generate_tokens`.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from uniql_jax.evaluation.published import CONFIGS
 from uniql_jax.evaluation.random_model import random_model, read_config
 from uniql_jax.evaluation.timing import device_name, environment
 from uniql_jax.plan import grouping, make_plan
+from uniql_jax.runtime.loading import load_size
 from uniql_jax.runtime.requests import Settings
 from uniql_jax.tokenizer import load_tokenizer
 
@@ -167,14 +170,16 @@ def perplexities(ckpt: Path, tokens: np.ndarray, prompt: int) -> Iterator[dict[s
 def throughput(ckpt: Path, batch: int, prompt: int, new: int) -> dict[str, Any]:
     """Tokens/s of a full batch of requests, and of `generate_tokens` with the same prompts."""
     model = uniql_jax.load(ckpt)
-    prompts = np.random.default_rng(0).integers(3, model.config.vocab_size, (batch, prompt)).astype(np.int32)
+    rng, vocabulary = np.random.default_rng(0), model.config.vocab_size
+    prompts = rng.integers(3, vocabulary, (batch, prompt)).astype(np.int32)
     loop = min(
         seconds(lambda: uniql_jax.generate_tokens(model, prompts, max_new_tokens=new, eos_ids=())) for _ in range(3)
     )
     session = uniql_jax.Elastic(ckpt, context=prompt + new, batch=batch)
 
     def serve() -> list[int]:
-        requests = [session.submit(row, Settings(new)) for row in prompts]
+        others = rng.integers(3, vocabulary, prompts.shape).astype(np.int32)  # which no row holds
+        requests = [session.submit(row, Settings(new)) for row in others]
         while session.step():
             pass
         return [len(request.tokens) for request in requests]
@@ -183,6 +188,41 @@ def throughput(ckpt: Path, batch: int, prompt: int, new: int) -> dict[str, Any]:
     requests = min(seconds(serve) for _ in range(3))
     rates = {"requests_tokens_per_second": batch * new / requests, "loop_tokens_per_second": batch * new / loop}
     return rates | {"batch": batch, "prompt": prompt, "new": new, "ratio": loop / requests}
+
+
+def turns(ckpt: Path, context: int, bits: int) -> dict[str, Any]:
+    """Seconds to the first token of a conversation's second turn, where a row holds the first, and where none does."""
+    session = uniql_jax.Elastic(ckpt, context=context, cache_bits=bits)
+    rng, half = np.random.default_rng(0), context // 2
+    vocabulary, found = session.checkpoint.config.vocab_size, {}
+
+    def first_token(prompt: np.ndarray) -> float:
+        start, request = time.perf_counter(), session.submit(prompt, Settings(8))
+        next(iter(request))  # which cancels it
+        return time.perf_counter() - start
+
+    for _ in range(3):  # the first time compiles
+        before, other = rng.integers(3, vocabulary, (2, half)).astype(np.int32)
+        more = rng.integers(3, vocabulary, 16).astype(np.int32)
+        for name, prompt in (("before", before), ("held", np.append(before, more)), ("anew", np.append(other, more))):
+            found[f"{name}_seconds"] = first_token(prompt)
+    return {"tokens": half + 16, "cache_bits": bits, "cache_bytes": session.memory()["cache"]} | found
+
+
+def settings(ckpt: Path) -> Iterator[dict[str, Any]]:
+    """Changes between settings of a joint plan: seconds and bytes read, next to loading the setting."""
+    session = uniql_jax.Elastic(ckpt, context=256)
+    last = len(session.sizes) - 1
+    for steps in (0, last // 2, last // 4, last, 0):
+        size, read = session.sizes[steps], session.checkpoint.bytes_read
+
+        def change(size: Any = size) -> Any:
+            session.set_size(size)
+            return jax.tree.leaves(dict(session.model.params))
+
+        row: dict[str, Any] = {"size": size.label, "bytes": size.bytes, "seconds": seconds(change)}
+        row["bytes_read"] = session.checkpoint.bytes_read - read
+        yield row | {"load_seconds": seconds(lambda size=size: load_size(session.checkpoint, size).params)}
 
 
 def main() -> None:
@@ -215,6 +255,11 @@ def main() -> None:
             found["perplexity"] = list(perplexities(ckpt, np.asarray(tokens), 64))
             rows = [list(row.values()) for row in found["perplexity"]]
             print(console.table(rows, ["switch", "cache", "perplexity", "fresh run", "ratio"]))
+        found["turns"] = [turns(ckpt, args.context, bits) for bits in (16, 8)]
+        print(json.dumps(found["turns"]))
+        if open_checkpoint(ckpt).joint_plan is not None:
+            found["settings"] = list(settings(ckpt))
+            print(console.table([list(row.values()) for row in found["settings"]], list(found["settings"][0])))
         if args.batch:
             found["throughput"] = throughput(ckpt, args.batch, args.prompt, args.new)
             print(json.dumps(found["throughput"]))

@@ -26,8 +26,8 @@ from uniql_jax import Elastic, console
 from uniql_jax.evaluation.timing import environment
 from uniql_jax.runtime import loading, resizing
 from uniql_jax.runtime.batching import Batch
+from uniql_jax.runtime.programs import tree_bytes, work_space
 from uniql_jax.runtime.requests import Settings
-from uniql_jax.runtime.steps import tree_bytes, work_space
 
 
 def held() -> int:
@@ -42,7 +42,7 @@ def held() -> int:
 def measured_peak(make: Callable[[], Elastic], new: int = 8) -> tuple[Elastic, int]:
     """A session, and the most bytes while it loads and while all its rows fill their context, by `new` tokens each."""
     gc.collect()  # sessions before this one
-    peak, before, run, place = 0, held(), Batch._run, loading.place
+    peak, before, run, read, place = 0, held(), Batch._run, Batch._read, loading.place
 
     def at_least(extra: int) -> None:
         nonlocal peak
@@ -58,7 +58,12 @@ def measured_peak(make: Callable[[], Elastic], new: int = 8) -> tuple[Elastic, i
         at_least(work_space(program))
         return run(batch, program, *rest)
 
-    with unittest.mock.patch.object(Batch, "_run", measured), unittest.mock.patch.object(loading, "place", placed):
+    def measured_reading(batch: Batch, program: Any, *rest: Any) -> Any:
+        at_least(work_space(program))
+        return read(batch, program, *rest)
+
+    patch = unittest.mock.patch.object
+    with patch(Batch, "_run", measured), patch(Batch, "_read", measured_reading), patch(loading, "place", placed):
         session = make()
         prompt = np.arange(3, 3 + session.shape.context - new)
         requests = [session.submit(prompt, Settings(new)) for _ in range(session.shape.rows)]

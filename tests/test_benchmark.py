@@ -118,6 +118,20 @@ def test_a_checkpoint(folder: Path, tmp_path: Path, small_copy: None, capsys: py
     )
 
 
+def test_sizes_within_budgets(folder: Path, runs_nothing: None, tmp_path: Path) -> None:
+    """The least pruning that fits each, after the rates that were named, if any."""
+    out, size = tmp_path / "found.json", open_checkpoint(folder).weight_bytes
+    limits = f"{size(0.1)},{size(0.3)}"
+    sizes = ("--ckpt", folder, "--size", "--no-dense", *WORK, "--json", out)
+    assert command(*sizes, "--memory-budget", limits) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["memory_budget"] for row in rows] == [size(0.1), size(0.3)]
+    for row, limit in zip(rows, (size(0.1), size(0.3)), strict=True):
+        assert size(row["prune_rate"]) <= limit < size(row["prune_rate"] - 0.001)
+    assert command(*sizes, "--prune-rates", "0", "--memory-budget", size(0.3), "--overwrite") == 0
+    assert ["memory_budget" in row for row in json.loads(out.read_text())["rows"]] == [False, True]
+
+
 def test_sizes_alone_run_nothing(runs_nothing: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of 8 billion parameters, where nothing else would fit; with an output that is there already."""
     out = tmp_path / "found.json"

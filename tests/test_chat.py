@@ -39,13 +39,14 @@ def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     return run
 
 
-def answer(folder: Path, messages: list[dict[str, str]], rate: float = 0.0) -> str:
+def answer(folder: Path, messages: list[dict[str, str]], rate: float = 0.0, **more: int) -> str:
     """What the model says to a conversation, by the public function and the template itself."""
     model, tokenizer = uniql_jax.load(folder, rate), tiny.tokenizer()
     tokenizer.chat_template = tiny.CHAT_TEMPLATE
     whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
-    return "".join(uniql_jax.generate(model, np.asarray(ids, np.int32), tokenizer=tokenizer, max_new_tokens=NEW))
+    ids = np.asarray(ids, np.int32)
+    return "".join(uniql_jax.generate(model, ids, tokenizer=tokenizer, max_new_tokens=NEW, **more))
 
 
 def user(content: str) -> dict[str, str]:
@@ -66,7 +67,18 @@ def test_the_conversation_is_kept_over_turns_and_rates(folder: Path, talk) -> No
     assert "rate 0," in err
     assert err.count("rate 0.25,") == 2  # once loaded, and in the statistics
     assert f"{NEW} tokens after" in err
+    assert "(0 of them read before)" in err  # at another rate
     assert "of weights" in err
+
+
+def test_a_turn_does_not_read_the_ones_before(folder: Path, talk) -> None:
+    """What the cache holds in 8 bits: the prompt so far, and the answer."""
+    code, out, err = talk(folder, "the people at home\nand\n/stats\n", "--cache-bits", 8)
+    first = answer(folder, [user("the people at home")], cache_bits=8)
+    second = answer(folder, [user("the people at home"), assistant(first), user("and")], cache_bits=8)
+    assert (code, out) == (0, f"{first}\n{second}\n")
+    tokens, cached = (int(err.split(before)[1].split()[0]) for before in ("tokens after ", "conversation ("))
+    assert 16 <= cached < tokens
 
 
 def test_instructions_come_first(folder: Path, talk) -> None:

@@ -221,7 +221,9 @@ def test_good_prune_rates(text: str) -> None:
     assert 0 <= cli.prune_rate(text) <= MAX_PRUNE_RATE
 
 
-@pytest.mark.parametrize("text", ["abc", "", "-0.1", "0.9", "0.36", "35", "35%", "nan", "inf", "0,1"])
+@pytest.mark.parametrize(
+    "text", ["abc", "", "-0.1", "0.9", "0.36", "35", "35%", "nan", "inf", "0,1", "1e400", "٠.٢", "0.1_5"]
+)
 def test_bad_prune_rates(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"a number from 0 to 0\.35, not"):
         cli.prune_rate(text)
@@ -258,7 +260,24 @@ def test_good_memory_sizes(text: str, count: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "GiB", "3XB", "3 Gi B", "-1GB", "0", "0GB", "1,5GB", "1e9", "nanGB", "0.1", "80%", "1e30TB", "9" * 30],
+    [
+        "",
+        "GiB",
+        "3XB",
+        "3 Gi B",
+        "-1GB",
+        "0",
+        "0GB",
+        "1,5GB",
+        "1e9",
+        "nanGB",
+        "0.1",
+        "80%",
+        "1e30TB",
+        "9" * 30,
+        "٣GB",
+        "3 bananas",
+    ],
 )
 def test_bad_memory_sizes(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="3GiB"):
@@ -273,7 +292,7 @@ def test_numbers_with_bounds() -> None:
     for parse, bad in (
         (cli.positive_int, ("0", "-1", "1.5", "x", "", str(2**31), str(10**30))),
         (cli.natural_int, ("-1", "x", str(2**32))),
-        (cli.bounded_float(0, 1), ("1.1", "-0.1", "nan", "x")),
+        (cli.bounded_float(0, 1), ("٠.٢", "0_1", "1.1", "-0.1", "nan", "x")),
         (cli.bounded_float(0), ("inf", "-1")),
     ):
         for text in bad:

@@ -19,7 +19,7 @@ import uniql_jax
 from tests import compressed, reference, tiny
 from tests.compressed import FAMILIES, Made
 from uniql_jax.checkpoint import Checkpoint, Setting, open_checkpoint
-from uniql_jax.commands import cli, evaluate, export, generate
+from uniql_jax.commands import benchmark, cli, evaluate, export, generate
 from uniql_jax.commands import compress as compress_command
 from uniql_jax.commands import inspect as inspect_command
 from uniql_jax.compression.pipeline import compress
@@ -27,10 +27,12 @@ from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.convert import to_hf
 from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError
+from uniql_jax.evaluation.report import perplexities, read_speed
 from uniql_jax.joint_plan import TOP, JointPlan, Kept
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.nested import take_setting
 from uniql_jax.runtime.choice import choose
+from uniql_jax.weights.mixed import in_parts
 from uniql_jax.weights.nested import NestedArray
 from uniql_jax.weights.protocol import as_weight
 
@@ -85,6 +87,16 @@ def same(one: CausalLM, other: CausalLM) -> None:
         np.testing.assert_array_equal(dense(a), dense(b))
 
 
+def held_alike(loaded: CausalLM, cut: CausalLM) -> None:
+    """The same bits: a loaded model's words and planes are those of planes that were cut. Nothing is compiled."""
+    for found, value in zip(leaves(loaded), leaves(cut), strict=True):
+        value = jax.tree.map(np.asarray, value)
+        wanted = in_parts(value) if isinstance(value, NestedArray) else value
+        assert jax.tree.structure(found) == jax.tree.structure(wanted)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_array_equal(np.asarray(a), b)
+
+
 @FAMILY
 def test_a_smaller_budget_keeps_and_reads_a_prefix(family: str, made: Made) -> None:
     folder = made.checkpoint(family, NEAREST)
@@ -115,16 +127,17 @@ def test_loading_a_budget_is_a_setting_of_the_whole(family: str, made: Made, rng
         setting = plan.kept(count)
         loaded = uniql_jax.load(folder, budget=int(plan.bytes[count]), dtype=jnp.float32)
         cut = take_setting(whole, setting)
-        same(loaded, cut)
+        held_alike(loaded, cut)
         held = [[leaf.nbytes for leaf in leaves(some) if hasattr(leaf, "take_prefix")] for some in (loaded, cut)]
         assert all(ours <= theirs for ours, theirs in zip(*held, strict=True))
+    same(loaded, cut)
     plain = CausalLM(loaded.config, jax.tree.map(dense, loaded.params, is_leaf=lambda v: hasattr(v, "take_prefix")))
     error = reference.relative_error(_jitted()(loaded, tokens), np.asarray(_jitted()(plain, tokens)))
     assert error < 1e-5
     rate = uniql_jax.load(folder, 0.25, dtype=jnp.float32)
     top = {(TOP, name): Kept(size, size) for name in ("embed", "head") for size in [checkpoint.config.vocab_size]}
     entries = {(i, axis): Kept(n, n) for i, kept in enumerate(checkpoint.keep(0.25)) for axis, n in kept.items()}
-    same(rate, take_setting(whole, entries | {key: kept for key, kept in top.items() if key in plan.kept(0)}))
+    held_alike(rate, take_setting(whole, entries | {key: kept for key, kept in top.items() if key in plan.kept(0)}))
     assert not any(isinstance(leaf, NestedArray) for leaf in leaves(rate))
     fresh = open_checkpoint(folder)
     fresh.top()
@@ -251,12 +264,24 @@ def test_commands_take_a_budget(made: Made, tmp_path: Path, capsys: pytest.Captu
     found = json.loads(rows.read_text())
     assert [row.get("memory_budget") for row in found] == [None, budget]
     assert found[1]["weight_bytes"] <= budget < found[0]["weight_bytes"]
+    assert perplexities(found)[str(tmp_path / "text.npy").rpartition("/")[2]].keys() == {0.0}
+    speed = tmp_path / "speed.json"
+    work = ("--prompt-len", 4, "--gen-len", 2, "--repeats", 1, "--ttft", "--no-dense")
+    assert run(benchmark, *asked, *work, "--json", speed) == 0
+    [row] = json.loads(speed.read_text())["rows"]
+    assert row["memory_budget"] == budget
+    assert row["size"] == str(choose(open_checkpoint(folder), budget))
+    assert row["size"] in capsys.readouterr().out
+    assert read_speed(speed)[0] == {}  # of rates
     assert run(inspect_command, folder, "--memory-budget", budget) == 0
     assert "at 4 bits)" in capsys.readouterr().out
     assert run(export, folder, tmp_path / "hf", "--memory-budget", budget) == 0
     capsys.readouterr()
     assert run(export, folder, tmp_path / "g", "--memory-budget", budget, "--format", "gguf") == 2
     assert run(generate, "--ckpt", folder, "--memory-budget", "1KB", "--prompt", "x") == 2
+    assert run(benchmark, "--ckpt", folder, "--memory-budget", "1GB,1KB", "--size") == 2
+    assert run(benchmark, *asked, "--devices", 2, "--size") == 2
+    assert run(benchmark, "--config", "llama-3.2-1b", "--memory-budget", "1GB", "--size") == 2
     assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
 
 
@@ -281,12 +306,3 @@ def test_settings_of_every_step_are_in_order(made: Made) -> None:
     prices = np.asarray(plan.losses) / -np.diff(plan.bytes)
     assert all(a <= b * (1 + 1e-9) + 1e-15 for a, b in itertools.pairwise(prices))
     assert JointPlan.from_json(plan.to_json(), plan.pieces, plan.other).steps == plan.steps
-
-
-def test_a_session_changes_its_rate(made: Made) -> None:
-    """Cut and grown in place from words of 4 bits, as any other checkpoint; its own estimate of bytes holds."""
-    folder = made.checkpoint("qwen2", NEAREST)
-    session = uniql_jax.Elastic(folder, rate=0.25, context=32, dtype=jnp.float32)
-    for rate in (0.25, 0.0, 0.35):
-        session.rate = rate
-        same(session.model, uniql_jax.load(folder, rate, dtype=jnp.float32))

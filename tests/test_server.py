@@ -152,6 +152,30 @@ def test_chat(client: openai.OpenAI, folder: Path) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
 
 
+def test_prompts_that_were_read_before(
+    client: openai.OpenAI, http: httpx.Client, folder: Path, rng: np.random.Generator
+) -> None:
+    """Whole answers and streams say how many tokens of their prompts were there already; so do the numbers."""
+    ids = rng.integers(3, 256, 30).tolist()
+    options: dict[str, Any] = dict(model="tiny", prompt=ids, max_tokens=NEW, temperature=0)
+    found = []
+    for more in ({}, {"n": 2}, {"prompt": [*ids, 5, 6, 7]}):
+        done = client.completions.create(**options | more)
+        assert done.usage is not None
+        assert done.usage.prompt_tokens_details is not None
+        found.append(done.usage.prompt_tokens_details.cached_tokens)
+        wanted = alone(folder, np.asarray((options | more)["prompt"], np.int32))
+        assert {choice.text for choice in done.choices} == {wanted}
+    assert found == [0, 29, 30]
+    *_, last = client.completions.create(stream=True, stream_options={"include_usage": True}, **options)
+    assert last.usage is not None
+    assert last.usage.prompt_tokens_details is not None
+    assert last.usage.prompt_tokens_details.cached_tokens == 29
+    lines = http.get("/metrics").text.splitlines()
+    counted = next(line for line in lines if line.startswith("uniql_cached_prompt_tokens_total"))
+    assert float(counted.split()[1]) >= sum(found)
+
+
 def test_stop_strings(client: openai.OpenAI, folder: Path) -> None:
     """The text ends before the first of them, however tokens cut it, streamed or not, and a row is free again."""
     whole = alone(folder)

@@ -15,7 +15,7 @@ from benchmarks import session_budgets
 from tests import tiny
 from uniql_jax import checkpoint as checkpoint_module
 from uniql_jax.errors import UserError
-from uniql_jax.runtime import budget, engine
+from uniql_jax.runtime import budget, switching
 from uniql_jax.runtime.compiled import Compiled
 from uniql_jax.runtime.requests import Settings
 from uniql_jax.runtime.steps import Variant
@@ -36,11 +36,11 @@ def known_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Compiled, "work_space", lambda self: WORK)
 
 
-def sizes(folder: Path, rate: float) -> tuple[int, int]:
-    """Bytes of weights and cache of a session at a rate, of real arrays."""
-    session = uniql_jax.Elastic(folder, rate=rate, **SHAPE)
-    made = session._needs.compiled(rate)
-    cache = made.empty()()
+def sizes(session: uniql_jax.Elastic) -> tuple[int, int]:
+    """Bytes of weights and cache of a session, of real arrays."""
+    made = session._needs.compiled(session.size)
+    cache, marks = made.empty()()
+    assert marks is None  # attention alone
     return sum(x.nbytes for x in jax.tree.leaves(dict(session.model.params))), int(cache.nbytes)
 
 
@@ -49,20 +49,23 @@ def test_needs_are_what_is_held(folder: Path) -> None:
     session = uniql_jax.Elastic(folder, **SHAPE)
     for rate in (0.0, 0.2, 0.35):
         need = session._needs.at(rate)
-        assert (need.weights, need.cache) == sizes(folder, rate)
+        session.rate = rate
+        assert (need.weights, need.cache) == sizes(session)
+    session.rate = 0.0
     advance = session._needs.compiled(0.0).advance(Variant())
     assert session.need.work >= advance.memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.usefixtures("known_work")
 def test_the_least_rate_that_fits(folder: Path) -> None:
-    """20 budgets: what is loaded is within each, and a thousandth less of pruning would not be."""
-    low, high = (sum(sizes(folder, rate)) + WORK for rate in (0.35, 0.0))
-    for limit in np.linspace(low, high, 20).astype(int).tolist():
+    """12 budgets: what is loaded is within each, and a thousandth less of pruning would not be."""
+    whole = uniql_jax.Elastic(folder, **SHAPE)
+    low, high = (sum((whole._needs.weights(rate), whole._needs.cache(rate), WORK)) for rate in (0.35, 0.0))
+    for limit in np.linspace(low, high, 12).astype(int).tolist():
         said: list[str] = []
         session = uniql_jax.Elastic(folder, memory_budget=limit, say=said.append, **SHAPE)
         need = session.need
-        weights, cache = sizes(folder, session.rate)
+        weights, cache = sizes(session)
         assert weights + cache + WORK == need.total <= limit
         if session.rate:
             assert session._needs.at(round(session.rate - 0.001, 6)).total > limit
@@ -147,7 +150,7 @@ def test_the_least_rate_that_is_fast_enough(
     folder: Path, monkeypatch: pytest.MonkeyPatch, limit: float, rate: float
 ) -> None:
     """Measured: here steps take 10 ms at rate 0 and less in proportion to what is kept."""
-    monkeypatch.setattr(engine.Engine, "seconds_per_token", lambda self: 0.010 * (1 - self.rate))
+    monkeypatch.setattr(switching.Switching, "seconds_per_token", lambda self: 0.010 * (1 - self.rate))
     if rate > 0.35:
         with pytest.raises(UserError, match=r"6\.2 ms a token is too little: prune rate 0\.35 takes 6\.5 ms"):
             uniql_jax.Elastic(folder, latency_budget=limit, **SHAPE)

@@ -270,6 +270,12 @@ class Checkpoint:
         missing = {axis: keep[axis] - start[axis]}
         return self._made(leaf, {part: read(f".{part}") for part, _ in self._parts(None, None)}, missing, True)
 
+    def part(self, name: str, leaf: elastic.Leaf, part: str, start: int, stop: int) -> np.ndarray:
+        """Entries `start` to `stop` of a stored part of nested codes ("leading", "last", "fine" or "coarse")."""
+        axis = leaf.dims[0]
+        first, last = (self.rows(leaf, f".{part}", {axis: count}) for count in (start, stop))
+        return self._reader.read(f"{name}.{part}", last, (first or 0) if start else 0)
+
     def top(self, full: Mapping[str, int] | None = None, lazy: bool = False) -> dict[str, Any]:
         """Embedding, final norm and, where the model has them, head_in and head; `full` (by leaf) and `lazy` as in
         `layer`.

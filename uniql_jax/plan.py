@@ -31,8 +31,8 @@ LAYER_CAP = 0.85
 
 def check_rate(rate: float) -> float:
     """The rate itself, or a UserError when it is not a number from 0 to 0.35."""
-    if not isinstance(rate, numbers.Real) or not -1e-9 <= rate <= MAX_PRUNE_RATE + 1e-9:
-        raise UserError(f"prune rate must be a number from 0 to {MAX_PRUNE_RATE}, not {rate!r}")
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not -1e-9 <= rate <= MAX_PRUNE_RATE + 1e-9:
+        raise UserError(f"prune rate must be a number from 0 to {MAX_PRUNE_RATE}, not {repr(rate)[:60]}")
     return min(max(0.0, float(rate)), MAX_PRUNE_RATE)  # this order makes 0.0 of -0.0, too
 
 

@@ -19,5 +19,5 @@ def memory_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", text, re.ASCII)
     count = float(match[1]) * UNITS.get(match[2].upper(), 0) if match else 0
     if not 1 <= count < 2**63:
-        raise ValueError(f"a memory size looks like 3GiB, 900MB or 0.5G, not {text!r}")
+        raise ValueError(f"a memory size looks like 3GiB, 900MB or 0.5G, not {text[:60]!r}")
     return int(count)

@@ -12,10 +12,14 @@ from uniql_jax.errors import UserError
 from uniql_jax.evaluation.published import PARTS, published
 from uniql_jax.outputs import check_output_files
 
+RATES = "0,0.15,0.25,0.35"
 EXAMPLES = f"""\
 examples:
   your checkpoint: bytes, times, and what they are worth next to a dense model
     python -m uniql_jax.benchmark --ckpt elastic
+
+  the largest sizes that fit 60 MB and 50 MB, by least pruning or by the plan of nested bits
+    python -m uniql_jax.benchmark --ckpt elastic --memory-budget 60MB,50MB
 
   a published model without its weights, nothing to download (timing does not care what the numbers are)
     python -m uniql_jax.benchmark --config llama-3.1-8b --prune-rates 0,0.25 --json llama.json
@@ -54,7 +58,14 @@ def parser() -> cli.Parser:
     model.add_argument("--config", metavar="NAME", help="random weights of a published model, or of a config.json")
     bits = "of a weight, with --config: 4, 8 or 16, or 3 to 4 for nested bits of which that many are kept (default: 4)"
     add("--bits", type=_bits, metavar="N", help=bits)
-    add("--prune-rates", type=cli.prune_rates, default="0,0.15,0.25,0.35", metavar="R,R,...", help="rates to measure")
+    add(
+        "--prune-rates", type=cli.prune_rates, metavar="R,R,...",
+        help=f"rates to measure (default: {RATES}, or none where budgets are named)",
+    )  # fmt: skip
+    add(
+        "--memory-budget", type=cli.memory_sizes, default=(), metavar="SIZE,SIZE,...",
+        help="also the largest size of --ckpt whose weights fit each: by least pruning, or by the plan of nested bits",
+    )  # fmt: skip
     dense = "a dense baseline as well (bfloat16 on GPUs, float32 on CPUs, of random weights)"
     add("--dense", action=argparse.BooleanOptionalAction, default=True, help=dense)
     add("--seed", type=cli.natural_int, default=0, metavar="N", help="of prompts and random weights")
@@ -92,6 +103,8 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if args.bits is not None and args.ckpt is not None:
         raise UserError("--bits goes with --config: a checkpoint has bits of its own")
+    if args.memory_budget and args.ckpt is None:
+        raise UserError("--memory-budget goes with --ckpt: name --prune-rates of a --config")
     check_output_files([args.json], args.overwrite, [args.ckpt, args.config])
     cli.use_compilation_cache(args.compilation_cache or "none")  # compile times are measured
     from tqdm import tqdm
@@ -101,13 +114,15 @@ def main(argv: list[str]) -> None:
     from uniql_jax.evaluation.timing import environment
     from uniql_jax.runtime import hub
 
+    rates = args.prune_rates or ([] if args.memory_budget else cli.prune_rates(RATES))
     if args.ckpt is not None:
-        subject = checkpoint_subject(hub.local(args.ckpt, args.revision), args.prune_rates, args.devices)
+        folder = hub.local(args.ckpt, args.revision)
+        subject = checkpoint_subject(folder, rates, args.devices, args.memory_budget)
     else:
         subject = config_subject(args.config, args.bits or 4, args.seed, args.devices)
     found = benchmark(
         subject,
-        args.prune_rates,
+        rates,
         [part for part in PARTS if getattr(args, part)] or PARTS,
         batch_size=args.batch_size,
         prompt_len=args.prompt_len,

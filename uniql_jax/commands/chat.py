@@ -17,7 +17,8 @@ MAX_NEW_TOKENS = 512
 CONTEXT = 2048
 HELP = """\
 /rate R   go on at another prune rate, from 0 (all) to 0.35 (smallest), in place
-/stats    rate, bytes, and how fast the last answer was
+/budget S go on at the largest size that fits, such as 3GiB, in place
+/stats    size, bytes, and how fast the last answer was
 /reset    forget the conversation
 /help     this list
 /exit     leave (or Ctrl-D); Ctrl-C ends an answer"""
@@ -62,6 +63,7 @@ class Chat:
         system: str | None = None,
         memory_budget: int | None = None,
         context: int | None = None,
+        cache_bits: int = 16,
     ):
         """Load a checkpoint at a rate, or at the least that a budget allows. Raises UserError."""
         from uniql_jax.runtime.session import Elastic
@@ -71,9 +73,12 @@ class Chat:
         self.messages: list[dict[str, str]] = []
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._answers = 0
-        self._last: tuple[int, int, float, float] | None = None  # prompt, new tokens; seconds to the first, in all
+        self._last: tuple[int, int, int, float, float] | None = (
+            None  # prompt, cached, new; seconds to the first, in all
+        )
         budget: dict[str, Any] = {"rate": rate} if memory_budget is None else {"memory_budget": memory_budget}
-        self.session = Elastic(ckpt, context=context, say=_note if memory_budget else lambda line: None, **budget)
+        say = _note if memory_budget else lambda line: None
+        self.session = Elastic(ckpt, context=context, cache_bits=cache_bits, say=say, **budget)
         self.checkpoint, self.tokenizer = self.session.checkpoint, self.session.tokenizer
         if self.tokenizer is None:
             raise UserError("this checkpoint has no tokenizer, so there is no chat")
@@ -84,15 +89,18 @@ class Chat:
         """The present prune rate."""
         return self.session.rate
 
-    def change(self, rate: float) -> str:
-        """Go on at another rate, the conversation as it is; says what that took. Raises UserError."""
+    def change(self, rate: float | None, budget: str = "") -> str:
+        """Go on at another rate or within a budget; says what that took. Raises UserError."""
         start = time.perf_counter()
-        self.session.set_rate(rate)
+        if rate is not None:
+            self.session.set_rate(rate)
+        else:
+            self.session.fit(budget)
         return f"{self.describe()}; changed in {time.perf_counter() - start:.2g} s"
 
     def describe(self) -> str:
         """The model in a line."""
-        return serving.describe(self.ckpt, self.checkpoint, self.rate)
+        return serving.describe(self.ckpt, self.checkpoint, self.rate, self.session.size)
 
     def reset(self) -> None:
         """Forget all turns."""
@@ -144,19 +152,19 @@ class Chat:
         finally:
             end = time.perf_counter()
             request.cancel()
-            self._last = len(ids), count, (first or end) - start, end - start
+            self._last = len(ids), request.cached, count, (first or end) - start, end - start
             self.messages.append({"role": "assistant", "content": text})
 
     def stats(self) -> str:
-        """Rate, bytes, and how fast the last answer was, the first of a length with its compilation."""
+        """Size, bytes, and how fast the last answer was, the first of a length with its compilation."""
         lines = [self.describe()]
         if self._last is not None:
-            prompt, new, first, seconds = self._last
+            prompt, cached, new, first, seconds = self._last
             cache = console.format_bytes(self.session.memory()["cache"])
             rest = f", then {(new - 1) / (seconds - first):.3g} tokens/s" if new > 1 and seconds > first else ""
             lines.append(
-                f"last answer: {new} tokens after {prompt} of the conversation, cache {cache}; "
-                f"the first after {first:.3g} s{rest}"
+                f"last answer: {new} tokens after {prompt} of the conversation ({cached} of them read before), "
+                f"cache {cache}; the first after {first:.3g} s{rest}"
             )
         return "\n".join(lines)
 
@@ -191,6 +199,8 @@ def _command(chat: Chat, line: str) -> bool:
         except argparse.ArgumentTypeError as error:
             raise UserError(str(error)) from None
         _note(chat.change(rate))
+    elif name == "/budget":
+        _note(chat.change(None, value.strip()))
     elif name == "/stats":
         _note(chat.stats())
     elif name == "/reset":
@@ -223,7 +233,7 @@ def main(argv: list[str]) -> None:
 
     settings = serving.sampling(args)
     args.ckpt = hub.local(args.ckpt, args.revision)
-    chat = Chat(args.ckpt, args.prune_rate, settings, args.system, args.memory_budget, args.context)
+    chat = Chat(args.ckpt, args.prune_rate, settings, args.system, args.memory_budget, args.context, args.cache_bits)
     interactive = sys.stdin is not None and sys.stdin.isatty()
     _note(chat.describe() + ("; /help lists commands" if interactive else ""))
     for line in _lines(interactive):

@@ -171,10 +171,17 @@ def _complain(line: str, code: int) -> int:
     return code
 
 
+def _plain(kind: Callable[[str], T], text: str) -> T:
+    """A number as people write it: Python also reads digits of other scripts, and underscores. Raises ValueError."""
+    if not text.isascii() or "_" in text:
+        raise ValueError(text)
+    return kind(text)
+
+
 def prune_rate(text: str) -> float:
     """Argument type: a prune rate in [0, MAX_PRUNE_RATE]."""
     try:
-        rate = float(text)
+        rate = _plain(float, text)
     except ValueError:
         rate = math.nan
     # a rate computed elsewhere may be a rounding above the limit
@@ -206,7 +213,7 @@ def bounded_int(low: int, high: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         try:
-            value = int(text)
+            value = _plain(int, text)
         except ValueError:
             value = low - 1
         if not low <= value <= high:
@@ -239,7 +246,7 @@ def bounded_float(low: float | int, high: float | int = math.inf) -> Callable[[s
 
     def parse(text: str) -> float:
         try:
-            value = float(text)
+            value = _plain(float, text)
         except ValueError:
             value = math.nan
         if not low <= value <= high or math.isinf(value):

@@ -20,9 +20,6 @@ def parser() -> cli.Parser:
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     serving.add_options(parser, MAX_NEW_TOKENS)
-    parser.add_argument(
-        "--cache-bits", type=int, choices=(8, 16), default=16, help="of keys and values; 8: int8, half the memory"
-    )
     cli.add_devices(parser)
     return parser
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from uniql_jax.commands import cli
+from uniql_jax.commands import cli, serving
 from uniql_jax.errors import UserError
 
 EXAMPLES = """\
@@ -76,10 +76,15 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add = group.add_argument
     add("--context", type=cli.positive_int, metavar="N", help="tokens of a text, prompt and answer (default: 2048)")
+    serving.add_cache_bits(group)
     add("--batch", type=cli.positive_int, default=1, metavar="N", help="texts at a time; others wait")
     add(
         "--other-rates", type=cli.bounded_int(0, 99), metavar="N", help="prune rates at a time that calls may ask for "
         "(NAME@RATE) in addition to the server's, each with a cache of its own (default: 2; with a budget 0)",
+    )  # fmt: skip
+    add(
+        "--no-marks", dest="marks", action="store_false", help="keep no second SSM state a row, from which prompts "
+        "that begin alike go on: less memory, and all of them are read",
     )  # fmt: skip
     add("--warm-up", type=cli.prune_rates, metavar="R,R,...", help="compile these rates before it listens")
     add(
@@ -165,6 +170,7 @@ def _logging() -> Iterator[None]:
 
 
 def _run(args: argparse.Namespace, keys: Any, limits: Any, loopback: bool, quality: dict[float, float]) -> None:
+    from uniql_jax.runtime.budget import parse_budget
     from uniql_jax.runtime.session import Elastic
     from uniql_jax.runtime.text import chat_text
     from uniql_jax.server.app import Server
@@ -173,6 +179,8 @@ def _run(args: argparse.Namespace, keys: Any, limits: Any, loopback: bool, quali
     def note(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    if args.watch:
+        parse_budget(args.reserve)  # refused before anything is read
     session = Elastic(
         args.checkpoint,
         memory_budget=args.memory_budget,
@@ -180,6 +188,8 @@ def _run(args: argparse.Namespace, keys: Any, limits: Any, loopback: bool, quali
         context=args.context,
         batch=args.batch,
         other_rates=args.other_rates,
+        cache_bits=args.cache_bits,
+        marks=args.marks,
         say=note,
     )
     if session.tokenizer is None:

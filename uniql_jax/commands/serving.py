@@ -33,7 +33,15 @@ def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     )  # fmt: skip
     add("--top-k", type=cli.natural_int, default=0, metavar="K", help="draw from the K likeliest tokens; 0 is off")
     add("--seed", type=cli.natural_int, default=0, metavar="N", help="for a temperature above 0")
+    add_cache_bits(parser)
     cli.add_compilation_cache(parser)
+
+
+def add_cache_bits(parser: argparse._ActionsContainer) -> None:
+    """--cache-bits."""
+    parser.add_argument(
+        "--cache-bits", type=int, choices=(8, 16), default=16, help="of keys and values; 8: int8, half the memory"
+    )
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:

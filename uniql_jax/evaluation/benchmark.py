@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from uniql_jax import console
-from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.config import ModelConfig
 from uniql_jax.counting import parameter_count
 from uniql_jax.errors import UserError
@@ -25,9 +25,11 @@ from uniql_jax.evaluation.timing import Bench, copy_bandwidth, device_bytes, mem
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import cache_bytes
 from uniql_jax.plan import Plan, make_plan
+from uniql_jax.runtime.budget import abstract_model
+from uniql_jax.runtime.choice import Choice, choose
 from uniql_jax.runtime.generation import room
 from uniql_jax.runtime.lengths import read_slots, slots_for
-from uniql_jax.runtime.loading import default_dtype, load
+from uniql_jax.runtime.loading import ONE_DEVICE, default_dtype, load, load_size
 from uniql_jax.weights.split import device_mesh
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -44,20 +46,43 @@ class Subject:
     load: Callable[[float], CausalLM]
     random: bool
     devices: int = 1  # that share the model
+    within: tuple[Within, ...] = ()
 
 
-def checkpoint_subject(folder: str, rates: Sequence[float], devices: int = 1) -> Subject:
-    """An elastic checkpoint, shared among so many devices.
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """A budget in bytes, and the size of a checkpoint that fits it."""
 
-    Raises UserError when it is none, or when it has not the rates, or when there are fewer devices.
+    budget: int
+    checkpoint: Checkpoint
+    size: Choice
+    devices: int
+
+    def variant(self, bits: float | int, batch: int, slots: int, dtype: Any) -> Variant:
+        """As a row to be measured."""
+        checkpoint, size = self.checkpoint, self.size
+        weights = tree_bytes(abstract_model(checkpoint, size, dtype).params)
+        cache = cache_bytes(checkpoint.config, size.keep(checkpoint), batch, slots, dtype)
+        make = functools.partial(load_size, checkpoint, size, dtype, self.devices)
+        name, kept = f"within {console.format_bytes(self.budget)}", size.kept_fraction(checkpoint)
+        return Variant(name, size.shown_rate, bits, kept, weights, cache, make, self.budget, str(size))
+
+
+def checkpoint_subject(folder: str, rates: Sequence[float], devices: int = 1, budgets: Sequence[int] = ()) -> Subject:
+    """An elastic checkpoint, shared among so many devices, also at the largest sizes that fit budgets in bytes.
+
+    Raises UserError when it is none, or when it has not the rates or sizes, or when there are fewer devices.
     """
     device_mesh(devices)
     found = open_checkpoint(folder)
     for rate in rates:
         found.weight_bytes(rate)  # an unsorted one refuses rates above 0
+    within = tuple(Within(budget, found, choose(found, budget), devices) for budget in budgets)
+    if devices > 1 and any(one.size.setting is not None for one in within):
+        raise UserError(ONE_DEVICE)
     plan = found.plan or make_plan(found.config, None)
     placed = functools.partial(load, folder, devices=devices)
-    return Subject(folder, found.config, plan, found.bits, placed, False, devices)
+    return Subject(folder, found.config, plan, found.bits, placed, False, devices, within)
 
 
 def config_subject(name: str, bits: float, seed: int, devices: int = 1) -> Subject:
@@ -90,7 +115,8 @@ def variants(subject: Subject, rates: Sequence[float], dense: bool, batch: int, 
     for rate in sorted(rates):
         bits = subject.bits if subject.bits < 16 else word  # floats are computed with as the device likes it
         found.append(variant(f"rate {rate:g}", rate, bits, functools.partial(subject.load, rate)))
-    return found
+    bits = subject.bits if subject.bits < 16 else word
+    return found + [one.variant(bits, batch, slots, dtype) for one in subject.within]
 
 
 def refuse_too_large(found: Sequence[Variant], limit: int | None) -> None:

@@ -16,7 +16,9 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A row to be: a prune rate, or the dense baseline (rate None), and the bytes it will need."""
+    """A row to be: a prune rate, the size that fits a budget, or the dense baseline (rate None); and the bytes that it
+    will need.
+    """
 
     name: str
     rate: float | None
@@ -25,6 +27,8 @@ class Variant:
     weight_bytes: int
     cache_bytes: int
     make: Callable[[], CausalLM]
+    budget: int | None = None
+    size: str = ""  # that fits it, in words
 
 
 def describe(
@@ -55,6 +59,7 @@ def describe(
     if found[0].rate is None:
         dense = f"{found[0].name}, random weights of the same shapes"
         lines.append(("baseline", dense + (": what a CPU computes in" if found[0].bits == 32 else "")))
+    lines += [(variant.name, variant.size) for variant in found if variant.budget is not None]
     table = console.table(
         [
             [v.name, *map(console.format_bytes, (v.weight_bytes, v.cache_bytes, v.weight_bytes + v.cache_bytes))]
@@ -85,8 +90,9 @@ def line(name: str, row: Mapping[str, Any]) -> str:
 def rows(found: Sequence[Variant], measured: Mapping[str, Any], original_bytes: int, batch_size: int) -> list[Row]:
     """Variants with their measurements as plain data.
 
-    Every row has name, prune_rate (None: dense), bits, kept_fraction, weight_bytes, times_smaller (than the original in
-    bfloat16) and cache_bytes. Where measured: ttft, tpot_step, tpot_loop, ttlt (seconds), speedup (over the dense row,
+    Every row has name, prune_rate (None: dense; where bits were given up the fraction left out), bits, kept_fraction,
+    weight_bytes, times_smaller (than the original in bfloat16) and cache_bytes; within a budget memory_budget and size.
+    Where measured: ttft, tpot_step, tpot_loop, ttlt (seconds), speedup (over the dense row,
     by time), tokens_per_second, step_bytes, floor_seconds and floor_fraction, slower_than (the lower rate whose decode
     takes less time, or None) and slower_by_more_than_spread, programs, memory_bytes (the largest program's, with
     weights) and device_peak_bytes (None where the device does not count).
@@ -103,6 +109,8 @@ def rows(found: Sequence[Variant], measured: Mapping[str, Any], original_bytes: 
             "weight_bytes": extra.pop("weight_bytes", variant.weight_bytes),
             "cache_bytes": extra.pop("cache_bytes", variant.cache_bytes),
         }
+        if variant.budget is not None:
+            row |= {"memory_budget": variant.budget, "size": variant.size}
         row["times_smaller"] = original_bytes / row["weight_bytes"]
         row |= {key: dataclasses.asdict(timing) for key, timing in times.items()}
         if "programs" in extra:
@@ -130,7 +138,7 @@ def _compare(made: list[Row]) -> None:
     for row in made:
         if dense is not None and row is not dense:
             row["speedup"] = {key: dense[key]["median"] / row[key]["median"] for key in TIMES if key in row}
-        if row is dense or "tpot_loop" not in row:
+        if row is dense or "tpot_loop" not in row or "memory_budget" in row:
             continue
         slower = before is not None and row["tpot_loop"]["median"] > before["tpot_loop"]["median"]
         row["slower_than"] = before["prune_rate"] if before is not None and slower else None

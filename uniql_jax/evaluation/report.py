@@ -63,7 +63,7 @@ def perplexities(rows: Sequence[Mapping[str, Any]]) -> Quality:
     """Text -> prune rate (None: the original) -> perplexity."""
     found: Quality = {}
     for row in rows:
-        if row["metric"] == "perplexity":
+        if row["metric"] == "perplexity" and "memory_budget" not in row:  # which may have given up bits at no rate
             rate = row["prune_rate"]
             source = Path(str(row["source"])).name  # where it lay is nobody's business
             found.setdefault(source, {})[None if rate is None else float(rate)] = float(row["value"])
@@ -78,7 +78,7 @@ def read_speed(path: str | Path) -> tuple[dict[float, dict[str, float]], str]:
     """
     found = read_json(path)
     try:
-        rows = [row for row in found["rows"] if row["prune_rate"] is not None]
+        rows = [row for row in found["rows"] if row["prune_rate"] is not None and "memory_budget" not in row]
         speed = {
             float(row["prune_rate"]): {
                 short: float(row[key]["median"])

@@ -94,6 +94,12 @@ class Cache:
     empty: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
+    def bits(self) -> int:
+        """8 where keys and values are int8 with scales, else 16, as `init_cache` takes it."""
+        states = (state for layer in self.layers for state in layer.values() if isinstance(state, LayerCache))
+        return 8 if any(state.k_scale is not None for state in states) else 16
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all states."""
         return sum(int(leaf.nbytes) for leaf in jax.tree.leaves(self.layers))

@@ -17,24 +17,13 @@ import numpy as np
 
 from uniql_jax.errors import UserError
 from uniql_jax.runtime import steps
+from uniql_jax.runtime.choice import Choice
 from uniql_jax.runtime.compiled import Compiled, Shape
 from uniql_jax.runtime.generation import chunk
 from uniql_jax.runtime.requests import TOP_LOGPROBS, Emitted, Request
+from uniql_jax.runtime.reuse import Row, Texts
 from uniql_jax.runtime.sampling import NOT_FINITE
 from uniql_jax.runtime.steps import Chosen, Sampling, Variant
-
-
-@dataclasses.dataclass
-class Row:
-    """A request in its row, and the tokens that were asked of the device for it, some of which may be on their way."""
-
-    request: Request
-    made: int = 0
-
-    @property
-    def held(self) -> int:
-        """Tokens of it in the cache."""
-        return len(self.request.prompt) + self.made - 1
 
 
 @dataclasses.dataclass
@@ -43,44 +32,51 @@ class Flight:
 
     chosen: Chosen
     rows: list[tuple[int, Request, int]]
-    rate: float
+    size: Choice
+
+
+_NOTHING = steps.Source(0, 0, 0)
 
 
 class Batch:
-    """Rows, queue and cache of a running batch. `rate` is what new tokens are reported to be made at."""
+    """Rows, queue and cache of a running batch. `size` is what new tokens are reported to be made at."""
 
     def __init__(self, shape: Shape):
         self.shape = shape
         self.rows: list[Row | None] = [None] * shape.rows
         self.waiting: collections.deque[Request] = collections.deque()
-        self.rate = 0.0
+        self.size: Choice
         self.slot = 0
         self.cache: Any = None
+        self.marks: Any = None
         self.params: Any = None
         self._compiled: Compiled
         self._token: Any = np.zeros(shape.rows, np.int32)
         self._sampling = Sampling.empty(shape.rows)
         self._flights: collections.deque[Flight] = collections.deque()
         self._whole = False  # whether the cache holds what the rows say
+        self._texts = Texts(shape.rows, shape.slots, shape.padded)
 
-    def use(self, compiled: Compiled, params: Any, cache: Any, rate: float) -> None:
+    def use(self, compiled: Compiled, params: Any, cache: Any, size: Choice) -> None:
         """Go on with these weights. cache: of their sizes, with all rows in it; None: rows are read again."""
         assert not self._flights
-        self._compiled, self.params, self.rate = compiled, params, rate
+        self._compiled, self.params, self.size = compiled, params, size
         self.cache = cache
+        self._texts.forget()  # what other weights made of them
+        self.marks = None if cache is None or compiled.marks is None else compiled.empty_marks()(cache)
         self._whole = cache is not None
 
     def give_cache(self) -> Any:
         """The cache, if it holds what the rows say, to be changed; the batch has none until `use`."""
         assert not self._flights
-        cache, self.cache = (self.cache if self._whole else None), None
+        cache, self.cache, self.marks = (self.cache if self._whole else None), None, None
         self._whole = False
         return cache
 
     def cache_bytes(self) -> int:
-        """Bytes of the cache as it is."""
-        cache = self.cache  # another thread may take it away
-        return 0 if cache is None else int(cache.nbytes)
+        """Bytes of the cache as it is, and of its marks."""
+        cache, marks = self.cache, self.marks  # another thread may take them away
+        return (0 if cache is None else int(cache.nbytes)) + sum(int(x.nbytes) for x in jax.tree.leaves(marks))
 
     def seconds_per_token(self, repeats: int = 5) -> float:
         """Least seconds of several steps without requests, per token of a row."""
@@ -128,7 +124,7 @@ class Batch:
             tokens = np.asarray(flight.chosen.token)
             scores = None if flight.chosen.top is None else jax.tree.map(np.asarray, flight.chosen)
             for i, request, start in flight.rows:
-                _hand_out(request, start, i, tokens, scores, flight.rate)
+                _hand_out(request, start, i, tokens, scores, flight.size)
             self._flights.popleft()  # last: after an interrupt, what is handed out already is left out
 
     @property
@@ -160,6 +156,10 @@ class Batch:
         chosen, self._token, self.cache = program(self.params, self._placed(), self._token, *rest)
         return chosen
 
+    def _read(self, program: Any, *rest: Any) -> Any:
+        logits, self.cache, self.marks = program(*rest)
+        return logits
+
     def _placed(self) -> Any:
         # A row without a request begins at the slot, so that nothing is read for it.
         held = [0 if row is None else row.held for row in self.rows]
@@ -169,7 +169,8 @@ class Batch:
     def _move(self, slot: int) -> None:
         """Move all rows so that the next token goes to `slot`."""
         if slot != self.slot and self.active:
-            self.cache = self._compiled.shift()(self._placed(), np.int32(slot - self.slot))
+            by = self._texts.moves(slot - self.slot)
+            self.cache = self._compiled.shift()(self._placed(), by, np.int32(slot))
         self.slot = slot
 
     def _join(self) -> None:
@@ -180,39 +181,57 @@ class Batch:
                 self._whole = False
                 if request.length > self.slot:
                     self._move(request.length)
-                row = self.rows[free[0]] = Row(request)
-                self._admit(free.pop(0), row)
+                reuses, marks = self._compiled.reuses, self.marks is not None
+                source = self._texts.find(request.text, marks) if reuses else _NOTHING
+                i = self._texts.place(free, source[0], source[2], marks)
+                free.remove(i)
+                row = self.rows[i] = Row(request)
+                self._admit(i, row, steps.Source(*source))
                 self._whole = True
             if self.waiting:
                 self.waiting.popleft()
 
-    def _admit(self, i: int, row: Row) -> None:
-        """Read a row's text, which ends just before the slot."""
+    def _admit(self, i: int, row: Row, source: steps.Source = _NOTHING) -> None:
+        """Read a row's text, which ends just before the slot, from what the source has of it on."""
         request, settings = row.request, row.request.settings
-        tokens = request.tokens
-        text = np.concatenate([request.prompt, np.asarray(tokens[:-1], np.int32)]).astype(np.int32)
+        tokens, text, index = request.tokens, request.text, np.int32(i)
+        logits = self._prompt(text, index, source)
         own = settings.temperature, settings.top_p, min(settings.top_k, 2**31 - 1), settings.seed, 0
         sampling: Any = Sampling.empty(1)
         for whole, part, value in zip(jax.tree.leaves(self._sampling), jax.tree.leaves(sampling), own, strict=True):
             whole[i] = part[0] = value
-        length = self.shape.padded(len(text))
-        prompt = np.pad(text[None], ((0, 0), (0, length - len(text)))), np.int32(len(text))
-        forced = tokens[-1] if tokens else int(request.forced(0, 1)[0])
-        program = self._compiled.admit(variant_of([request]), length)
-        chosen = self._run(program, np.int32(i), prompt, sampling, np.asarray([forced], np.int32))
+        forced = np.asarray([tokens[-1] if tokens else request.forced(0, 1)[0]], np.int32)
+        first = self._compiled.first(variant_of([request]))
+        chosen, self._token = first(logits, self._token, index, sampling, forced)
         row.made = len(tokens)
         if not tokens:
-            self._flights.append(Flight(chosen, [(0, request, 0)], self.rate))
+            request.cached = int(source.count)
+            self._flights.append(Flight(chosen, [(0, request, 0)], self.size))
             row.made = 1
+        self._texts.put(i, row, self.slot - len(text), len(text))
         if row.made >= settings.max_new_tokens:
             self.rows[i] = None
+
+    def _prompt(self, text: np.ndarray, index: np.ndarray | np.int32, source: steps.Source) -> Any:
+        """The logits after a text, which row `index` then holds."""
+        taken = int(source.count)
+        source = steps.Source(*(np.int32(value) for value in source))
+        if taken == len(text):
+            return self._read(self._compiled.again(), self._placed(), self.marks, index, source)
+        length = self.shape.padded(len(text) - taken)
+        rest = np.pad(text[None, taken:], ((0, 0), (0, length - (len(text) - taken)))), np.int32(len(text) - taken)
+        state = self.params, self._placed(), self.marks, index
+        if not taken:
+            return self._read(self._compiled.admit(length), *state, rest)
+        return self._read(self._compiled.extend(length), *state, source, rest)
 
     def _read_again(self) -> None:
         """Fill a new cache with the rows' texts."""
         self.land()
         self.rows = [None if row is None or row.request.reason else row for row in self.rows]
-        self.cache = None  # first, so that two never stand side by side
-        self.cache, self._token = self._compiled.empty()(), np.zeros(self.shape.rows, np.int32)
+        self._texts.forget()
+        self.cache = self.marks = None  # first, so that two never stand side by side
+        (self.cache, self.marks), self._token = self._compiled.empty()(), np.zeros(self.shape.rows, np.int32)
         self.slot = max((row.request.length for _, row in self.active), default=0)
         for i, row in self.active:
             self._admit(i, row)
@@ -220,7 +239,7 @@ class Batch:
 
     def _advance(self) -> None:
         self._whole = False
-        count, longest = chunk(), max(row.held for _, row in self.active)
+        count, longest = chunk(), max(self._texts.longest, *(row.held for _, row in self.active))
         # Where texts are short and the slot is far on, attention over all the slots before it is wasted on a GPU.
         if self.slot + count > self.shape.slots or self.slot - longest > max(longest, self.shape.slots // 4):
             self._move(longest)
@@ -231,7 +250,7 @@ class Batch:
         requests = [row.request for _, row in self.active]
         sampling = jax.tree.map(np.copy, self._sampling)  # the device may still read it when the next step fills it
         chosen = self._run(self._compiled.advance(variant_of(requests)), sampling, forced)
-        self._flights.append(Flight(chosen, [(i, row.request, row.made) for i, row in self.active], self.rate))
+        self._flights.append(Flight(chosen, [(i, row.request, row.made) for i, row in self.active], self.size))
         self.slot += count
         for i, row in self.active:
             row.made += count
@@ -252,7 +271,7 @@ def variant_of(requests: Iterable[Request]) -> Variant:
     return Variant(all(s.temperature == 0 for s in settings), TOP_LOGPROBS if wanted else None)
 
 
-def _hand_out(request: Request, start: int, i: int, tokens: np.ndarray, scores: Chosen | None, rate: float) -> None:
+def _hand_out(request: Request, start: int, i: int, tokens: np.ndarray, scores: Chosen | None, size: Choice) -> None:
     for j, token in enumerate(tokens[i].tolist()):
         if request.reason is not None:
             return
@@ -261,9 +280,9 @@ def _hand_out(request: Request, start: int, i: int, tokens: np.ndarray, scores: 
         if token < 0:
             request.finish("error", UserError(NOT_FINITE))
         elif scores is None or request.settings.logprobs is None:
-            request.push(Emitted(token, rate))
+            request.push(Emitted(token, size.shown_rate, steps=size.steps))
         else:
             count = request.settings.logprobs
             ids, values = scores.top_token[i, j, :count].tolist(), scores.top[i, j, :count].tolist()
             top = tuple(zip(ids, values, strict=True))
-            request.push(Emitted(token, rate, float(scores.logprob[i, j]), top))
+            request.push(Emitted(token, size.shown_rate, float(scores.logprob[i, j]), top, size.steps))

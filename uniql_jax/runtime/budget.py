@@ -6,7 +6,7 @@ Weights and cache follow from shapes; the work space of the compiled steps is wh
 from __future__ import annotations
 
 import dataclasses
-import functools
+import numbers
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,32 +16,39 @@ import jax.numpy as jnp
 import psutil
 
 from uniql_jax import elastic
-from uniql_jax.checkpoint import Checkpoint, packed
+from uniql_jax.checkpoint import Checkpoint, assembled, packed
 from uniql_jax.console import format_bytes
 from uniql_jax.errors import UserError
+from uniql_jax.joint_plan import Kept
 from uniql_jax.limits import MAX_PRUNE_RATE
 from uniql_jax.model.causal_lm import CausalLM
-from uniql_jax.model.decoding import cache_bytes
 from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout
+from uniql_jax.pallas_kernels.dequant_matmul.three_bit import BITS
+from uniql_jax.runtime.choice import Choice, Sizes, rate_size
 from uniql_jax.runtime.compiled import Compiled, Shape
-from uniql_jax.runtime.steps import Programs, tree_bytes
+from uniql_jax.runtime.programs import Programs, tree_bytes
 from uniql_jax.sizes import memory_size
+from uniql_jax.weights.mixed import MixedArray
+from uniql_jax.weights.nested import NestedArray
 from uniql_jax.weights.quantized import QuantizedArray
 
-STEPS = 350
-"""Rates that are tried for a budget: every 0.001."""
 SLACK = 0.02
 """Share of a budget that may stay unused, rather than that more rates are compiled for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes that one prune rate needs: weights, cache, and the compiled steps' work space."""
+    """Bytes that one size of a checkpoint needs: weights, cache, and the compiled steps' work space."""
 
-    rate: float
+    size: Choice
     weights: int
     cache: int
     work: int
+
+    @property
+    def rate(self) -> float:
+        """The prune rate, or of a setting of the joint plan the fraction that it leaves out."""
+        return self.size.shown_rate
 
     @property
     def total(self) -> int:
@@ -93,21 +100,28 @@ def parse_budget(budget: int | float | str, capacity: Callable[[], int] = memory
     if isinstance(budget, str) and (match := re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", budget, re.ASCII)):
         share = float(match[1]) / 100
         if not 0 < share <= 1:
-            raise UserError(f"a share of the memory is above 0 % and at most 100 %, not {budget!r}")
+            raise UserError(f"a share of the memory is above 0 % and at most 100 %, not {budget[:60]!r}")
         return int(share * capacity())
     if isinstance(budget, str):
         try:
             return memory_size(budget)
         except ValueError as error:
             raise UserError(f"{error}, or 80%") from None
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 1 <= budget < 2**63:
-        raise UserError(f"a memory budget is a number of bytes, or looks like 3GiB or 80%, not {budget!r}")
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not 1 <= budget < 2**63:
+        raise UserError(f"a memory budget is a number of bytes, or looks like 3GiB or 80%, not {repr(budget)[:60]}")
     return int(budget)
 
 
-def _leaf_shape(checkpoint: Checkpoint, name: str, leaf: elastic.Leaf, keep: Any, dtype: Any, tiles: bool) -> Any:
-    """A leaf as `loading.place` gives it, with jax.ShapeDtypeStruct for arrays."""
+def _leaf_shape(
+    checkpoint: Checkpoint, name: str, leaf: elastic.Leaf, keep: Any, dtype: Any, tiles: bool, kept: Kept | None = None
+) -> Any:
+    """A leaf as `loading.place` gives it, with jax.ShapeDtypeStruct for arrays; `kept` where bits may differ."""
     tensors = checkpoint.tensors
+    if kept is not None and kept.full < kept.entries and f"{name}.leading" in tensors:
+        rest = _planes_shape(checkpoint, name, leaf, kept.entries - kept.full, dtype)
+        if not kept.full:
+            return rest
+        return MixedArray(_leaf_shape(checkpoint, name, leaf, {leaf.dims[0]: kept.full}, dtype, tiles), rest)
     parts = [part for part in ((".data", ".scale"), (".last", ".fine")) if name + part[0] in tensors]
     if parts:
 
@@ -127,101 +141,138 @@ def _leaf_shape(checkpoint: Checkpoint, name: str, leaf: elastic.Leaf, keep: Any
     return jax.ShapeDtypeStruct(shape, dtype if leaf.contract else jnp.float32)
 
 
-def abstract_model(checkpoint: Checkpoint, rate: float, dtype: Any) -> CausalLM:
-    """The model as `load` gives it, with jax.ShapeDtypeStruct in place of every array; nothing is read."""
-    layers = [
-        {
-            kind: {
-                name: _leaf_shape(checkpoint, f"layers.{i}.{kind}.{name}", leaf, keep, dtype, True)
-                for name, leaf in elastic.leaves(checkpoint.config, kind).items()
+def _planes_shape(checkpoint: Checkpoint, name: str, leaf: elastic.Leaf, count: int, dtype: Any) -> Any:
+    """The last `count` entries of a weight of which none has all bits, in planes or tiles."""
+    axis, whole = leaf.dims[0], elastic.sizes(checkpoint.config)[leaf.dims[0]]
+
+    def part(name_: str) -> jax.ShapeDtypeStruct:
+        stored, shape = checkpoint.tensors[f"{name}.{name_}"]
+        rows = None if count == whole else checkpoint.rows(leaf, f".{name_}", {axis: count})
+        return jax.ShapeDtypeStruct((shape[0] if rows is None else rows, *shape[1:]), stored)
+
+    def none(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((0, *shape.shape[1:]), shape.dtype)
+
+    coarse = part("coarse")
+    parts = {"leading": part("leading"), "last": none(part("last")), "fine": none(coarse), "coarse": coarse}
+    found: Any = assembled(checkpoint.config, checkpoint.meta, leaf, parts, {axis: count})
+    layout = preferred_layout(bits=BITS, group=found.group, contract=found.contract, dtype=dtype)
+    return found if layout == "plain" else found.tiled()
+
+
+def abstract_model(checkpoint: Checkpoint, size: Choice, dtype: Any) -> CausalLM:
+    """The model as `load_size` gives it, with jax.ShapeDtypeStruct in place of every array; nothing is read."""
+    layers = []
+    for i, kept in enumerate(size.kept(checkpoint)):
+        keep = {axis: one.entries for axis, one in kept.items()}
+        layers.append(
+            {
+                kind: {
+                    name: _leaf_shape(
+                        checkpoint, f"layers.{i}.{kind}.{name}", leaf, keep, dtype, True, kept.get(leaf.axis or "")
+                    )
+                    for name, leaf in elastic.leaves(checkpoint.config, kind).items()
+                }
+                for kind in checkpoint.config.pattern[i]
             }
-            for kind in checkpoint.config.pattern[i]
-        }
-        for i, keep in enumerate(checkpoint.keep(rate))
-    ]
+        )
     top = {
-        name: _leaf_shape(checkpoint, name, leaf, None, dtype, name != "embed")
+        name: _leaf_shape(checkpoint, name, leaf, None, dtype, name != "embed", size.kept_top(checkpoint, name))
         for name, leaf in elastic.TOP.items()
         if {name, f"{name}.data", f"{name}.last"} & set(checkpoint.tensors)
     }
-    return CausalLM(checkpoint.config, top | {"layers": layers}, checkpoint.plan, rate, None, dtype)
+    plan = checkpoint.plan if size.setting is None else None
+    return CausalLM(checkpoint.config, top | {"layers": layers}, plan, size.rate, None, dtype)
 
 
 class Needs:
-    """What a checkpoint needs at any prune rate, for a batch and a context; programs that were compiled are kept."""
+    """What a checkpoint needs at any size, for a batch and a context; programs that were compiled are kept.
+
+    Sizes are those of `choice`; a number stands for a prune rate.
+    """
 
     def __init__(self, checkpoint: Checkpoint, shape: Shape, dtype: Any, programs: Programs, batches: int = 1):
         """batches: how many run at a time at most, each with a cache of its own and all with the same weights."""
         self.checkpoint, self.shape, self.dtype = checkpoint, shape, dtype
         self.batches = batches
         self.highest = MAX_PRUNE_RATE if checkpoint.plan is not None else 0.0
+        self.sizes = Sizes(checkpoint)
         self._programs = programs
-        self._compiled: dict[float, Compiled] = {}
-        self._work: dict[float, int] = {}
-        self.weights = functools.cache(self._weights)
+        self._compiled: dict[Choice, Compiled] = {}
+        self._work: dict[Choice, int] = {}
 
-    def compiled(self, rate: float) -> Compiled:
-        """The steps at a rate."""
-        if rate not in self._compiled:
-            model = abstract_model(self.checkpoint, rate, self.dtype)
-            self._compiled[rate] = Compiled(self._programs, model, self.shape)
-        return self._compiled[rate]
+    def size(self, size: Choice | float) -> Choice:
+        """A size, or that of a prune rate."""
+        return size if isinstance(size, Choice) else rate_size(self.checkpoint, size)
 
-    def _weights(self, rate: float) -> int:
-        return tree_bytes(abstract_model(self.checkpoint, rate, self.dtype).params)
+    def compiled(self, size: Choice | float) -> Compiled:
+        """The steps at a size."""
+        size = self.size(size)
+        if size not in self._compiled:
+            model = abstract_model(self.checkpoint, size, self.dtype)
+            self._compiled[size] = Compiled(self._programs, model, self.shape)
+        return self._compiled[size]
 
-    def cache(self, rate: float) -> int:
-        """Bytes of the cache of all rows of one batch."""
-        keep, shape = self.checkpoint.keep(rate), self.shape
-        return cache_bytes(self.checkpoint.config, keep, shape.rows, shape.slots, self.dtype)
+    def weights(self, size: Choice | float) -> int:
+        """Bytes of the weights as they are held."""
+        return tree_bytes(self.compiled(size).params)
 
-    def work(self, rate: float) -> int:
+    def cache(self, size: Choice | float) -> int:
+        """Bytes of the cache of all rows of one batch, and of its marks."""
+        return self.compiled(size).state_bytes
+
+    def work(self, size: Choice | float) -> int:
         """Bytes of work space, by compiling the steps."""
-        if rate not in self._work:
+        size = self.size(size)
+        if size not in self._work:
             largest = 0
             if jax.default_backend() == "cpu":  # where a leaf is read into the memory that it will stay in
-                largest = max(tree_bytes(leaf) for leaf in _leaves(self.compiled(rate).params)) - self.cache(rate)
-            self._work[rate] = max(self.compiled(rate).work_space(), largest)
-        return self._work[rate]
+                largest = max(tree_bytes(leaf) for leaf in _leaves(self.compiled(size).params)) - self.cache(size)
+            self._work[size] = max(self.compiled(size).work_space(), largest)
+        return self._work[size]
 
-    def at(self, rate: float) -> Need:
-        """All that a rate needs."""
-        return Need(rate, self.weights(rate), self.batches * self.cache(rate), self.work(rate))
+    def at(self, size: Choice | float) -> Need:
+        """All that a size needs."""
+        size = self.size(size)
+        return Need(size, self.weights(size), self.batches * self.cache(size), self.work(size))
 
-    def fitting(self, budget: int, rates: Sequence[float] | None = None) -> Need:
-        """What the least rate that fits a budget needs, or one next to it that uses all but a fiftieth.
+    def fitting(self, budget: int, sizes: Sequence[Choice | float] | None = None) -> Need:
+        """What the largest size that fits a budget needs, or one next to it that uses all but a fiftieth.
 
         Args:
             budget: bytes.
-            rates: to choose from; None: every 0.001 from 0 to the highest.
+            sizes: to choose from, the largest first, or prune rates; None: every thousandth of a rate, or the settings
+                of a joint plan.
 
         Raises:
-            UserError: not even the highest rate fits; says what it needs.
+            UserError: not even the smallest size fits; says what it needs.
         """
-        choices = sorted(rates) if rates is not None else [round(i * self.highest / STEPS, 6) for i in range(STEPS + 1)]
+        choices = self.sizes if sizes is None else sizes
         work = 0
         while True:
-            rate = first_fitting(self._held, budget - work, choices)
-            if rate is None:
-                least = self.at(choices[-1])  # which needs less work space than lower rates, whose was asked for above
+            index = _first_fitting(self.held, budget - work, choices)
+            if index is None:
+                least = self.at(choices[len(choices) - 1])  # whose work space is less than that asked for above
                 if least.total <= budget:
                     return least
+                advice = "lower context= or batch=" if self.shape.rows > 1 else "lower context="
                 raise UserError(
-                    f"{format_bytes(budget)} is too little: prune rate {choices[-1]:g} needs {least} "
-                    f"for {self.shape.rows} x {self.shape.context} tokens; {_advice(self.shape)}"
+                    f"{format_bytes(budget)} is too little: {least.size} needs {least} "
+                    f"for {self.shape.rows} x {self.shape.context} tokens; {advice}"
                 )
-            found = self.at(rate)
+            found = self.at(choices[index])
             if found.total <= budget:
-                return self._closer(found, budget, choices)
+                return self._closer(found, index, budget, choices)
             work = max(found.work, work + 1)
 
-    def _held(self, rate: float) -> int:
-        return self.weights(rate) + self.batches * self.cache(rate)
+    def held(self, size: Choice | float) -> int:
+        """Bytes of weights and caches, from shapes alone."""
+        return self.weights(size) + self.batches * self.cache(size)
 
-    def _closer(self, found: Need, budget: int, choices: Sequence[float]) -> Need:
-        """A lower rate than one that fits with the work space of rates below, which may need more than it does."""
-        lowest = first_fitting(self._held, budget - found.work, choices)
-        low, high = choices.index(found.rate if lowest is None else lowest), choices.index(found.rate)
+    def _closer(self, found: Need, high: int, budget: int, choices: Sequence[Choice | float]) -> Need:
+        """A larger size than one that fits with the work space of others, which may need more than it does."""
+        lowest = _first_fitting(self.held, budget - found.work, choices)
+        low = high if lowest is None else lowest
         while low < high and budget - found.total > SLACK * budget:  # compiling takes a while
             middle = (low + high) // 2
             tried = self.at(choices[middle])
@@ -232,19 +283,16 @@ class Needs:
         return found
 
 
-def _advice(shape: Shape) -> str:
-    return "lower context= or batch=" if shape.rows > 1 else "lower context="
-
-
-def first_fitting(size: Callable[[float], int], budget: int, rates: Sequence[float]) -> float | None:
-    """The first of rising rates whose size, which falls with the rate, is within a budget; None where none is."""
-    low, high = 0, len(rates)
+def _first_fitting(size: Callable[[Choice | float], int], budget: int, choices: Sequence[Choice | float]) -> int | None:
+    """The number of the first of ever smaller choices that is within a budget; None where none is."""
+    low, high = 0, len(choices)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if size(rates[middle]) <= budget else (middle + 1, high)
-    return rates[low] if low < len(rates) else None
+        low, high = (low, middle) if size(choices[middle]) <= budget else (middle + 1, high)
+    return low if low < len(choices) else None
 
 
 def _leaves(tree: Any) -> list[Any]:
     """Leaves as they are loaded: a packed weight is one."""
-    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, QuantizedArray))
+    kinds = QuantizedArray, NestedArray, MixedArray
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kinds))

@@ -9,22 +9,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from uniql_jax.model.cache import Cache
+from uniql_jax.model.cache import Cache, SsmCache
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import empty_cache
 from uniql_jax.runtime import steps
 from uniql_jax.runtime.generation import chunk
-from uniql_jax.runtime.lengths import coarse
-from uniql_jax.runtime.steps import Programs, Sampling, Variant
+from uniql_jax.runtime.lengths import SHORTEST, coarse
+from uniql_jax.runtime.programs import Programs, tree_bytes, work_space
+from uniql_jax.runtime.steps import Sampling, Variant
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Rows of a batch, and the tokens that each may hold."""
+    """Rows of a batch, the tokens that each may hold, and the bits of their keys and values.
+
+    `marks`: whether rows of models with SSM states remember the state at their prompt's end, so that prompts to come
+    may go on from there.
+    """
 
     rows: int
     context: int
+    bits: int = 16
+    marks: bool = True
 
     @property
     def slots(self) -> int:
@@ -52,8 +60,19 @@ class Compiled:
         self._config, self._dtype = model.config, model.dtype
         self.params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.params)
         self._held: dict[Hashable, Any] = {}
-        self._empty = functools.partial(_empty_cache, model.config, tuple(model.keep), model.dtype, shape)
-        self.cache: Any = jax.eval_shape(self._empty)
+        self._empty = functools.partial(_empty_state, model.config, tuple(model.keep), model.dtype, shape)
+        self.cache, self.marks = jax.eval_shape(self._empty)
+
+    @property
+    def reuses(self) -> bool:
+        """Whether prompts may go on from what a row holds: not from SSM states without marks, which are further on."""
+        states = (state for layer in self.cache.layers for state in layer.values())
+        return self.marks is not None or not any(isinstance(state, SsmCache) for state in states)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of cache and marks."""
+        return tree_bytes((self.cache.layers, self.marks))
 
     def _once(self, key: Hashable, prepare: Callable[[], Any]) -> Any:
         if key not in self._held:
@@ -61,21 +80,49 @@ class Compiled:
         return self._held[key]
 
     def empty(self) -> Any:
-        """The program that makes an empty cache."""
-        widths = tuple(x.shape for x in jax.tree.leaves(self.cache))
-        return self._once("empty", lambda: self._programs.prepare(("empty", widths, self._dtype), self._empty))
+        """The program that makes an empty cache, and marks."""
+        shapes = tuple((x.shape, np.dtype(x.dtype)) for x in jax.tree.leaves((self.cache, self.marks)))
+        return self._once("empty", lambda: self._programs.prepare(("empty", shapes), self._empty))
 
-    def admit(self, variant: Variant, length: int) -> Any:
+    def empty_marks(self) -> Any:
+        """The program that makes marks for a cache that is there."""
+        function = functools.partial(_empty_marks, self._config, self.shape)
+        return self._once("marks", lambda: self._programs.prepare(("marks", self.shape), function, self.cache))
+
+    def admit(self, length: int) -> Any:
         """The program that reads a prompt of a padded length into a row."""
 
         def prepare() -> Any:
-            function = functools.partial(steps.admit, self._config, self._dtype, variant)
-            state = self.params, self.cache, _ints(self.shape.rows)
-            prompt = _ints(1, length), _ints()
-            args = (*state, _ints(), prompt, Sampling.empty(1), _ints(1))
-            return self._programs.prepare(("admit", variant, self._dtype), function, *args, donate=(1, 2))
+            function = functools.partial(steps.admit, self._config, self._dtype)
+            args = self.params, self.cache, self.marks, _ints(), (_ints(1, length), _ints())
+            return self._programs.prepare(("admit", self._dtype), function, *args, donate=(1, 2))
 
-        return self._once(("admit", variant, length), prepare)
+        return self._once(("admit", length), prepare)
+
+    def extend(self, length: int) -> Any:
+        """The program that reads so many more tokens into a row, behind those that a row holds."""
+
+        def prepare() -> Any:
+            function = functools.partial(steps.extend, self._config, self._dtype)
+            args = self.params, self.cache, self.marks, _ints(), _SOURCE, (_ints(1, length), _ints())
+            return self._programs.prepare(("extend", self._dtype), function, *args, donate=(1, 2))
+
+        return self._once(("extend", length), prepare)
+
+    def again(self) -> Any:
+        """The program that gives a row a prompt that another has the mark of."""
+        args = self.cache, self.marks, _ints(), _SOURCE
+        return self._once("again", lambda: self._programs.prepare("again", steps.again, *args, donate=(0, 1)))
+
+    def first(self, variant: Variant) -> Any:
+        """The program that makes the first token after a prompt."""
+
+        def prepare() -> Any:
+            logits = jax.ShapeDtypeStruct((1, self._config.vocab_size), jnp.float32)
+            args = logits, _ints(self.shape.rows), _ints(), Sampling.empty(1), _ints(1)
+            return self._programs.prepare(("first", variant), functools.partial(steps.first, variant), *args)
+
+        return self._once(("first", variant), prepare)
 
     def advance(self, variant: Variant) -> Any:
         """The program that makes the next tokens of every row."""
@@ -89,34 +136,52 @@ class Compiled:
         return self._once(("advance", variant), prepare)
 
     def shift(self) -> Any:
-        """The program that moves all rows to other slots."""
-        return self._once(
-            "shift", lambda: self._programs.prepare("shift", steps.shift, self.cache, _ints(), donate=(0,))
-        )
+        """The program that moves rows to other slots."""
+        args = self.cache, _ints(self.shape.rows), _ints()
+        return self._once("shift", lambda: self._programs.prepare("shift", steps.shift, *args, donate=(0,)))
 
     def work_space(self) -> int:
         """Bytes that the steps need in addition to weights and cache, whichever needs most."""
-        needed = self.advance(Variant()), self.admit(Variant(), self.shape.context), self.shift()
+        longest = self.shape.context
+        needed = [self.advance(Variant()), self.admit(longest), self.shift()]
+        if self.reuses and longest > SHORTEST:  # a beginning that is worth it leaves so many
+            needed.append(self.extend(self.shape.padded(longest - SHORTEST)))
         rows, count = self.shape.rows, chunk()
         # Tokens and settings that a step is given, and the tokens that the one before chose, which stay for the host.
         given = Sampling.empty(rows), _ints(2, self.shape.context), _ints(rows, count), _ints(2, rows, count)
-        return max(steps.work_space(program) for program in needed) + steps.tree_bytes(given)
+        return max(work_space(program) for program in needed) + tree_bytes(given)
 
-    def prepare_all(self, variants: Iterable[Variant], lengths: Iterable[int]) -> None:
-        """Compile whatever these variants and prompt lengths may need."""
+    def prepare_all(self, variants: Iterable[Variant], lengths: Iterable[int], reuse: bool = True) -> None:
+        """Compile whatever these variants and prompt lengths may need; without `reuse`, for prompts read from their
+        beginning on.
+        """
         self.empty()
         self.shift()
-        lengths = list(lengths)
         for variant in variants:
+            self.first(variant)
             self.advance(variant)
-            for length in lengths:
-                self.admit(variant, length)
+        for length in lengths:
+            self.admit(length)
+            if reuse and self.reuses:
+                self.extend(length)
+        if self.marks is not None:
+            self.empty_marks()
+            if reuse:
+                self.again()
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def _empty_cache(config: Any, keep: Any, dtype: Any, shape: Shape) -> Cache:
-    cache = empty_cache(config, keep, shape.rows, shape.slots, dtype)
-    return dataclasses.replace(cache, start=jnp.zeros((shape.rows,), jnp.int32), empty=False)
+_SOURCE = steps.Source(_ints(), _ints(), _ints())
+
+
+def _empty_state(config: Any, keep: Any, dtype: Any, shape: Shape) -> tuple[Cache, Any]:
+    cache = empty_cache(config, keep, shape.rows, shape.slots, dtype, shape.bits)
+    cache = dataclasses.replace(cache, start=jnp.zeros((shape.rows,), jnp.int32), empty=False)
+    return cache, _empty_marks(config, shape, cache)
+
+
+def _empty_marks(config: Any, shape: Shape, cache: Cache) -> Any:
+    return steps.empty_marks(cache, config.vocab_size) if shape.marks else None

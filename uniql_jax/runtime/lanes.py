@@ -10,6 +10,7 @@ from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.runtime.batching import Batch
 from uniql_jax.runtime.budget import Needs
+from uniql_jax.runtime.choice import Choice
 from uniql_jax.runtime.prefixes import prefix_tree
 from uniql_jax.runtime.requests import Request
 
@@ -44,16 +45,17 @@ class Lanes:
         """The open lanes."""
         return list(self._open.values())
 
-    def available(self, rate: float, present: float) -> bool:
-        """Whether a request at `rate` could run while the session is at `present`, sooner or later."""
-        return rate == present or (rate > present and self.most > 0)
+    def available(self, rate: float, size: Choice) -> bool:
+        """Whether a request at `rate` could run while the session is at a size, sooner or later."""
+        return _holds(size, rate) and (rate == size.rate or self.most > 0)
 
-    def check(self, rate: float, present: float) -> None:
-        """Raises RateUnavailable where a request at `rate` cannot run while the session is at `present`."""
+    def check(self, rate: float, size: Choice) -> None:
+        """Raises RateUnavailable where a request at `rate` cannot run while the session is at a size."""
+        if not _holds(size, rate):
+            raise RateUnavailable(_not_held(rate, size))
+        present = size.rate
         if rate == present or rate in self._open:
             return
-        if rate < present:
-            raise RateUnavailable(_not_held(rate, present))
         if not self.most:
             raise RateUnavailable(
                 f"this session runs one prune rate at a time, {present:g} now, within its memory budget; "
@@ -66,15 +68,15 @@ class Lanes:
                 busy=True,
             )
 
-    def add(self, request: Request, rate: float, model: CausalLM) -> None:
+    def add(self, request: Request, rate: float, model: CausalLM, size: Choice) -> None:
         """Queue a request at its rate, in a lane that is opened where there is none; else end it with an error."""
-        if rate < model.rate:
-            request.finish("error", RateUnavailable(_not_held(rate, model.rate)))
+        if not _holds(size, rate):
+            request.finish("error", RateUnavailable(_not_held(rate, size)))
             return
         if rate not in self._open:
             batch = Batch(self._needs.shape)
             compiled = self._needs.compiled(rate)
-            batch.use(compiled, prefix_tree(model.params, compiled.params), None, rate)
+            batch.use(compiled, prefix_tree(model.params, compiled.params), None, self._needs.size(rate))
             self._open[rate] = batch
         self._open[rate].waiting.append(request)
 
@@ -88,12 +90,12 @@ class Lanes:
             batch.land()
             batch.params = None
 
-    def take(self, model: CausalLM) -> None:
+    def take(self, model: CausalLM, size: Choice) -> None:
         """Go on with a session's weights after a change; requests at rates that these do not hold end with an error."""
         for rate in self.rates:
             batch = self._open[rate]
-            if rate < model.rate:
-                batch.fail(RateUnavailable(_not_held(rate, model.rate)))
+            if not _holds(size, rate):
+                batch.fail(RateUnavailable(_not_held(rate, size)))
                 del self._open[rate]
             else:
                 batch.params = prefix_tree(model.params, self._needs.compiled(rate).params)
@@ -103,7 +105,18 @@ class Lanes:
         return sum(batch.cache_bytes() for batch in self.batches)
 
 
-def _not_held(rate: float, present: float) -> str:
+def _holds(size: Choice, rate: float) -> bool:
+    """Whether weights of a size begin with those of a prune rate."""
+    return size.setting is None and rate >= size.rate
+
+
+def _not_held(rate: float, size: Choice) -> str:
+    present = size.rate
+    if size.setting is not None:
+        return (
+            f"prune rate {rate:g} needs all bits of its weights, and this session has given up some "
+            f"({size}); ask for no rate, or set the session's rate to {rate:g}"
+        )
     return (
         f"prune rate {rate:g} needs weights that a session at {present:g} does not hold; "
         f"ask for {present:g} or more, or set the session's rate to {rate:g}"

@@ -88,6 +88,7 @@ def in_form(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = Tru
     return cast(name, value, dtype if is_matrix else np.float32)
 
 
+ONE_DEVICE = "a budget of nested bits is for one device: give a prune rate, at which several can share"
 LARGEST_SCALE = 2.0**27
 """Kernels multiply a scale with sums of 136 inputs and more, which must stay below what bfloat16 and float32 hold."""
 
@@ -201,9 +202,9 @@ def load_size(checkpoint: Checkpoint, size: Choice, dtype: Any = None, devices: 
         top, plan = checkpoint.top(lazy=lazy), checkpoint.plan
     elif split is None:
         each = (checkpoint.layer_at(i, setting) for i in range(len(checkpoint.config.pattern)))
-        top, plan = checkpoint.top_at(setting), None
+        top, plan = checkpoint.top_at(setting), None  # which has no rates, and none itself
     else:
-        raise UserError("a budget of nested bits is for one device: give a prune rate, at which several can share")
+        raise UserError(ONE_DEVICE)
     layers = place_layers(each, dtype, split)
     params = place_top(top, dtype, split) | {"layers": layers}
     return CausalLM(checkpoint.config, params, plan, size.rate, Folder(checkpoint.folder), dtype)

@@ -20,13 +20,15 @@ TOP_LOGPROBS = 20
 class Emitted(NamedTuple):
     """One new token; where log-probabilities were asked for, its own and [(token, log-probability)] of the likeliest.
 
-    `rate` is the prune rate of the weights that made it.
+    `rate` is the prune rate of the weights that made it; at a setting of the joint plan of nested bits the fraction
+    that it leaves out, and `steps` how many of the plan it takes.
     """
 
     token: int
     rate: float
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    steps: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Request:
         rate: the prune rate that it runs at, whatever becomes of the session's; None: the session's.
         reason: why it ended: "stop" (a stop id), "length", "cancelled" or "error"; None while it runs.
         error: the exception of reason "error".
+        cached: tokens of the prompt that were not read, since a row held them.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Request:
         self.rate = rate
         self.reason: str | None = None
         self.error: BaseException | None = None
+        self.cached = 0
         self._emitted: list[Emitted] = []
         self._pump = pump
         self._listener: Callable[[], object] | None = None
@@ -102,6 +106,11 @@ class Request:
     def length(self) -> int:
         """Tokens that its row holds: the prompt and all but the last new one, which is still to be read."""
         return len(self.prompt) + max(len(self._emitted) - 1, 0)
+
+    @property
+    def text(self) -> Int[np.ndarray, " t"]:
+        """Those tokens."""
+        return np.concatenate([self.prompt, np.asarray(self.tokens[:-1], np.int32)]).astype(np.int32)
 
     def forced(self, start: int, count: int) -> Sequence[int]:
         """The forced tokens from number `start` on, -1 where the model chooses."""

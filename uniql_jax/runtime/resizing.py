@@ -22,9 +22,11 @@ from uniql_jax.checkpoint import Checkpoint
 from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.pallas_kernels.dequant_matmul import tiling
+from uniql_jax.runtime import renesting
 from uniql_jax.runtime.budget import Needs
+from uniql_jax.runtime.choice import Choice
 from uniql_jax.runtime.loading import in_form
-from uniql_jax.runtime.steps import Programs
+from uniql_jax.runtime.programs import Programs
 from uniql_jax.weights.quantized import QuantizedArray
 
 Layer = Mapping[str, Mapping[str, Any]]
@@ -58,29 +60,41 @@ def return_memory() -> None:
 
 
 def resize(
-    programs: Programs, checkpoint: Checkpoint, model: CausalLM, wanted: Sequence[Keep], states: list | None, dtype: Any
+    programs: Programs, checkpoint: Checkpoint, model: CausalLM, size: Choice, states: list | None, dtype: Any
 ) -> None:
-    """Bring every layer of a model, in place, to other kept sizes, one after another.
+    """Bring every layer of a model, in place, to another size of its checkpoint, one after another.
 
     Args:
         programs: keeps what is compiled for it.
         checkpoint: what the model was loaded from; missing bytes are read of it.
         model: at any sizes, also at those that an interrupted call left.
-        wanted: kept sizes of every layer.
+        size: wanted.
         states: caches of the layers, cut or filled up in the same way; None: there are none.
         dtype: of dense weights.
     """
     pair, layers = elastic.sizes(checkpoint.config)["pair"], model.params["layers"]
-    for i, (have, keep) in enumerate(zip(model.keep, wanted, strict=True)):
-        if have == keep:
-            continue
-        if states is not None:
+    nested = checkpoint.joint_plan is not None
+    nested = nested and (on_host() or size.setting is not None or renesting.has_planes(dict(model.params)))
+    for i, (have, keep) in enumerate(zip(model.keep, size.keep(checkpoint), strict=True)):
+        if states is not None and have != keep:
             states[i] = cut_state(programs, states[i], have, keep, pair)
+        if nested:
+            renesting.renest(checkpoint, model.params, size, i, dtype, _joined)
+        if nested or have == keep:
+            continue
         between = {axis: min(have[axis], keep[axis]) for axis in keep}
         if between != have:
             layers[i] = cut(programs, layers[i], have, between)
         if keep != between:
             layers[i] = grow(programs, checkpoint, i, layers[i], between, keep, dtype)
+    if nested:
+        renesting.renest(checkpoint, model.params, size, None, dtype, _joined)
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays of numpy as one, in memory of its own."""
+    count = sum(len(part) for part in parts)
+    return np.concatenate(parts, out=_aligned((count, *parts[0].shape[1:]), parts[0].dtype))
 
 
 def _apply(programs: Programs, name: Any, function: Any, *args: Any, joins: bool = False) -> Any:
@@ -224,6 +238,6 @@ def _join(old: Any, new: Any) -> Any:
     if not isinstance(old, QuantizedArray):
         if not isinstance(old, np.ndarray):
             return jnp.concatenate([old, new])
-        return np.concatenate([old, new], out=_aligned((len(old) + len(new), *old.shape[1:]), old.dtype))
+        return _joined([old, new])
     width = old.width + new.width if old.contract == "first" else old.width
     return dataclasses.replace(old, data=_join(old.data, new.data), scale=_join(old.scale, new.scale), width=width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from uniql_jax.console import format_bytes
 from uniql_jax.errors import UserError
 from uniql_jax.plan import check_rate
 from uniql_jax.runtime.budget import Need, parse_budget
+from uniql_jax.runtime.choice import Choice, Sizes
 from uniql_jax.runtime.engine import Engine
 from uniql_jax.runtime.prompts import read_prompt, stop_ids
 from uniql_jax.runtime.requests import Settings
@@ -31,8 +33,8 @@ class Elastic(Engine):
     All methods may be called from any thread. Whoever waits for tokens makes the batch go on; an interrupt (Ctrl-C)
     loses nothing but what was in the making, which the next step makes again.
 
-    Attributes:
-        why: one line that says which rate was chosen, and why.
+    With a budget, a checkpoint of nested bits runs at a setting of its joint plan of bits and units instead of a rate,
+    and `fit` goes to another one in the same way.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class Elastic(Engine):
         dtype: Any = None,
         cache: str = "read-again",
         other_rates: int | None = None,
+        cache_bits: int = 16,
+        marks: bool = True,
         say: Callable[[str], object] = lambda line: None,
     ):
         """Choose a rate, say why, and load.
@@ -64,6 +68,9 @@ class Elastic(Engine):
             cache: what becomes of caches when weights grow, see above.
             other_rates: the most prune rates at a time that requests may ask for in addition to the session's. Each
                 takes a cache of its own (and no weights), which budgets then count. Default: 2, or none with a budget.
+            cache_bits: 8 holds keys and values as int8 with a scale per head and token; 16 in the dtype.
+            marks: for models with SSM states, whether each row keeps a second state, at its prompt's end, so that a
+                prompt which begins with that one (the next turn of a chat) is read from there on. Attention needs none.
             say: hears `why` before weights are read.
 
         Raises:
@@ -72,47 +79,53 @@ class Elastic(Engine):
         """
         if rate is not None and (memory_budget is not None or latency_budget is not None):
             raise UserError("give a rate or budgets, not both")
-        if latency_budget is not None and not 0 < latency_budget < float("inf"):
+        seconds = isinstance(latency_budget, numbers.Real) and not isinstance(latency_budget, bool)
+        if latency_budget is not None and not (seconds and 0 < latency_budget < float("inf")):
             raise UserError(f"latency_budget must be a number of seconds above 0, not {latency_budget!r}")
-        super().__init__(folder, context, batch, dtype, cache, other_rates)
+        super().__init__(folder, context, batch, dtype, cache, other_rates, cache_bits, marks)
         if memory_budget is not None:
             self._lanes.most = self._needs.batches - 1
-        self.why, first = self._first_rate(rate, memory_budget)
+        self.why, first = self._first_size(rate, memory_budget, latency_budget is not None)
         say(self.why)
         self.start(first)
         if latency_budget is not None:
             self._fit_latency(float(latency_budget))
             say(self.why)
 
-    def _first_rate(self, rate: float | int | None, budget: int | float | str | None) -> tuple[str, float]:
+    def _first_size(self, rate: float | int | None, budget: int | float | str | None, fast: bool) -> tuple[str, Choice]:
         if budget is None:
-            first = check_rate(rate or 0.0)
-            self.checkpoint.keep(first)  # an unsorted one refuses rates above 0
+            first = self._needs.size(check_rate(0.0 if rate is None else rate))  # unsorted ones refuse others than 0
             reason = "as asked for" if rate is not None else "no budget was given"
-            return f"prune rate {first:g}: {reason}", first
+            return f"{first}: {reason}", first
         limit = parse_budget(budget)
-        need = self._needs.fitting(limit)
-        return f"prune rate {need.rate:g}: the least that fits {format_bytes(limit)}, it needs {need}", need.rate
+        # Bits save no time, so that a budget of time as well chooses among prune rates.
+        need = self._needs.fitting(limit, Sizes(self.checkpoint, rates=True) if fast else None)
+        return _fits(need, limit), need.size
 
     def fit(self, budget: int | float | str, rates: Sequence[float] | None = None) -> Need:
-        """Go to the smallest rate that fits a memory budget.
+        """Go to the largest size that fits a memory budget.
 
         Args:
             budget: as `memory_budget`.
-            rates: to choose from (default: every 0.001, or those that were warmed up).
+            rates: prune rates to choose from (default: those that were warmed up; else every 0.001, or with nested bits
+                every setting of the joint plan).
 
         Returns:
-            What the chosen rate needs.
+            What the chosen size needs.
 
         Raises:
-            UserError: no rate fits; the rate is as before.
+            UserError: none fits; the size is as before.
         """
         limit, counted = parse_budget(budget), self._needs.batches - 1
         extra = 0 if counted else self._lanes.cache_bytes()  # of requests at work that no budget counted
-        need = self._needs.fitting(limit - extra, rates or self._warm or None)
-        self._lanes.most = counted
-        self.set_rate(need.rate)
-        self.why = f"prune rate {need.rate:g}: the least that fits {format_bytes(limit)}, it needs {need}"
+        rates = rates or self._warm
+        need = self._needs.fitting(limit - extra, sorted(map(check_rate, rates)) if rates else None)
+        before, self._lanes.most = self._lanes.most, counted
+        try:
+            self.set_size(need.size, why=_fits(need, limit))
+        except Exception:
+            self._lanes.most = before
+            raise
         return need
 
     def _fit_latency(self, budget: float) -> None:
@@ -203,3 +216,8 @@ class Elastic(Engine):
         if chat and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             found.add(int(self.tokenizer.eos_token_id))
         return found
+
+
+def _fits(need: Need, limit: int) -> str:
+    which = "the least" if need.size.setting is None else "the largest size"
+    return f"{need.size}: {which} that fits {format_bytes(limit)}, it needs {need}"

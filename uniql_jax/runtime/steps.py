@@ -1,17 +1,16 @@
 """The compiled steps of a running batch: a prompt joins a row, all rows advance, all rows move to other slots.
 
 Rows share the slot that the next token goes to, as in every `Cache`; a row's tokens end just before it, wherever they
-began, so that rows come and go while the others run. Programs are compiled ahead of time from shapes and kept.
+began, so that rows come and go while the others run. What a row has read stays there when it ends, until another text
+takes its place: a prompt that begins like it is read from there on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import threading
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -20,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.config import ModelConfig
-from uniql_jax.model.cache import Cache, LayerCache
+from uniql_jax.model.cache import Cache, LayerCache, SsmCache
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import decode, init_cache, prefill
 from uniql_jax.runtime.sampling import NO_TOKEN, sample
@@ -96,46 +95,142 @@ def _put(whole: Array, row: Array, index: Array | Any) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, row.astype(whole.dtype), index, axis=0)
 
 
+@flax.struct.dataclass
+class Marks:
+    """What a row's prompt left, for models whose state cannot go back: the SSM states at its end, one {kind: state} a
+    layer, and the logits that follow, float32 [rows, vocabulary].
+    """
+
+    layers: tuple[dict[str, Any], ...]
+    logits: Any
+
+
+class Source(NamedTuple):
+    """Where the beginning of a prompt was read before: a row, the slot of its first token, and how many to take."""
+
+    row: Any  # int32, like first and count
+    first: Any
+    count: Any
+
+
+def empty_marks(cache: Cache, vocab_size: int) -> Marks | None:
+    """Marks for the rows of a cache; None where attention alone remembers, which forgets tokens one by one."""
+    layers = tuple(
+        {kind: jax.tree.map(jnp.zeros_like, state) for kind, state in layer.items() if isinstance(state, SsmCache)}
+        for layer in cache.layers
+    )
+    if not any(layers):
+        return None
+    [rows] = cache.start.shape
+    return Marks(layers, jnp.zeros((rows, vocab_size), jnp.float32))
+
+
 def admit(
     config: ModelConfig,
     dtype: Any,
-    variant: Variant,
     params: Params,
     cache: Cache,
-    token: Int[Array, " b"],
+    marks: Marks | None,
     row: Int[Array, ""],
     prompt: tuple[Int[Array, "1 p"], Int[Array, ""]],
-    sampling: Sampling,
-    forced: Int[Array, " one"],
-) -> tuple[Chosen, Int[Array, " b"], Cache]:
+) -> tuple[Float[Array, "1 vocab"], Cache, Marks | None]:
     """Read a prompt, so many tokens and padding, into one row: its last token sits just before the cache's slot.
 
-    The first token is drawn exactly as `generate` does. Returns it, the rows' next tokens and the cache.
+    Returns the logits that follow it, the cache, and the marks.
     """
     model = CausalLM(config, dict(params), dtype=dtype)
     tokens, count = prompt
-    length = tokens.shape[1]
-    logits, own = prefill(model, tokens, None, init_cache(model, 1, length), count)
-    first, chosen = _choose(logits, sampling, forced, variant)
+    logits, own = prefill(model, tokens, None, init_cache(model, 1, tokens.shape[1], cache.bits), count)
+    return _placed(cache, marks, row, own.layers, count, logits)
+
+
+def extend(
+    config: ModelConfig,
+    dtype: Any,
+    params: Params,
+    cache: Cache,
+    marks: Marks | None,
+    row: Int[Array, ""],
+    source: Source,
+    prompt: tuple[Int[Array, "1 p"], Int[Array, ""]],
+) -> tuple[Float[Array, "1 vocab"], Cache, Marks | None]:
+    """`admit` of a prompt whose beginning a row holds; `prompt` is the rest of it, of at least one token."""
+    model = CausalLM(config, dict(params), dtype=dtype)
+    tokens, count = prompt
+    before = Cache(layers=_taken(cache, marks, source), start=None, slot=source.count)
+    logits, own = prefill(model, tokens, None, before, count)
+    return _placed(cache, marks, row, own.layers, source.count + count, logits)
+
+
+def again(
+    cache: Cache, marks: Marks, row: Int[Array, ""], source: Source
+) -> tuple[Float[Array, "1 vocab"], Cache, Marks | None]:
+    """`admit` of the very prompt whose marks a row holds: nothing is read."""
+    logits = jax.lax.dynamic_index_in_dim(marks.logits, source.row, 0)
+    return _placed(cache, marks, row, _taken(cache, marks, source), source.count, logits)
+
+
+def first(
+    variant: Variant,
+    logits: Float[Array, "1 vocab"],
+    token: Int[Array, " b"],
+    row: Int[Array, ""],
+    sampling: Sampling,
+    forced: Int[Array, " one"],
+) -> tuple[Chosen, Int[Array, " b"]]:
+    """The first token of a row, drawn exactly as `generate` does, and the rows' next tokens with it."""
+    own, chosen = _choose(logits, sampling, forced, variant)
+    return jax.tree.map(lambda x: x[:, None], chosen), _put(token, own, row)
+
+
+def _taken(cache: Cache, marks: Marks | None, source: Source) -> tuple[dict[str, Any], ...]:
+    """A row's state by itself, its first token in slot 0; SSM states are those of its mark."""
+
+    def turned(x: Array) -> Array:
+        return jnp.roll(jax.lax.dynamic_index_in_dim(x, source.row, 0), -source.first, axis=1)
+
+    def whole(x: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(x, source.row, 0)
+
+    return tuple(
+        {
+            kind: jax.tree.map(turned, state)
+            if isinstance(state, LayerCache)
+            else jax.tree.map(whole, state if marks is None else marks.layers[i].get(kind))
+            for kind, state in layer.items()
+        }
+        for i, layer in enumerate(cache.layers)
+    )
+
+
+def _placed(
+    cache: Cache,
+    marks: Marks | None,
+    row: Int[Array, ""],
+    own: tuple[dict[str, Any], ...],
+    count: Int[Array, ""],
+    logits: Float[Array, "1 vocab"],
+) -> tuple[Float[Array, "1 vocab"], Cache, Marks | None]:
+    """A state of `count` tokens from slot 0 on as one row of the cache, and its mark."""
 
     def place(whole: Array, part: Array) -> Array:
         """Slots of one row: the prompt's, turned so that they end before the cache's slot; padding may wrap."""
-        wide = jnp.zeros((1, whole.shape[1], *part.shape[2:]), part.dtype).at[:, :length].set(part)
+        wide = jnp.zeros((1, whole.shape[1], *part.shape[2:]), part.dtype).at[:, : part.shape[1]].set(part)
         return _put(whole, jnp.roll(wide, cache.slot - count, axis=1), row)
 
+    put = functools.partial(_put, index=row)
     layers = tuple(
-        {
-            kind: jax.tree.map(_placer(state, place, functools.partial(_put, index=row)), state, new[kind])
-            for kind, state in old.items()
-        }
-        for old, new in zip(cache.layers, own.layers, strict=True)
+        {kind: jax.tree.map(_placer(state, place, put), state, new[kind]) for kind, state in old.items()}
+        for old, new in zip(cache.layers, own, strict=True)
     )
-    after = Cache(
-        layers=layers,
-        start=_put(cache.start, (cache.slot - count)[None], row),
-        slot=cache.slot,
-    )
-    return jax.tree.map(lambda x: x[:, None], chosen), _put(token, first, row), after
+    after = Cache(layers=layers, start=_put(cache.start, (cache.slot - count)[None], row), slot=cache.slot)
+    if marks is not None:
+        marked = tuple(
+            {kind: jax.tree.map(put, state, new[kind]) for kind, state in old.items()}
+            for old, new in zip(marks.layers, own, strict=True)
+        )
+        marks = Marks(marked, put(marks.logits, logits))
+    return logits, after, marks
 
 
 def _placer(state: Any, by_slot: Callable[..., Array], whole: Callable[..., Array]) -> Callable[..., Array]:
@@ -177,71 +272,16 @@ def advance(
     return jax.lax.fori_loop(0, count, body, (rows, token, cache))
 
 
-def shift(cache: Cache, by: Int[Array, ""]) -> Cache:
-    """All rows `by` slots further on, or back where it is negative; what falls out at either end must be unused."""
+def shift(cache: Cache, by: Int[Array, " b"], slot: Int[Array, ""]) -> Cache:
+    """Each row `by` slots further on, or back where it is negative, and the next token to `slot`; what falls out at
+    either end must be unused.
+    """
 
     def turn(x: Array) -> Array:
-        return jnp.roll(x, by, axis=1)
+        return jax.vmap(lambda row, count: jnp.roll(row, count, axis=0))(x, by)
 
     layers = tuple(
         {kind: jax.tree.map(_placer(state, turn, lambda x: x), state) for kind, state in layer.items()}
         for layer in cache.layers
     )
-    return Cache(layers=layers, start=cache.start + by, slot=cache.slot + by)
-
-
-# ------------------------------------------------------------------------------------------------ programs
-
-
-def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), tree)
-
-
-class Programs:
-    """Compiled programs by name and shapes; one that is there is never compiled again. Any thread may ask."""
-
-    def __init__(self) -> None:
-        self._made: dict[Hashable, Any] = {}
-        self._lock = threading.Lock()
-        self.compiled = 0
-
-    def prepare(self, name: Hashable, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Any:
-        """The program of `function` for arguments of these shapes (arrays, or jax.ShapeDtypeStruct in their place).
-
-        Args:
-            name: tells apart functions that are given the same shapes.
-            function: what to compile.
-            args: its arguments.
-            donate: numbers of the arguments whose memory the results may take.
-        """
-        leaves, tree = jax.tree.flatten(args)
-        key = (name, tree, tuple((np.shape(x), np.dtype(x.dtype)) for x in leaves))
-        with self._lock:
-            found = self._made.get(key)
-        if found is None:
-            found = jax.jit(function, donate_argnums=donate).lower(*_abstract(args)).compile()
-            with self._lock:
-                self._made[key] = found
-                self.compiled += 1
-        return found
-
-    def call(self, name: Hashable, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Any:
-        """`prepare`, and run it."""
-        return self.prepare(name, function, *args, donate=donate)(*args)
-
-
-@functools.lru_cache(maxsize=4)
-def programs_of(config: ModelConfig) -> Programs:
-    """The programs of a model: sessions of one process share them, as calls of a jitted function do."""
-    return Programs()
-
-
-def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays, or of jax.ShapeDtypeStructs in their place."""
-    return sum(math.prod(np.shape(leaf)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-
-
-def work_space(program: Any) -> int:
-    """Bytes that a compiled program needs in addition to its arguments: scratch, and results in new memory."""
-    found = program.memory_analysis()
-    return int(found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes)
+    return Cache(layers=layers, start=cache.start + by, slot=slot)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
+import numbers
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from uniql_jax.console import format_bytes
 from uniql_jax.errors import UserError
+from uniql_jax.plan import check_rate
 from uniql_jax.runtime.budget import free_memory, memory_capacity, parse_budget
+from uniql_jax.runtime.choice import Choice, rate_size
 
 if TYPE_CHECKING:
     from uniql_jax.runtime.session import Elastic
 
 RATES = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
+SETTINGS = 16
+"""Settings of a joint plan to choose among, in addition to the largest."""
 log = logging.getLogger(__name__)
 
 
@@ -46,17 +52,20 @@ class Watcher:
             reserve: memory to keep free: bytes, a size, or a share of the device's memory.
             margin: share of the reserve that must be free on top of it before the model grows.
             patience: looks in a row that must find room before it grows.
-            rates: to choose from (default: those warmed up, else 0, 0.05, ... 0.35).
+            rates: to choose from (default: those warmed up, else 0, 0.05, ... 0.35, or with nested bits settings of the
+                joint plan).
             probe: returns the free bytes (default: of the device, or of the host where a CPU computes).
             changed: hears the new rate after each change.
 
         Raises:
             UserError: settings that cannot be used.
         """
-        if not interval > 0 or margin < 0 or patience < 1:
+        given = isinstance(interval, numbers.Real) and isinstance(margin, numbers.Real)
+        if not (given and 0 < interval < math.inf and 0 <= margin < math.inf and patience >= 1):
             raise UserError("a watcher needs an interval above 0, a margin of at least 0 and a patience of at least 1")
         self.session, self.interval, self.margin, self.patience = session, interval, margin, patience
         self.reserve = parse_budget(reserve, memory_capacity)
+        rates = None if rates is None else [session._needs.size(check_rate(rate)).rate for rate in rates]
         self._rates, self._probe, self._changed = rates, probe or free_memory, changed
         self._calm = 0
         self._stop = threading.Event()
@@ -90,30 +99,42 @@ class Watcher:
     def look(self) -> float:
         """Look once, and change the rate if it should; returns the rate."""
         session, free = self.session, int(self._probe())
-        rates = sorted(self._rates or session.warm_rates or [r for r in RATES if r <= session.highest_rate])
-        now = session.bytes_at(session.rate)
+        sizes, now = self._choices(), session.bytes_at(session.size)
         if free < self.reserve:
             self._calm = 0
             budget = now - (self.reserve - free)
-            smaller = [r for r in rates if r > session.rate]
-            wanted = next((r for r in smaller if session.bytes_at(r) <= budget), smaller[-1] if smaller else None)
+            smaller = [size for size in sizes if session.bytes_at(size) < now]
+            wanted = next((s for s in smaller if session.bytes_at(s) <= budget), smaller[-1] if smaller else None)
             if wanted is None:
                 log.warning("%s are free of a reserve of %s, and the model is at its smallest", *self._sizes(free))
                 return session.rate
             return self._change(wanted, free)
         budget = now + free - int(self.reserve * (1 + self.margin))
-        larger = [r for r in rates if r < session.rate and session.bytes_at(r) <= budget]
+        larger = [size for size in sizes if now < session.bytes_at(size) <= budget]
         self._calm = self._calm + 1 if larger else 0
         if self._calm < self.patience:
             return session.rate
         self._calm = 0
         return self._change(larger[0], free)
 
+    def _choices(self) -> list[Choice]:
+        """Sizes to choose from, the largest first."""
+        session = self.session
+        rates = self._rates or session.warm_rates
+        if not rates and session.checkpoint.joint_plan is not None:
+            last = len(session.sizes) - 1
+            return [session.sizes[round(i * last / SETTINGS)] for i in range(SETTINGS + 1)]
+        rates = sorted(rates or [rate for rate in RATES if rate <= session.highest_rate])
+        return [rate_size(session.checkpoint, rate) for rate in rates]
+
     def _sizes(self, free: int) -> tuple[str, str]:
         return format_bytes(free), format_bytes(self.reserve)
 
-    def _change(self, rate: float, free: int) -> float:
-        log.info("prune rate %g -> %g: %s are free of a reserve of %s", self.session.rate, rate, *self._sizes(free))
-        self.session.set_rate(rate, ahead=rate < self.session.rate)  # what shrinks must not wait for a compiler
-        self._changed(rate)
-        return rate
+    def _change(self, size: Choice, free: int) -> float:
+        session, (is_free, reserve) = self.session, self._sizes(free)
+        log.info("%s -> %s: %s are free of a reserve of %s", session.size, size, is_free, reserve)
+        grows = session.bytes_at(size) > session.bytes_at(session.size)
+        why = f"{size}: as {is_free} were free of a reserve of {reserve}"
+        session.set_size(size, ahead=grows, why=why)  # what shrinks must not wait for a compiler
+        self._changed(session.rate)
+        return session.rate

@@ -35,12 +35,11 @@ from uniql_jax.server.http import (
     read_body,
 )
 from uniql_jax.server.metrics import Metrics
+from uniql_jax.server.models import entries, listed_rates, setting_of
 from uniql_jax.server.schemas import Chat, Completion, Generation, Setting, parse
 from uniql_jax.server.worker import Worker
 
 STATIC = Path(__file__).parent / "static"
-LISTED = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
-"""Prune rates that /v1/models lists, in addition to the present one."""
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -204,39 +203,29 @@ class Server:
 
     # ---------------------------------------------------------------------------------------------- models
 
-    def _rates(self) -> list[float]:
-        listed = LISTED if self.session.checkpoint.plan is not None else LISTED[:1]
-        return sorted({*listed, *self.session.warm_rates, self.session.rate})
-
     def _asked_rate(self, model: str) -> float | None:
         """The prune rate that a model's name asks for; None: whatever there is. Raises ApiError for another model."""
         if model == self.name:
             return None
-        for rate in self._rates():
+        for rate in listed_rates(self.session):
             if model == f"{self.name}@{rate:g}":
                 return rate
         raise ApiError(404, f"no model {model[:100]!r}; this server has {self.name}", code="model_not_found")
 
-    def _entry(self, rate: float | None) -> dict[str, Any]:
-        name = self.name if rate is None else f"{self.name}@{rate:g}"
-        shown = self.session.rate if rate is None else rate
-        return {
-            "id": name, "object": "model", "created": self._started, "owned_by": "uniql-jax", "prune_rate": shown,
-            "weight_bytes": self.session.checkpoint.weight_bytes(shown), "running": shown in self.session.active_at(),
-            "available": self.session.runs(shown), "perplexity": self.quality.get(shown),
-        }  # fmt: skip
+    def _entries(self) -> list[dict[str, Any]]:
+        about = {"object": "model", "created": self._started, "owned_by": "uniql-jax"}
+        return [about | one for one in entries(self.session, self.name, self.quality)]
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
-        entries = [self._entry(rate) for rate in (None, *self._rates())]
-        return JSONResponse({"object": "list", "data": entries})
+        return JSONResponse({"object": "list", "data": self._entries()})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/NAME."""
         wanted = request.path_params["model"]
-        for rate in (None, *self._rates()):
-            if (entry := self._entry(rate))["id"] == wanted:
-                return JSONResponse(entry)
+        for found in self._entries():
+            if found["id"] == wanted:
+                return JSONResponse(found)
         raise ApiError(404, f"no model {wanted[:100]!r}; this server has {self.name}", code="model_not_found")
 
     # ---------------------------------------------------------------------------------------------- operation
@@ -250,12 +239,14 @@ class Server:
         """GET /status: what the page shows."""
         session = self.session
         found = {"model": self.name, "rate": session.rate, "why": session.why, "highest_rate": session.highest_rate}
+        found |= {"size": str(session.size), "setting": setting_of(session.size), "weight_bytes": session.size.bytes}
+        found |= {"nested": session.checkpoint.joint_plan is not None, "cache_bits": session.shape.bits}
         found |= {"context": session.shape.context, "rows": session.shape.rows, "warm_rates": session.warm_rates}
         found |= {"tokens_per_second": round(self.worker.tokens_per_second(), 2), "memory": session.memory()}
         found["chat"] = self.chat
         found["active_at"] = {f"{rate:g}": count for rate, count in session.active_at().items()}
         found |= {"free_memory": await run_in_threadpool(free_memory), "streams": self.streams} | session.load_now()
-        found["sizes"] = {f"{rate:g}": session.checkpoint.weight_bytes(rate) for rate in self._rates()}
+        found["sizes"] = {f"{rate:g}": session.checkpoint.weight_bytes(rate) for rate in listed_rates(self.session)}
         found["perplexity"] = {f"{rate:g}": value for rate, value in self.quality.items()}
         return JSONResponse(found)
 
@@ -266,17 +257,18 @@ class Server:
     async def set_rate(self, request: Request) -> Response:
         """POST /admin/rate: {"rate": R} or {"memory_budget": SIZE}."""
         body = parse(Setting, await read_body(request, self.limits))
-        rate, budget, before = body.rate, body.memory_budget, self.session.rate
+        rate, budget, before = body.rate, body.memory_budget, self.session.size
         if rate is not None and budget is None:
             await run_in_threadpool(self.session.set_rate, round(rate, 6))
-            self.session.why = f"prune rate {self.session.rate:g}: as asked for"
         elif budget is not None and rate is None:
             await run_in_threadpool(self.session.fit, budget)
         else:
             raise ApiError(400, "give either rate or memory_budget")
-        if self.session.rate != before:
+        session = self.session
+        if session.size != before:
             self.metrics.switches.inc()
-        return JSONResponse({"rate": self.session.rate, "why": self.session.why, "memory": self.session.memory()})
+        found = {"rate": session.rate, "setting": setting_of(session.size), "weight_bytes": session.size.bytes}
+        return JSONResponse(found | {"why": session.why, "memory": session.memory()})
 
 
 def _chats(tokenizer: Any) -> bool:

@@ -96,12 +96,12 @@ class Call:
         self._start, self._model, self._first = time.monotonic(), body.model, True
         self._id, self._created = f"{style.prefix}-{secrets.token_hex(12)}", int(time.time())
         self.prompt_tokens = sum(map(len, prompts))
+        self._each = body.n or 1
         self._choices: list[Choice] = []
-        each = body.n or 1
         stops = body.stop if isinstance(body.stop, list) else []
         try:
             for prompt in prompts:
-                for i in range(each):
+                for i in range(self._each):
                     request = worker.submit(prompt, settings(i), rate)
                     choice = Choice(len(self._choices), request, worker.session.tokenizer, stops)
                     self._choices.append(choice)
@@ -128,17 +128,27 @@ class Call:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
     def _fingerprint(self) -> str:
-        """At which prune rates the answers were made, in the order of use."""
-        rates = dict.fromkeys(rate for choice in self._choices for rate in choice.rates)
-        return "uniql-rate-" + ",".join(f"{rate:g}" for rate in rates or (self._worker.session.rate,))
+        """At which prune rates the answers were made, in the order of use; or after how many steps of a joint plan."""
+        sizes = dict.fromkeys(size for choice in self._choices for size in choice.sizes)
+        return "uniql-rate-" + ",".join(sizes or [self._worker.session.size.label.removeprefix("rate-")])
 
-    def _usage(self) -> dict[str, int]:
+    def _cached(self) -> int:
+        """Tokens of the prompts that were not read for their first answers."""
+        return sum(choice.request.cached for choice in self._choices[:: self._each])
+
+    def _usage(self) -> dict[str, Any]:
         new = sum(choice.tokens for choice in self._choices)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": new,
             "total_tokens": self.prompt_tokens + new,
+            "prompt_tokens_details": {"cached_tokens": self._cached()},
         }
+
+    def _ended(self) -> None:
+        self.cancel()
+        self._metrics.cached_tokens.inc(self._cached())
+        self._metrics.duration.observe(time.monotonic() - self._start)
 
     async def whole(self) -> dict[str, Any]:
         """All answers at once."""
@@ -152,8 +162,7 @@ class Call:
         try:
             choices = await asyncio.gather(*map(one, self._choices))
         finally:
-            self.cancel()
-            self._metrics.duration.observe(time.monotonic() - self._start)
+            self._ended()
         head = self._head(self._style.object) | {"system_fingerprint": self._fingerprint()}
         return head | {"choices": choices, "usage": self._usage()}
 
@@ -188,10 +197,9 @@ class Call:
         finally:
             if not ended:
                 self._metrics.cancelled.inc()
-            self.cancel()
+            self._ended()
             for task in tasks:
                 task.cancel()
-            self._metrics.duration.observe(time.monotonic() - self._start)
 
 
 def _new_tokens(asked: int | None, default: int, prompts: Sequence[list[int]], worker: Worker, limits: Limits) -> int:

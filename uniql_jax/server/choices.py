@@ -54,7 +54,7 @@ class Choice:
     def __init__(self, index: int, request: Request, tokenizer: Any, stops: Sequence[str]):
         self.index, self.request = index, request
         self.tokens = 0
-        self.rates: list[float] = []
+        self.sizes: list[str] = []
         self._text = TextStream(tokenizer, request.prompt.tolist())
         self._filter = StopFilter(stops)
 
@@ -64,8 +64,9 @@ class Choice:
         async for items in listen(self.request, count):
             for item in items:
                 self.tokens += 1
-                if item.rate not in self.rates:
-                    self.rates.append(item.rate)
+                size = f"{item.rate:g}" if item.steps is None else f"steps-{item.steps}"
+                if size not in self.sizes:
+                    self.sizes.append(size)
                 waiting.append(item)
                 shown = self._filter.push(self._text.push(item.token))
                 if self._filter.stopped:

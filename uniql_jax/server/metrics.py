@@ -21,6 +21,7 @@ class Metrics:
         new = {"registry": self.registry, "namespace": "uniql"}
         self.requests = Counter("requests", "Calls by path and status", ["path", "status"], **new)
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts", **new)
+        self.cached_tokens = Counter("cached_prompt_tokens", "Tokens of prompts that were not read again", **new)
         self.generated_tokens = Counter("generated_tokens", "Tokens made", **new)
         self.tokens_at = Counter("rate_tokens", "Tokens made at each prune rate", ["rate"], **new)
         self.switches = Counter("rate_changes", "Changes of the prune rate", **new)
@@ -34,7 +35,9 @@ class Metrics:
         session = self._worker.session
         held, now = session.memory(), session.load_now()
         for name, text, value in (
-            ("prune_rate", "Prune rate", session.rate),
+            ("prune_rate", "Prune rate, or the fraction that a setting of nested bits leaves out", session.rate),
+            ("plan_steps", "Steps taken of the joint plan of nested bits, 0 at a prune rate", session.size.steps or 0),
+            ("size_bytes", "Bytes of the present size's weights as they are stored", session.size.bytes),
             ("weight_bytes", "Bytes of weights", held["weights"]),
             ("cache_bytes", "Bytes of caches", held["cache"]),
             ("rows", "Rows of the batch", session.shape.rows),

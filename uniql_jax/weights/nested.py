@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from uniql_jax.pallas_kernels.dequant_matmul import three_bit, tiling
 from uniql_jax.weights.planes import BYTE, PLANES, columns_product, plane_of, rows_product, values_of
@@ -188,6 +188,18 @@ class NestedArray:
         """What is stored of it, by tensor name."""
         parts = {"leading": self.leading, "last": self.last, "fine": self.fine, "coarse": self.coarse}
         return {f"{name}.{part}": np.asarray(value) for part, value in parts.items()}
+
+
+def leading_planes(words: QuantizedArray) -> UInt8[np.ndarray, "..."]:
+    """The planes `leading` of 4-bit words in plain layout: the inverse of `NestedArray.packed`."""
+    data = np.asarray(words.data).view(np.uint32)
+    planes = []
+    for plane in range(PLANES):
+        found = np.zeros(data.shape, np.uint8)
+        for i, shift in enumerate(SHIFTS):
+            found |= ((data >> np.uint32(int(shift) + PLANES - plane)) & 1).astype(np.uint8) << i
+        planes.append(found)
+    return np.stack(planes, axis=-2)
 
 
 def from_tiles(tiled: QuantizedArray) -> NestedArray:

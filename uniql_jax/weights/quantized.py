@@ -118,6 +118,20 @@ class QuantizedArray:
         scale = self.scale[: scale_rows(count, inner, self.group, self.run)]
         return dataclasses.replace(self, data=data, scale=scale, width=width)
 
+    def drop_prefix(self, count: int) -> QuantizedArray:
+        """The entries behind the first `count`, in plain layout and without runs.
+
+        Raises ValueError when the cut would split a group, or for another layout.
+        """
+        inner = 1 if self.contract == "last" else math.prod(self.inner)
+        width = count * inner
+        if self.layout != "plain" or self.run > 1 or (self.contract == "first" and width % self.group):
+            raise ValueError(f"nothing is dropped before {count} of groups of {self.group}, {self.layout}")
+        if self.contract == "last":
+            return dataclasses.replace(self, data=self.data[count:], scale=self.scale[count:])
+        data, scale = self.data[width // (8 if self.bits == 4 else 1) :], self.scale[width // self.group :]
+        return dataclasses.replace(self, data=data, scale=scale, width=self.width - width)
+
     def in_runs(self) -> QuantizedArray:
         """The same weight with a scale for every run, whose groups are contiguous as kernels have them."""
         if self.run in (1, self.group):

@@ -51,11 +51,13 @@ function show(status) {
     $("rate-value").value = `${Number((status.rate * 100).toFixed(1))} %`;
   }
   $("rate").disabled = status.highest_rate === 0;
+  $("setting-row").hidden = !status.nested;
+  $("setting").textContent = status.setting ? status.setting.says : "all bits";
   $("speed").textContent = `${status.tokens_per_second.toFixed(1)} tokens/s`;
   $("weights").textContent = bytes(status.memory.weights);
   $("cache").textContent = bytes(status.memory.cache);
   $("free").textContent = bytes(status.free_memory);
-  const measured = status.perplexity[String(status.rate)];
+  const measured = status.setting ? 0 : status.perplexity[String(status.rate)];
   $("perplexity").textContent = measured ? measured.toFixed(2) : "not measured";
   $("texts").textContent = `${status.active} of ${status.rows}, ${status.waiting} waiting`;
 }
