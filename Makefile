@@ -4,6 +4,7 @@
 #   make lint types imports   ruff, pyright, import-linter          make clean      remove what these made
 #   make docs notebook        the site, warnings are errors; examples/quickstart.ipynb
 #   make test-packaging       the wheel, installed next to a user's own train.py
+#   make test-triton          the kernels for jax-triton, interpreted, and compiled for GPUs that need not be here
 #   make test-llamacpp test-next   against llama.cpp; the fast tests on a newer Python and JAX, where there is one
 
 PYTHON ?= python3
@@ -19,7 +20,8 @@ OUT    ?= demo
 # What a second run uses: the first of these that starts; and tests that need no torch.
 NEXT   ?= python3.14 python3.13 python3.12 $(lastword $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python)))
 NEXT_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,checkpoint generate plan prefill quantize rounded sort \
-  decode_fused pallas_compat pallas_packing pallas_dequant_matmul pallas_embedding pallas_ssd pallas_rope))
+  decode_fused pallas_compat pallas_packing pallas_dequant_matmul pallas_embedding pallas_ssd pallas_rope \
+  pallas_selfcheck pallas_jaxtriton))
 ARGS   ?=
 
 BIN := $(VENV)/bin
@@ -28,10 +30,10 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check
 
-.PHONY: help demo test test-slow test-gpu test-packaging test-llamacpp test-next lint format types imports docs notebook clean
+.PHONY: help demo test test-slow test-gpu test-triton test-packaging test-llamacpp test-next lint format types imports docs notebook clean
 
 help:
-	@sed -n 's/^# \{0,1\}//;1,7p' Makefile
+	@sed -n 's/^# \{0,1\}//;1,8p' Makefile
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --model $(MODEL) --rates $(RATES) --out $(OUT) $(ARGS)
@@ -48,6 +50,10 @@ test-gpu: $(VENV)/.gpu
 
 test-packaging: $(VENV)/.test
 	$(BIN)/python -m pytest tests/test_packaging.py -m "not gpu" -n $(JOBS) --dist loadfile $(ARGS)
+
+# Triton is large, so that no other target installs it.
+test-triton: $(VENV)/.triton
+	$(BIN)/python -m pytest tests/test_pallas_jaxtriton.py -m "not gpu" $(ARGS)
 
 # 5: all of it was skipped, because llama.cpp did not install here.
 test-llamacpp: $(VENV)/.llamacpp
@@ -109,11 +115,15 @@ $(VENV)/.test: $(VENV)/.demo pyproject.toml
 	@touch $@
 
 $(VENV)/.gpu: $(VENV)/.test pyproject.toml
-	$(PIP) -e ".[test,cuda]"
+	$(PIP) -e ".[test,cuda,triton]"
 	@touch $@
 
 $(VENV)/.llamacpp: $(VENV)/.test pyproject.toml
 	$(PIP) -e ".[test,llamacpp]" || echo "no llama.cpp for this machine"
+	@touch $@
+
+$(VENV)/.triton: $(VENV)/.test pyproject.toml
+	$(PIP) -e ".[test,triton]"
 	@touch $@
 
 $(VENV)/.notebook: $(VENV)/.demo pyproject.toml

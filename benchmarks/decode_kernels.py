@@ -1,11 +1,13 @@
 """Times the launches of a fused decode step, cut in many ways, on the shapes of Llama-3.1-8B; prints a table.
 
     python benchmarks/decode_kernels.py --count 1 16 --context 1024 --json RESULT.json
+    python benchmarks/decode_kernels.py --count 1 --shares 1 0.5 0 --links mlp projections head --json RESULT.json
 
 A time is that of one link of a chain over 32 distinct layers, several times over in one jit, as a model runs them; a
 link is a pair of launches where one needs the other: gate and up with down ("mlp"), q, k and v with o ("projections");
-or one launch, attention over a cache ("attention"). One launch of a pair is cut as the model does by default while the
-other varies.
+or one launch, attention over a cache ("attention"), or the head with what makes its next input ("head"). One launch of
+a pair is cut as the model does by default while the other varies. Weights have 4 bits in a share of their entries
+(--shares), and 3 in the others.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +29,20 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.decode_weights import Held, job, weight
 from uniql_jax.evaluation.timing import environment
 from uniql_jax.pallas_kernels.attention import decode_pallas
 from uniql_jax.pallas_kernels.attention.decode import Caches, Place, Token
 from uniql_jax.pallas_kernels.dequant_matmul import fused
-from uniql_jax.pallas_kernels.dequant_matmul.fused import Job, Stream
+from uniql_jax.pallas_kernels.dequant_matmul.fused import Stream
 from uniql_jax.pallas_kernels.dequant_matmul.mma import Settings
-from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
-LAYERS, HIDDEN, FFN, HEADS, KV_HEADS = 32, 4096, 14336, 32, 8
+LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, VOCAB = 32, 4096, 14336, 32, 8, 128256
+HEAD_COPIES = 2
+LINKS = ("mlp", "projections", "attention", "head")
 NORM, TURNS = 1e-5, 10
 Variant = tuple[str, str, Any]
 """Link, which launch is cut otherwise, and its settings."""
-
-
-def weight(features: int, width: int, layout: str, seed: int) -> tuple[Weight, list[tuple[jax.Array, jax.Array]]]:
-    """A weight's static half and random operands for every layer."""
-    groups, tiles = width // 128, features // 16
-    shape = (tiles, groups, 2, 32, 4) if layout == "rows" else (groups, tiles, 2, 32, 4)
-    scales = (features, groups) if layout == "rows" else (groups, features)
-    held = []
-    for layer in range(LAYERS):
-        keys = jax.random.split(jax.random.key(1000 * seed + layer, impl="unsafe_rbg"))
-        data = jax.lax.bitcast_convert_type(jax.random.bits(keys[0], shape, jnp.uint32), jnp.int32)
-        held.append((data, jax.random.uniform(keys[1], scales, jnp.bfloat16, 0.001, 0.004)))
-    return Weight(layout, features, groups, 128), held
 
 
 def start(count: int) -> Stream:
@@ -74,10 +65,10 @@ def chain(link: Callable[[Stream, int], Stream], stream: Stream) -> jax.Array:
 def mlp(count: int, args: Any, read: Settings | None, write: Settings | None) -> jax.Array:
     """The chain of gate and up with down."""
     (gate, gates), (_, ups), (down, downs) = args
-    norm, job = jnp.ones(HIDDEN), Job((gate, gate), activation="silu", blocked=count > 1)
+    norm, both = jnp.ones(HIDDEN), job(gate, gate, activation="silu", blocked=count > 1)
 
     def link(stream: Stream, layer: int) -> Stream:
-        [hidden], stream = fused.read(stream, [job], [[gates[layer], ups[layer]]], eps=NORM, settings=read)
+        [hidden], stream = fused.read(stream, [both], [[gates[layer], ups[layer]]], eps=NORM, settings=read)
         return fused.write(hidden, down, downs[layer], stream, norm, settings=write)
 
     return chain(link, start(count))
@@ -86,7 +77,7 @@ def mlp(count: int, args: Any, read: Settings | None, write: Settings | None) ->
 def projections(count: int, args: Any, read: Settings | None, write: Settings | None) -> jax.Array:
     """The chain of q, k and v with o; what attention would make of them is q itself."""
     parts, (o, os) = args[:3], args[3]
-    norm, jobs = jnp.ones(HIDDEN), [Job((part,), blocked=count > 1 and i == 0) for i, (part, _) in enumerate(parts)]
+    norm, jobs = jnp.ones(HIDDEN), [job(part, blocked=count > 1 and i == 0) for i, (part, _) in enumerate(parts)]
 
     def link(stream: Stream, layer: int) -> Stream:
         operands = [[held[layer]] for _, held in parts]
@@ -94,6 +85,19 @@ def projections(count: int, args: Any, read: Settings | None, write: Settings | 
         return fused.write(hidden, o, os[layer], stream, norm, settings=write)
 
     return chain(link, start(count))
+
+
+def head(count: int, args: Any, read: Settings | None, _: Settings | None) -> jax.Array:
+    """The chain of the head; the first logits are the next input. As many links as the others have."""
+    [(table, tables)] = args
+
+    def turn(number: Any, x: jax.Array) -> jax.Array:
+        for held in tables:
+            [out], _ = fused.read(Stream(x), [job(table)], [[held]], eps=NORM, settings=read)
+            x = out[:, :HIDDEN]
+        return x
+
+    return jax.lax.fori_loop(0, TURNS * LAYERS // len(tables), turn, start(count).x)
 
 
 def attention(count: int, context: int, args: Any, cut: decode_pallas.Settings | None) -> Any:
@@ -118,11 +122,11 @@ def attention(count: int, context: int, args: Any, cut: decode_pallas.Settings |
 
 def variants(count: int) -> Iterator[Variant]:
     """The defaults, and one launch cut otherwise."""
-    for link in ("mlp", "projections", "attention"):
+    for link in LINKS:
         yield link, "default", None
     make = functools.partial(Settings, gate=True)
     zero = {} if count <= 8 else {"zero": "mma"}
-    few, several = ((2, 4), (4, 8, 16)) if count <= 8 else ((1, 2, 4), (2, 4, 8))
+    few, several = ((2, 4, 8), (4, 8, 16)) if count <= 8 else ((1, 2, 4), (2, 4, 8))
     for along_k in few:
         for along_n in (1, 2, 4):
             if along_k * along_n > 8:
@@ -130,6 +134,9 @@ def variants(count: int) -> Iterator[Variant]:
             for stream in (False, True):
                 yield "mlp", "read", make(along_k=along_k, along_n=along_n, stream=stream, **zero)
         yield "mlp", "read", make(along_k=along_k, batch=2, stream=True, **zero)
+        yield "mlp", "read", make(along_k=along_k, tiles=2, stream=True, **zero)
+        for batch, tiles in ((1, 1), (2, 1), (4, 1), (1, 2)):
+            yield "head", "read", make(along_k=along_k, batch=batch, tiles=tiles, stream=True, **zero)
     for link in ("mlp", "projections"):
         for along_k, batch, split in ((2, 2, 4), (2, 1, 4), (4, 1, 2), (4, 2, 2)):
             yield link, "write", make(along_k=along_k, batch=batch, split=split, tiles=2 if count > 8 else 1, **zero)
@@ -152,6 +159,13 @@ def variants(count: int) -> Iterator[Variant]:
         yield "attention", "cut", cuts(tile, split, warps)
 
 
+def moved(link: str, names: Sequence[str], held: dict[str, Held], count: int, context: int) -> int:
+    """Bytes that a link must read: weights and scales, or keys and values."""
+    if link == "attention":
+        return 2 * 2 * count * context * KV_HEADS * 128
+    return sum(array.nbytes for name in names for array in held[name][1][0])
+
+
 def clock(call: Callable[[], Any], repeats: int = 5) -> float:
     """Median microseconds of a link."""
     jax.block_until_ready(call())
@@ -168,16 +182,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, nargs="+", default=[1, 16], help="sequences")
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0], help="of the entries that have 4 bits")
+    parser.add_argument("--links", nargs="+", choices=LINKS, default=LINKS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    shapes = dict(gate=(FFN, HIDDEN, "rows"), up=(FFN, HIDDEN, "rows"), down=(HIDDEN, FFN, "groups"))
-    shapes |= dict(q=(HIDDEN, HIDDEN, "rows"), k=(128 * KV_HEADS, HIDDEN, "rows"), v=(128 * KV_HEADS, HIDDEN, "rows"))
+    rows: list[dict[str, Any]] = []
+    for share in args.shares:
+        found = measured(args, share)
+        rows += found
+        report(found)
+        if args.json:
+            args.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+
+
+SHAPES = dict(
+    gate=(FFN, HIDDEN, "rows"),
+    up=(FFN, HIDDEN, "rows"),
+    down=(HIDDEN, FFN, "groups"),
+    q=(HIDDEN, HIDDEN, "rows"),
+    k=(128 * KV_HEADS, HIDDEN, "rows"),
+    v=(128 * KV_HEADS, HIDDEN, "rows"),
+    o=(HIDDEN, HIDDEN, "groups"),
+    head=(VOCAB, HIDDEN, "rows"),
+)
+NAMES = {"mlp": ("gate", "up", "down"), "projections": ("q", "k", "v", "o"), "head": ("head",), "attention": ()}
+CHAINS = {"mlp": mlp, "projections": projections, "head": head}
+
+
+def measured(args: argparse.Namespace, share: float) -> list[dict[str, Any]]:
+    """A row for every variant of every count."""
+    wanted = {name for link in args.links for name in NAMES[link]}
     held = {
-        name: weight(*each, seed)
-        for seed, (name, each) in enumerate((shapes | {"o": (HIDDEN, HIDDEN, "groups")}).items())
+        name: weight(*each, seed, share, HEAD_COPIES if name == "head" else LAYERS)
+        for seed, (name, each) in enumerate(SHAPES.items())
+        if name in wanted
     }
     static = {name: each[0] for name, each in held.items()}
-    names = {"mlp": ("gate", "up", "down"), "projections": ("q", "k", "v", "o")}
     rows: list[dict[str, Any]] = []
     for count in args.count:
         shape = (count, args.context + 128, KV_HEADS, 128)
@@ -189,11 +229,11 @@ def main() -> None:
                 run = functools.partial(attention, count, args.context, cut=cut)
                 return jax.jit(run, donate_argnums=0).lower(caches).compile(), None
             read, write = (cut if launch == name else None for name in ("read", "write"))
-            arrays = [held[name][1] for name in names[link]]
+            arrays = [held[name][1] for name in NAMES[link]]
 
             def run(arrays: Any) -> Any:
-                pairs = [(static[name], each) for name, each in zip(names[link], arrays, strict=True)]
-                return (mlp if link == "mlp" else projections)(count, pairs, read, write)
+                pairs = [(static[name], each) for name, each in zip(NAMES[link], arrays, strict=True)]
+                return CHAINS[link](count, pairs, read, write)
 
             return jax.jit(run).lower(arrays).compile(), arrays
 
@@ -203,11 +243,12 @@ def main() -> None:
             except Exception as error:
                 return error
 
-        every = list(variants(count))
+        every = [variant for variant in variants(count) if variant[0] in args.links]
         with concurrent.futures.ThreadPoolExecutor(12) as executor:
             programs = list(executor.map(compiled, every))
         for (link, launch, cut), program in zip(every, programs, strict=True):
-            row = dict(count=count, link=link, launch=launch, settings=dataclasses.asdict(cut) if cut else {})
+            row = dict(share=share, count=count, link=link, launch=launch)
+            row |= dict(settings=dataclasses.asdict(cut) if cut else {})
             if isinstance(program, Exception):
                 rows.append(row | {"failed": str(program)[:300]})
                 continue
@@ -223,15 +264,20 @@ def main() -> None:
                 def call(run: Any = run, arrays: Any = arrays) -> Any:
                     return run(arrays)
 
-            rows.append(row | {"us": clock(call)})
+            us, size = clock(call), moved(link, NAMES[link], held, count, args.context)
+            rows.append(row | {"us": us, "bytes": size, "gb_s": size / us / 1e3})
         del caches, programs
+    return rows
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Print rows, the fastest of a launch first."""
     default = Settings()
     for row in sorted(rows, key=lambda row: (row["count"], row["link"], row["launch"], row.get("us", 1e9))):
         changed = {k: v for k, v in row["settings"].items() if v != getattr(default, k, None)}
-        said = f"{row['us']:7.2f} us" if "us" in row else row["failed"][:90]
-        print(f"{row['count']:3d} {row['link']:12s} {row['launch']:8s} {said}  {changed}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+        said = f"{row['us']:7.2f} us {row['gb_s']:6.0f} GB/s" if "us" in row else row["failed"][:90]
+        where = f"{row['share']:4.2f} {row['count']:3d} {row['link']:12s} {row['launch']:8s}"
+        print(f"{where} {said}  {changed}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from typing import Any
 
 BANDWIDTH = 2.9e12
@@ -86,7 +87,23 @@ def candidates(k: int, n: int, count: int) -> list[dict]:
         rows += [make("wgmma", **cut) for cut in wgmma_cuts(n, count)]
         rows.append(task(k, n, count, "dense"))
     plain = [task(k, n, count, "auto")] if count in (1, 64) else []
-    return [*rows, *plain, make("auto")]
+    return [*rows, *plain, *jax_triton_cuts(k, n, count), make("auto")]
+
+
+def jax_triton_cuts(k: int, n: int, count: int) -> list[dict]:
+    """The kernels that are launched through jax-triton, of plain layouts: by rule, and cut otherwise."""
+    if count > 256 or importlib.util.find_spec("jax_triton") is None:
+        return []
+    cuts: list[dict[str, Any]] = [{}]
+    m = 1 << (count - 1).bit_length()
+    if count > 4:
+        m = min(max(8, m), 64)
+        cuts += [dict(n=32, m=m, k=128, split=2), dict(n=128, m=m, k=64, split=1, warps=8)]
+    elif SHAPES[k, n] == "first":
+        cuts += [dict(n=64, m=m, k=256, split=8), dict(n=32, m=m, k=512, split=4, warps=8)]
+    else:
+        cuts += [dict(n=16, m=m, k=1024), dict(n=4, m=m, k=1024, warps=1), dict(n=8, m=m, k=2048, warps=8)]
+    return [task(k, n, count, "jax-triton") | {"settings": cut} for cut in cuts]
 
 
 Cut = tuple[int, int, int, int, int, str]

@@ -47,7 +47,7 @@ def multiply(row: dict, x: Any, data: Any, scale: Any, after: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from uniql_jax.pallas_kernels.dequant_matmul import dequant_matmul, dequantize, dot, mma, pallas, plain
+    from uniql_jax.pallas_kernels.dequant_matmul import dequant_matmul, dequantize, dot, jaxtriton, mma, pallas, plain
     from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster, wgmma
     from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
@@ -80,6 +80,10 @@ def multiply(row: dict, x: Any, data: Any, scale: Any, after: Any) -> Any:
     elif row["kernel"] == "auto":
         run = functools.partial(dequant_matmul, bits=4, group=group, contract=contract, width=k, layout=held)
         return run(x, data, scale, implementation="pallas")
+    elif row["kernel"] == "jax-triton":
+        held_as = plain.Weight(bits=4, group=group, contract=contract, width=k, layout=held)
+        cut = jaxtriton.Settings(**settings) if settings else None
+        return jaxtriton.launch(x, data, scale, held_as, x.dtype, cut)
     elif row["kernel"] == "dequantize":
         weight, cut = Weight(layout, n, k // group, group), dequantize.Settings(**settings)
         return dequantize.product(x, data, scale, weight, cut)

@@ -155,9 +155,20 @@ def groups() -> dict[str, CompressionSettings]:
     return {"groups fast": base, "groups portable": dataclasses.replace(base, groups="portable")}
 
 
+def reconstructions() -> dict[str, CompressionSettings]:
+    """What training a quantized layer's integers and scales on its output brings."""
+    base = CompressionSettings(bits=4)
+    rows = {"gptq": base}
+    for steps in (50, 100, 200, 400):
+        rows[f"reconstructed {steps}"] = dataclasses.replace(base, reconstruct=steps)
+    rows["refit 0.4"] = dataclasses.replace(base, refit=0.4)
+    rows["refit 0.4, reconstructed 200"] = dataclasses.replace(base, refit=0.4, reconstruct=200)
+    return rows
+
+
 TABLES = {
     "scores": scores, "refits": refits, "bits": bits, "ssm": ssm, "arithmetic": arithmetic, "descents": descents,
-    "groups": groups,
+    "groups": groups, "reconstructions": reconstructions,
 }  # fmt: skip
 
 

@@ -43,10 +43,13 @@ except ImportError:
 
 T = TypeVar("T")
 
+OLD_GPU = "for NVIDIA GPUs of compute capability 8.0 or newer"
+"""Why a kernel refuses any other GPU."""
 MOST_ELEMENTS = 2**31 - 1
 """Of an array that a kernel indexes."""
 
 __all__ = [
+    "OLD_GPU",
     "ampere",
     "arith",
     "barrier",
@@ -75,9 +78,13 @@ __all__ = [
 
 
 def triton() -> ModuleType:
-    """The Triton backend. Raises NotImplementedError where JAX has none, so that the dispatcher falls back."""
+    """The Triton backend. Raises NotImplementedError where JAX has none, and on GPUs that no kernel is for, so that the
+    dispatcher falls back.
+    """
     if plgpu is None:
         raise NotImplementedError(f"JAX {jax.__version__} has no Pallas Triton backend")
+    if jax.default_backend() == "gpu" and not ampere():
+        raise NotImplementedError(OLD_GPU)
     return plgpu
 
 

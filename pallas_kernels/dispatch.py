@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +14,14 @@ import jax
 VARIABLE = "UNIQL_KERNELS"
 """Environment variable that overrides the default with one of NAMES (a kernel that has it not keeps its own)."""
 
-NAMES = ("reference", "blocked", "pallas", "cudnn")
+NAMES = ("reference", "blocked", "pallas", "jax-triton", "cudnn")
 
 DEFAULT = "blocked"
 """What runs where nothing is known to be faster, of kernels that have it; else the reference. It never holds a whole
 dequantized matrix."""
 
 MEASURED: dict[tuple[str, str], str] = {
+    ("cached_attention", "gpu"): "jax-triton",
     ("causal_attention", "gpu"): "cudnn",
     ("decode", "gpu"): "pallas",
     ("dequant_matmul", "gpu"): "pallas",
@@ -28,7 +30,7 @@ MEASURED: dict[tuple[str, str], str] = {
 }
 """Kernel and backend -> what beats the backend's default there (benchmarks/results). "decode" is a step of a model by
 fused kernels (uniql_jax/model/layers/fused.py). cuDNN's attention needs no measurement: it alone holds no scores in
-memory.
+memory; nor does jax-triton's, of one token, which runs where the fused kernels of "decode" cannot.
 """
 
 
@@ -46,6 +48,10 @@ def default(kernel: str = "") -> str:
     return named() or MEASURED.get((kernel, backend)) or DEFAULT
 
 
+NEXT = {"pallas": "jax-triton"}
+"""What comes after an implementation on a GPU, before DEFAULT, of kernels that have it."""
+
+
 class Refusal(NamedTuple):
     """A kernel's implementation that did not run, and why."""
 
@@ -58,17 +64,29 @@ REFUSALS: dict[Refusal, None] = {}
 """What was refused in this process, in order; `uniql inspect --kernels` shows it."""
 
 
-def refuse(kernel: str, implementation: str, reason: str) -> None:
-    """Note a refusal; the first one of a fast product on a GPU is said aloud, since decoding is then much slower."""
-    first = not any(old.kernel == kernel and old.implementation == implementation for old in REFUSALS)
+def refuse(kernel: str, implementation: str, reason: str) -> bool:
+    """Note a refusal; returns whether it is the first one of this implementation."""
+    first = not any(old[:2] == (kernel, implementation) for old in REFUSALS)
     REFUSALS.setdefault(Refusal(kernel, implementation, reason))
-    expected = MEASURED.get((kernel, jax.default_backend())) == implementation
-    if first and expected and kernel == "dequant_matmul":
-        warnings.warn(
-            f"no fast kernel for 4-bit weights runs here ({reason}); a slower path is used. "
-            "`uniql inspect --kernels` shows all that is missing",
-            RuntimeWarning,
-            stacklevel=2,
+    return first
+
+
+def _say_slow(reasons: Sequence[str]) -> None:
+    """Say aloud that a GPU decodes without a fast product, which costs the most of all."""
+    warnings.warn(
+        f"no fast kernel for 4-bit weights runs here ({'; '.join(reasons)}); a slower path is used. "
+        "`uniql inspect --kernels` shows all that is missing",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+@functools.cache
+def note(backend: str) -> None:
+    """Say once a process, in a line of the log, that nothing fast decodes on a backend that no kernel is for."""
+    if backend != "gpu":  # a GPU has warnings, as soon as its kernels refuse
+        logging.getLogger(__name__).warning(
+            "note: fast kernels for packed weights are for NVIDIA GPUs; on this %s XLA does it all", backend.upper()
         )
 
 
@@ -85,21 +103,25 @@ def pick(
         if implementation not in implementations:
             raise ValueError(f"{name} has no implementation {implementation!r}; it has {', '.join(implementations)}")
         return implementations[implementation]
-    chosen = default(name)
+    backend, chosen = jax.default_backend(), default(name)
     if chosen not in implementations:
-        chosen = MEASURED.get((name, jax.default_backend()), DEFAULT)
-    order = [each for each in dict.fromkeys((chosen, DEFAULT, "reference")) if each in implementations]
-    order = order[order.index(chosen) :] if chosen in order else order
+        chosen = MEASURED.get((name, backend), DEFAULT)
+    faster = (chosen, NEXT.get(chosen, "") if backend == "gpu" else "")
+    order = [each for each in dict.fromkeys((*faster, DEFAULT, "reference")) if each in implementations]
     if chosen == "reference" or len(order) == 1:
         return implementations["reference"]
 
     @functools.wraps(implementations[order[0]])
     def with_fallback(*args: Any, **kwargs: Any) -> Any:
+        reasons, new = [], False
         for each in order[:-1]:
+            if new and each == DEFAULT and name == "dequant_matmul" and backend == "gpu":
+                _say_slow(reasons)
             try:
                 return implementations[each](*args, **kwargs)
             except NotImplementedError as refusal:
-                refuse(name, each, str(refusal))
+                new = refuse(name, each, str(refusal))
+                reasons.append(f"{each}: {refusal}")
         return implementations[order[-1]](*args, **kwargs)
 
     return with_fallback

@@ -108,6 +108,17 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "cores", lambda: 132)
 
 
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Kernels check themselves although a CPU interprets them, and remember in the folder returned."""
+    from uniql_jax.pallas_kernels import selfcheck
+
+    monkeypatch.setattr(selfcheck, "needed", lambda: True)
+    monkeypatch.setattr(selfcheck, "FOUND", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def hf_folder(tmp_path_factory: pytest.TempPathFactory, seed: int) -> Callable[[str], Path]:
     """name of a published config -> folder of its tiny random model, saved by transformers, hub-style config.json.

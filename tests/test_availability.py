@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import types
@@ -17,8 +18,10 @@ from tests import tiny
 from tests.pallas_cases import random_case, relative
 from uniql_jax.commands import inspect
 from uniql_jax.errors import UserError
-from uniql_jax.pallas_kernels import compat, dispatch
+from uniql_jax.model.decoding import decode, init_cache, prefill
+from uniql_jax.pallas_kernels import compat, dispatch, jaxtriton
 from uniql_jax.pallas_kernels.dequant_matmul import dequant_matmul, pallas, selfcheck, tuned
+from uniql_jax.pallas_kernels.dequant_matmul import jaxtriton as through_triton
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 from uniql_jax.runtime.loading import check_scales, load
 from uniql_jax.weights.quantized import from_codes
@@ -88,6 +91,37 @@ def test_without_any_it_says_so_once_and_holds_no_dense_matrix(
         assert f"f32[{whole[0]},{whole[1]}]" not in text
 
 
+def test_an_unknown_gpu_is_said_once(gpu: pytest.MonkeyPatch, tmp_path: Path, rng: np.random.Generator) -> None:
+    """A whole model, bf16 and packed: one warning, whatever else refuses."""
+    gpu.setattr(compat, "capability", lambda: 0.0)
+    model = load(tiny.packed(tmp_path / "model", tiny.HF, 4, rng))
+    assert model.dtype == jnp.bfloat16
+
+    def run() -> jax.Array:
+        logits, cache = prefill(model, jnp.ones((2, 3), jnp.int32), None, init_cache(model, 2, 8))
+        for _ in range(2):
+            logits, cache = decode(model, jnp.argmax(logits, axis=-1), cache)
+        return logits
+
+    with pytest.warns(RuntimeWarning, match="no fast kernel .*for NVIDIA GPUs of compute capability") as said:
+        jax.eval_shape(run)  # kernels are chosen, and refuse, while they are traced
+    assert len(said) == 1
+    assert {"rope_qk", "decode of attention blocks"} <= {refusal.kernel for refusal in dispatch.REFUSALS}
+
+
+def test_a_cpu_is_noted_once_and_for_packed_weights(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    for bits, lines in ((16, 0), (4, 1)):
+        dispatch.note.cache_clear()
+        model = load(tiny.packed(tmp_path / f"model{bits}", tiny.HF, bits, rng))
+        assert not caplog.records  # not by loading
+        for length in (4, 5):
+            jax.eval_shape(functools.partial(decode, model), jnp.ones(1, jnp.int32), init_cache(model, 1, length))
+        assert len(caplog.records) == lines
+    assert "for NVIDIA GPUs; on this CPU" in caplog.text
+
+
 def test_a_wrong_kernel_is_noted_and_not_used(gpu: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     def wrong(kernel: str, layout: str) -> None:
         raise NotImplementedError(f"the {kernel} kernel is off by 1 for data in layout {layout!r} on this device")
@@ -122,6 +156,20 @@ def test_the_vendor_comes_before_the_capability(
     device = types.SimpleNamespace(platform=platform, client=client, device_kind="a GPU", compute_capability=version)
     monkeypatch.setattr(compat.jax, "devices", lambda: [device])
     assert compat.capability() == capability
+
+
+@pytest.mark.parametrize("rows", [2**19, 2**21])
+def test_rows_beyond_32_bit_offsets_go_to_blocks(gpu: pytest.MonkeyPatch, rows: int) -> None:
+    """x or the product has 2**31 elements: refused while it is traced, by every kernel."""
+    gpu.setattr(jaxtriton, "missing", lambda: None)
+    gpu.setattr(through_triton, "verify", lambda *args: None)
+    width, features = (4096, 64) if rows == 2**19 else (1024, 64)
+    x = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)
+    data, scale = jnp.zeros((features, width // 8), jnp.int32), jnp.ones((features, width // 128), jnp.bfloat16)
+    for name in ("pallas", "jax-triton"):
+        run = functools.partial(dequant_matmul, bits=4, group=128, contract="last", width=width, implementation=name)
+        with pytest.raises(NotImplementedError, match="counts elements in 32 bits"):
+            jax.eval_shape(run, x, data, scale)
 
 
 def test_arrays_beyond_32_bit_offsets_are_refused() -> None:

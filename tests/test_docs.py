@@ -49,7 +49,9 @@ def test_cited_records_exist(page: Path) -> None:
 
 def test_quoted_messages_are_ours() -> None:
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
-    sources = [p for folder in ("uniql_jax", "convert", "train") for p in (ROOT / folder).rglob("*.py")]
+    sources = [
+        p for folder in ("uniql_jax", "convert", "train", "pallas_kernels") for p in (ROOT / folder).rglob("*.py")
+    ]
     code = re.sub(r"\s+", " ", " ".join(path.read_text() for path in sources))
     code = re.sub(r"\{[^{}]*\}", "...", re.sub(r'" f?"', "", code)).replace("uniql_jax.plan.MAX_PRUNE_RATE", "0.35")
     quoted = [m for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for m in re.findall(r"`([^`]+)`", row)]

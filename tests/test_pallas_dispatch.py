@@ -49,7 +49,9 @@ def test_environment_overrides_and_falls_back(monkeypatch: pytest.MonkeyPatch) -
     assert dispatch.Refusal("k", "blocked", "not this shape") in dispatch.REFUSALS
     assert dispatch.pick("k", KERNEL | {"pallas": lambda: "pallas"}, None)() == "pallas"
     monkeypatch.setenv(dispatch.VARIABLE, "palas")
-    with pytest.raises(ValueError, match="UNIQL_KERNELS is one of reference, blocked, pallas, cudnn, not 'palas'"):
+    with pytest.raises(
+        ValueError, match="UNIQL_KERNELS is one of reference, blocked, pallas, jax-triton, cudnn, not 'palas'"
+    ):
         dispatch.pick("k", KERNEL, None)
 
 

@@ -394,6 +394,7 @@ def test_a_kernel_that_is_wrong_here_is_not_used(rng: np.random.Generator, monke
         wrong.add(kernel)
 
 
+@pytest.mark.usefixtures("checked")
 def test_a_jax_that_wgmma_does_not_know_costs_time_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mosaic GPU's dialects are no public interface; but a mistake in another kernel is seen."""
 
@@ -402,14 +403,13 @@ def test_a_jax_that_wgmma_does_not_know_costs_time_alone(monkeypatch: pytest.Mon
 
     for module in (wgmma, dot):
         monkeypatch.setattr(module, "product", changed)
-    selfcheck._complaint.cache_clear()
     with pytest.warns(RuntimeWarning, match="no such operation"), pytest.raises(NotImplementedError):
         selfcheck.verify("wgmma", "rows")
     with pytest.raises(AttributeError):
         selfcheck.verify("dot", "rows")
-    selfcheck._complaint.cache_clear()
 
 
+@pytest.mark.usefixtures("checked")
 def test_the_self_check_runs_inside_a_trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """It computes numbers while its caller is being traced; what it found out is not found out again."""
     calls = []
@@ -425,7 +425,6 @@ def test_the_self_check_runs_inside_a_trace_once(monkeypatch: pytest.MonkeyPatch
         return (reference.dequant_matmul(x, plain, scale, **options) * factor).astype(x.dtype)
 
     monkeypatch.setattr(selfcheck.dequantize, "product", product)
-    selfcheck._complaint.cache_clear()
 
     def traced(x: jnp.ndarray) -> jnp.ndarray:
         selfcheck.verify("dequantize", "rows")
@@ -439,16 +438,16 @@ def test_the_self_check_runs_inside_a_trace_once(monkeypatch: pytest.MonkeyPatch
         selfcheck.verify("dequantize", "last")
     jax.jit(traced).lower(jnp.zeros(3))
     assert calls == ["rows", "groups", "last"]
-    selfcheck._complaint.cache_clear()
 
 
 def test_the_gpus_default_is_what_was_measured(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 rows times 4 bits take the kernels; other dtypes and 8 bits go in blocks unless asked."""
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     ran: list[str] = []
-    for name in ("reference", "blocked", "pallas"):
+    for name in api.IMPLEMENTATIONS:
         monkeypatch.setitem(api.IMPLEMENTATIONS, name, lambda x, *_, name=name, **__: (ran.append(name), x)[1])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(compat, "capability", lambda: 8.0)
 
     def run(dtype: str, bits: int = 4, group: int = 128) -> str:
         case = random_case(rng, 128, 128, group, bits=bits)
@@ -465,6 +464,7 @@ def test_the_gpus_default_is_what_was_measured(rng: np.random.Generator, monkeyp
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("layout", ["last", "first", "rows", "groups"])
 def test_on_the_device(rng: np.random.Generator, layout: str) -> None:
     """The compiled kernels: each passes its own check, and what runs by default is right for any number of rows."""

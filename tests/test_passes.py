@@ -36,7 +36,10 @@ QUICK = CompressionSettings(bits=4, rounding="nearest", scale_search=False)
 DENSE = CompressionSettings(bits=32, plan="uniform")
 RESUMED = {
     "4 bits, refit": (CompressionSettings(bits=4, refit=0.5), Resources(batch_tokens=192)),
-    "4 bits, few streams kept": (CompressionSettings(bits=4), Resources(batch_tokens=192, stream_interval=1000)),
+    "4 bits, few streams kept": (
+        CompressionSettings(bits=4, reconstruct=2),
+        Resources(batch_tokens=192, stream_interval=1000),
+    ),
     "16 bits": (CompressionSettings(bits=16), Resources(batch_tokens=192)),
 }
 

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.pallas_kernels import ahead, blocks, compat
+from uniql_jax.pallas_kernels import ahead, blocks, compat, selfcheck
 from uniql_jax.pallas_kernels.ahead import Ahead, Pull
+from uniql_jax.pallas_kernels.attention import decode_check
 from uniql_jax.pallas_kernels.attention.caches import Caches, integers, scale_of
 from uniql_jax.pallas_kernels.attention.decode_reference import Place, Token
 from uniql_jax.pallas_kernels.compat import pl
@@ -218,8 +219,12 @@ def _supported(token: Token, caches: Caches) -> None:
     kinds = (jnp.bfloat16, jnp.float16) if not compat.interpreted() else (jnp.bfloat16, jnp.float16, jnp.float32)
     if any(x.dtype not in kinds for x in arrays if x.dtype != jnp.int8):
         raise NotImplementedError("the kernel attends in 16-bit floats")
-    if not compat.interpreted() and not compat.ampere():
-        raise NotImplementedError("the kernel wants an NVIDIA GPU of compute capability 8.0 or newer")
+    verify()
+
+
+def verify() -> None:
+    """Raise NotImplementedError when the kernel is wrong on this device."""
+    selfcheck.require("decode attention", functools.partial(decode_check.error, decode))
 
 
 def counters(batch: int, groups: int) -> Int[Array, "b g"]:

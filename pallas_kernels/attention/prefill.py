@@ -5,9 +5,10 @@ from __future__ import annotations
 from jaxtyping import Array, Bool, Float, Int
 
 from uniql_jax.pallas_kernels import dispatch
-from uniql_jax.pallas_kernels.attention import cached, cudnn, reference
+from uniql_jax.pallas_kernels.attention import cached, cudnn, jaxtriton, reference
 from uniql_jax.pallas_kernels.attention.caches import Caches
 
+CACHED = {"reference": cached.cached_attention, "jax-triton": jaxtriton.cached_attention}
 CAUSAL = {"reference": reference.causal_attention, "cudnn": cudnn.causal_attention}
 
 
@@ -52,6 +53,7 @@ def cached_attention(
     slot: Int[Array, ""] | int,
     *,
     scale: float | int,
+    implementation: str | None = None,
 ) -> Float[Array, "b t n dv"]:
     """Attention of new tokens to a cache that holds them from `slot` on: each sees itself and the ones before it.
 
@@ -61,6 +63,7 @@ def cached_attention(
         start: first slot of each row that holds a token; what lies before is never read. None: 0 everywhere.
         slot: slot of the first query's token.
         scale: multiplies the scores.
+        implementation: of one query a row, in place of the default; of several there is one alone.
 
     Returns:
         The result in q's dtype; zeros for a query before its row's start.
@@ -71,4 +74,5 @@ def cached_attention(
     check(q, caches.k, caches.v)
     if start is not None and start.shape != q.shape[:1]:
         raise ValueError(f"start {start.shape} does not fit q {q.shape}: it is [batch]")
-    return cached.cached_attention(q, caches, start, slot, scale=scale)
+    run = dispatch.pick("cached_attention", CACHED, implementation) if q.shape[1] == 1 else cached.cached_attention
+    return run(q, caches, start, slot, scale=scale)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.pallas_kernels import packing
-from uniql_jax.pallas_kernels.dequant_matmul import tiling
+from uniql_jax.pallas_kernels.dequant_matmul import three_bit, tiling
 
 BLOCK = 512
 """Rows ("last") or about as many contracted weights ("first") that are dequantized at a time: what a CPU's cache
@@ -114,6 +114,8 @@ def dequant_matmul(
     Raises NotImplementedError where there is nothing to multiply, and on a CPU where the reference is faster.
     """
     features = scale.shape[0 if contract == "last" else 1]
+    if bits == three_bit.BITS:
+        return _three_bit(x, data, scale, contract=contract)
     data = tiling.plain(data, layout, features)
     if x.size == 0 or scale.size == 0:
         raise NotImplementedError("nothing to multiply")
@@ -125,3 +127,26 @@ def dequant_matmul(
     with jax.default_matmul_precision("highest" if x.dtype in (jnp.float32, jnp.float64) else "default"):
         out = product(flat, data, scale, bits=bits, group=group, width=width)
     return out.reshape(*x.shape[:-1], features).astype(x.dtype)
+
+
+def _three_bit(
+    x: Float[Array, "*lead width"], data: Int[Array, "..."], scale: Float[Array, "c d"], *, contract: str
+) -> Float[Array, "*lead out"]:
+    """The same for tiles of 3 bits: some row tiles are dense at a time."""
+    if contract == "first":
+        data, scale = data.swapaxes(0, 1), scale.T
+    rows, groups = scale.shape
+    size = max(1, min(block_rows() // tiling.ROWS, len(data)))
+    short = -len(data) % size
+    data = jnp.pad(data, ((0, short), *[(0, 0)] * 4)).reshape(-1, size, *data.shape[1:])
+    scale = jnp.pad(scale, ((0, data.shape[0] * size * tiling.ROWS - rows), (0, 0)))
+    flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    flat = jnp.pad(flat, ((0, 0), (0, groups * tiling.GROUP - flat.shape[1])))
+
+    def block(parts: tuple[Array, Array]) -> Array:
+        return jax.lax.dot_general(flat, three_bit.dequantize(*parts, "last"), (((1,), (1,)), ((), ())))
+
+    with jax.default_matmul_precision("highest" if x.dtype in (jnp.float32, jnp.float64) else "default"):
+        out = jax.lax.map(block, (data, scale.reshape(len(data), -1, groups)))
+    out = jnp.moveaxis(out, 0, 1).reshape(len(flat), -1)[:, :rows]
+    return out.reshape(*x.shape[:-1], rows).astype(x.dtype)

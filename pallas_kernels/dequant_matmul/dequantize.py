@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -86,6 +87,7 @@ def product(
     scale: Float[Array, "c d"],
     weight: Weight,
     settings: Settings | None = None,
+    dense: Callable[..., Array] = dense,
 ) -> Float[Array, "count features"]:
     """x bf16 times the weight: one kernel that dequantizes it, and XLA's product."""
     values = dense(data, scale, weight, settings)

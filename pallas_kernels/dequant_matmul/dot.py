@@ -65,7 +65,7 @@ def _plane(words: Int[Array, "n 16"], k: int, scale: Float[Array, "n 16"] | None
     return plane
 
 
-def _side_by_side(planes: list[Array]) -> Float[Array, "n joined"]:
+def side_by_side(planes: list[Array]) -> Float[Array, "n joined"]:
     """Planes [n, 16] as one [n, 16 * len(planes)]; no number need move to another thread."""
     bits = len(planes).bit_length() - 1
     while len(planes) > 1:
@@ -113,7 +113,7 @@ def _kernel(*refs: Any, weight: Weight, settings: Settings) -> None:
                 column = (group * steps + step) * 8 * WORDS + k * WORDS + jnp.arange(settings.join * WORDS)
                 x = x_ref[m_read[None, :], column[:, None]]
                 part += jax.lax.dot_general(
-                    _side_by_side(planes), x, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+                    side_by_side(planes), x, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
                 )
         return part if settings.fold else total + part * scale.astype(jnp.float32)[:, None]
 
@@ -141,6 +141,8 @@ def arrange(x: Float[Array, "count width"], weight: Weight) -> Float[Array, "cou
 
 def supported(weight: Weight) -> None:
     """Raise NotImplementedError for what the kernel cannot do."""
+    if weight.bits != 4 and weight.layout not in tiling.CONTRACTS:
+        raise NotImplementedError(f"{weight.bits} bits come in tiles alone, not in layout {weight.layout!r}")
     if weight.group % 8:
         raise NotImplementedError(f"a group of {weight.group} splits a word of eight weights")
 

@@ -17,9 +17,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.pallas_kernels import ahead, blocks, compat
+from uniql_jax.pallas_kernels import ahead, blocks, compat, selfcheck
 from uniql_jax.pallas_kernels.ahead import Ahead
-from uniql_jax.pallas_kernels.dequant_matmul import mma, pallas, selfcheck, shares, tiling
+from uniql_jax.pallas_kernels.dequant_matmul import (
+    fused_check,
+    mma,
+    pallas,
+    shares,
+    three_bit,
+    three_bit_mma,
+    three_bit_products,
+    tiling,
+)
 from uniql_jax.pallas_kernels.dequant_matmul.fused_kernels import Job as Job
 from uniql_jax.pallas_kernels.dequant_matmul.fused_kernels import programs_of, read_kernel, write_kernel
 from uniql_jax.pallas_kernels.dequant_matmul.mma import Settings, parts_of, row_tiles
@@ -48,14 +57,16 @@ def prepare(x: Float[Array, "count h"], norm: Float[Array, " h"]) -> Stream:
 
 def read_settings(jobs: Sequence[Job], count: int) -> Settings:
     """How `read` is cut: a narrow output needs programs that share the contraction to fill the GPU."""
-    programs = sum(row_tiles(job.weights[0]) for job in jobs)
+    programs = sum(row_tiles(weights[0]) for job in jobs for weights in job.ranges)
     paired = max(len(job.weights) for job in jobs) > 1
-    groups = jobs[0].weights[0].groups
+    groups = min(steps_of(weights[0]) for job in jobs for weights in job.ranges)
     fill = tuned_power(groups)
     wide = programs > 512
     make = functools.partial(Settings, gate=True)
     if wide and count <= 8:
-        batch = 1 if paired or count == 1 else 2
+        # Where some rows have 3 bits, their registers are there for two groups of the others.
+        mixed = paired and any(job.rest for job in jobs)
+        batch = 1 if (paired or count == 1) and not mixed else 2
         return make(along_k=min(2 if count > 1 else 4, fill), batch=batch, stream=True)
     if wide:
         return make(along_k=min(2, fill), tiles=1 if paired else 2, zero="mma", stream=True)
@@ -66,9 +77,10 @@ def read_settings(jobs: Sequence[Job], count: int) -> Settings:
     return _shared(make(along_k=min(2, fill), tiles=2, split=4, zero="mma", stream=True), groups)
 
 
-def write_settings(weight: Weight, count: int) -> Settings:
+def write_settings(weights: Sequence[Weight], count: int) -> Settings:
     """How `write` is cut: its output is as wide as the stream, so that programs must share the contraction."""
-    groups, fill = weight.groups, tuned_power(weight.groups)
+    weight, groups = weights[0], sum(map(steps_of, weights))
+    fill = tuned_power(groups)
     make = functools.partial(Settings, gate=True)
     if row_tiles(weight) > 512:
         return make(along_k=min(4, fill), zero="mma" if count > 8 else "fma")
@@ -88,6 +100,11 @@ def _shared(cut: Settings, groups: int) -> Settings:
     return dataclasses.replace(cut, split=next(even, most))
 
 
+def steps_of(weight: Weight) -> int:
+    """Steps of a contraction that warps take in turn: groups, or the tiles of 3 bits that span several."""
+    return three_bit_mma.steps(weight) if weight.bits == three_bit.BITS else weight.groups
+
+
 def tuned_power(groups: int) -> int:
     """The most warps, a power of two, of which each finds a group."""
     return 1 << max(0, groups.bit_length() - 1)
@@ -103,8 +120,15 @@ def supported(x: Array, weights: Sequence[Weight], count: int) -> None:
         raise NotImplementedError(f"fused kernels take up to {mma.MOST} rows of bfloat16, not {count} of {x.dtype}")
     for weight in weights:
         mma.supported(weight, Settings(), count)
-        if jax.default_backend() == "gpu":
-            selfcheck.verify("mma", weight.layout)
+        verify("tiles" if weight.layout in tiling.CONTRACTS else "plain")
+        if weight.bits == three_bit.BITS:
+            three_bit_products.verify("mma", weight.layout)
+
+
+def verify(layout: str) -> None:
+    """Raise NotImplementedError when the kernels are wrong on this device, for weights in "tiles" or "plain"."""
+    error = functools.partial(fused_check.error, prepare, read, write, layout == "tiles")
+    selfcheck.require(f"fused read and write ({layout})", error)
 
 
 def read(
@@ -119,7 +143,8 @@ def read(
     """Outputs of the jobs on the normed stream: [count, features] bf16, or `in_blocks` where a job wants it; and the
     stream to go on with.
 
-    operands: for every weight of every job (data in tiles, scale) or (data, scale, bias). Without `stream.squares` the
+    operands: for every weight of every job (data in tiles, scale), both again for the rest of its rows if the job has
+    such, and a bias if it is biased. Without `stream.squares` the
     stream's x counts as normed. `coming` is pulled into the cache meanwhile. Raises NotImplementedError for what the
     kernel cannot do.
     """
@@ -138,19 +163,21 @@ def _read(
     settings: Settings | None,
 ) -> tuple[list[Array], Stream]:
     count, width = stream.x.shape
-    supported(stream.x, [weight for job in jobs for weight in job.weights], count)
-    if any(weight.layout not in ("rows", "last") for job in jobs for weight in job.weights):
+    weights = [weight for job in jobs for weights in job.ranges for weight in weights]
+    supported(stream.x, weights, count)
+    if any(weight.layout not in ("rows", "last") for weight in weights):
         raise NotImplementedError("read takes weights that contract their last dimension")
     cut = settings or read_settings(jobs, count)
     normed = stream.squares is not None
     refs: list[Any] = [stream.scaled, stream.squares] if normed else [stream.x]
-    refs += [part for job in operands for weight in job for part in weight[:2]]
-    refs += [weight[2] for job in operands for weight in job if len(weight) > 2]
+    for job, held in zip(jobs, operands, strict=True):
+        refs += [part for i in range(len(job.ranges)) for weight in held for part in weight[2 * i : 2 * i + 2]]
+    refs += [weight[-1] for job, held in zip(jobs, operands, strict=True) if job.biased for weight in held]
     refs += coming.arrays
-    shapes = [blocks.shape(count, job.weights[0].features, job.blocked) for job in jobs]
-    if any(job.blocked and job.weights[0].features % tiling.GROUP for job in jobs):
+    shapes = [blocks.shape(count, job.features, job.blocked) for job in jobs]
+    if any(job.blocked and job.features % tiling.GROUP for job in jobs):
         raise NotImplementedError("only whole groups are laid out in blocks")
-    programs = sum(programs_of(job.weights[0], cut) for job in jobs)
+    programs = sum(job.programs(cut) for job in jobs)
     wide = {len(job.weights) for job in jobs}
     cut, counting = _counting(cut, stream, programs, jobs[0].weights, count, max(wide))
     if counting and len(wide) > 1:
@@ -158,7 +185,7 @@ def _read(
     static = dict(jobs=jobs, settings=cut, count=count, width=width, eps=eps, normed=normed, pull=coming.pull)
     outs: Any = compat.call(
         functools.partial(read_kernel, **static),
-        name="read_" + "_".join(str(job.weights[0].features) for job in jobs),
+        name="read_" + "_".join(str(job.features) for job in jobs),
         grid=(programs, cut.split),
         out_shape=[*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes), *counting[1:]],
         warps=cut.along_k * cut.along_n,
@@ -185,7 +212,7 @@ def _counting(
 
 def write(
     hidden: Float[Array, "..."],
-    weight: Weight,
+    weights: Weight | tuple[Weight, ...],
     operands: tuple[Array, ...],
     stream: Stream,
     norm: Float[Array, " h"],
@@ -195,14 +222,16 @@ def write(
 ) -> Stream:
     """The stream plus the product of `hidden` ([count, K] or `in_blocks`) and the weight, ready for the next norm.
 
-    operands: (data, scale) or (data, scale, bias) of a weight that contracts its first dimension; norm: weight of the
-    norm that reads the stream next. `coming` is pulled into the cache meanwhile. Raises NotImplementedError for what
+    weights: one that contracts its first dimension, or several of different bits that share out the contraction, one
+    after another; operands: (data, scale) of each, and perhaps a bias; norm: weight of the norm that reads the stream
+    next. `coming` is pulled into the cache meanwhile. Raises NotImplementedError for what
     the kernel cannot do.
     """
-    return _write(hidden, operands, stream, norm, coming, weight=weight, settings=settings)
+    weights = (weights,) if isinstance(weights, Weight) else weights
+    return _write(hidden, operands, stream, norm, coming, weights=weights, settings=settings)
 
 
-@functools.partial(jax.jit, static_argnames=("weight", "settings"))
+@functools.partial(jax.jit, static_argnames=("weights", "settings"))
 def _write(
     hidden: Array,
     operands: tuple[Array, ...],
@@ -210,25 +239,29 @@ def _write(
     norm: Array,
     coming: Ahead,
     *,
-    weight: Weight,
+    weights: tuple[Weight, ...],
     settings: Settings | None,
 ) -> Stream:
     count, width = stream.x.shape
-    supported(hidden, [weight], count)
-    if weight.layout not in ("groups", "first"):
+    supported(hidden, weights, count)
+    weight = weights[0]
+    if any(each.layout not in ("groups", "first") for each in weights):
         raise NotImplementedError("write takes a weight that contracts its first dimension")
+    if len({(parts_of(each), each.features) for each in weights}) > 1:
+        raise NotImplementedError("weights that share a contraction are cut into rows alike")
     if hidden.ndim == 4 and weight.group != tiling.GROUP:
         raise NotImplementedError(f"blocks hold whole groups of {tiling.GROUP}, not of {weight.group}")
     if count > 1 and width % blocks.BLOCK:
         raise NotImplementedError(f"a stream of width {width} is no whole number of blocks of {blocks.BLOCK}")
-    cut = settings or write_settings(weight, count)
+    cut = settings or write_settings(weights, count)
     programs = programs_of(weight, cut)
     cut, counting = _counting(cut, stream, programs, [weight], count)
     refs = (hidden, *operands, stream.x, norm, *coming.arrays)
-    static = dict(weight=weight, settings=cut, count=count, biased=len(operands) > 2, pull=coming.pull)
+    biased = len(operands) > 2 * len(weights)
+    static = dict(weights=weights, settings=cut, count=count, biased=biased, pull=coming.pull)
     x, scaled, squares, *counts = compat.call(
         functools.partial(write_kernel, **static),
-        name=f"write_{weight.groups * weight.group}",
+        name=f"write_{sum(each.groups * each.group for each in weights)}",
         grid=(programs, cut.split),
         out_shape=[
             jax.ShapeDtypeStruct((count, width), jnp.bfloat16),

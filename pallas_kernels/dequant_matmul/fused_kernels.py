@@ -14,11 +14,10 @@ from jaxtyping import Array, Bool, Float
 from uniql_jax.pallas_kernels import blocks, compat
 from uniql_jax.pallas_kernels.ahead import Pull
 from uniql_jax.pallas_kernels.compat import pl
-from uniql_jax.pallas_kernels.dequant_matmul import shares
+from uniql_jax.pallas_kernels.dequant_matmul import mma, shares, three_bit, three_bit_mma
 from uniql_jax.pallas_kernels.dequant_matmul.mma import (
     Settings,
     Source,
-    accumulate,
     add_up,
     parts_of,
     places,
@@ -38,10 +37,34 @@ class Job:
     """One output of `read`: the product with one weight, or of a gate and an up that go row next to row."""
 
     weights: tuple[Weight, ...]
+    """Of one size and as many bits each."""
     biased: bool = False
     activation: str | None = None
     blocked: bool = False
     """The output goes to a product next, so it is laid out `in_blocks`."""
+    rest: tuple[Weight, ...] = ()
+    """One for each of `weights`, of the same contraction: the rows behind it, which have fewer bits."""
+
+    @property
+    def ranges(self) -> tuple[tuple[Weight, ...], ...]:
+        """Weights of the first rows, and of those behind them, if there are such."""
+        return (self.weights, self.rest) if self.rest else (self.weights,)
+
+    @property
+    def features(self) -> int:
+        """Rows of each weight."""
+        return sum(weights[0].features for weights in self.ranges)
+
+    def programs(self, settings: Settings) -> int:
+        """Programs that find the output."""
+        return sum(programs_of(weights[0], settings) for weights in self.ranges)
+
+
+def accumulate(x_ref: Any, sources: list[Source], weight: Weight, *args: Any, first: int = 0) -> list[Array]:
+    """mma.accumulate for a weight of 4 bits or 3 whose contraction begins with x's group number `first`."""
+    if weight.bits == three_bit.BITS:
+        return three_bit_mma.accumulate(x_ref, sources, weight, *args, first=first)
+    return mma.accumulate(x_ref, sources, weight, *args)
 
 
 def programs_of(weight: Weight, settings: Settings) -> int:
@@ -85,7 +108,7 @@ def read_kernel(
     x_ref, rest = refs[0], list(refs[1:])
     shared = (rest.pop(), rest.pop()) if settings.split > 1 else None
     squares_ref = rest.pop(0) if normed else None
-    held = [[(rest.pop(0), rest.pop(0)) for _ in job.weights] for job in jobs]
+    held = [[[(rest.pop(0), rest.pop(0)) for _ in weights] for weights in job.ranges] for job in jobs]
     biases = [[rest.pop(0) for _ in job.weights] if job.biased else [] for job in jobs]
     pulled = [rest.pop(0) for _ in pull.spans]
     outs = rest[-len(jobs) :]
@@ -94,11 +117,14 @@ def read_kernel(
     # too many registers all the while.
     early = None if squares_ref is None or count > 1 else _squares_of(squares_ref, columns)
     program, share = pl.program_id(0), pl.program_id(1)
-    programs = sum(programs_of(job.weights[0], settings) for job in jobs)
+    programs = sum(job.programs(settings) for job in jobs)
     pull(pulled, program, programs, early=True)
 
-    def run(job: Job, held: list[tuple[Any, Any]], biases: list[Any], out_ref: Any, block: Array) -> None:
-        weight, wide = job.weights[0], len(job.weights)
+    def run(
+        job: Job, weight: Weight, row: int, held: list[tuple[Any, Any]], biases: list[Any], out_ref: Any, block: Array
+    ) -> None:
+        """A program of those that find the rows of `weight`, which begin with row number `row` of the output."""
+        wide = len(job.weights)
         at = Threads.make(settings.along_k, settings.along_n)
         first = (block * settings.along_n + at.warp_n) * settings.tiles
         tiles = [jnp.minimum(first + r, row_tiles(weight) - 1) for r in range(settings.tiles)]
@@ -118,7 +144,7 @@ def read_kernel(
                     n, m = places(weight, at, tile, 0, column)
                     n, m = jnp.broadcast_to(n, (at.row.shape[0], 4)), jnp.broadcast_to(m, (at.row.shape[0], 4))
                     inside = (m < count) & (n < weight.features)
-                    values = []
+                    n, values = n + row, []
                     for i in range(wide):
                         value = _pick(total, slot, (r * wide + i) * columns + column)
                         if scale is not None and count == 1:
@@ -137,22 +163,27 @@ def read_kernel(
         shares.add_up_shares(total, inside, shared, (share, program), settings.split, finish)
 
     start = 0
-    for job, weights, bias, out in zip(jobs, held, biases, outs, strict=True):
-        end = start + programs_of(job.weights[0], settings)
-        here = functools.partial(run, job, weights, bias, out, program - start)
-        if len(jobs) == 1:
-            here()
-        else:
-            pl.when((program >= start) & (program < end))(here)
-        start = end
+    for job, ranges, bias, out in zip(jobs, held, biases, outs, strict=True):
+        row = 0
+        for weights, operands in zip(job.ranges, ranges, strict=True):
+            end = start + programs_of(weights[0], settings)
+            here = functools.partial(run, job, weights[0], row, operands, bias, out, program - start)
+            if end - start == programs:
+                here()
+            else:
+                pl.when((program >= start) & (program < end))(here)
+            start, row = end, row + weights[0].features
     pull(pulled, program, programs, early=False)
 
 
-def write_kernel(*refs: Any, weight: Weight, settings: Settings, count: int, biased: bool, pull: Pull) -> None:
-    """refs: hidden, data, scale, (bias,) stream, next norm, what to pull, (counts,) stream, scaled, squares,
-    (counts, parts).
+def write_kernel(
+    *refs: Any, weights: tuple[Weight, ...], settings: Settings, count: int, biased: bool, pull: Pull
+) -> None:
+    """refs: hidden, data and scale of every weight, (bias,) stream, next norm, what to pull, (counts,) stream, scaled,
+    squares, (counts, parts). `weights` share out the contraction, in this order.
     """
-    x_ref, data_ref, scale_ref, *rest = refs
+    x_ref, *rest = refs
+    weight, held = weights[0], [(rest.pop(0), rest.pop(0)) for _ in weights]
     shared = (rest.pop(), rest.pop()) if settings.split > 1 else None
     bias_ref = rest.pop(0) if biased else None
     stream_ref, norm_ref, *pulled = rest[: 2 + len(pull.spans)]
@@ -178,9 +209,13 @@ def write_kernel(*refs: Any, weight: Weight, settings: Settings, count: int, bia
         before[each] = compat.load(stream_ref, (m, n), inside), compat.load(norm_ref, (n,), inside), bias
     first = (block * settings.along_n + at.warp_n) * settings.tiles
     tiles = [jnp.minimum(first + r, row_tiles(weight) - 1) for r in range(settings.tiles)]
-    sources = [Source(data_ref, scale_ref, tile) for tile in tiles]
-    share = pl.program_id(1)
-    total, slot = add_up(accumulate(x_ref, sources, weight, settings, at, columns, share), settings.along_k)
+    share, start, totals = pl.program_id(1), 0, []
+    for each, pair in zip(weights, held, strict=True):
+        sources = [Source(*pair, tile) for tile in tiles]
+        found = accumulate(x_ref, sources, each, settings, at, columns, share, first=start)
+        totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
+        start += each.groups
+    total, slot = add_up(totals, settings.along_k)
 
     def finish(total: Array) -> None:
         for column in range(columns):

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from uniql_jax.pallas_kernels import compat
 from uniql_jax.pallas_kernels.compat import pl
-from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
+from uniql_jax.pallas_kernels.dequant_matmul.tiling import CONTRACTS, Weight
 from uniql_jax.pallas_kernels.dequant_matmul.warp import Operand, Threads, gate, multiply, pair, zero_point
 
 MOST = 16
@@ -88,7 +88,7 @@ def _words(source: Source, weight: Weight, at: Threads, group: Array, settings: 
     return loaded
 
 
-def _x(x_ref: Any, weight: Weight, at: Threads, group: Array, column: int) -> list[list[Operand]]:
+def load_x(x_ref: Any, weight: Weight, at: Threads, group: Array, column: int) -> list[list[Operand]]:
     """x for one column tile: [word of the thread][half of the word], the first of two registers each.
 
     One 16-byte load a word of `fragments`, two of 8 bytes else.
@@ -133,7 +133,7 @@ def _steps(weight: Weight, pairs: list[list[Array]], x: list[list[Operand]], par
     return steps
 
 
-def _scales(source: Source, weight: Weight, at: Threads, group: Array) -> list[Array]:
+def scales_of(source: Source, weight: Weight, at: Threads, group: Array) -> list[Array]:
     """The scale of each element of the accumulator, float32 [threads, 4], for each 16-row part of a tile."""
     _, scale_ref, tile = source
     if weight.layout == "first":
@@ -171,8 +171,8 @@ def accumulate(
     def step(index: Array, sums: Sequence[Array]) -> list[Array]:
         groups, sums = groups_of(index), list(sums)
         words = [[_words(source, weight, at, group, settings) for source in sources] for group, _ in groups]
-        scales = [[_scales(source, weight, at, group) for source in sources] for group, _ in groups]
-        xs = [[_x(x_ref, weight, at, group, column) for column in range(columns)] for group, _ in groups]
+        scales = [[scales_of(source, weight, at, group) for source in sources] for group, _ in groups]
+        xs = [[load_x(x_ref, weight, at, group, column) for column in range(columns)] for group, _ in groups]
         mask = gate(index, threads) if settings.gate else None
         for u, (_, inside) in enumerate(groups):
             base = [zero_point(x, zeros) if settings.zero == "mma" else zeros for x in xs[u]]
@@ -235,7 +235,9 @@ def row_tiles(weight: Weight) -> int:
     return pl.cdiv(weight.features, 16 * parts_of(weight))
 
 
-def _kernel(*refs: Any, weight: Weight, settings: Settings) -> None:
+def _kernel(
+    *refs: Any, weight: Weight, settings: Settings, accumulate: Callable[..., list[Float[Array, "threads 4"]]]
+) -> None:
     """refs: x [count, K] or its fragments, data, scale, (what the call waits for,) out [split, count, features]."""
     x_ref, data_ref, scale_ref, out_ref = *refs[:3], refs[-1]
     count = out_ref.shape[1]
@@ -276,6 +278,8 @@ def supported(weight: Weight, settings: Settings, count: int) -> None:
     """Raise NotImplementedError for what the kernel cannot do."""
     if not 0 < count <= MOST:
         raise NotImplementedError(f"the mma kernel takes up to {MOST} rows of x, not {count}")
+    if weight.bits != 4 and weight.layout not in CONTRACTS:
+        raise NotImplementedError(f"{weight.bits} bits come in tiles alone, not in layout {weight.layout!r}")
     if weight.layout == "first":
         if weight.group % 8 or weight.features % 4:
             raise NotImplementedError("columns come in fours and groups in eights")
@@ -294,6 +298,7 @@ def product(
     weight: Weight,
     settings: Settings,
     after: Array | None = None,
+    accumulate: Callable[..., list[Float[Array, "threads 4"]]] = accumulate,
 ) -> Float[Array, "split count features"]:
     """x [1..16, groups * group] bf16 times the weight: [1, count, features] bf16, or [split, ...] float32 parts.
 
@@ -306,8 +311,8 @@ def product(
     laid_out = fragments(x, weight) if settings.ordered else x
     refs = (laid_out, data, scale) + (() if after is None else (after,))
     call: Callable[..., Array] = compat.call(
-        functools.partial(_kernel, weight=weight, settings=settings),
-        name=f"dequant_mma_{weight.layout}",
+        functools.partial(_kernel, weight=weight, settings=settings, accumulate=accumulate),
+        name=f"dequant_mma_{weight.layout}" + ("" if weight.bits == 4 else f"_{weight.bits}"),
         grid=(pl.cdiv(weight.features, span * settings.tiles * settings.along_n), settings.split),
         out_shape=jax.ShapeDtypeStruct((settings.split, x.shape[0], weight.features), dtype),
         warps=settings.along_k * settings.along_n,

@@ -7,8 +7,6 @@ dtype, 8 bits and odd groups to plain.py.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -16,7 +14,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.pallas_kernels import compat, dispatch, packing
-from uniql_jax.pallas_kernels.dequant_matmul import dequantize, dot, mma, plain, reference, selfcheck, tiling, tuned
+from uniql_jax.pallas_kernels.dequant_matmul import (
+    dequantize,
+    dot,
+    gradient,
+    mma,
+    plain,
+    selfcheck,
+    three_bit,
+    three_bit_products,
+    tiling,
+    tuned,
+)
 from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster, wgmma
 from uniql_jax.pallas_kernels.dequant_matmul.plain import Weight
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight as Tiled
@@ -41,7 +50,7 @@ def dense(
 def missing() -> str | None:
     """What this process lacks for any of these kernels; None: nothing. Each backend of Pallas is looked at alone."""
     if jax.default_backend() == "gpu" and not compat.ampere():
-        return "these kernels want an NVIDIA GPU of compute capability 8.0 or newer"
+        return compat.OLD_GPU
     if compat.plgpu is not None or (compat.mosaic_gpu is not None and compat.hopper()):
         return None
     other = "and, on Hopper, none for Mosaic GPU" if compat.mosaic_gpu is None else "and Mosaic GPU is for Hopper alone"
@@ -56,7 +65,7 @@ def available() -> bool:
 def fast(x_dtype: Any, scale_dtype: Any, *, bits: int, group: int) -> bool:
     """Whether these operands are those that the fast kernels take, and were measured on."""
     both = x_dtype == jnp.bfloat16 and scale_dtype == jnp.bfloat16
-    return both and bits == 4 and group % 8 == 0 and group >= LEAST_GROUP
+    return both and bits in (3, 4) and group % 8 == 0 and group >= LEAST_GROUP
 
 
 def _choose(x: Array, scale: Array, weight: Weight) -> tuple[Tiled, tuned.Choice] | None:
@@ -65,7 +74,7 @@ def _choose(x: Array, scale: Array, weight: Weight) -> tuple[Tiled, tuned.Choice
         return None
     axis = 1 if weight.contract == "last" else 0
     layout = weight.contract if weight.layout == "plain" else weight.layout
-    tiled = Tiled(layout, scale.shape[1 - axis], scale.shape[axis], weight.group)
+    tiled = Tiled(layout, scale.shape[1 - axis], scale.shape[axis], weight.group, weight.bits)
     choices = tuned.choices(tiled, x.shape[0])
     if jax.default_backend() != "gpu":
         return tiled, choices[0]
@@ -73,20 +82,22 @@ def _choose(x: Array, scale: Array, weight: Weight) -> tuple[Tiled, tuned.Choice
     for choice in choices:
         try:
             if choice[0] != "dense":
-                selfcheck.verify(choice[0], layout)
+                (selfcheck if weight.bits != three_bit.BITS else three_bit_products).verify(choice[0], layout)
             return tiled, choice
         except NotImplementedError as refusal:
             dispatch.refuse(f"dequant_matmul ({layout})", choice[0], str(refusal))
     raise NotImplementedError(f"no kernel for {x.shape[0]} rows times {tiled} is right on this device")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@gradient.differentiable
 def _product(
     x: Float[Array, "count width"], data: Int[Array, "..."], scale: Float[Array, "c d"], weight: Weight
 ) -> Float[Array, "count features"]:
     chosen = _choose(x, scale, weight)
     if chosen is None:
         compat.triton()
+        if weight.bits == three_bit.BITS:
+            raise NotImplementedError("3-bit kernels multiply bfloat16")
         return plain.product(x, data, scale, weight)
     tiled, (kernel, settings) = chosen
     if kernel == "dense":
@@ -94,26 +105,13 @@ def _product(
     padded = tiled.groups * tiled.group
     if padded != weight.width:  # what is stored beyond the width must meet zeros
         x = jnp.pad(x, ((0, 0), (0, padded - weight.width)))
+    if weight.bits == three_bit.BITS:
+        return three_bit_products.product(kernel, x, data, scale, tiled, settings)
     if kernel == "dequantize":
         return dequantize.product(x, data, scale, tiled, settings)
     run = {"mma": mma.product, "dot": dot.product, "cluster": cluster.product, "wgmma": wgmma.product}[kernel]
     parts = run(x, data, scale, weight=tiled, settings=settings)
     return (parts[0] if parts.shape[0] == 1 else parts.sum(0)).astype(x.dtype)
-
-
-def _forward(x: Array, data: Array, scale: Array, weight: Weight) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _product(x, data, scale, weight), (x, data, scale)
-
-
-def _backward(weight: Weight, saved: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, None, Array]:
-    x, data, scale = saved
-    options = dataclasses.asdict(weight)
-    _, pull = jax.vjp(lambda x, scale: reference.dequant_matmul(x, data, scale, **options), x, scale)
-    x_bar, scale_bar = pull(cotangent)
-    return x_bar, None, scale_bar
-
-
-_product.defvjp(_forward, _backward)
 
 
 def dequant_matmul(
@@ -141,6 +139,8 @@ def dequant_matmul(
     features = scale.shape[0 if contract == "last" else 1]
     if x.size == 0 or features == 0:
         raise NotImplementedError("nothing to multiply")
+    out_shape = jax.ShapeDtypeStruct((x.size // width, features), x.dtype)
+    compat.check_offsets("dequant_matmul", (x, data, scale, out_shape))
     weight = Weight(bits=bits, group=group, contract=contract, width=width, layout=layout)
     out: Any = _product(x.reshape(-1, width), data, scale, weight)
     return out.reshape(*x.shape[:-1], features)

@@ -1,70 +1,73 @@
-"""Whether a kernel computes the right product on this device, by a small one that is run once a process.
-
-Which elements a thread holds is a property of Triton's layouts, not a promise, and mma.py rests on it, as what is in
-hopper/ does on what is no public interface of JAX; the other kernels are checked with the same few lines, so that a
-compiler that gets one wrong costs time and not sense.
-"""
+"""What the kernels of products are tried on before they are trusted: one small weight, and rows of x for each cut."""
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
-from uniql_jax.pallas_kernels import compat, packing
+from uniql_jax.pallas_kernels import packing, selfcheck
 from uniql_jax.pallas_kernels.dequant_matmul import dequantize, dot, mma, tiling
 from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster, wgmma
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
-BOUND = 1e-2
-"""Relative error; rounding gives 2e-3, a wrong lane 1."""
-ROWS, WIDTH = 72, 1024
+FEATURES, WIDTH, GROUP = 72, 1024, 128
 """Of the weight: no whole number of tiles."""
+COUNTS = {
+    "mma": tuple(count for count in selfcheck.ROWS if count <= mma.MOST),
+    "cluster": (20,),
+    "dequantize": selfcheck.ROWS[-1:],
+}
+"""Rows of x by kernel; all others take many."""
+MANY = (20, *selfcheck.ROWS[-2:])
 
 
 def verify(kernel: str, layout: str) -> None:
     """Raise NotImplementedError when `kernel` (mma, dot, cluster, wgmma, dequantize) is wrong for this layout."""
-    complaint = _complaint(kernel, layout)
-    if complaint is not None:
-        raise NotImplementedError(complaint)
-
-
-@functools.cache
-def _complaint(kernel: str, layout: str) -> str | None:
-    try:
-        error = compat.outside_traces(_error, kernel, layout)
-        if error < BOUND:
-            return None
-        what = f"is off by {error:.2g}"
-    except NotImplementedError as refusal:
-        return str(refusal)
-    except Exception as failure:
-        # Whatever a newer JAX has against Hopper's two; elsewhere, what is not the compiler's is a mistake of ours.
-        if kernel not in ("wgmma", "cluster") and not isinstance(failure, jax.errors.JaxRuntimeError):
-            raise
-        what = f"does not compile or run ({(str(failure) or type(failure).__name__).splitlines()[0][:200]})"
-    complaint = f"the {kernel} kernel {what} for data in layout {layout!r} on this device"
-    warnings.warn(f"{complaint}; slower ones are used", RuntimeWarning, stacklevel=3)
-    return complaint
+    error = functools.partial(_error, kernel, layout)
+    selfcheck.require(f"{kernel} ({layout})", error, interface=kernel in ("wgmma", "cluster"))
 
 
 def _error(kernel: str, layout: str) -> float:
-    keys = jax.random.split(jax.random.key(0), 3)
-    data = jax.random.randint(keys[0], (ROWS, WIDTH // 8), -(2**31), 2**31 - 1, jnp.int32)
-    scale = jax.random.uniform(keys[1], (ROWS, WIDTH // 128), jnp.bfloat16, 0.5, 1.0)
-    x = jax.random.normal(keys[2], (5 if kernel == "mma" else 20, WIDTH), jnp.bfloat16)
-    dense = packing.dequantize_last(data, scale, bits=4, group=128, width=WIDTH)
-    want = jnp.einsum("mk,nk->mn", x.astype(jnp.float32), dense, precision="highest")
+    run = _product(kernel, Weight(layout, FEATURES, WIDTH // GROUP, GROUP))
+    return worst(lambda xs, data, scale: [run(x, data, scale) for x in xs], layout, COUNTS.get(kernel, MANY))
+
+
+def worst(
+    products: Callable[[list[Array], Array, Array], list[Array]],
+    layout: str,
+    counts: tuple[int, ...],
+    *,
+    bits: int = 4,
+) -> float:
+    """The largest relative error of products of x, of each count of rows, with one weight; all compiled together."""
+    rng = np.random.default_rng(0)
+    data, scale, dense = packed(rng, layout, FEATURES, WIDTH, bits)
+    xs = [jnp.asarray(rng.standard_normal((count, WIDTH)), jnp.bfloat16) for count in counts]
+    return selfcheck.relative(jax.jit(products)(xs, data, scale), [np.asarray(x, np.float32) @ dense.T for x in xs])
+
+
+def packed(
+    rng: np.random.Generator, layout: str, features: int, width: int, bits: int = 4, largest: float = 1.0
+) -> tuple[Array, Array, np.ndarray]:
+    """A random weight in groups of GROUP: data in a layout, bf16 scales, and dense float32 [features, width]."""
+    high = 8 if bits == 4 else 128
+    codes = rng.integers(-high, high, (features, width))
+    scale = jnp.asarray(rng.uniform(largest / 2, largest, (features, width // GROUP)), jnp.bfloat16)
+    dense = codes.astype(np.float32) * np.repeat(np.asarray(scale, np.float32), GROUP, axis=1)
+    stored = codes.astype(np.int8)
+    if bits == 4:
+        nibbles = (codes + 8).astype(np.uint32).reshape(features, -1, 8)
+        stored = np.bitwise_or.reduce(nibbles << np.asarray(packing.SHIFTS, np.uint32), axis=2).view(np.int32)
     if layout in ("first", "groups"):
-        data, scale = data.T, scale.T
+        stored, scale = stored.T, scale.T
     if layout in tiling.CONTRACTS:
-        data = tiling.tile(data, tiling.CONTRACTS[layout])
-    got = jax.jit(_product(kernel, Weight(layout, ROWS, WIDTH // 128, 128)))(x, data, scale).astype(jnp.float32)
-    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+        stored = tiling.tile(stored, tiling.CONTRACTS[layout])
+    return jnp.asarray(stored), scale, dense
 
 
 def _product(kernel: str, weight: Weight) -> Callable[[Array, Array, Array], Array]:

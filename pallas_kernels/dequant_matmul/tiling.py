@@ -20,22 +20,26 @@ GROUP = 128
 """Contracted weights of a tile; each has one scale a row."""
 LAYOUTS = {"last": "rows", "first": "groups"}
 """Contract of a weight -> layout of its tiles, which keeps the sorted axis outermost."""
+SHAPES = {4: (2, 1), 3: (3, 2)}
+"""Bits -> sixteen-byte loads that a warp reads a tile in, and groups that it spans."""
 CONTRACTS = {layout: contract for contract, layout in LAYOUTS.items()}
 """Layout of tiles -> contract of their weight."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """The static half of a packed 4-bit weight of `groups` groups of `group` contracted weights.
+    """The static half of a packed weight of `groups` groups of `group` contracted weights.
 
     `layout` of its data: "last" [features, K / 8], "first" [K / 8, features], "rows" [features / 16, groups, 2, 32, 4],
     "groups" [groups, features / 16, 2, 32, 4]. Scales are [features, groups] for "last" and "rows", else transposed.
+    3 bits come in tiles alone, those of three_bit.py.
     """
 
     layout: str
     features: int
     groups: int
     group: int
+    bits: int = 4
 
 
 def tile(
@@ -66,7 +70,9 @@ def untile(tiles: Int[Array, "major minor 2 32 4"], contract: str, rows: int) ->
     return words if contract == "last" else words.T
 
 
-def take_prefix(tiles: Int[Array, "a b 2 32 4"], contract: str, count: int) -> Int[Array, "kept b 2 32 4"]:
+def take_prefix(
+    tiles: Int[Array | np.ndarray, "a b c 32 4"], contract: str, count: int
+) -> Int[Array | np.ndarray, "kept b c 32 4"]:
     """The tiles of the first `count` rows ("last") or contracted weights ("first"): one contiguous block.
 
     Raises ValueError when a cut of the contraction splits a group; a cut of the rows keeps the tile it falls in.
@@ -83,14 +89,16 @@ def plain(data: Int[Array, "..."], layout: str, features: int) -> Int[Array, "a 
 
 def check(data: Array, scale: Array, *, bits: int, group: int, contract: str, width: int, layout: str) -> None:
     """Raise ValueError, naming the numbers, when tiles do not fit their scales."""
-    if layout != LAYOUTS.get(contract) or bits != 4 or group != GROUP:
+    if layout != LAYOUTS.get(contract) or bits not in SHAPES or group != GROUP:
         raise ValueError(f"tiles {layout!r} do not hold {bits} bits in groups of {group} contracted {contract!r}")
     if scale.ndim != 2 or data.dtype != jnp.int32:
         raise ValueError(f"tiles are int32 and scales a matrix, not {data.dtype} and of shape {scale.shape}")
     features, groups = scale.shape if contract == "last" else scale.shape[::-1]
     row_tiles = -(-features // ROWS)
-    expected = (row_tiles, groups) if layout == "rows" else (groups, row_tiles)
-    if data.shape != (*expected, 2, 32, 4) or not (groups - 1) * group < width <= groups * group:
+    words, span = SHAPES[bits]
+    wide = -(-groups // span)
+    expected = (row_tiles, wide) if layout == "rows" else (wide, row_tiles)
+    if data.shape != (*expected, words, 32, 4) or not (groups - 1) * group < width <= groups * group:
         raise ValueError(f"tiles {data.shape} do not hold {features} rows, {groups} groups and width {width}")
 
 

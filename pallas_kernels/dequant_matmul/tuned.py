@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from uniql_jax.pallas_kernels import compat
-from uniql_jax.pallas_kernels.dequant_matmul import dequantize, dot, mma
+from uniql_jax.pallas_kernels.dequant_matmul import dequantize, dot, mma, three_bit_mma
 from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster, cuts, wgmma
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import CONTRACTS, Weight
 
@@ -59,7 +59,9 @@ def slug(device_kind: str) -> str:
 
 @functools.cache
 def table(device_kind: str) -> list[dict[str, Any]]:
-    """The rows of a GPU's table: order, k, n, count (the largest M a row serves), kernel, settings. Empty if none."""
+    """The rows of a GPU's table: order, k, n, count (the largest M a row serves), kernel, settings, and bits where they
+    are not 4. Empty if none.
+    """
     path = FOLDER / f"{slug(device_kind)}.json"
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
@@ -70,6 +72,7 @@ def choices(weight: Weight, count: int, device_kind: str | None = None) -> list[
     Raises NotImplementedError when no kernel here serves the weight.
     """
     rows = table(device_kind or jax.devices()[0].device_kind)
+    rows = [row for row in rows if row.get("bits", 4) == weight.bits]
     if count < cuts.LEAST and compat.plgpu is not None:
         rows = [row for row in rows if row["kernel"] != "cluster"]
     first, rule = nearest(rows, weight, count), cuts.choice(weight, count)
@@ -97,6 +100,8 @@ def _supported(choice: Choice, weight: Weight, count: int) -> bool:
             mma.supported(weight, settings, count)
         elif kernel in HOPPER:
             HOPPER[kernel].supported(weight, settings, count)
+        elif kernel == "dense" and weight.bits != 4:
+            return False
         elif kernel in ("dot", "dequantize"):
             (dot if kernel == "dot" else dequantize).supported(weight)
     except NotImplementedError:
@@ -145,9 +150,10 @@ def nearest(rows: list[dict[str, Any]], weight: Weight, count: int) -> Choice | 
 def by_rule(weight: Weight, count: int) -> Choice:
     """What served on one Hopper GPU: enough warps to fill it, and no more programs than needed for that."""
     wide, tiles = weight.features > 8192, weight.layout in CONTRACTS
-    fill = 8 if weight.groups >= 16 else max(1, power_below(weight.groups // 2))
+    steps = weight.groups if weight.bits == 4 else three_bit_mma.steps(weight)
+    fill = 8 if steps >= 16 else max(1, power_below(steps // 2))
     if count <= 8:
-        return "mma", mma.Settings(along_k=2 if wide else fill, batch=2, gate=not (wide and tiles))
+        return "mma", mma.Settings(along_k=2 if wide else fill, batch=2, gate=weight.bits != 4 or not (wide and tiles))
     if count <= mma.MOST:
         settings = mma.Settings(along_k=2 if wide else fill, zero="mma", gate=True)
         if tiles:

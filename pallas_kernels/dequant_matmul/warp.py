@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from uniql_jax.pallas_kernels import compat
 
 
-def _asm(text: str, constraints: str, args: Sequence[Array], dtype: Any, pack: int) -> Array:
+def asm(text: str, constraints: str, args: Sequence[Array], dtype: Any, pack: int) -> Array:
     shape = jax.ShapeDtypeStruct(args[0].shape, dtype)
     [out] = compat.triton().elementwise_inline_asm(
         text, args=list(args), constraints=constraints, pack=pack, result_shape_dtypes=[shape]
@@ -30,24 +30,24 @@ def pair(word: Int[Array, "threads 4"], j: int, centred: bool, mask: Array | Non
     """Weights 2j and 2j + 1 of each word as two bf16: 128 + q, which is an `or`, or exactly q - 8."""
     if compat.interpreted():
         raw = ((word >> (4 * j)) & 0x000F000F) | 0x43004300
-        return _join(*(half - 136.0 for half in _halves(raw))) if centred else raw
+        return join(*(half - 136.0 for half in _halves(raw))) if centred else raw
     # and-or is one lop3 here; as jnp operations it becomes two.
     lines = ["{ .reg .b32 w, m, e;", "mov.b32 e, 0x43004300;", f"shr.u32 w, $1, {4 * j};"]
     lines += ["mov.b32 m, 0x000F000F;" if mask is None else "mov.b32 m, $2;", "lop3.b32 w, w, m, e, 0xEA;"]
     if centred:
         lines += ["mov.b32 m, 0x3F803F80;", "mov.b32 e, 0xC308C308;", "fma.rn.bf16x2 w, w, m, e;"]
     args = [word] if mask is None else [word, mask]
-    return _asm(" ".join([*lines, "mov.b32 $0, w; }"]), ",".join(["=r", *"rr"[: len(args)]]), args, jnp.int32, 1)
+    return asm(" ".join([*lines, "mov.b32 $0, w; }"]), ",".join(["=r", *"rr"[: len(args)]]), args, jnp.int32, 1)
 
 
-def gate(index: Array, threads: int) -> Array | None:
-    """0x000F000F, which no compiler can know before the barrier that yields it: loads above it stay above."""
+def gate(index: Array, threads: int, number: int = 0x000F000F) -> Array | None:
+    """A number, which no compiler can know before the barrier that yields it: loads above it stay above."""
     if compat.interpreted():
         return None
     lines = ["{ .reg .pred p;", "setp.ne.s32 p, $4, -1;", "bar.red.or.pred p, 0, p;"]
-    lines += [f"selp.b32 ${i}, 0x000F000F, 0, p;" for i in range(4)]
+    lines += [f"selp.b32 ${i}, {number}, 0, p;" for i in range(4)]
     arg = jnp.broadcast_to(index, (threads, 4))
-    return _asm(" ".join([*lines, "}"]), "=r,=r,=r,=r,r,r,r,r", [arg], jnp.int32, 4)
+    return asm(" ".join([*lines, "}"]), "=r,=r,=r,=r,r,r,r,r", [arg], jnp.int32, 4)
 
 
 def _halves(pairs: Int[Array, "..."]) -> tuple[Array, Array]:
@@ -56,7 +56,7 @@ def _halves(pairs: Int[Array, "..."]) -> tuple[Array, Array]:
     return as_float(pairs << 16), as_float(pairs & jnp.int32(-65536))
 
 
-def _join(low: Float[Array, "..."], high: Float[Array, "..."]) -> Int[Array, "..."]:
+def join(low: Float[Array, "..."], high: Float[Array, "..."]) -> Int[Array, "..."]:
     """Inverse of `_halves` for numbers that bf16 holds exactly."""
     bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.int32)
     return jax.lax.shift_right_logical(bits(low), 16) | (bits(high) & jnp.int32(-65536))
@@ -88,7 +88,7 @@ def multiply(steps: Sequence[tuple[Sequence[Operand], Operand]], total: Array) -
             f"{{{a}}}, {{${at}, ${at + 1}}}, {{$0, $1, $2, $3}};"
         )
     constraints = ",".join(["=f"] * 4 + ["0", "1", "2", "3"] + ["r"] * (free - 8))
-    return _asm("\n".join(lines), constraints, [total, *tensors.values()], jnp.float32, 4)
+    return asm("\n".join(lines), constraints, [total, *tensors.values()], jnp.float32, 4)
 
 
 def _multiply_interpreted(registers: Sequence[Int[Array, " threads"]], b: Operand) -> Float[Array, "threads 4"]:

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.pallas_kernels import compat
+from uniql_jax.pallas_kernels import compat, selfcheck
 from uniql_jax.pallas_kernels.compat import pl
+from uniql_jax.pallas_kernels.rope import reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +184,27 @@ def _supported(*arrays: Array) -> None:
         raise NotImplementedError("nothing to turn")
     if any(x.size >= 2**31 for x in arrays):
         raise NotImplementedError("places of elements are counted in 32 bits")
+    verify()
+
+
+def verify() -> None:
+    """Raise NotImplementedError when the kernel is wrong on this device."""
+    selfcheck.require("rope", _error)
+
+
+def _error() -> float:
+    """For `selfcheck`: queries and keys of one and of several tokens, far along."""
+    rng, found = np.random.default_rng(0), []
+    inv_freq = rng.uniform(0.01, 1.0, (5, 3)).astype(np.float32)
+    for count in (1, *selfcheck.ROWS[-2:]):
+        q, k = (jnp.asarray(rng.standard_normal((count, 1, 5, 2, heads)), jnp.bfloat16) for heads in (6, 3))
+        args = q, k, jnp.asarray(rng.integers(0, 10**5, (count, 1)), jnp.int32), jnp.asarray(inv_freq)
+        found.append(
+            selfcheck.relative(
+                jax.jit(lambda *args: rope_qk(*args))(*args), selfcheck.expected(reference.rope_qk, *args)
+            )
+        )
+    return max(found)
 
 
 def rope(

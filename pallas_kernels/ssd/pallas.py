@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from uniql_jax.pallas_kernels import ahead, blocks, compat
+from uniql_jax.pallas_kernels import ahead, blocks, compat, selfcheck
 from uniql_jax.pallas_kernels.ahead import Ahead, Pull
 from uniql_jax.pallas_kernels.compat import pl
+from uniql_jax.pallas_kernels.ssd import check
 from uniql_jax.pallas_kernels.ssd.reference import Limits, Token, Weights, Window
 
 ELEMENTS = 4096
@@ -138,6 +139,12 @@ def _supported(arrays: dict[str, Array]) -> None:
         raise NotImplementedError("the Pallas kernel keeps states in float32")
     if any(value.size == 0 for value in arrays.values()):
         raise NotImplementedError("nothing to step")
+    verify()
+
+
+def verify() -> None:
+    """Raise NotImplementedError when the kernels are wrong on this device."""
+    selfcheck.require("Mamba2 step", functools.partial(check.error, mixer_step))
 
 
 def _norm_kernel(gated_ref: Any, square_ref: Any, weight_ref: Any, out_ref: Any, *, tile: int, eps: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 
 from uniql_jax import console
 from uniql_jax.commands import cli
@@ -21,6 +22,9 @@ examples:
 
   only what it weighs, in a second, on any machine
     python -m uniql_jax.benchmark --config qwen2.5-7b --size --prompt-len 32768 --batch-size 8
+
+  nested bits, kept in half of the units: what a budget between 3 and 4 bits decodes at
+    python -m uniql_jax.benchmark --config llama-3.1-8b --bits 3.5 --prune-rates 0 --tpot --size --no-dense
 
   only decoding, a batch of 16, more repeats
     python -m uniql_jax.benchmark --config mamba2-8b --tpot --batch-size 16 --repeats 20 --no-dense
@@ -48,7 +52,8 @@ def parser() -> cli.Parser:
     model.add_argument("--ckpt", metavar="DIR", help="elastic checkpoint, or its hub id (owner/name)")
     cli.add_revision(parser)
     model.add_argument("--config", metavar="NAME", help="random weights of a published model, or of a config.json")
-    add("--bits", type=int, choices=(4, 8, 16), help="of a weight, with --config (default: 4)")
+    bits = "of a weight, with --config: 4, 8 or 16, or 3 to 4 for nested bits of which that many are kept (default: 4)"
+    add("--bits", type=_bits, metavar="N", help=bits)
     add("--prune-rates", type=cli.prune_rates, default="0,0.15,0.25,0.35", metavar="R,R,...", help="rates to measure")
     dense = "a dense baseline as well (bfloat16 on GPUs, float32 on CPUs, of random weights)"
     add("--dense", action=argparse.BooleanOptionalAction, default=True, help=dense)
@@ -70,6 +75,16 @@ def parser() -> cli.Parser:
     output.add_argument("--overwrite", action="store_true", help="replace a --json file that exists")
     cli.add_compilation_cache(parser)
     return parser
+
+
+def _bits(text: str) -> float:
+    try:
+        bits = float(text)
+    except ValueError:
+        bits = math.nan
+    if not (3 <= bits <= 4 or bits in (8, 16)):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of 3 to 4, 8 and 16")
+    return int(bits) if bits == int(bits) else bits
 
 
 def main(argv: list[str]) -> None:

@@ -82,6 +82,7 @@ def _settings(args: Any) -> CompressionSettings:
         rotate=DEFAULTS.rotate and not args.no_rotate,
         rounding=args.rounding,
         refit=args.refit,
+        reconstruct=args.reconstruct,
         precision=args.precision,
         stream_dtype=args.stream_dtype,
     )

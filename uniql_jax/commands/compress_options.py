@@ -185,6 +185,11 @@ def _add_method(parser: cli.Parser) -> None:
         f"({REFIT_SHARE} if none is named); the higher it is, the more rate 0 counts",
     )
     method.add_argument(
+        "--reconstruct", type=cli.natural_int, default=DEFAULTS.reconstruct, metavar="N",
+        help="after a layer is quantized, N steps of descent on its integers and scales, all matrices together, until "
+        "its output is that of the original layer (200 are many; a GPU is wanted; 0: none)",
+    )  # fmt: skip
+    method.add_argument(
         "--groups",
         choices=choices.GROUPS,
         default=DEFAULTS.groups,

@@ -132,7 +132,7 @@ def _memory(config: ModelConfig, settings: CompressionSettings, resources: Resou
     if resources.devices is not None and resources.devices > devices:
         raise UserError(f"--devices {resources.devices}: this machine has {devices}")
     host = min(resources.max_host_memory or available_host(), available_host())
-    streams = (RUNNING + settings.nested) * one
+    streams = (RUNNING + settings.nested + bool(settings.reconstruct)) * one
     if total is None:
         room = host - HOST_BASE["cpu"] - streams
     else:

@@ -104,7 +104,7 @@ def compress(
             check_space(work.folder, smallest.disk)
         windows, recovery = read()
         count, length = windows.tokens.shape
-        pipeline.check_processes(work.processes, count, recovery is not None, settings.nested)
+        pipeline.check_processes(work.processes, count, recovery is not None, settings)
         shape = (-(-count // work.processes.count), length)
         budget = lay_out(source.config, settings, resources, shape, tuned, free_space(work.folder))
         if not work.started:
@@ -128,6 +128,8 @@ def _check_arguments(
 ) -> None:
     if not 0 <= (settings.refit or 0.0) < 1:
         raise UserError(f"--refit is a share of the windows, at least 0 and less than 1, not {settings.refit}")
+    if settings.reconstruct and not settings.packed:
+        raise UserError(f"--reconstruct trains 4 or 8 bits, not {settings.bits}: leave it out, or lower --bits")
     if settings.nested:
         _check_nested(settings, recover_tune)
     if calib_length < 2:

@@ -17,7 +17,7 @@ import numpy as np
 
 from uniql_jax import elastic
 from uniql_jax.compression.compiling import jit
-from uniql_jax.compression.settings import PRECISIONS, CompressionSettings
+from uniql_jax.compression.settings import PRECISIONS, SAMPLE_TOKENS, STEP_TOKENS, CompressionSettings
 from uniql_jax.compression.sorting import no_statistics
 from uniql_jax.config import ModelConfig
 from uniql_jax.counting import block_parameters, parameter_count
@@ -81,12 +81,19 @@ def memory_parts(config: ModelConfig, settings: CompressionSettings, length: int
     statistics = max(statistics_bytes(config, kinds, settings.thorough) for kinds in {*config.pattern})
     floats = max(activation_floats(config, kinds) for kinds in {*config.pattern})
     copies = 6 if settings.nested else 4
-    return {
+    parts = {
         "layers": 4 * copies * layer,
         "statistics": 3 * statistics + 3 * 4 * widest**2,
         "activations": 4 * max(batch_tokens, length) * floats,
         "embedding": 4 * config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2),
     }
+    if settings.reconstruct:  # places, offsets, their gradient, values; windows of each model, and the target
+        models = 2 if settings.nested else 1
+        windows = 2 * SAMPLE_TOKENS * config.hidden_size * (models + 1)
+        parts["reconstruction"] = (
+            4 * (3 + 2 * models) * layer + windows + 4 * max(STEP_TOKENS, length) * floats * models
+        )
+    return parts
 
 
 @functools.cache
@@ -142,6 +149,8 @@ def disk_bytes(
     )
     layers = 2 * sum(block_parameters(config, kind) for kind in _blocks(config)) + 2 * turned
     layers += 2 * estimated_bytes(config, options)
+    if options.reconstruct:
+        interval = max(1, interval // 2)
     if options.nested:  # scales of 3 bits, twice, and what the loss feels after each block
         layers += 2 * (estimated_bytes(config, options) // 32) + 2 * config.hidden_size**2 * len(list(_blocks(config)))
         interval = max(1, interval // 2)  # two streams run along
@@ -186,6 +195,9 @@ def work(config: ModelConfig, options: CompressionSettings, tokens: int, interva
                 products += once + 2 * tokens * (hidden**2 + width**2)
                 solves += 4 * options.nested_descents * (reading * hidden**2 + hidden * width**2) + 6000 * params
                 columns += 17 * options.nested_descents * (hidden + width)
+        if options.reconstruct:  # forward and back for every step, and the unpruned stream
+            trained = options.reconstruct * STEP_TOKENS + 2 * min(tokens, SAMPLE_TOKENS)
+            products += 6 * params * trained * (2 if options.nested else 1) + once
         if options.refit is not None:
             products += 3 * once + 2 * tokens * (width**2 + width * hidden)
     if options.packed:

@@ -76,7 +76,7 @@ def compress(
     settings = settings or CompressionSettings()
     with workspace(out, resume, overwrite, source.name) as work:
         tuned = recovery is not None and recovery.tuning is not None
-        check_processes(work.processes, len(tokens), recovery is not None, settings.nested)
+        check_processes(work.processes, len(tokens), recovery is not None, settings)
         shape = (-(-len(tokens) // work.processes.count), tokens.shape[1])
         budget = lay_out(source.config, settings, resources or Resources(), shape, tuned, free_space(work.folder))
         if not work.started:
@@ -87,13 +87,15 @@ def compress(
         return run(work, inputs, manifest, overwrite, provenance or {}, progress)
 
 
-def check_processes(processes: Processes, windows: int, recovery: bool, nested: bool = False) -> None:
+def check_processes(processes: Processes, windows: int, recovery: bool, settings: CompressionSettings) -> None:
     """Raise UserError where several processes cannot do together what was asked for."""
     if processes.count > windows:
         raise UserError(f"{windows} calibration windows are too few for {processes.count} processes")
     if processes.count > 1 and recovery:
         raise UserError("recovery is the work of one process: compress without --recover, or with one process")
-    if processes.count > 1 and nested:
+    if processes.count > 1 and settings.reconstruct:
+        raise UserError("layers are reconstructed by one process: compress without --reconstruct, or with one process")
+    if processes.count > 1 and settings.nested:
         raise UserError("nested bits are the work of one process: compress without --nested-bits, or with one process")
 
 

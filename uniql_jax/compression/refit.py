@@ -81,12 +81,15 @@ def hidden_gram_and_cross(
     return rows.T @ rows, rows.T @ wanted.reshape(-1, wanted.shape[-1])
 
 
-@functools.partial(jit, static_argnames=("config", "kind"))
-def advance(
+def after_block(
     config: ModelConfig, kind: str, leaves: Block, x: Float[Array, "b t h"], keep: Keep | None
 ) -> Float[Array, "b t h"]:
     """The stream after the block, in x's dtype."""
     return (x + KINDS[kind].write(leaves, _hidden(config, kind, leaves, x, keep))).astype(x.dtype)
+
+
+advance = functools.partial(jit, static_argnames=("config", "kind"))(after_block)
+"""`after_block` as a program of its own."""
 
 
 @jit

@@ -35,6 +35,8 @@ WINDOWS, LENGTH = 128, 512
 """Calibration windows, and tokens of each, where nothing else is asked for."""
 RECOVER_LENGTH = 256
 """Tokens of a training example."""
+SAMPLE_TOKENS, STEP_TOKENS = 1 << 16, 4096
+"""Of the calibration windows, how many tokens a layer is reconstructed on, and how many of them a step takes."""
 REFIT_RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)
 """Prune rates at which the nested refit sees calibration windows."""
 
@@ -71,6 +73,7 @@ class CompressionSettings:
     nested: bool = False
     nested_share: float = 0.5
     nested_descents: int = 2
+    reconstruct: int = 0  # steps of descent on the error of every quantized layer's output; 0: none
     embed_mix: float = 0.1  # weight of the plain embedding error next to the head's when one table serves both
     refit: float | None = None
     refit_ridge: float = 1e-2

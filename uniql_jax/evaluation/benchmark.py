@@ -40,7 +40,7 @@ class Subject:
     name: str
     config: ModelConfig
     plan: Plan
-    bits: int
+    bits: float
     load: Callable[[float], CausalLM]
     random: bool
     devices: int = 1  # that share the model
@@ -60,12 +60,14 @@ def checkpoint_subject(folder: str, rates: Sequence[float], devices: int = 1) ->
     return Subject(folder, found.config, plan, found.bits, placed, False, devices)
 
 
-def config_subject(name: str, bits: int, seed: int, devices: int = 1) -> Subject:
+def config_subject(name: str, bits: float, seed: int, devices: int = 1) -> Subject:
     """Random weights of a config, shared among so many devices; layers are cut alike.
 
-    Raises UserError when there is no such config, or when there are fewer devices.
+    Raises UserError when there is no such config, or when there are fewer devices, or several for fewer than 4 bits.
     """
     config, mesh = read_config(name), device_mesh(devices)
+    if bits < 4 and devices > 1:
+        raise UserError(f"weights of {bits:g} bits are for one device")
     plan = make_plan(config, None)
     made = functools.partial(random_model, config, bits, plan=plan, seed=seed, mesh=mesh)
     return Subject(name, config, plan, bits, made, True, devices)
@@ -76,7 +78,7 @@ def variants(subject: Subject, rates: Sequence[float], dense: bool, batch: int, 
     config, plan, dtype = subject.config, subject.plan, default_dtype()
     word = jnp.dtype(dtype).itemsize * 8
 
-    def variant(name: str, rate: float | None, bits: int, make: Callable[[], CausalLM]) -> Variant:
+    def variant(name: str, rate: float | None, bits: float, make: Callable[[], CausalLM]) -> Variant:
         weights = tree_bytes(weight_shapes(config, bits, rate or 0.0, plan, dtype))
         cache = cache_bytes(config, plan.keep(rate or 0.0), batch, slots, dtype)
         return Variant(name, rate, bits, plan.kept_fraction(rate or 0.0), weights, cache, make)

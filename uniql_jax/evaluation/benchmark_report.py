@@ -20,7 +20,7 @@ class Variant:
 
     name: str
     rate: float | None
-    bits: int
+    bits: float
     kept: float
     weight_bytes: int
     cache_bytes: int

@@ -24,16 +24,19 @@ from uniql_jax.checkpoint import leaf_group
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation.published import CONFIGS, published
+from uniql_jax.evaluation.random_nested import nested_shape, packed_shape
 from uniql_jax.files import read_json
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.plan import Plan, check_rate, grouping, make_plan
 from uniql_jax.runtime.loading import default_dtype, place_layer, place_top, split_for
+from uniql_jax.weights.mixed import MixedArray
+from uniql_jax.weights.nested import NestedArray
 from uniql_jax.weights.parts import part_like
-from uniql_jax.weights.quantized import QuantizedArray, from_codes
+from uniql_jax.weights.quantized import QuantizedArray
 from uniql_jax.weights.shard import Shard
 from uniql_jax.weights.split import Split, split_dim
 
-SPREAD = {4: 4.6, 8: 73.9}
+SPREAD = {3: 2.3, 4: 4.6, 8: 73.9}
 """Standard deviation of uniform integers of so many bits; scales divide by it, so that activations stay near one."""
 
 
@@ -56,31 +59,28 @@ def read_config(name: str) -> ModelConfig:
         raise UserError(f"{path} is no model's config: {error}") from None
 
 
-def _leaf_shape(config: ModelConfig, leaf: elastic.Leaf, keep: Mapping[str, int], bits: int, dtype: Any) -> Any:
+def _leaf_shape(config: ModelConfig, leaf: elastic.Leaf, keep: Mapping[str, int], bits: float, dtype: Any) -> Any:
     """A leaf with jax.ShapeDtypeStruct for arrays: packed (in plain layout), dense in `dtype`, or a float32 vector."""
     shape = elastic.shape(config, leaf, keep)
     if leaf.contract is None:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
     if bits >= 16:
         return jax.ShapeDtypeStruct(shape, dtype)
-    last = leaf.contract == "last"
-    width = shape[-1] if last else math.prod(shape[:-1])
-    rows = math.prod(shape) // width
     group = leaf_group(grouping(config), leaf)
-    assemble = functools.partial(from_codes, bits=bits, group=group, contract=leaf.contract, shape=shape)
-    codes = jax.ShapeDtypeStruct((rows, width), jnp.int32)
-    return jax.eval_shape(assemble, codes, jax.ShapeDtypeStruct((rows, -(-width // group)), jnp.float32))
+    if bits < 4:
+        return nested_shape(config, leaf, shape, bits - 3, group, dtype)
+    return packed_shape(leaf, shape, int(bits), group)
 
 
 def _placed(leaves: dict[str, Any], place: Any) -> dict[str, Any]:
     """Shapes of the packed leaves as the loader places them on this device, which may be another layout."""
-    packed = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, QuantizedArray)}
+    packed = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, QuantizedArray | MixedArray)}
     return leaves | jax.eval_shape(place, packed)
 
 
 @functools.lru_cache(maxsize=256)
 def _block_shapes(
-    config: ModelConfig, kind: str, keep: tuple[tuple[str, int], ...], bits: int, dtype: Any, split: Split | None
+    config: ModelConfig, kind: str, keep: tuple[tuple[str, int], ...], bits: float, dtype: Any, split: Split | None
 ) -> Any:
     # Remembered: layers of equal sizes are most of them.
     leaves = elastic.leaves(config, kind).items()
@@ -91,12 +91,13 @@ def _block_shapes(
 
 
 def weight_shapes(
-    config: ModelConfig, bits: int, rate: float, plan: Plan, dtype: Any = None, split: Split | None = None
+    config: ModelConfig, bits: float, rate: float, plan: Plan, dtype: Any = None, split: Split | None = None
 ) -> dict[str, Any]:
     """The model's `params` with jax.ShapeDtypeStruct in place of arrays; nothing is allocated.
 
-    bits: 4 or 8 (packed), or 16 (dense, in `dtype`). dtype: of activations (default bfloat16 on GPUs, float32 on CPUs),
-    which the layout of packed weights depends on too. split: shapes are those of a device's part.
+    bits: 4 or 8 (packed), 16 (dense, in `dtype`), or from 3 on: 4 in a share of bits - 3 of the entries, 3 in the
+    others. dtype: of activations (default bfloat16 on GPUs, float32 on CPUs), which the layout of packed weights
+    depends on too. split: shapes are those of a device's part.
     """
     dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
     names = ["embed", "norm"] + ([] if config.tie_embeddings else ["head"])
@@ -162,6 +163,12 @@ class _Drawer:
         return Shard(found, self.split, dim, leaf.contract, elastic.shape(self.config, leaf, keep))
 
     def _leaf(self, name: str, leaf: elastic.Leaf, like: Any, layer: int) -> Any:
+        if isinstance(like, MixedArray):
+            return MixedArray(*(self._leaf(name, leaf, part, layer) for part in (like.whole, like.rest)))
+        if isinstance(like, NestedArray):
+            scale = 1 / (SPREAD[3] * math.sqrt(like.width))
+            arrays = {part: self.array(getattr(like, part)) for part in ("leading", "last", "fine")}
+            return dataclasses.replace(like, coarse=self.array(like.coarse, scale / 2, scale * 1.5), **arrays)
         if isinstance(like, QuantizedArray):
             scale = 1 / (SPREAD[like.bits] * math.sqrt(like.width))
             return dataclasses.replace(
@@ -182,7 +189,7 @@ class _Drawer:
 
 def random_model(
     config: ModelConfig,
-    bits: int,
+    bits: float,
     rate: float = 0.0,
     *,
     plan: Plan | None = None,
@@ -192,9 +199,9 @@ def random_model(
 ) -> CausalLM:
     """A model of random weights at a prune rate from 0 to 0.35, made on the device and never held by the host.
 
-    bits: 4 or 8 (packed), or 16 (dense, in `dtype`). plan: uniform over the layers when None. dtype: of activations
-    (default bfloat16 on GPUs, float32 on CPUs). mesh: devices that share it, where there are several.
-    Raises UserError on a bad rate.
+    bits: as for `weight_shapes`. plan: uniform over the layers when None. dtype: of activations (default bfloat16 on
+    GPUs, float32 on CPUs). mesh: devices that share it, where there are several, for 4 bits and more. Raises UserError
+    on a bad rate.
     """
     rate = check_rate(rate)
     plan = make_plan(config, None) if plan is None else plan

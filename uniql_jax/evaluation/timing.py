@@ -27,7 +27,7 @@ from jaxtyping import Array, Int
 from uniql_jax.model.cache import Cache
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import cache_bytes
-from uniql_jax.pallas_kernels import dispatch
+from uniql_jax.pallas_kernels.dequant_matmul import default_implementation
 from uniql_jax.runtime import generation as runtime
 from uniql_jax.runtime import reading
 from uniql_jax.runtime.lengths import pieces, read_slots, slots_for
@@ -317,7 +317,7 @@ def environment(command: Sequence[str] | None = None) -> dict[str, Any]:
             name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "flax", "transformers")
         },
         "variables": {name: " ".join(map(short, value.split())) for name, value in found.items()},
-        "kernels": dispatch.default("dequant_matmul"),
+        "kernels": default_implementation(),
         "command": " ".join(map(short, ["python", *sys.argv] if command is None else command)),
         "date": datetime.date.today().isoformat(),
     }

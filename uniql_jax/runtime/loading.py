@@ -20,12 +20,13 @@ from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.pallas_kernels import dispatch
 from uniql_jax.pallas_kernels.dequant_matmul import preferred_layout
+from uniql_jax.pallas_kernels.dequant_matmul.three_bit import BITS
 from uniql_jax.plan import axis_layout, check_rate
 from uniql_jax.runtime import hub
 from uniql_jax.runtime.budget import parse_budget
 from uniql_jax.runtime.choice import Choice, choose
 from uniql_jax.runtime.text import Folder
-from uniql_jax.weights.mixed import in_parts
+from uniql_jax.weights.mixed import MixedArray, in_parts
 from uniql_jax.weights.nested import NestedArray
 from uniql_jax.weights.quantized import QuantizedArray
 from uniql_jax.weights.shard import spread
@@ -69,12 +70,15 @@ def place(
 def in_form(leaf: elastic.Leaf | None, value: Any, dtype: Any, tiles: bool = True, name: str = "(unnamed)") -> Any:
     """A leaf in the dtype and layout that `place` gives it, still in the host's memory; arguments as there."""
     if isinstance(value, NestedArray):
-        value = in_parts(value)
-        if not isinstance(value, QuantizedArray):
-            return value
+        layout = preferred_layout(bits=BITS, group=value.group, contract=value.contract, dtype=dtype)
+        value = in_parts(value, tiles=layout != "plain")
+    if isinstance(value, MixedArray):
+        return MixedArray(*(in_form(leaf, part, dtype, tiles, name) for part in (value.whole, value.rest)))
+    if isinstance(value, NestedArray):
+        return value
     if isinstance(value, QuantizedArray):
         check_scales(value, name)
-        if dispatch.default("dequant_matmul") == "pallas":
+        if dispatch.default("dequant_matmul") in ("pallas", "jax-triton"):
             value = value.in_runs()  # once instead of for every product
         if tiles and value.run == 1:
             layout = preferred_layout(bits=value.bits, group=value.group, contract=value.contract, dtype=dtype)

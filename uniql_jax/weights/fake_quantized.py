@@ -24,8 +24,8 @@ from uniql_jax.weights.lora import PRODUCT, product
 from uniql_jax.weights.quantized import QuantizedArray, from_codes, limits
 from uniql_jax.weights.runs import scale_of_runs, scale_rows
 
-FRACTION = 0.49
-"""How far from its integer an unrounded weight may lie: below one half, with room for float16 to round to it."""
+FRACTION = 0.46
+"""How far from its integer an unrounded weight may lie: below one half, by more than float16 is apart at 127."""
 
 
 @flax.struct.dataclass
@@ -75,7 +75,7 @@ class FakeQuantizedArray:
         """Entries of the leading axis, as an embedding's are looked up."""
         return self.dense(dtype)[index]
 
-    def _steps(self) -> Float[Array, "..."]:
+    def steps(self) -> Float[Array, "..."]:
         """The step of every weight."""
         step = jnp.asarray(self.step, jnp.float32)
         if self.contract == "last":
@@ -87,7 +87,7 @@ class FakeQuantizedArray:
 
     def _update(self) -> Float[Array, "..."]:
         if self.change is not None:
-            return jnp.asarray(self.change, jnp.float32) * self._steps()
+            return jnp.asarray(self.change, jnp.float32) * self.steps()
         if self.left is None:
             return jnp.zeros(self.shape, jnp.float32)
         # Half a step decides: float32 products, and few of them, since the rank is low.
@@ -98,7 +98,7 @@ class FakeQuantizedArray:
         return _on_grid(self._places(self._update()), self.bits).astype(jnp.int8)
 
     def _places(self, update: Array) -> Float[Array, "..."]:
-        steps = self._steps()
+        steps = self.steps()
         inverse = jnp.where(steps == 0, 0.0, 1.0 / jnp.where(steps == 0, 1.0, steps))
         return jnp.asarray(self.unrounded).astype(jnp.float32) + update * inverse
 
@@ -109,7 +109,7 @@ class FakeQuantizedArray:
         places = self._places(jax.lax.stop_gradient(update))
         # Beyond the grid's ends a small move changes nothing.
         inside = (places > low - 0.5) & (places < high + 0.5)
-        return _passed(update, _on_grid(places, self.bits) * self._steps(), inside)
+        return _passed(update, _on_grid(places, self.bits) * self.steps(), inside)
 
     def rows(self, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
         """weight @ x over the last dimension, the weight's leading ones flattened; in x's dtype."""

@@ -19,6 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from uniql_jax.pallas_kernels.dequant_matmul import three_bit, tiling
 from uniql_jax.weights.planes import BYTE, PLANES, columns_product, plane_of, rows_product, values_of
 from uniql_jax.weights.quantized import SHIFTS, QuantizedArray
 
@@ -161,10 +162,45 @@ class NestedArray:
             width=self.width, inner=self.inner,
         )  # fmt: skip
 
+    def tiled(self) -> QuantizedArray:
+        """The leading bits of all entries in tiles that kernels read; on the host, where no program is compiled.
+
+        Of jax.ShapeDtypeStructs in place of arrays, what that has. Raises ValueError where entries have all bits,
+        NotImplementedError for groups that no tile holds.
+        """
+        if self.full:
+            raise ValueError(f"{self.full} entries have all bits")
+        if self.group != tiling.GROUP:
+            raise NotImplementedError(f"tiles hold groups of {tiling.GROUP}, not of {self.group}")
+        last, scale = self.contract == "last", self.coarse
+        if isinstance(scale, jax.ShapeDtypeStruct):
+            rows, groups = math.prod(scale.shape[:-1]) if last else scale.shape[-1], scale.shape[-1 if last else 0]
+            data: Any = jax.ShapeDtypeStruct(three_bit.tiles_shape(rows, groups, self.contract), jnp.int32)
+        else:
+            leading, scale = np.asarray(self.leading), np.asarray(scale)
+            data = three_bit.tile(leading.reshape(-1, *leading.shape[-2:]) if last else leading, self.contract)
+        return QuantizedArray(
+            data, scale, bits=three_bit.BITS, group=self.group, contract=self.contract, width=self.width,
+            inner=self.inner, layout=tiling.LAYOUTS[self.contract],
+        )  # fmt: skip
+
     def tensors(self, name: str) -> Mapping[str, np.ndarray]:
         """What is stored of it, by tensor name."""
         parts = {"leading": self.leading, "last": self.last, "fine": self.fine, "coarse": self.coarse}
         return {f"{name}.{part}": np.asarray(value) for part, value in parts.items()}
+
+
+def from_tiles(tiled: QuantizedArray) -> NestedArray:
+    """Inverse of `NestedArray.tiled`, with numpy."""
+    last, scale = tiled.contract == "last", np.asarray(tiled.scale)
+    rows, groups = math.prod(scale.shape[:-1]) if last else scale.shape[-1], scale.shape[-1 if last else 0]
+    leading = three_bit.untile(np.asarray(tiled.data), tiled.contract, rows, groups)
+    leading = leading.reshape(*scale.shape[:-1], *leading.shape[1:]) if last else leading
+    none = leading[:0, ..., 0, :] if last else leading[:0, 0]
+    return NestedArray(
+        leading, none, scale[:0], scale, group=tiled.group, contract=tiled.contract, width=tiled.width,
+        inner=tiled.inner,
+    )  # fmt: skip
 
 
 def leading_bits(value: Any) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.pallas_kernels.dequant_matmul import dequant_matmul, tiling
+from uniql_jax.pallas_kernels.dequant_matmul import dequant_matmul, three_bit, tiling
 from uniql_jax.pallas_kernels.embedding import embed as embed_packed
 from uniql_jax.weights.protocol import dense as dense
 from uniql_jax.weights.runs import from_runs, scale_of_runs, scale_rows, to_runs
@@ -66,6 +66,7 @@ class QuantizedArray:
     features] (runs.py).
     4 bits: `data` int32, eight weights a word in the order of SHIFTS, each stored as weight + 8 in 0..15.
     8 bits: `data` int8, one weight an element. A weight is integer * scale; scale is bfloat16.
+    3 bits: of nested codes on a GPU, 0..7 for (integer - 3.75) * scale; groups of 128 in tiles alone (three_bit.py).
 
     `layout` "plain" is the above, and the only one on disk. 4 bits in groups of 128 may also be held as tiles that GPU
     kernels read faster, [major, minor, 2, 32, 4] (pallas_kernels/dequant_matmul/tiling.py): "rows" for contract "last",
@@ -112,8 +113,9 @@ class QuantizedArray:
         if (count % self.run) if self.run > 1 else (width % self.group):
             what = f"run of {self.run}" if self.run > 1 else f"quantization group of {self.group}"
             raise ValueError(f"a cut at {count} splits a {what}")
-        per_row = (8 if self.bits == 4 else 1) if self.layout == "plain" else self.group
-        data, scale = self.data[: width // per_row], self.scale[: scale_rows(count, inner, self.group, self.run)]
+        plain, per_word = self.layout == "plain", 8 if self.bits == 4 else 1
+        data = self.data[: -(-width // (per_word if plain else self.group * tiling.SHAPES[self.bits][1]))]
+        scale = self.scale[: scale_rows(count, inner, self.group, self.run)]
         return dataclasses.replace(self, data=data, scale=scale, width=width)
 
     def in_runs(self) -> QuantizedArray:
@@ -168,6 +170,8 @@ class QuantizedArray:
     def lookup(self, index: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b h"]:
         """Entries of the leading axis, as an embedding's are looked up; contract "last" in plain layout only."""
         data, scale = jnp.asarray(self.data), jnp.asarray(self.scale)
+        if self.bits == three_bit.BITS:
+            return three_bit.lookup(data, scale, index)[..., : self.width].astype(dtype)
         return embed_packed(index, data, scale, bits=self.bits, group=self.group, width=self.width, dtype=dtype)
 
     def tensors(self, name: str) -> Mapping[str, np.ndarray]:
@@ -178,6 +182,9 @@ class QuantizedArray:
 @functools.partial(jax.jit, static_argnames="dtype")
 def _dequantize(weight: QuantizedArray, dtype: np.dtype) -> Float[Array, "..."]:
     # Compiled as one: outside a jit, a dozen small programs per shape would be.
+    if weight.bits == three_bit.BITS:
+        dense = three_bit.dequantize(weight.data, weight.scale, weight.contract)[:, : weight.width]
+        return (dense if weight.contract == "last" else dense.T).reshape(weight.shape).astype(dtype)
     weight = _plain(weight).in_runs()
     axis = -1 if weight.contract == "last" else 0
     values = unpack(weight.data, weight.bits, axis).astype(jnp.float32)
@@ -192,6 +199,8 @@ def _dequantize(weight: QuantizedArray, dtype: np.dtype) -> Float[Array, "..."]:
 def _plain(weight: QuantizedArray) -> QuantizedArray:
     if weight.layout == "plain":
         return weight
+    if weight.bits != 4:
+        raise NotImplementedError(f"{weight.bits} bits come in tiles alone")
     lead = weight.scale.shape[:-1]
     rows = math.prod(lead) if weight.contract == "last" else weight.scale.shape[-1]
     data = tiling.untile(weight.data, weight.contract, rows)

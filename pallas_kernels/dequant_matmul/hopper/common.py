@@ -48,6 +48,8 @@ def supported(weight: Weight) -> None:
         raise NotImplementedError(f"JAX {jax.__version__} has no Pallas Mosaic GPU backend")
     if not compat.hopper():
         raise NotImplementedError("these kernels are for Hopper alone")
+    if weight.bits != 4:
+        raise NotImplementedError(f"these kernels take 4 bits, not {weight.bits}")
     if weight.layout not in tiling.CONTRACTS or weight.group != tiling.GROUP:
         raise NotImplementedError(f"only tiles of groups of {tiling.GROUP}, not {weight}")
 

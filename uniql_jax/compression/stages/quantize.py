@@ -5,30 +5,24 @@ The finished model's stream runs along, and with the nested refit the unpruned m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uniql_jax import elastic
-from uniql_jax.checkpoint import leaf_group, leaf_run, reachable_bias, stored
+from uniql_jax.checkpoint import stored
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
 from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.contract import Progress, SortedModel
 from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.log import Clock
-from uniql_jax.compression.packing import Hessian, Packed, pack_leaf, pack_together
-from uniql_jax.compression.refit import (
-    Keep,
-    hidden_gram,
-    hidden_gram_and_cross,
-    read_gram,
-)
-from uniql_jax.compression.refit import refit as refitted
+from uniql_jax.compression.packing import Hessian, pack_leaf
 from uniql_jax.compression.sensitivity import TOKENS, block_points, top_points
 from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.compression.stages.blocks import finish_block, reconstructed, turned_gram
 from uniql_jax.compression.stages.calibrate import Calibration, Top, read_ahead
 from uniql_jax.compression.stages.rotate import Rotation, rotated_layer, rotated_top, rotation
 from uniql_jax.compression.stages.running import Streams, resume
@@ -88,6 +82,14 @@ def quantize(
     running = None
     if settings.packed or settings.refit is not None:
         running = resume(model, q, settings, stored_layers, streams, start)
+
+    def lost(i: int, kind: str, block: Block, running: Streams) -> dict[str, Any]:
+        """What a block's bits and units lose, where codes are nested."""
+        if fisher is None:
+            return {}
+        gram = turned_gram(jnp.asarray(fisher.load(layer_name(i))[kind], jnp.float32), q)
+        return block_points(config, kind, block, model.plan.units, gram, streams.sample(running.x, TOKENS))
+
     qs = streams.devices.everywhere(q)
     dense_layers, clock = read_ahead(model.layers.layer, range(start, count), streams.devices), Clock()
     for index in progress(range(count), "quantize" if settings.packed else "finish"):
@@ -96,18 +98,24 @@ def quantize(
         i, copies = next(dense_layers)
         originals = [rotated_layer(layer, own) for layer, own in zip(copies, qs, strict=True)]
         original = originals[0]
-        finished, offsets, points = {}, {}, {}
-        for kind in config.pattern[i]:
-            finished[kind], offsets[kind] = _finish_block(
-                config, i, kind, [each[kind] for each in originals], running, settings, unrounded is not None,
-                streams.devices,
-            )  # fmt: skip
-            if running is not None and fisher is not None:
-                gram = turned_gram(jnp.asarray(fisher.load(layer_name(i))[kind], jnp.float32), q)
-                sample = streams.sample(running.x, TOKENS)
-                points |= block_points(config, kind, finished[kind], model.plan.units, gram, sample)
+        own = {kind: [each[kind] for each in originals] for kind in config.pattern[i]}
+        finished, offsets, points, logged = {}, {}, {}, {}
+        before = running if settings.reconstruct else None
+        for kind, block in own.items():
+            finished[kind], offsets[kind] = finish_block(
+                config, i, kind, block, running, settings, unrounded is not None, streams.devices
+            )
             if running is not None:
-                running = running.after(config, i, kind, finished[kind], [each[kind] for each in originals])
+                points |= lost(i, kind, finished[kind], running)
+                running = running.after(config, i, kind, finished[kind], block)
+        if before is not None and running is not None:
+            trained = reconstructed(config, i, own, finished, before, running, settings)
+            finished, running = trained.layer, before
+            logged = {"output_error": trained.before, "reconstructed": trained.after}
+            offsets = {kind: {name: trained.places[kind][name] for name in block} for kind, block in offsets.items()}
+            for kind, block in own.items():
+                points |= lost(i, kind, finished[kind], running)
+                running = running.after(config, i, kind, finished[kind], block)
         check_finite(finished, f"layer {i}, quantized:")
         if unrounded is not None:
             unrounded.save(layer_name(i), flatten(offsets))
@@ -115,7 +123,7 @@ def quantize(
             running.save(i + 1)
         done.save(layer_name(i), flatten(finished), points)
         error = _relative_error(finished, {kind: dict(original[kind]) for kind in finished})
-        clock.line("quantize", i, relative_error=round(float(error), 5))
+        clock.line("quantize", i, relative_error=round(float(error), 5), **logged)
         if running is not None:
             running.drop_before(i + 1)
     if running is not None and fisher is not None:
@@ -176,122 +184,3 @@ def _of_views(settings: CompressionSettings, hessian: Array | None, otherwise: F
         return hessian
     hessian = otherwise if hessian is None else hessian
     return hessian, hessian
-
-
-@jit
-def turned_gram(gram: Float[Array, "h h"], q: Rotation) -> Float[Array, "h h"]:
-    """The Gram matrix of the rotated stream."""
-    return gram if q is None else q.T @ gram @ q
-
-
-def _finish_block(
-    config: ModelConfig,
-    index: int,
-    kind: str,
-    originals: Sequence[Block],
-    running: Streams | None,
-    settings: CompressionSettings,
-    offsets: bool,
-    devices: Devices,
-) -> tuple[dict[str, Any], dict[str, Array]]:
-    """A block, of which every device has a copy, in its stored form, and with `offsets` what its packed leaves were
-    before rounding, in steps.
-
-    First the matrices that read the stream, which share one Hessian, then vectors, then the output matrix, fitted to
-    what the finished ones give it.
-    """
-    leaves, dtype, meta = elastic.leaves(config, kind), matrix_dtype(settings), grouping(config, settings.portable)
-    original = originals[0]
-    done: dict[str, Any] = {}
-    before: dict[str, Array] = {}
-
-    def take(name: str, value: Packed) -> None:
-        done[name] = value.weight
-        if value.unrounded is not None:
-            before[name] = value.unrounded
-
-    hessian = None
-    if running is not None and settings.packed and (settings.rounding == "gptq" or settings.scale_search):
-        tokens = running.store.windows.tokens
-        grams = [
-            running.store.summed(lambda block, x: read_gram(config, kind, block, x), originals, x) / tokens
-            for x, _ in running.views()
-        ]
-        hessian = (grams[0], grams[1]) if settings.nested else grams[0]
-    reading = {name: original[name] for name, leaf in leaves.items() if settings.packed and leaf.contract == "last"}
-    if reading:
-        for name, value in pack_together(reading, hessian, settings, meta["groups"]["embed"], offsets, devices).items():
-            take(name, value)
-    for name, leaf in leaves.items():
-        if leaf.contract != "first" and name not in reading:
-            done[name] = stored(leaf, original[name], dtype, f"layers.{index}.{kind}.{name}")
-    for name, leaf in leaves.items():
-        if leaf.contract == "first":
-            weight, gram = _output(config, index, kind, originals, done, name, running, settings, hessian is not None)
-            if settings.packed:
-                group, run = leaf_group(meta, leaf), leaf_run(meta, leaf)
-                take(name, pack_leaf(leaf, weight, gram, settings, group, offsets, devices, run))
-            else:
-                done[name] = stored(leaf, weight, dtype, f"layers.{index}.{kind}.{name}")
-    return reachable_bias(config, kind, done), before
-
-
-def _output(
-    config: ModelConfig,
-    index: int,
-    kind: str,
-    originals: Sequence[Block],
-    done: Block,
-    name: str,
-    running: Streams | None,
-    settings: CompressionSettings,
-    weighted: bool,
-) -> tuple[Float[Array, "..."], Hessian]:
-    """The output matrix, refitted where that was asked, and the mean Gram matrix of what it contracts if `weighted`;
-    of a block whose other matrices are `done`.
-    """
-    weight = originals[0][name]
-    if running is None:
-        return weight, None
-    tokens = running.store.windows.tokens
-    kept: Sequence[Keep | None] = running.kept(index)
-    grams = []
-    for number, (x, value_of) in enumerate(running.views()):
-        working = dict(originals[0]) | {leaf: value_of(value) for leaf, value in done.items()}
-        copies = running.store.devices.everywhere(working)
-        if running.unpruned is not None and not number:
-            weight, gram = _refitted(config, kind, originals, copies, name, running, settings, kept)
-            grams.append(gram)
-        elif weighted:
-            gram = running.store.summed(
-                lambda block, x, keep: hidden_gram(config, kind, block, x, keep), copies, x, kept
-            )
-            grams.append(gram / tokens)
-    if not grams:
-        return weight, None
-    return weight, (grams[0], grams[1]) if len(grams) > 1 else grams[0]
-
-
-def _refitted(
-    config: ModelConfig,
-    kind: str,
-    originals: Sequence[Block],
-    copies: Sequence[Block],
-    name: str,
-    running: Streams,
-    settings: CompressionSettings,
-    kept: Sequence[Keep | None],
-) -> tuple[Float[Array, "..."], Float[Array, "k k"]]:
-    """The output matrix, refitted for all rates, and the mean Gram matrix of what it contracts."""
-    weight, target = originals[0][name], settings.refit_target
-    tokens = running.store.windows.tokens
-    gram, cross = running.store.summed(
-        lambda both, x, t, keep: hidden_gram_and_cross(config, kind, *both, x, t, keep, target),
-        list(zip(copies, originals, strict=True)),
-        running.x,
-        running.unpruned or [],
-        kept,
-    )
-    gram, cross = gram / tokens, cross / tokens
-    flat = weight.reshape(-1, weight.shape[-1])
-    return refitted(gram, cross, flat, settings.refit_ridge).reshape(weight.shape), gram

@@ -93,13 +93,13 @@ def resume(
     if at is None:
         at, unpruned = 0, None
         x = _embedded(streams, finished.top()["embed"])
-        if keep is not None:
+        if keep is not None or settings.reconstruct:
             unpruned = _embedded(streams, rotated_top(model.top, q)["embed"])
         leading = _embedded(streams, leading_bits(finished.top()["embed"])) if settings.nested else None
         running = Streams(streams, x, unpruned, keep, leading)
         running.save(0)
     else:
-        unpruned = streams.load(UNPRUNED, at) if keep is not None else None
+        unpruned = streams.load(UNPRUNED, at) if keep is not None or settings.reconstruct else None
         leading = streams.load(LEADING, at) if settings.nested else None
         running = Streams(streams, streams.load(FINISHED, at), unpruned, keep, leading)
     for i in range(at, start):

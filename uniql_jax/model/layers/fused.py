@@ -26,6 +26,8 @@ from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 from uniql_jax.pallas_kernels.ssd import pallas as ssd
 from uniql_jax.pallas_kernels.ssd.api import Kernels, Limits, Weights, Window
 from uniql_jax.pallas_kernels.ssd.api import Token as SsmToken
+from uniql_jax.weights.mixed import MixedArray
+from uniql_jax.weights.nested import NestedArray
 from uniql_jax.weights.quantized import QuantizedArray
 
 Leaves = Mapping[str, Any]
@@ -48,10 +50,15 @@ def wanted() -> bool:
     return dispatch.default("decode") == "pallas"
 
 
+def weights_of(leaf: Any) -> tuple[Weight, ...]:
+    """The static halves of a leaf's entries of 4 bits and of those of 3, if it has both."""
+    return (weight_of(leaf.whole), weight_of(leaf.rest)) if isinstance(leaf, MixedArray) else (weight_of(leaf),)
+
+
 def weight_of(leaf: Any) -> Weight:
     """The static half of a packed leaf. Raises NotImplementedError for any other."""
-    if not isinstance(leaf, QuantizedArray) or leaf.bits != 4:
-        raise NotImplementedError("fused kernels take 4-bit weights")
+    if not isinstance(leaf, QuantizedArray) or leaf.bits not in tiling.SHAPES:
+        raise NotImplementedError("fused kernels take packed weights of 4 bits and of 3")
     if leaf.run > 1:
         raise NotImplementedError("fused kernels take groups that span all heads")
     last = leaf.contract == "last"
@@ -59,11 +66,14 @@ def weight_of(leaf: Any) -> Weight:
     if groups * leaf.group != leaf.width:
         raise NotImplementedError("fused kernels take whole groups")
     layout = leaf.contract if leaf.layout == "plain" else leaf.layout
-    return Weight(layout, math.prod(leaf.scale.shape[:-1]) if last else leaf.scale.shape[-1], groups, leaf.group)
+    features = math.prod(leaf.scale.shape[:-1]) if last else leaf.scale.shape[-1]
+    return Weight(layout, features, groups, leaf.group, leaf.bits)
 
 
-def operands_of(leaf: QuantizedArray, bias: Array | None = None) -> Operands:
+def operands_of(leaf: QuantizedArray | MixedArray, bias: Array | None = None) -> Operands:
     """Data, scale and, if there is one, bias of a packed leaf, as the kernels want them."""
+    if isinstance(leaf, MixedArray):
+        return operands_of(leaf.whole) + operands_of(leaf.rest, bias)
     data = leaf.data
     if leaf.layout == "plain" and leaf.contract == "last":
         data = data.reshape(-1, data.shape[-1])
@@ -75,11 +85,20 @@ def _read(
     config: ModelConfig, leaves: Leaves, stream: Stream, names: dict[str, str | None], coming: Ahead
 ) -> tuple[dict[str, Float[Array, "b rows"]], Stream]:
     """Products of the normed stream with several leaves, in one launch; names: leaf -> its bias, if it has one."""
-    jobs = [Job((weight_of(leaves[name]),), bias in leaves) for name, bias in names.items()]
+    jobs = [job_of([leaves[name]], biased=bias in leaves) for name, bias in names.items()]
     operands = [[operands_of(leaves[name], leaves.get(bias) if bias else None)] for name, bias in names.items()]
     stream = prepared(stream, leaves["norm"])
     found, stream = fused.read(stream, jobs, operands, eps=config.norm_eps, coming=coming)
     return dict(zip(names, found, strict=True)), stream
+
+
+def job_of(leaves: Sequence[Any], **options: Any) -> Job:
+    """A product with a leaf, or with two that go row next to row."""
+    every = [weights_of(leaf) for leaf in leaves]
+    if len(set(every)) > 1:
+        raise NotImplementedError("what goes row next to row is of one size, and of as many bits in each row")
+    weights, *rest = zip(*every, strict=True)
+    return Job(weights, rest=rest[0] if rest else (), **options)
 
 
 def prepared(stream: Stream, norm: Float[Array, " h"]) -> Stream:
@@ -91,12 +110,12 @@ def _write(leaves: Leaves, name: str, hidden: Array, stream: Stream, norm: Float
     """Back to the stream."""
     leaf = leaves[name]
     operands = operands_of(leaf, leaves.get(f"{name}_bias"))
-    return fused.write(hidden, weight_of(leaf), operands, stream, norm, coming=coming)
+    return fused.write(hidden, weights_of(leaf), operands, stream, norm, coming=coming)
 
 
 def _blocked(leaf: Any, batch: int) -> bool:
     """Whether what a leaf reads should be laid out in blocks."""
-    return batch > 1 and weight_of(leaf).group == tiling.GROUP
+    return batch > 1 and weights_of(leaf)[0].group == tiling.GROUP
 
 
 def mlp(
@@ -104,9 +123,8 @@ def mlp(
 ) -> tuple[Stream, None, Step]:
     """Gate and up with their activation, then down: two launches."""
     names = ("gate", "up") if "gate" in leaves else ("up",)
-    weights = tuple(weight_of(leaves[name]) for name in names)
-    biased = f"{names[0]}_bias" in leaves
-    job = Job(weights, biased, config.activation, _blocked(leaves["down"], stream.x.shape[0]))
+    options = dict(biased=f"{names[0]}_bias" in leaves, blocked=_blocked(leaves["down"], stream.x.shape[0]))
+    job = job_of([leaves[name] for name in names], activation=config.activation, **options)
     operands = [operands_of(leaves[name], leaves.get(f"{name}_bias")) for name in names]
     stream, coming = prepared(stream, leaves["norm"]), step.coming
     [hidden], stream = fused.read(stream, [job], [operands], eps=config.norm_eps, coming=coming[0])
@@ -166,9 +184,9 @@ KINDS: dict[str, Callable[..., tuple[Stream, Any, Step]]] = {"attention": attent
 
 
 def head(config: ModelConfig, table: Any, norm: Float[Array, " h"] | None, stream: Stream) -> Float[Array, "b vocab"]:
-    """Logits of the stream under `norm`, or as it is. Raises NotImplementedError for a table that is not of 4 bits."""
+    """Logits of the stream under `norm`, or as it is. Raises NotImplementedError for a table that is not packed."""
     stream = stream if norm is None else prepared(stream, norm)
-    [out], _ = fused.read(stream, [Job((weight_of(table),))], [[operands_of(table)]], eps=config.norm_eps)
+    [out], _ = fused.read(stream, [job_of([table])], [[operands_of(table)]], eps=config.norm_eps)
     return out
 
 
@@ -199,13 +217,17 @@ def coming(
     for i, kind in places:
         leaves = params["layers"][i][kind]
         for number, names in enumerate(LAUNCHES[kind]):
-            launches.append([_stored(leaves[name]) for name in names if name in leaves])
+            launches.append([part for name in names if name in leaves for part in _stored(leaves[name])])
             last = number == len(LAUNCHES[kind]) - 1
             budgets.append(WRITE if last else READ if number == 0 else INNER)
-    plans = iter(ahead.plan([*launches, [_stored(head)]], budgets))
+    plans = iter(ahead.plan([*launches, _stored(head)], budgets))
     return {(i, kind): [next(plans) for _ in LAUNCHES[kind]] for i, kind in places}
 
 
-def _stored(leaf: Any) -> Array:
+def _stored(leaf: Any) -> list[Array]:
     """The bytes of a leaf that count."""
-    return leaf.data if isinstance(leaf, QuantizedArray) else leaf
+    if isinstance(leaf, MixedArray):
+        return _stored(leaf.whole) + _stored(leaf.rest)
+    if isinstance(leaf, NestedArray):
+        return [leaf.leading]
+    return [leaf.data if isinstance(leaf, QuantizedArray) else leaf]
