@@ -117,9 +117,10 @@ def test_every_launch_of_a_model_has_its_share(family: str, monkeypatch: pytest.
         assert len(found[i, kind]) == len(fused.LAUNCHES[kind])
         for names in fused.LAUNCHES[kind]:
             leaves = params["layers"][i][kind]
-            when |= {id(fused._stored(leaves[name])): number for name in names if name in leaves}
+            parts = [part for name in names if name in leaves for part in fused._stored(leaves[name])]
+            when |= {id(part): number for part in parts}
             number += 1
-    when[id(fused._stored(head))] = number
+    when |= {id(part): number for part in fused._stored(head)}
     pulled = [each for place in places for each in found[place]]
     for launch, each in enumerate(pulled):
         assert all(when[id(array)] > launch for array in each.arrays)

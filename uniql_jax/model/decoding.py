@@ -154,10 +154,11 @@ def decode(model: CausalLM, token: Int[Array, " b"], cache: Cache) -> tuple[Floa
     """
     if model.split is not None:
         return _spread(decode, model, token, cache)
-    if any(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in jax.tree.leaves(model.params)):
-        dispatch.note(jax.default_backend())
-    if fused.wanted() and not model.is_part:
-        return _decode_fused(model, token, cache)
+    if not model.is_part:
+        if any(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in jax.tree.leaves(model.params)):
+            dispatch.note(jax.default_backend())
+        if fused.wanted():
+            return _decode_fused(model, token, cache)
     x, cache = _extend(model, token[:, None], cache)
     return logits(model, x[:, 0]), cache
 
