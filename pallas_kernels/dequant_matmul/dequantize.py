@@ -19,6 +19,7 @@ from uniql_jax.pallas_kernels import compat
 from uniql_jax.pallas_kernels.compat import pl
 from uniql_jax.pallas_kernels.dequant_matmul import tiling
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
+from uniql_jax.pallas_kernels.dequant_matmul.warp import stacked
 from uniql_jax.pallas_kernels.packing import SHIFTS
 
 
@@ -30,31 +31,43 @@ class Settings:
     warps: int = 4
 
 
-def _kernel(data_ref: Any, scale_ref: Any, out_ref: Any, *, weight: Weight, settings: Settings) -> None:
-    """refs: data (tiles by row), scale, out bf16 [features, K]."""
-    tile = pl.program_id(0)
+def _unpacked(
+    data_ref: Any, weight: Weight, tile: Array, group: Array, row: Array, lane: Array
+) -> list[Float[Array, "threads 4"]]:
+    """The eight weights of four words of a row and group, q - 8 in bf16; data_ref: tiles by row."""
     # As in mma.py a thread loads four words in one piece: numbers lane, 4 + lane, 8 + lane, 12 + lane of a row's group.
-    thread, element = jnp.arange(64 * settings.groups), jnp.arange(4)
+    major = (tile, group[:, None]) if weight.layout == "rows" else (group[:, None], tile)
+    packed = data_ref[(*major, row[:, None], 4 * lane[:, None] + jnp.arange(4)[None, :])]
+    # bf16 has eight bits of mantissa: 128 + q is an `or` with the exponent of 128.
+    raw = [(((packed >> shift) & 0xF) | 0x4300).astype(jnp.int16) for shift in SHIFTS]
+    return [jax.lax.bitcast_convert_type(each, jnp.bfloat16) - jnp.bfloat16(136) for each in raw]
+
+
+def _kernel(
+    data_ref: Any,
+    scale_ref: Any,
+    out_ref: Any,
+    *,
+    weight: Weight,
+    settings: Settings,
+    unpacked: Callable[..., list[Array]],
+) -> None:
+    """refs: data, scale, out bf16 [features, K]."""
+    tile, thread = pl.program_id(0), jnp.arange(64 * settings.groups)
     group = pl.program_id(1) * settings.groups + thread // 64
     row, lane = thread % 64 // 4, thread % 4
     n = tiling.ROWS * tile + row
     inside = (n < weight.features) & (group < weight.groups)
     n_read, group_read = jnp.minimum(n, weight.features - 1), jnp.minimum(group, weight.groups - 1)
-    major = (tile, group_read[:, None]) if weight.layout == "rows" else (group_read[:, None], tile)
-    packed = data_ref[(*major, row[:, None], 4 * lane[:, None] + element[None, :])]
-    scale = scale_ref[(n_read, group_read) if weight.layout == "rows" else (group_read, n_read)][:, None]
-    planes = []
-    for shift in SHIFTS:
-        # bf16 has eight bits of mantissa: 128 + q is an `or` with the exponent of 128.
-        raw = (((packed >> shift) & 0xF) | 0x4300).astype(jnp.int16)
-        planes.append((jax.lax.bitcast_convert_type(raw, jnp.bfloat16) - jnp.bfloat16(136)) * scale)
-    while len(planes) > 1:  # eight neighbours in one thread: [..., 2, 2, 2], the first bit outermost
-        half = len(planes) // 2
-        planes = [jnp.stack([planes[i], planes[half + i]], axis=-1) for i in range(half)]
-    first = 128 * group[:, None] + 8 * (4 * element[None, :] + lane[:, None])
+    scale = scale_ref[(n_read, group_read) if weight.layout == "rows" else (group_read, n_read)]
+    values = unpacked(data_ref, weight, tile, group_read, row, lane)
+    if values[0].ndim == 2:
+        scale = scale[:, None]
+    # Eight neighbours in one thread, in four pieces that the lanes of a row take turns with.
+    first = tiling.GROUP * group[:, None] + 8 * (4 * jnp.arange(4)[None, :] + lane[:, None])
     k = first[:, :, None] + jnp.arange(8)[None, None, :]
-    values = planes[0].reshape(k.shape)
-    compat.store(out_ref, (n[:, None, None], k), values, jnp.broadcast_to(inside[:, None, None], k.shape))
+    inside = jnp.broadcast_to(inside[:, None, None], k.shape)
+    compat.store(out_ref, (n[:, None, None], k), stacked([value * scale for value in values]).reshape(k.shape), inside)
 
 
 def supported(weight: Weight) -> None:
@@ -64,21 +77,25 @@ def supported(weight: Weight) -> None:
 
 
 def dense(
-    data: Int[Array, "..."], scale: Float[Array, "c d"], weight: Weight, settings: Settings | None = None
+    data: Int[Array, "..."],
+    scale: Float[Array, "c d"],
+    weight: Weight,
+    settings: Settings | None = None,
+    unpacked: Callable[..., list[Array]] = _unpacked,
 ) -> Float[Array, "features padded"]:
     """The weight in bf16, [features, groups * 128], each product of integer and scale rounded once.
 
-    Raises NotImplementedError for what the kernel cannot do.
+    `unpacked`: what another number of bits replaces. Raises NotImplementedError for what the kernel cannot do.
     """
     supported(weight)
     settings = settings or Settings()
     return compat.call(
-        functools.partial(_kernel, weight=weight, settings=settings),
-        name=f"dequantize_{weight.layout}",
+        functools.partial(_kernel, weight=weight, settings=settings, unpacked=unpacked),
+        name=f"dequantize_{weight.layout}" + ("" if weight.bits == 4 else f"_{weight.bits}"),
         grid=(pl.cdiv(weight.features, tiling.ROWS), pl.cdiv(weight.groups, settings.groups)),
         out_shape=jax.ShapeDtypeStruct((weight.features, weight.groups * weight.group), jnp.bfloat16),
         warps=settings.warps,
-    )(tiling.by_row(data), scale)
+    )(tiling.by_row(data) if weight.bits == 4 else data, scale)
 
 
 def product(

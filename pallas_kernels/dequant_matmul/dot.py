@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from uniql_jax.pallas_kernels import compat
 from uniql_jax.pallas_kernels.compat import pl
 from uniql_jax.pallas_kernels.dequant_matmul import tiling
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
+from uniql_jax.pallas_kernels.dequant_matmul.warp import stacked
 from uniql_jax.pallas_kernels.packing import SHIFTS
 
 WORDS = 16
@@ -67,38 +69,28 @@ def _plane(words: Int[Array, "n 16"], k: int, scale: Float[Array, "n 16"] | None
 
 def side_by_side(planes: list[Array]) -> Float[Array, "n joined"]:
     """Planes [n, 16] as one [n, 16 * len(planes)]; no number need move to another thread."""
-    bits = len(planes).bit_length() - 1
-    while len(planes) > 1:
-        half = len(planes) // 2
-        planes = [jnp.stack([planes[i], planes[half + i]], axis=-1) for i in range(half)]
-    [joined] = planes
-    return joined if not bits else joined.transpose(0, *range(2, 2 + bits), 1).reshape(joined.shape[0], -1)
+    joined = stacked(planes)
+    return joined.transpose(0, *range(2, joined.ndim), 1).reshape(joined.shape[0], -1) if joined.ndim > 2 else joined
 
 
-def _kernel(*refs: Any, weight: Weight, settings: Settings) -> None:
-    """refs: x bf16 [count, steps * 128] as `arrange` lays it out, data, scale, (waited for,) out [split, count, N]."""
-    x_ref, data_ref, scale_ref, out_ref = *refs[:3], refs[-1]
-    count = x_ref.shape[0]
+def multiply(values: Float[Array, "n k"], x: Float[Array, "k m"]) -> Float[Array, "n m"]:
+    return jax.lax.dot_general(values, x, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _adder(
+    refs: Sequence[Any], n: Int[Array, " n"], m: Int[Array, " m"], weight: Weight, settings: Settings
+) -> Callable[[Array, Array], Float[Array, "n m"]]:
+    """(group, sum) -> the sum plus a group's product, for rows n of the weight and m of x; refs: x, data, scale."""
+    x_ref, data_ref, scale_ref = refs
     words = weight.group // 8
     steps = pl.cdiv(words, WORDS)
     first = weight.layout == "first"
-    at_n, at_m = pl.program_id(0), pl.program_id(1)
-    if settings.rows_inner:
-        at_n, at_m = at_m, at_n
-    share = pl.program_id(2)
-    n = at_n * settings.tile_n + jnp.arange(settings.tile_n)
-    m = at_m * settings.tile_m + jnp.arange(settings.tile_m)
-    n_read, m_read = jnp.minimum(n, weight.features - 1), jnp.minimum(m, count - 1)
-    tile, row = n_read[:, None] // tiling.ROWS, n_read[:, None] % tiling.ROWS
-    word = jnp.arange(WORDS)
-    zeros = jnp.zeros((settings.tile_n, settings.tile_m), jnp.float32)
-    per_share = pl.cdiv(weight.groups, settings.split)
+    tile, row, word = n[:, None] // tiling.ROWS, n[:, None] % tiling.ROWS, jnp.arange(WORDS)
 
-    def one_group(index: Array, total: Array) -> Array:
-        group = share * per_share + index
-        scale = scale_ref[group, n_read] if first or weight.layout == "groups" else scale_ref[n_read, group]
+    def add(group: Array, total: Array) -> Array:
+        scale = scale_ref[group, n] if first or weight.layout == "groups" else scale_ref[n, group]
         spread = jnp.broadcast_to(scale[:, None], (settings.tile_n, WORDS)) if settings.fold else None
-        part = total if settings.fold else zeros
+        part = total if settings.fold else jnp.zeros_like(total)
         for step in range(steps):
             # Words past the group meet zeros of x; they need only lie inside the array.
             at = step * WORDS + word
@@ -107,19 +99,31 @@ def _kernel(*refs: Any, weight: Weight, settings: Settings) -> None:
                 major = (tile, group) if weight.layout == "rows" else (group, tile)
                 packed = data_ref[(*major, row, word[None, :])]
             else:
-                packed = data_ref[at[None, :], n_read[:, None]] if first else data_ref[n_read[:, None], at[None, :]]
+                packed = data_ref[at[None, :], n[:, None]] if first else data_ref[n[:, None], at[None, :]]
             for k in range(0, 8, settings.join):
                 planes = [_plane(packed, k + i, spread) for i in range(settings.join)]
                 column = (group * steps + step) * 8 * WORDS + k * WORDS + jnp.arange(settings.join * WORDS)
-                x = x_ref[m_read[None, :], column[:, None]]
-                part += jax.lax.dot_general(
-                    side_by_side(planes), x, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-                )
+                part += multiply(side_by_side(planes), x_ref[m[None, :], column[:, None]])
         return part if settings.fold else total + part * scale.astype(jnp.float32)[:, None]
 
+    return add
+
+
+def _kernel(*refs: Any, weight: Weight, settings: Settings, adder: Callable[..., Callable[..., Array]]) -> None:
+    """refs: x bf16 [count, K] as `arrange` lays it out, data, scale, (waited for,) out [split, count, N]."""
+    out_ref, count = refs[-1], refs[0].shape[0]
+    at_n, at_m, share = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    if settings.rows_inner:
+        at_n, at_m = at_m, at_n
+    n = at_n * settings.tile_n + jnp.arange(settings.tile_n)
+    m = at_m * settings.tile_m + jnp.arange(settings.tile_m)
+    n_read, m_read = jnp.minimum(n, weight.features - 1), jnp.minimum(m, count - 1)
+    add = adder(refs[:3], n_read, m_read, weight, settings)
+    zeros = jnp.zeros((settings.tile_n, settings.tile_m), jnp.float32)
+    per_share = pl.cdiv(weight.groups, settings.split)
     rounds = jnp.minimum(per_share, weight.groups - share * per_share)
     rounds = per_share if weight.groups % settings.split == 0 else rounds
-    total = jax.lax.fori_loop(0, rounds, one_group, zeros)
+    total = jax.lax.fori_loop(0, rounds, lambda index, total: add(share * per_share + index, total), zeros)
     mask = (n < weight.features)[:, None] & (m < count)[None, :]
     compat.store(out_ref, (share, m[None, :], n[:, None]), total, mask)
 
@@ -155,20 +159,23 @@ def product(
     weight: Weight,
     settings: Settings,
     after: Array | None = None,
+    arrange: Callable[..., Array] = arrange,
+    adder: Callable[..., Callable[..., Array]] = _adder,
 ) -> Float[Array, "split count features"]:
     """x [count, groups * group] bf16 times the weight: [1, count, features] bf16, or [split, ...] float32 parts.
 
-    `after`: see mma.product. Raises NotImplementedError for what the kernel cannot do.
+    `after`: see mma.product; `arrange` and `adder`: what another number of bits replaces. Raises NotImplementedError
+    for what the kernel cannot do.
     """
     supported(weight)
     dtype = jnp.float32 if settings.split > 1 else jnp.bfloat16
-    if weight.layout in tiling.CONTRACTS:
+    if weight.layout in tiling.CONTRACTS and weight.bits == 4:
         data = tiling.by_row(data)
     refs = (arrange(x, weight), data, scale) + (() if after is None else (after,))
     grid = (pl.cdiv(weight.features, settings.tile_n), pl.cdiv(x.shape[0], settings.tile_m))
     return compat.call(
-        functools.partial(_kernel, weight=weight, settings=settings),
-        name=f"dequant_dot_{weight.layout}",
+        functools.partial(_kernel, weight=weight, settings=settings, adder=adder),
+        name=f"dequant_dot_{weight.layout}" + ("" if weight.bits == 4 else f"_{weight.bits}"),
         grid=(*(grid[::-1] if settings.rows_inner else grid), settings.split),
         out_shape=jax.ShapeDtypeStruct((settings.split, x.shape[0], weight.features), dtype),
         warps=settings.warps,

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from uniql_jax.pallas_kernels import compat
 from uniql_jax.pallas_kernels.compat import pl
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import CONTRACTS, Weight
-from uniql_jax.pallas_kernels.dequant_matmul.warp import Operand, Threads, gate, multiply, pair, zero_point
+from uniql_jax.pallas_kernels.dequant_matmul.warp import Operand, Threads, gate, multiply, pair, stacked, zero_point
 
 MOST = 16
 """Rows of x: two column tiles of the mma."""
@@ -201,10 +201,7 @@ def add_up(totals: Sequence[Float[Array, "threads 4"]], along_k: int) -> tuple[F
     # Bit b of an accumulator's number is the axis b from the end; their count is made a power of two.
     bits = (len(totals) - 1).bit_length()
     level = [*totals, *[totals[0]] * (2**bits - len(totals))]
-    while len(level) > 1:
-        half = len(level) // 2
-        level = [jnp.stack([level[i], level[half + i]], axis=-1) for i in range(half)]
-    total = level[0]
+    total = stacked(level)
     if along_k > 1:
         total = total.reshape(along_k, -1, *total.shape[1:]).sum(0)
     number: Any = jnp.zeros((1, 1) + (1,) * bits, jnp.int32)

@@ -62,6 +62,17 @@ def join(low: Float[Array, "..."], high: Float[Array, "..."]) -> Int[Array, "...
     return jax.lax.shift_right_logical(bits(low), 16) | (bits(high) & jnp.int32(-65536))
 
 
+def stacked(arrays: Sequence[Array]) -> Array:
+    """As many arrays as a power of two, along new last axes of two each: the bits of their number, the highest first.
+
+    What one thread holds stays with it.
+    """
+    while len(arrays) > 1:
+        half = len(arrays) // 2
+        arrays = [jnp.stack([arrays[i], arrays[half + i]], axis=-1) for i in range(half)]
+    return arrays[0]
+
+
 Operand = tuple[Array, int]
 """A [threads, 4] tensor and the register of each thread's part of it: an element of 32 bits, or two of 16."""
 
