@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from uniql_jax.pallas_kernels import compat
 from uniql_jax.pallas_kernels.compat import pl
 from uniql_jax.pallas_kernels.dequant_matmul import mma, three_bit, warp
+from uniql_jax.pallas_kernels.dequant_matmul.fragments import load_x
 from uniql_jax.pallas_kernels.dequant_matmul.mma import Settings, Source
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 from uniql_jax.pallas_kernels.dequant_matmul.warp import Operand, Threads
@@ -130,7 +131,7 @@ def accumulate(
             unpacked = [unpack(each, mask) for each in words[u]]
             for g, group in enumerate(groups[u]):
                 # x, which the first-level cache has, is loaded here: it would hold many registers all the while.
-                xs = [mma.load_x(x_ref, weight, at, group + first, column) for column in range(columns)]
+                xs = [load_x(x_ref, weight, at, group + first, column) for column in range(columns)]
                 for slot, (r, column) in enumerate(itertools.product(range(len(sources)), range(columns))):
                     product = _product(unpacked[r], xs[column], g, zeros)
                     if repeats or (g and weight.groups % three_bit.SPAN):

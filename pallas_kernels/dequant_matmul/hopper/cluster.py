@@ -22,7 +22,7 @@ from uniql_jax.pallas_kernels.compat import pl
 from uniql_jax.pallas_kernels.dequant_matmul import tiling
 from uniql_jax.pallas_kernels.dequant_matmul.hopper import cluster_registers as registers
 from uniql_jax.pallas_kernels.dequant_matmul.hopper import common
-from uniql_jax.pallas_kernels.dequant_matmul.hopper.common import BARRIERS, BLOCK, SHARED, fitting, registers_of
+from uniql_jax.pallas_kernels.dequant_matmul.hopper.common import BARRIERS, BLOCK, SHARED, fitting
 from uniql_jax.pallas_kernels.dequant_matmul.hopper.handover import Box, Handover
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
 
@@ -150,6 +150,7 @@ def _load(x_ref: Any, data_ref: Any, shared: Shared, plan: Plan, weight: Weight,
 
 def _multiply(scale_ref: Any, out_ref: Any, shared: Shared, plan: Plan, weight: Weight, settings: Settings) -> None:
     """What a multiplying warpgroup does."""
+    plan.handover.open(shared.box)
     me = jax.lax.axis_index("warpgroup")
     along_k, tall = settings.along_k, settings.tall
     k_part, n_part = jax.lax.rem(me, along_k), jax.lax.div(me, along_k)
@@ -183,20 +184,11 @@ def _multiply(scale_ref: Any, out_ref: Any, shared: Shared, plan: Plan, weight: 
 def _kernel(*refs: Any, plan: Plan, weight: Weight, settings: Settings) -> None:
     """refs: x bf16 [count, K], data [major, minor, 256], scale, (what the call waits for,) out [count, N], Shared."""
     x_ref, data_ref, scale_ref, *_, out_ref, shared = refs
-    me = jax.lax.axis_index("warpgroup")
-    consumers = settings.along_k * settings.along_n
-    copying, multiplying = registers_of(consumers)
-
-    @pl.when(me < consumers)
-    def _multiplying() -> None:
-        plgpu.set_max_registers(multiplying, action="increase")
-        plan.handover.open(shared.box)
-        _multiply(scale_ref, out_ref, shared, plan, weight, settings)
-
-    @pl.when(me == consumers)
-    def _copying() -> None:
-        plgpu.set_max_registers(copying, action="decrease")
-        _load(x_ref, data_ref, shared, plan, weight, settings)
+    common.by_warpgroup(
+        settings.along_k * settings.along_n,
+        multiply=lambda: _multiply(scale_ref, out_ref, shared, plan, weight, settings),
+        copy=lambda: _load(x_ref, data_ref, shared, plan, weight, settings),
+    )
 
 
 # Compiled once for all weights of equal sizes, as a kernel's trace and lowering take their time.
@@ -217,10 +209,7 @@ def product(
     """
     count = x.shape[0]
     supported(weight, settings, count)
-    if count % 8:  # TMA cuts x into eights of rows
-        x = jnp.pad(x, ((0, -count % 8), (0, 0)))
     plan = plan_of(count, weight, settings)
-    consumers = settings.along_k * settings.along_n
     shared = Shared(
         x=plgpu.SMEM((settings.slots, 8 * plan.columns, tiling.GROUP), jnp.bfloat16, transforms=(registers.lines(),)),
         words=plgpu.SMEM((settings.slots, plan.rows // tiling.ROWS, 256), jnp.int32),
@@ -228,21 +217,14 @@ def product(
         slots_full=plgpu.Barrier(num_arrivals=2, num_barriers=settings.slots),
         slots_free=plgpu.Barrier(num_arrivals=settings.along_n, num_barriers=settings.slots),
     )
-    call = plgpu.kernel(
+    out = common.launch(
         functools.partial(_kernel, plan=plan, weight=weight, settings=settings),
-        out_type=jax.ShapeDtypeStruct((count, weight.features), jnp.bfloat16),
-        scratch_types=(shared,),
-        grid=(plan.clusters,),
-        grid_names=("program",),
-        num_threads=consumers + 1,
-        thread_name="warpgroup",
-        kernel_name=f"dequant_cluster_{weight.layout}",
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-        cluster=(settings.cluster,),
-        cluster_names=("rank",),
+        *(x, data, scale, after),
+        name=f"dequant_cluster_{weight.layout}",
+        out=jax.ShapeDtypeStruct((count, weight.features), jnp.bfloat16),
+        scratch=shared,
+        clusters=plan.clusters,
+        consumers=settings.along_k * settings.along_n,
+        cluster=(settings.cluster, "rank"),
     )
-    refs = (x, data.reshape(*data.shape[:2], -1), scale) + (() if after is None else (after,))
-    return jax.custom_batching.sequential_vmap(call)(*refs)[None]
+    return out[None]

@@ -1,4 +1,4 @@
-"""What the two kernels for Hopper share: what fits, how groups are dealt, scales loaded and words unpacked."""
+"""What the two kernels for Hopper share: launch, what fits, how groups are dealt, scales loaded and words unpacked."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from uniql_jax.pallas_kernels import compat
-from uniql_jax.pallas_kernels.compat import arith, ir
+from uniql_jax.pallas_kernels.compat import arith, ir, pl
 from uniql_jax.pallas_kernels.compat import mosaic_gpu as plgpu
 from uniql_jax.pallas_kernels.dequant_matmul import tiling
 from uniql_jax.pallas_kernels.dequant_matmul.hopper.ptx import (
@@ -71,6 +71,77 @@ def registers_of(consumers: int) -> tuple[int, int]:
     groups, copying = consumers + 1, 40
     all_of_them = 65536 // (128 * groups) // 8 * 8 * groups
     return copying, min(232, (all_of_them - copying) // consumers // 8 * 8)
+
+
+def by_warpgroup(consumers: int, multiply: Callable[[], None], copy: Callable[[], None]) -> None:
+    """A kernel's body: the last warpgroup of a program copies, the others multiply, with registers to suit."""
+    me = jax.lax.axis_index("warpgroup")
+    copying, multiplying = registers_of(consumers)
+
+    @pl.when(me < consumers)
+    def _multiplying() -> None:
+        plgpu.set_max_registers(multiplying, action="increase")
+        multiply()
+
+    @pl.when(me == consumers)
+    def _copying() -> None:
+        plgpu.set_max_registers(copying, action="decrease")
+        copy()
+
+
+def launch(
+    kernel: Callable[..., None],
+    x: Float[Array, "count width"],
+    data: Int[Array, "..."],
+    scale: Float[Array, "c d"],
+    after: Array | None,
+    *,
+    name: str,
+    out: jax.ShapeDtypeStruct,
+    scratch: Any,
+    clusters: int,
+    consumers: int,
+    cluster: tuple[int, str] | None,
+) -> Array:
+    """One launch of programs of `consumers` warpgroups that multiply and one that copies.
+
+    Args:
+        kernel: of refs x bf16 [count rounded up to 8, K], data int32 [major, minor, 256], scale, (after,) out, scratch.
+        x: rows.
+        data: tiles.
+        scale: of the tiles.
+        after: an array that the call waits for and does not read, or None.
+        name: of the kernel.
+        out: shape and dtype of what it writes.
+        scratch: shared memory of a program.
+        clusters: of programs, or programs.
+        consumers: warpgroups that multiply.
+        cluster: programs of a cluster, and the name of their axis; None: no clusters.
+
+    Returns:
+        What the kernel wrote.
+    """
+    if x.shape[0] % 8:  # TMA cuts x into eights of rows
+        x = jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
+    clustered: dict[str, Any] = {} if cluster is None else dict(cluster=cluster[:1], cluster_names=cluster[1:])
+    call = plgpu.kernel(
+        kernel,
+        out_type=out,
+        scratch_types=(scratch,),
+        grid=(clusters,),
+        grid_names=("program",),
+        num_threads=consumers + 1,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        **clustered,
+    )
+    refs = (x, data.reshape(*data.shape[:2], -1), scale) + (() if after is None else (after,))
+    # Under vmap, one call after another: how a batch would become part of the grid of clusters was never tried.
+    return jax.custom_batching.sequential_vmap(call)(*refs)
 
 
 def dealt(part: Array, parts: int, before: Array, groups: Array) -> tuple[Array, Array]:

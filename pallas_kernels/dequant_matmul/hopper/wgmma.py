@@ -11,7 +11,6 @@ or x is permuted alike, outside.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,64 +19,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.pallas_kernels import compat
 from uniql_jax.pallas_kernels.compat import mosaic_gpu as plgpu
 from uniql_jax.pallas_kernels.compat import pl
 from uniql_jax.pallas_kernels.dequant_matmul import tiling
 from uniql_jax.pallas_kernels.dequant_matmul.hopper import common
 from uniql_jax.pallas_kernels.dequant_matmul.hopper import wgmma_registers as registers
-from uniql_jax.pallas_kernels.dequant_matmul.hopper.common import BARRIERS, BLOCK, SHARED, fitting, registers_of
-from uniql_jax.pallas_kernels.dequant_matmul.hopper.handover import Handover
+from uniql_jax.pallas_kernels.dequant_matmul.hopper.common import BLOCK
+from uniql_jax.pallas_kernels.dequant_matmul.hopper.wgmma_plan import Plan, Settings, plan_of, supported
 from uniql_jax.pallas_kernels.dequant_matmul.hopper.wgmma_registers import CHUNK, HALF
 from uniql_jax.pallas_kernels.dequant_matmul.tiling import Weight
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How the work is cut, and how far ahead it is loaded."""
-
-    tile_m: int = 128
-    """Rows of x of a program: a multiple of 64 up to 256."""
-    tall: int = 1
-    """Blocks of 64 weight rows that each multiplying warpgroup holds; tile_m * tall is at most 256."""
-    x_slots: int = 4
-    """Slots of half a group of x."""
-    word_slots: int = 4
-    """Slots of a group of packed words."""
-    split: int = 1
-    """Programs that share a contraction; their float32 parts are added by XLA."""
-    cluster: int = 1
-    """Programs of neighbouring rows that load x together."""
-    exchange: bool = True
-    """Threads exchange what they unpack; else x is permuted outside."""
-    programs: int = 0
-    """Programs at once, each with its share of the tiles; 0 asks the device for its SMs."""
-    consumers: int = 2
-    """Warpgroups that multiply, 2 to 4; the more there are, the fewer registers each has."""
-    joined: bool = False
-    """The programs that share a contraction are a cluster and add up themselves (handover.py)."""
-    along_k: int = 1
-    """Multiplying warpgroups of a joined program that take its groups in turn; the others are next to each other."""
-
-
-class Plan(NamedTuple):
-    """What a launch is cut into."""
-
-    along_m: int
-    along_n: int
-    """Tiles of x, and clusters of tiles of the weight."""
-    per_share: int
-    """Groups of a share of the contraction."""
-    clusters: int
-    """Clusters that run at once."""
-    rows: int
-    """Weight rows of a program."""
-    handover: Handover | None
-    """Of programs that are joined."""
-
-    @property
-    def tiles(self) -> int:
-        return self.along_m * self.along_n
 
 
 class Rings(NamedTuple):
@@ -172,6 +122,8 @@ def _load(x_ref: Any, data_ref: Any, rings: Rings, plan: Plan, weight: Weight, s
 
 def _multiply(scale_ref: Any, out_ref: Any, rings: Rings, plan: Plan, weight: Weight, settings: Settings) -> None:
     """What a multiplying warpgroup does."""
+    if plan.handover:
+        plan.handover.open(rings.box)
     tall, tile_m, along_k = settings.tall, settings.tile_m, settings.along_k
     me = jax.lax.axis_index("warpgroup")
     k_part, n_part = jax.lax.rem(me, along_k), jax.lax.div(me, along_k)
@@ -254,20 +206,11 @@ def _kernel(*refs: Any, plan: Plan, weight: Weight, settings: Settings) -> None:
     out: [split, count, N rounded up to 16 bytes], or [count, N] of joined programs.
     """
     x_ref, data_ref, scale_ref, *_, out_ref, rings = refs
-    me = jax.lax.axis_index("warpgroup")
-    copying, multiplying = registers_of(settings.consumers)
-
-    @pl.when(me < settings.consumers)
-    def _multiplying() -> None:
-        plgpu.set_max_registers(multiplying, action="increase")
-        if plan.handover:
-            plan.handover.open(rings.box)
-        _multiply(scale_ref, out_ref, rings, plan, weight, settings)
-
-    @pl.when(me == settings.consumers)
-    def _copying() -> None:
-        plgpu.set_max_registers(copying, action="decrease")
-        _load(x_ref, data_ref, rings, plan, weight, settings)
+    common.by_warpgroup(
+        settings.consumers,
+        multiply=lambda: _multiply(scale_ref, out_ref, rings, plan, weight, settings),
+        copy=lambda: _load(x_ref, data_ref, rings, plan, weight, settings),
+    )
 
 
 def arrange(x: Float[Array, "count width"]) -> Float[Array, "count width"]:
@@ -278,54 +221,6 @@ def arrange(x: Float[Array, "count width"]) -> Float[Array, "count width"]:
     """
     parts = x.reshape(x.shape[0], -1, 4, 2, 2, 2)  # 32 weights; t, s, late, e
     return parts.transpose(0, 1, 3, 4, 2, 5).reshape(x.shape)
-
-
-def shared_bytes(settings: Settings, itemsize: int, handover: Handover | None) -> int:
-    """Shared memory of a program, barriers aside."""
-    x = settings.x_slots * settings.tile_m * HALF * 2
-    words = settings.word_slots * settings.consumers // settings.along_k * settings.tall * BLOCK * tiling.GROUP // 2
-    if handover:
-        return x + words + handover.buffers * handover.bytes
-    return x + words + settings.consumers * 2 * CHUNK[itemsize] * BLOCK * itemsize
-
-
-def supported(weight: Weight, settings: Settings | None = None, count: int = 1) -> None:
-    """Raise NotImplementedError for what the kernel cannot do with `count` rows of x."""
-    settings = settings or Settings()
-    common.supported(weight)
-    size, rows = 4 if settings.split > 1 else 2, settings.tile_m
-    blocks = 4 * settings.tall * settings.consumers // settings.along_k
-    in_turn = settings.consumers % settings.along_k or settings.word_slots % settings.along_k
-    if settings.along_k > 1 and (not settings.joined or in_turn or settings.x_slots % (2 * settings.along_k)):
-        raise NotImplementedError(f"{settings.along_k} warpgroups that take groups in turn, in {settings}")
-    if settings.joined and (settings.split not in (2, 4, 8) or blocks % settings.split or settings.cluster > 1):
-        raise NotImplementedError(f"a cluster of {settings.split} programs that share a contraction of {settings}")
-    if rows % 64 or not 0 < rows * settings.tall <= 256:
-        raise NotImplementedError(f"a tile of {settings.tile_m} rows of x and {settings.tall} blocks of the weight")
-    if not 2 <= settings.consumers <= 4:
-        raise NotImplementedError(f"{settings.consumers} warpgroups that multiply")
-    if shared_bytes(settings, size, plan_of(count, weight, settings).handover) > SHARED - BARRIERS:
-        raise NotImplementedError(f"{settings} needs more shared memory than there is")
-
-
-def plan_of(count: int, weight: Weight, settings: Settings) -> Plan:
-    """How a launch is cut."""
-    rows = settings.consumers // settings.along_k * BLOCK * settings.tall
-    along_m, along_n = -(-count // settings.tile_m), -(-weight.features // (rows * settings.cluster))
-    programs = settings.programs or compat.cores()
-    per_share, work = -(-weight.groups // settings.split), along_m * along_n
-    if settings.joined:
-        clusters = min(max(1, fitting(programs, settings.split)), work)
-        handover = handover_of(settings, 1 if work <= clusters else 2)
-        return Plan(along_m, along_n, per_share, clusters, rows, handover)
-    clusters = min(max(1, programs // settings.cluster), work * settings.split)
-    return Plan(along_m, along_n, per_share, clusters, rows, None)
-
-
-def handover_of(settings: Settings, buffers: int) -> Handover:
-    """How joined programs add up."""
-    abreast = settings.consumers // settings.along_k
-    return Handover(settings.split, settings.along_k, abreast, settings.tall, settings.tile_m // 8, buffers)
 
 
 # Compiled once for all weights of equal sizes, as a kernel's trace and lowering take their time.
@@ -346,8 +241,6 @@ def product(
     """
     count = x.shape[0]
     supported(weight, settings, count)
-    if count % 8:  # wgmma's tiles of x, which TMA cannot cut
-        x = jnp.pad(x, ((0, -count % 8), (0, 0)))
     plan = plan_of(count, weight, settings)
     parts = 1 if settings.joined else settings.split
     dtype = jnp.dtype(jnp.float32 if parts > 1 else jnp.bfloat16)
@@ -377,28 +270,17 @@ def product(
         words_full=plgpu.Barrier(num_barriers=settings.word_slots),
         words_free=plgpu.Barrier(num_arrivals=readers, num_barriers=settings.word_slots),
     )
-    clustered: dict[str, Any] = {}
-    if settings.cluster > 1 or plan.handover:
-        size, name = (settings.split, "rank") if plan.handover else (settings.cluster, "neighbour")
-        clustered = dict(cluster=(size,), cluster_names=(name,))
-    call = plgpu.kernel(
+    cluster = (settings.split, "rank") if plan.handover else (settings.cluster, "neighbour")
+    out = common.launch(
         functools.partial(_kernel, plan=plan, weight=weight, settings=settings),
-        out_type=jax.ShapeDtypeStruct((count, features) if plan.handover else (parts, count, features), dtype),
-        scratch_types=(rings,),
-        grid=(plan.clusters,),
-        grid_names=("program",),
-        num_threads=settings.consumers + 1,
-        thread_name="warpgroup",
-        kernel_name=f"dequant_wgmma_{weight.layout}",
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-        **clustered,
+        *(x if settings.exchange else arrange(x), data, scale, after),
+        name=f"dequant_wgmma_{weight.layout}",
+        out=jax.ShapeDtypeStruct((count, features) if plan.handover else (parts, count, features), dtype),
+        scratch=rings,
+        clusters=plan.clusters,
+        consumers=settings.consumers,
+        cluster=cluster if cluster[0] > 1 else None,
     )
-    # Under vmap, one call after another: how a batch would become part of the grid of clusters was never tried.
-    refs = (x if settings.exchange else arrange(x), data.reshape(*data.shape[:2], -1), scale)
-    out = jax.custom_batching.sequential_vmap(call)(*refs, *(() if after is None else (after,)))
     if plan.handover:
         return out[None]
     return out[..., : weight.features] if features != weight.features else out
