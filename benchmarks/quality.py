@@ -26,7 +26,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import texts
 from benchmarks.stages import compress, measure
+from benchmarks.tasks import unpacked
 from uniql_jax import console, data
 from uniql_jax.compression import pipeline
 from uniql_jax.compression.settings import CHANNEL_SCORES, PRECISIONS, STATE_SCORES, CompressionSettings
@@ -36,7 +38,6 @@ from uniql_jax.model.causal_lm import CausalLM, hidden_states, logits
 from uniql_jax.plan import Plan
 from uniql_jax.runtime.loading import load, load_source
 from uniql_jax.tokenizer import load_tokenizer
-from uniql_jax.weights.quantized import dense
 
 RATES = (0.0, 0.15, 0.25, 0.35)
 PUBLISHED = dict(mlp_score="leverage", pair_score="published", value_output="published", plan="influence")
@@ -227,13 +228,7 @@ def main() -> None:
     """Parse, run every row of the tables, print as we go, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="demo")
-    parser.add_argument("--tokenizer", help="folder of tokenizer files; texts may also be .npy token windows")
-    parser.add_argument("--calib", nargs="+", default=data.default_calibration()[0])
-    parser.add_argument("--windows", type=int, default=128, help="calibration windows")
-    parser.add_argument("--length", type=int, default=512, help="tokens per calibration window")
-    parser.add_argument("--text", nargs="+", required=True, help="NAME=SPEC, to measure")
-    parser.add_argument("--eval-tokens", type=int, default=65536)
-    parser.add_argument("--eval-window", type=int, default=1024)
+    texts.add_arguments(parser, data.default_calibration()[0])
     parser.add_argument("--table", nargs="+", choices=sorted(TABLES), default=["scores", "refits", "bits"])
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
     parser.add_argument("--json", type=Path)
@@ -244,16 +239,12 @@ def main() -> None:
     source = Cached(opened)
     vocab = source.config.vocab_size
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    calibration = data.token_windows(args.calib, tokenizer, args.length, args.windows, 0, vocab_size=vocab)
-    texts = {}
-    for item in args.text:
-        name, spec = item.split("=", 1)
-        found = data.evaluation_windows([spec], tokenizer, args.eval_window, args.eval_tokens, vocab_size=vocab)
-        texts[name] = found.tokens
+    calibration, found = texts.read(args, tokenizer, vocab)
+    measured_texts = {name: each.tokens for name, each in found.items()}
     print(calibration.description, flush=True)
     original = load_source(args.ckpt, dtype=jnp.float32)
     original = CausalLM(original.config, original.params, dtype=jnp.float32)
-    base = {name: perplexity(original, None, windows, 0.0, 4) for name, windows in texts.items()}
+    base = {name: perplexity(original, None, windows, 0.0, 4) for name, windows in measured_texts.items()}
     print("original", {k: round(v, 3) for k, v in base.items()}, flush=True)
     rows = []
     work = tempfile.TemporaryDirectory()
@@ -272,14 +263,9 @@ def main() -> None:
                     made, size = compress(measured(), options, Path(folder))
                 taken = time.time() - start
                 loaded = load(made, dtype=jnp.float32)
-            params = jax.tree.map(
-                lambda leaf: dense(leaf) if hasattr(leaf, "dequantize") else leaf,
-                loaded.params,
-                is_leaf=lambda leaf: hasattr(leaf, "dequantize"),
-            )
             # Without plan and folder, which are static, all variants share one compiled function.
-            model = CausalLM(loaded.config, params, dtype=jnp.float32)
-            for text, windows in texts.items():
+            model = unpacked(loaded)
+            for text, windows in measured_texts.items():
                 values = [perplexity(model, loaded.plan, windows, rate, 4) for rate in RATES]
                 for rate, value in zip(RATES, values, strict=True):
                     rows.append(

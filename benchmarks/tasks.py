@@ -37,7 +37,8 @@ from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.plan import Plan
 from uniql_jax.runtime.loading import load, load_source
 from uniql_jax.tokenizer import load_tokenizer, source_tokenizer
-from uniql_jax.weights.quantized import dense
+from uniql_jax.weights.protocol import dense
+from uniql_jax.weights.quantized import QuantizedArray
 
 METRICS = {source.name: source.metric for source in SOURCES}
 Answers = dict[str, dict[str, np.ndarray]]
@@ -53,7 +54,7 @@ def unpacked(model: CausalLM) -> CausalLM:
     """The same weights as dense float32, without the static parts in which checkpoints differ: one program for all."""
 
     def packed(leaf: Any) -> bool:
-        return hasattr(leaf, "dequantize")
+        return isinstance(leaf, QuantizedArray)
 
     params = jax.tree.map(lambda leaf: dense(leaf) if packed(leaf) else leaf, model.params, is_leaf=packed)
     return CausalLM(model.config, params, dtype=jnp.float32)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import rounding, stages
+from benchmarks import rounding_model, stages
 from benchmarks.llamacpp import through, type_of
 from benchmarks.rounding_math import Method
 from tests import compressed
@@ -18,6 +18,7 @@ from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.convert.source import open_source
 from uniql_jax.runtime.loading import load
 from uniql_jax.weights.protocol import dense
+from uniql_jax.weights.quantized import QuantizedArray
 
 
 @pytest.mark.slow
@@ -32,8 +33,8 @@ def test_the_baseline_is_the_package(
     calibration = compressed.tokens(rng, 8, 64)
     measured = stages.measure(open_source(folder), calibration, tmp_path, 2048)
     want = load(stages.compress(measured, settings, tmp_path / "made")[0]).params
-    model = rounding.sorted_model(folder, calibration, settings, 2048)
-    [view], errors = rounding.build(model, rounding.Row("gptq"), settings)
+    model = rounding_model.sorted_model(folder, calibration, settings, 2048)
+    [view], errors = rounding_model.build(model, rounding_model.Row("gptq"), settings)
     assert set(errors) == {f"{kind}.{name}" for kind, names in LEAVES.items() for name in names}
     compared = 0
     pairs = [
@@ -58,7 +59,7 @@ LEAVES = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 
 
 def _packed(leaf: object) -> bool:
-    return hasattr(leaf, "dequantize")
+    return isinstance(leaf, QuantizedArray)
 
 
 @pytest.mark.slow
@@ -67,14 +68,14 @@ def test_two_views_of_nested_codes(
 ) -> None:
     """The 3-bit view has fewer bytes and other weights; both are fitted to their own streams."""
     settings = CompressionSettings()
-    model = rounding.sorted_model(
+    model = rounding_model.sorted_model(
         str(compressed.made(tmp_path_factory, seed).source("llama-grouped-tied")),
         compressed.tokens(rng, 4, 64),
         settings,
         2048,
     )
-    row = rounding.Row("nested", Method(share=0.5, sweeps=1))
-    four, three = rounding.build(model, dataclasses.replace(row, rotate=False), settings)[0]
+    row = rounding_model.Row("nested", Method(share=0.5, sweeps=1))
+    four, three = rounding_model.build(model, dataclasses.replace(row, rotate=False), settings)[0]
     assert three.bytes < 0.95 * four.bytes
     for name in ("gate", "down"):
         a, b, c = (

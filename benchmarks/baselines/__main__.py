@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks import texts
 from benchmarks.baselines import gptq, modegpt, ours, shortgpt, sizes, slicegpt, sparsegpt, svdllm, wanda
 from benchmarks.baselines.comparison import Comparison
 from benchmarks.baselines.dense import Calibration, Made, open_dense
@@ -133,13 +134,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = found.add_argument
     add("--ckpt", required=True, help="the model: a folder, a .gguf, demo")
-    add("--tokenizer", help="folder of tokenizer files, where texts are no .npy of token windows")
-    add("--calib", nargs="+", required=True)
-    add("--windows", type=int, default=128, help="calibration windows")
-    add("--length", type=int, default=512, help="tokens per calibration window")
-    add("--text", nargs="+", required=True, help="NAME=SPEC, to measure")
-    add("--eval-tokens", type=int, default=65536)
-    add("--eval-window", type=int, default=1024)
+    texts.add_arguments(found)
     add("--rates", default="0.15,0.25,0.35", help="prune rates, of the parameters of the layers' matrices")
     add("--suite", type=Path, help="a file of benchmarks/tasks.py prepare")
     add("--limit", type=int, help="the first items of each task alone")
@@ -161,18 +156,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = open_source(args.ckpt)
     vocab = source.config.vocab_size
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    calibration = data.token_windows(args.calib, tokenizer, args.length, args.windows, 0, vocab_size=vocab)
-    texts = {}
-    for item in args.text:
-        name, spec = item.split("=", 1)
-        found = data.evaluation_windows([spec], tokenizer, args.eval_window, args.eval_tokens, vocab_size=vocab)
-        texts[name] = found.tokens
+    calibration, found = texts.read(args, tokenizer, vocab)
+    measured = {name: each.tokens for name, each in found.items()}
     about = {
         "environment": environment(sys.argv),
         "calibration": calibration.description,
-        "tokens": {"calibration": calibration.tokens.size} | {k: v.size for k, v in texts.items()},
+        "tokens": {"calibration": calibration.tokens.size} | {k: v.size for k, v in measured.items()},
     }
-    comparison = Comparison(args, about, texts)
+    comparison = Comparison(args, about, measured)
     rates = [float(rate) for rate in args.rates.split(",")]
     batch_tokens = 4096 if jax.default_backend() == "cpu" else 16384
     recovery = None

@@ -3,7 +3,7 @@ results.
 
 With H = E[x x^T] of what the rounded model feeds a matrix, damped by 1 % of its mean diagonal, and U^T U = H^-1 upper
 triangular, columns are rounded in turn and what remains is corrected: w_j+ -= (w_j - q_j) U_j,j+ / U_jj. Groups of 128
-inputs share a scale, searched as the package does (the rounding itself is benchmarks/rounding.py's).
+inputs share a scale, searched as the package does (the rounding itself is benchmarks/rounding_model.py's).
 
 The published form leaves embedding and head at 16 bits; here they have 4 bits in every row, as the package's do, so
 that bytes compare. The stream is rotated first, as the package does, where the published form stays what it is:
@@ -22,8 +22,8 @@ from jaxtyping import Array, Float
 
 from benchmarks.baselines import sizes
 from benchmarks.baselines.dense import Calibration, Dense, Made, Streams, columns_of, forward, leaf_of
-from benchmarks.rounding import Model, Row, View, round_matrix, round_top
 from benchmarks.rounding_math import Method
+from benchmarks.rounding_model import Model, Row, View, round_matrix, round_top
 from uniql_jax import elastic
 from uniql_jax.compression.math.rotation import orthogonal
 from uniql_jax.compression.refit import advance, hidden_gram, read_gram

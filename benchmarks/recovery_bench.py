@@ -1,0 +1,240 @@
+"""What recovery.py does for a row: trains a sorted model, finishes its weights as the pass does, and measures them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from benchmarks import stages
+from benchmarks.quality import RATES
+from uniql_jax import console, elastic
+from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
+from uniql_jax.compression.contract import RecoveryData
+from uniql_jax.compression.settings import CompressionSettings
+from uniql_jax.config import ModelConfig
+from uniql_jax.model.causal_lm import embed
+from uniql_jax.model.layers.context import full_context
+from uniql_jax.plan import Plan
+from uniql_jax.train import lora, rates, recover, stack
+from uniql_jax.train.examples import Examples
+from uniql_jax.train.loop import RecoverySettings, Trainer
+from uniql_jax.train.losses import head_losses
+from uniql_jax.weights.protocol import dense
+from uniql_jax.weights.quantized import QuantizedArray
+
+Layers = Sequence[lora.Layer]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A way to recover: settings of the training that differ from the run's own (None: no training), the share of the
+    nested refit (None: no refit), the bits at which it is measured, and for 4 bits the settings of a training that
+    goes on after quantizing (None: none).
+    """
+
+    name: str
+    train: dict[str, Any] | None = None
+    refit: float | None = None
+    bits: tuple[int, ...] = (16,)
+    tune: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sorted:
+    """A sorted, unpruned model in memory, float32: a source of the pass's second half."""
+
+    name: str
+    config: ModelConfig
+    hf_config: dict[str, Any]
+    plan: Plan
+    layers: Layers
+    embeddings: dict[str, Any]
+
+    def layer(self, index: int) -> Any:
+        """One layer."""
+        return self.layers[index]
+
+    def device_layer(self, index: int) -> Any:
+        """One layer on the device."""
+        return jax.tree.map(jnp.asarray, self.layer(index))
+
+    def top(self) -> Any:
+        """Embedding, norm, head."""
+        return self.embeddings
+
+    def device_top(self) -> Any:
+        """Those on the device."""
+        return jax.tree.map(jnp.asarray, self.embeddings)
+
+    def write_side_files(self, folder: Path) -> None:
+        """Nothing: texts are tokens already."""
+
+
+def open_sorted(folder: Path) -> Sorted:
+    """A sorted checkpoint of 16 or 32 bits in memory."""
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.plan is not None
+    assert checkpoint.bits >= 16
+    wide = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float32), tree)  # noqa: E731
+    layers = [wide(checkpoint.layer(i)) for i in range(len(checkpoint.config.pattern))]
+    name, top = Path(folder).name, wide(checkpoint.top())
+    return Sorted(name, checkpoint.config, checkpoint.hf_config, checkpoint.plan, layers, top)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def window_loss(config: ModelConfig, params: Any, tokens: jax.Array, keep: Any) -> jax.Array:
+    """Mean next-token loss, nats, of float32 windows at masked sizes; `params` as `stacked` gives them."""
+    context = full_context(jnp.ones(tokens.shape, bool), padded=False)
+    x = stack.apply_runs(config, params["runs"], embed(params["top"], tokens, jnp.float32), context, keep)
+    total, (_, count) = head_losses(params["top"], config.norm_eps, x, tokens, jnp.ones(tokens.shape))
+    return total / count
+
+
+def stacked(config: ModelConfig, layers: Layers, top: dict[str, Any]) -> Any:
+    """A whole model on the device in float32, whatever its leaves are held as, layers of one kind stacked."""
+    wide = lambda leaf: np.asarray(dense(leaf)).astype(np.float32)  # noqa: E731
+    is_leaf = lambda leaf: isinstance(leaf, QuantizedArray)  # noqa: E731
+    layers = [jax.tree.map(wide, layer, is_leaf=is_leaf) for layer in layers]
+    runs = [stack.stack(layers, run) for run in stack.runs(config)]
+    return jax.tree.map(jnp.asarray, {"runs": runs, "top": jax.tree.map(wide, top, is_leaf=is_leaf)})
+
+
+class Bench:
+    """One model, its texts, and what rows share: compiled trainers, trained layers, the head's Gram matrix."""
+
+    def __init__(
+        self,
+        model: Sorted,
+        calibration: np.ndarray,
+        train_split: Examples,
+        validation: Examples,
+        texts: dict[str, np.ndarray],
+        options: RecoverySettings,
+        work: Path,
+    ):
+        self.model, self.calibration, self.train_split, self.validation = model, calibration, train_split, validation
+        self.texts, self.options, self.work = texts, options, work
+        self.trainers: dict[RecoverySettings, Trainer] = {}
+        self.trained: dict[RecoverySettings, tuple[Layers, dict[str, Any]]] = {}
+        self.forward: stages.Measured | None = None
+        self.original: dict[str, float] = {}
+
+    def options_of(self, settings: dict[str, Any]) -> RecoverySettings:
+        """The settings of a training."""
+        options = dataclasses.replace(self.options, **settings)
+        return dataclasses.replace(options, alpha=lora.alpha_of(options.rank))
+
+    def layers_of(self, row: Row) -> tuple[Layers, dict[str, Any]]:
+        """Trained layers of a row with LoRA merged, and what the training says of itself; each training runs once."""
+        if row.train is None:
+            return self.model.layers, {}
+        options = self.options_of(row.train)
+        if options not in self.trained:
+            # Which rates are drawn and validated is no part of the program: such rows share it.
+            program = dataclasses.replace(options, rates="uniform", validation_rates=self.options.validation_rates)
+            model, start = self.model, time.perf_counter()
+            if program not in self.trainers:
+                steps = options.total_steps(len(self.train_split))
+                first = next(iter(self.trainers.values()), None)
+                self.trainers[program] = (
+                    first.variant(program, steps)
+                    if first is not None
+                    else Trainer(model.config, model.layers, model.embeddings, program, steps)
+                )
+            result = recover.train(
+                model.config, model.layers, model.embeddings, model.plan, self.train_split, self.validation, options,
+                self.work / f"row-{len(self.trained)}", lambda steps: console.progress(steps, row.name),
+                self.trainers[program],
+            )  # fmt: skip
+            factors = jax.device_get(result.factors)
+            layers = [lora.merge_layer(i, layer, factors, options.alpha) for i, layer in enumerate(model.layers)]
+            self.trained[options] = layers, _provenance(options, result, start)
+        return self.trained[options]
+
+    def finished(
+        self, layers: Layers, bits: int, refit: float | None, tune: dict[str, Any] | None = None, name: str = ""
+    ) -> tuple[Any, dict[str, Any]]:
+        """Layers as the pass would store them at these bits, for `perplexities`, and what tuning says of itself."""
+        provenance: dict[str, Any] = {}
+        if bits >= 16 and refit is None:
+            stored = [_rounded(layer) for layer in layers]
+            top = _rounded({"top": self.model.embeddings})["top"]
+        else:
+            settings = CompressionSettings(bits=bits, refit=refit)
+            with tempfile.TemporaryDirectory() as work, jax.default_matmul_precision("highest"):
+                # The pass from its second half on: what its first half leaves behind is put in its place.
+                folder, measured, plan = Path(work), self.measured(), self.model.plan
+                teacher, recovered = LayerStore(folder / "sorted"), LayerStore(folder / "recovered")
+                for i, (layer, original) in enumerate(zip(layers, self.model.layers, strict=True)):
+                    teacher.save(layer_name(i), flatten(original))
+                    recovered.save(layer_name(i), flatten(layer))
+                unrounded = LayerStore(folder / "unrounded") if tune is not None else None
+                found, _ = stages.finish(measured, plan, recovered, settings, folder, unrounded)
+                if tune is not None and unrounded is not None:
+                    start, training = time.perf_counter(), self.options_of(tune)
+                    data = RecoveryData(self.train_split, self.validation, training, training)
+                    with jax.default_matmul_precision("default"):
+                        found, result = stages.tuned(
+                            measured, plan, teacher, found, unrounded, data, settings, folder,
+                            lambda items, _: console.progress(items, f"{name}, tuned"),
+                        )  # fmt: skip
+                    provenance = _provenance(training, result, start)
+                stored = [found.layer(i) for i in range(len(layers))]
+                top = found.top()
+        return stacked(self.model.config, stored, top), provenance
+
+    def measured(self) -> stages.Measured:
+        """What quantizing wants of the calibration windows; gathered once."""
+        if self.forward is None:
+            batch_tokens = 16384 if jax.default_backend() != "cpu" else 4096
+            folder = self.work / "forward"
+            self.forward = stages.measure(self.model, self.calibration, folder, batch_tokens, backward=False)
+        return self.forward
+
+    def perplexities(self, params: Any, at: Sequence[float] = RATES) -> list[dict[str, Any]]:
+        """Perplexity of every text at every rate, and over the original's."""
+        found = []
+        with jax.default_matmul_precision("highest"):
+            for text, windows in self.texts.items():
+                size = next(n for n in (8, 4, 2, 1) if len(windows) % n == 0)
+                parts = [jnp.asarray(windows[i : i + size]) for i in range(0, len(windows), size)]
+                for rate in at:
+                    keep = rates.keep_arrays(self.model.plan, rate)
+                    losses = [window_loss(self.model.config, params, part, keep) for part in parts]
+                    value = math.exp(float(np.mean(jax.device_get(losses))))
+                    base = self.original.get(text, value)
+                    found.append(dict(text=text, prune_rate=rate, perplexity=value, ratio=value / base))
+        return found
+
+
+def _provenance(options: RecoverySettings, result: recover.Result, start: float) -> dict[str, Any]:
+    return {
+        "options": dataclasses.asdict(options),
+        "trained_numbers": lora.count(result.factors),
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "validation_before": {f"{rate:g}": loss for rate, loss in result.before.items()},
+        "validation_after": {f"{rate:g}": loss for rate, loss in result.after.items()},
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def _rounded(layer: lora.Layer) -> dict[str, dict[str, Any]]:
+    """Matrices at the precision of bfloat16, as a checkpoint of 16 bits keeps them."""
+    table = {"top": elastic.TOP, **elastic.BLOCKS}
+    return {
+        kind: {n: v.astype(ml_dtypes.bfloat16) if table[kind][n].contract else v for n, v in block.items()}
+        for kind, block in layer.items()
+    }
