@@ -19,9 +19,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.decode_profile import shortened
-from uniql_jax.evaluation import timing
+from uniql_jax.evaluation.bench import Bench
 from uniql_jax.evaluation.random_model import random_model, read_config
-from uniql_jax.evaluation.timing import environment
+from uniql_jax.evaluation.timing import device_name, environment
 from uniql_jax.model.layers import fused
 from uniql_jax.pallas_kernels import ahead
 from uniql_jax.pallas_kernels.ahead import Budget
@@ -48,10 +48,10 @@ def main() -> None:
     args = parser.parse_args()
     config = shortened(read_config(args.config), args.layers)
     started, rows = time.monotonic(), []
-    print(f"{timing.device_name()}; weights are pulled ahead: {ahead.available()}", flush=True)
+    print(f"{device_name()}; weights are pulled ahead: {ahead.available()}", flush=True)
     for rate in args.rate:
         first = None
-        bench = timing.Bench(random_model(config, 4, rate), args.batch, args.context, 64, 7)
+        bench = Bench(random_model(config, 4, rate), args.batch, args.context, 64, 7)
         for text in args.budgets:
             if time.monotonic() - started > 60 * args.minutes:
                 break

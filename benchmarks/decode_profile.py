@@ -24,8 +24,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from uniql_jax.config import ModelConfig
+from uniql_jax.evaluation.bench import Bench
 from uniql_jax.evaluation.random_model import random_model, read_config
-from uniql_jax.evaluation.timing import Bench
 from uniql_jax.runtime import generation as runtime
 
 CALLS = 2

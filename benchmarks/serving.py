@@ -22,8 +22,9 @@ import numpy as np
 
 from uniql_jax import console
 from uniql_jax.config import ModelConfig
+from uniql_jax.evaluation.bench import Bench
 from uniql_jax.evaluation.random_model import random_model, read_config
-from uniql_jax.evaluation.timing import Bench, Timing, environment
+from uniql_jax.evaluation.timing import Timing, environment
 from uniql_jax.model.causal_lm import CausalLM
 
 LENGTHS = (100, 600, 1100, 1500, 3000, 5000, 9000)

@@ -31,7 +31,8 @@ import numpy as np
 
 import uniql_jax
 from uniql_jax import console, data
-from uniql_jax.checkpoint import CheckpointWriter, open_checkpoint
+from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.checkpoint_writer import CheckpointWriter
 from uniql_jax.evaluation.published import CONFIGS
 from uniql_jax.evaluation.random_model import random_model, read_config
 from uniql_jax.evaluation.timing import device_name, environment

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from uniql_jax import console, elastic
-from uniql_jax.checkpoint import CheckpointWriter, reachable_bias, stored
+from uniql_jax.checkpoint_writer import CheckpointWriter, reachable_bias, stored
 from uniql_jax.convert import tables
 from uniql_jax.convert.source import open_source
 from uniql_jax.convert.to_hf import DTYPES

@@ -17,7 +17,8 @@ from jaxtyping import Float, Int, Shaped
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
 from uniql_jax.convert.full_size import full_size
-from uniql_jax.weights.quantized import SHIFTS, QuantizedArray
+from uniql_jax.pallas_kernels.packing import SHIFTS
+from uniql_jax.weights.quantized import QuantizedArray
 from uniql_jax.weights.runs import from_runs
 
 MOST = 2.0

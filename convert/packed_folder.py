@@ -19,7 +19,8 @@ from jaxtyping import Int, Shaped
 
 from uniql_jax import console, elastic
 from uniql_jax.casting import cast
-from uniql_jax.checkpoint import Checkpoint, leaf_run, open_checkpoint
+from uniql_jax.checkpoint import Checkpoint, open_checkpoint
+from uniql_jax.checkpoint_leaves import leaf_run
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert import tables
 from uniql_jax.convert.exporting import Planned, Request, table
@@ -27,9 +28,10 @@ from uniql_jax.convert.integers import foreign, integers
 from uniql_jax.convert.leaves import top_factors
 from uniql_jax.convert.to_hf import hf_form, top_to_hf
 from uniql_jax.errors import UserError
-from uniql_jax.files import ShardWriter, copy_side_files
+from uniql_jax.files import ShardWriter
 from uniql_jax.outputs import check_output, check_space, staged_output
 from uniql_jax.plan import check_rate
+from uniql_jax.side_files import copy_side_files
 from uniql_jax.weights.protocol import dense
 from uniql_jax.weights.quantized import QuantizedArray
 

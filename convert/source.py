@@ -28,7 +28,8 @@ from uniql_jax.convert.megatron import MegatronReader
 from uniql_jax.convert.prequantized import DequantizingReader
 from uniql_jax.convert.published_checkpoint import PublishedReader
 from uniql_jax.errors import CheckpointWarning, UserError
-from uniql_jax.files import READERS, UNREADABLE, ShardReader, copy_side_files, read_json
+from uniql_jax.files import READERS, UNREADABLE, ShardReader, read_json
+from uniql_jax.side_files import copy_side_files
 
 Reader = ShardReader | GgufReader | MegatronReader | DequantizingReader | PublishedReader
 Progress = Callable[[Iterable[str], str, int], Iterable[str]]

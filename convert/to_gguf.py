@@ -31,9 +31,9 @@ from uniql_jax.convert.gguf_blocks import BLOCK, DENSE, PACKED, Layout, Widths, 
 from uniql_jax.convert.gguf_vocabulary import Vocabulary, read_vocabulary
 from uniql_jax.convert.integers import Blocks
 from uniql_jax.errors import UserError
-from uniql_jax.files import copy_side_files
 from uniql_jax.outputs import check_output, check_output_files, check_space, staged_output
 from uniql_jax.plan import check_rate
+from uniql_jax.side_files import copy_side_files
 from uniql_jax.weights.protocol import dense
 
 BYTES = {"Q4_0": 18 / 32, "Q8_0": 34 / 32, "F16": 2, "BF16": 2, "F32": 4}

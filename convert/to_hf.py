@@ -26,9 +26,10 @@ from uniql_jax.convert.exporting import Progress
 from uniql_jax.convert.full_size import full_size
 from uniql_jax.convert.leaves import pass_factors, top_factors
 from uniql_jax.errors import UserError
-from uniql_jax.files import ShardWriter, copy_side_files
+from uniql_jax.files import ShardWriter
 from uniql_jax.outputs import check_output, check_space, staged_output
 from uniql_jax.plan import check_rate
+from uniql_jax.side_files import copy_side_files
 from uniql_jax.value_bias import free_rank, value_bias
 from uniql_jax.weights.protocol import dense
 

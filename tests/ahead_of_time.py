@@ -22,4 +22,4 @@ def ahead_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
         finally:
             jaxtyping.config.update("jaxtyping_disable", False)
 
-    monkeypatch.setattr(timing, "compile_program", unchecked)
+    monkeypatch.setattr("uniql_jax.evaluation.bench.compile_program", unchecked)

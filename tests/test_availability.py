@@ -84,7 +84,7 @@ def test_without_any_it_says_so_once_and_holds_no_dense_matrix(
     if bits == 4:
         assert len([each for each in said if "inspect --kernels" in str(each.message)]) == 1
         assert any("no Pallas Triton backend" in refusal.reason for refusal in dispatch.REFUSALS)
-    dense = np.asarray(weight.dequantize(), np.float64).reshape(shape)
+    dense = np.asarray(weight.dense(), np.float64).reshape(shape)
     want = np.asarray(x, np.float64) @ (dense.T if contract == "last" else dense)
     assert relative(got, want) < 5e-3
     for whole in (shape, shape[::-1]):

@@ -22,6 +22,7 @@ from uniql_jax.commands import cli
 from uniql_jax.counting import parameter_count
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation import benchmark, benchmark_report, random_model, timing
+from uniql_jax.evaluation.bench import Bench
 from uniql_jax.evaluation.timing import Timing
 
 pytestmark = pytest.mark.usefixtures("ahead_of_time")
@@ -178,7 +179,7 @@ def test_one_model_at_a_time(small_copy: None, monkeypatch: pytest.MonkeyPatch) 
         held.append((rate if bits == 4 else None, live()))
         return real(config, bits, rate, **more)
 
-    class Stub(timing.Bench):
+    class Stub(Bench):
         def ttft(self) -> Timing:
             return Timing(1.0, 1.0, 1.0, 1)
 

@@ -14,7 +14,9 @@ import uniql_jax
 from tests import tiny
 from uniql_jax import config as model_config
 from uniql_jax import elastic
-from uniql_jax.checkpoint import CheckpointWriter, is_elastic, open_checkpoint, packed, stored
+from uniql_jax.checkpoint import is_elastic, open_checkpoint
+from uniql_jax.checkpoint_leaves import assembled
+from uniql_jax.checkpoint_writer import CheckpointWriter, stored
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader
 from uniql_jax.plan import grouping, make_plan
@@ -97,7 +99,7 @@ def test_written_is_read_by_prefix(bits: int, shard: int, tmp_path: Path, rng: n
                         )
                         np.testing.assert_array_equal(got.data, value.data)
                         np.testing.assert_array_equal(got.scale, value.scale)
-                        np.testing.assert_array_equal(got.dequantize(), value.dequantize())
+                        np.testing.assert_array_equal(got.dense(), value.dense())
                     else:
                         assert got.dtype == value.dtype
                         np.testing.assert_array_equal(got, value)
@@ -174,11 +176,11 @@ def test_a_bare_leaf_needs_its_shape_only(rng: np.random.Generator) -> None:
     leaf = elastic.BLOCKS["attention"]["o"]
     meta = {"bits": 4, "groups": dict(grouping(CONFIG)["groups"])}
     value = _packed(leaf, 4, rng)
-    again = packed(CONFIG, meta, leaf, value.data, value.scale)
-    np.testing.assert_array_equal(again.dequantize(), value.dequantize())
+    again = assembled(CONFIG, meta, leaf, {"data": value.data, "scale": value.scale})
+    np.testing.assert_array_equal(again.dense(), value.dense())
     cut = value.take_prefix(6)
-    again = packed(CONFIG, meta, leaf, cut.data, cut.scale, {"vo": 6})
-    np.testing.assert_array_equal(again.dequantize(), value.dequantize()[:6])
+    again = assembled(CONFIG, meta, leaf, {"data": cut.data, "scale": cut.scale}, {"vo": 6})
+    np.testing.assert_array_equal(again.dense(), value.dense()[:6])
 
 
 def test_nothing_is_pickled(tmp_path: Path, rng: np.random.Generator) -> None:

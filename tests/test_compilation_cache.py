@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import pytest
 
-from uniql_jax.commands import cli
+from uniql_jax.commands import compilation_cache
 
 
 @pytest.fixture
@@ -23,11 +23,11 @@ def changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 
 def test_a_gpu_has_the_users_cache(changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    cli.use_compilation_cache(None)
+    compilation_cache.use(None)
     folder = Path(changed["jax_compilation_cache_dir"])
     assert folder.is_dir()
     assert folder.is_relative_to(tmp_path / "cache")
-    assert changed["jax_compilation_cache_max_size"] == cli.COMPILED_BYTES
+    assert changed["jax_compilation_cache_max_size"] == compilation_cache.COMPILED_BYTES
 
 
 @pytest.mark.parametrize("case", ["cpu", "none", "given", "unwritable"])
@@ -39,12 +39,12 @@ def test_nothing_is_changed(
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
     if case == "unwritable":
         (tmp_path / "cache").write_text("a file")
-    cli.use_compilation_cache("none" if case == "none" else None)
+    compilation_cache.use("none" if case == "none" else None)
     assert not changed
     assert case == "unwritable" or not (tmp_path / "cache").exists()
 
 
 def test_a_folder_that_is_asked_for_is_made(changed: dict[str, Any], tmp_path: Path) -> None:
-    cli.use_compilation_cache(tmp_path / "a" / "b")
+    compilation_cache.use(tmp_path / "a" / "b")
     assert changed["jax_compilation_cache_dir"] == str(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()

@@ -162,7 +162,7 @@ def test_other_weights_go_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama", 0.0, False)
     for layer in model.params["layers"]:
         layer["mlp"] = {
-            k: v.dequantize(jnp.bfloat16) if isinstance(v, QuantizedArray) else v for k, v in layer["mlp"].items()
+            k: v.dense(jnp.bfloat16) if isinstance(v, QuantizedArray) else v for k, v in layer["mlp"].items()
         }
     want, _ = run(model, 2)
     monkeypatch.setattr(fused, "wanted", lambda: True)

@@ -130,7 +130,7 @@ def test_slicing_keeps_a_prefix_of_arrays_and_packed_weights(rng: np.random.Gene
             assert tuple(cut[kind][name].shape) == elastic.shape(config, leaf, keep)
             if name != "down":
                 np.testing.assert_array_equal(cut[kind][name], block[name][: cut[kind][name].shape[0]])
-    np.testing.assert_array_equal(cut["mlp"]["down"].dequantize(), down.dequantize()[:96])
+    np.testing.assert_array_equal(cut["mlp"]["down"].dense(), down.dense()[:96])
 
 
 @given(

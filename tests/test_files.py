@@ -21,6 +21,7 @@ from uniql_jax import files, outputs
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader, ShardWriter
 from uniql_jax.outputs import check_output, replace_output, staged_output
+from uniql_jax.side_files import copy_side_files
 
 
 def some_tensors(rng):
@@ -403,7 +404,7 @@ def test_side_files_travel_byte_for_byte(tmp_path):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(name.encode() + b"\r\n\x00\xff")
     target.mkdir()
-    files.copy_side_files(source, target)
+    copy_side_files(source, target)
     found = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
     assert found == set(wanted)
     assert all((target / name).read_bytes() == (source / name).read_bytes() for name in wanted)

@@ -12,7 +12,8 @@ import pytest
 import uniql_jax
 from tests import tiny
 from uniql_jax import elastic
-from uniql_jax.checkpoint import CheckpointWriter, open_checkpoint
+from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.checkpoint_writer import CheckpointWriter
 from uniql_jax.commands import inspect as command
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation.describe import RATES, describe_checkpoint

@@ -15,8 +15,10 @@ from uniql_jax import elastic
 from uniql_jax.model.layers import linear
 from uniql_jax.pallas_kernels import compat, dispatch, packing
 from uniql_jax.pallas_kernels.dequant_matmul import tiling
+from uniql_jax.pallas_kernels.packing import SHIFTS
 from uniql_jax.runtime import loading
-from uniql_jax.weights.quantized import SHIFTS, QuantizedArray, dense, from_codes, group_size, pack, unpack
+from uniql_jax.weights.protocol import dense
+from uniql_jax.weights.quantized import QuantizedArray, from_codes, group_size, pack, unpack
 
 
 def quantized(
@@ -45,8 +47,8 @@ def test_dequantized_is_integer_times_scale(
 ) -> None:
     packed, want = quantized(rng, shape, bits, group, contract)
     assert packed.shape == shape
-    np.testing.assert_array_equal(packed.dequantize(), want.astype(np.float32))
-    np.testing.assert_array_equal(dense(packed), packed.dequantize())
+    np.testing.assert_array_equal(packed.dense(), want.astype(np.float32))
+    np.testing.assert_array_equal(dense(packed), packed.dense())
     assert packed.nbytes == packed.data.nbytes + packed.scale.nbytes
 
 
@@ -63,11 +65,11 @@ def test_a_prefix_dequantizes_to_the_prefix(
     bits: int, shape: tuple[int, ...], group: int, contract: str, counts: tuple[int, ...], rng: np.random.Generator
 ) -> None:
     packed, _ = quantized(rng, shape, bits, group, contract)
-    whole = np.asarray(packed.dequantize())
+    whole = np.asarray(packed.dense())
     for count in counts:
         part = packed.take_prefix(count)
         assert part.shape == (count, *shape[1:])
-        np.testing.assert_array_equal(part.dequantize(), whole[:count])
+        np.testing.assert_array_equal(part.dense(), whole[:count])
         np.testing.assert_array_equal(part.data, np.asarray(packed.data)[: part.data.shape[0]])
 
 
@@ -113,7 +115,7 @@ def test_groups_of_real_hidden_sizes(width: int, group: int) -> None:
 
 def test_a_packed_weight_passes_through_jit(rng: np.random.Generator) -> None:
     packed, want = quantized(rng, (32, 24), 4, 16, "first")
-    got = jax.jit(lambda w: w.take_prefix(16).dequantize())(packed)
+    got = jax.jit(lambda w: w.take_prefix(16).dense())(packed)
     np.testing.assert_array_equal(got, want.astype(np.float32)[:16])
 
 
@@ -136,7 +138,7 @@ def test_tiles_hold_the_same_weight(
     tiled = packed.in_layout(layout)
     assert tiled.shape == packed.shape
     assert tiled.nbytes == tiled.data.nbytes + tiled.scale.nbytes
-    np.testing.assert_array_equal(tiled.dequantize(jnp.bfloat16), packed.dequantize(jnp.bfloat16))
+    np.testing.assert_array_equal(tiled.dense(jnp.bfloat16), packed.dense(jnp.bfloat16))
     np.testing.assert_array_equal(tiled.in_layout("plain").data, packed.data)
     on_host = jax.tree.map(np.asarray, packed).in_layout(layout)
     assert isinstance(on_host.data, np.ndarray)
@@ -145,11 +147,11 @@ def test_tiles_hold_the_same_weight(
     for count in counts:
         part, want = tiled.take_prefix(count), packed.take_prefix(count)
         assert part.shape == want.shape
-        np.testing.assert_array_equal(part.dequantize(), want.dequantize())
+        np.testing.assert_array_equal(part.dense(), want.dense())
         assert everything.startswith(np.asarray(part.data).tobytes())
         again = part.take_prefix(counts[0])
         np.testing.assert_array_equal(again.in_layout("plain").data, packed.take_prefix(counts[0]).data)
-        np.testing.assert_array_equal(again.dequantize(), packed.take_prefix(counts[0]).dequantize())
+        np.testing.assert_array_equal(again.dense(), packed.take_prefix(counts[0]).dense())
 
 
 def test_tiles_refuse_what_they_cannot_hold(rng: np.random.Generator) -> None:

@@ -15,7 +15,8 @@ from jax.sharding import AbstractMesh, Mesh
 from tests import compressed, published, tiny, virtual_devices
 from uniql_jax import config as model_config
 from uniql_jax import elastic
-from uniql_jax.checkpoint import open_checkpoint, packed
+from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.checkpoint_leaves import assembled
 from uniql_jax.commands import benchmark, evaluate, generate
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.config import ModelConfig
@@ -23,7 +24,8 @@ from uniql_jax.errors import UserError
 from uniql_jax.plan import axis_layout, grouping, make_plan
 from uniql_jax.runtime.loading import load, split_for
 from uniql_jax.weights.parts import part_of
-from uniql_jax.weights.quantized import QuantizedArray, dense, from_codes
+from uniql_jax.weights.protocol import dense
+from uniql_jax.weights.quantized import QuantizedArray, from_codes
 from uniql_jax.weights.split import AXIS, SPLIT, Split, split_dim, split_of
 
 RUN = """
@@ -174,7 +176,8 @@ def random_weight(
         jax.numpy.asarray(codes), jax.numpy.asarray(scale),
         bits=meta["bits"], group=group, contract=str(leaf.contract), shape=shape, run=run,
     )  # fmt: skip
-    return packed(config, meta, leaf, np.asarray(made.data), np.asarray(made.scale), keep)
+    parts = {"data": np.asarray(made.data), "scale": np.asarray(made.scale)}
+    return assembled(config, meta, leaf, parts, keep)
 
 
 def test_a_device_reads_its_own_bytes(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:

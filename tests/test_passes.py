@@ -29,7 +29,8 @@ from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.train import settings as recovery
 from uniql_jax.train.examples import from_windows
-from uniql_jax.weights.quantized import QuantizedArray, dense
+from uniql_jax.weights.protocol import dense
+from uniql_jax.weights.quantized import QuantizedArray
 
 CONFIG = published.shrink(published.LLAMA_2_7B, num_attention_heads=4, num_key_value_heads=2)
 QUICK = CompressionSettings(bits=4, rounding="nearest", scale_search=False)

@@ -26,9 +26,10 @@ from uniql_jax.convert import to_hf
 from uniql_jax.convert.source import open_source
 from uniql_jax.model.causal_lm import hidden_states, logits
 from uniql_jax.model.layers import fused
+from uniql_jax.pallas_kernels.packing import SHIFTS
 from uniql_jax.plan import PORTABLE, axis_layout, grouping, make_plan
 from uniql_jax.weights.fake_quantized import from_quantized
-from uniql_jax.weights.quantized import SHIFTS, QuantizedArray
+from uniql_jax.weights.quantized import QuantizedArray
 
 O = elastic.BLOCKS["attention"]["o"]  # noqa: E741
 COUNT, HEADS, FEATURES, GROUP, RUN = 64, 3, 40, 32, 8
@@ -72,9 +73,9 @@ def test_what_is_stored(bits: int, rng: np.random.Generator) -> None:
     weight = found.weight
     assert weight.shape == value.shape
     assert weight.scale.shape == (COUNT // GROUP * HEADS, FEATURES)
-    np.testing.assert_array_equal(np.asarray(weight.dequantize()), as_the_format_says(weight, COUNT))
+    np.testing.assert_array_equal(np.asarray(weight.dense()), as_the_format_says(weight, COUNT))
     groups = np.asarray(value).reshape(COUNT // GROUP, GROUP, HEADS, FEATURES)
-    error = np.abs(np.asarray(weight.dequantize()).reshape(groups.shape) - groups)
+    error = np.abs(np.asarray(weight.dense()).reshape(groups.shape) - groups)
     step = np.asarray(weight.scale, np.float32).reshape(COUNT // GROUP, 1, HEADS, FEATURES)
     assert (error <= 1.07 * np.abs(step)).all()  # half a step, or one at the grid's shorter end, of a bfloat16 scale
 
@@ -85,10 +86,10 @@ def test_a_prefix_commutes_with_dequantizing(count: int, rng: np.random.Generato
     weight = packed(rng)[1].weight
     small = weight.take_prefix(count)
     assert small.shape == (count, HEADS, FEATURES)
-    np.testing.assert_array_equal(np.asarray(small.dequantize()), np.asarray(weight.dequantize())[:count])
+    np.testing.assert_array_equal(np.asarray(small.dense()), np.asarray(weight.dense())[:count])
     assert small.nbytes < weight.nbytes or count == COUNT
     x = jnp.asarray(rng.standard_normal((5, count * HEADS)), jnp.float32)
-    want = np.asarray(x, np.float64) @ np.asarray(small.dequantize(), np.float64).reshape(-1, FEATURES)
+    want = np.asarray(x, np.float64) @ np.asarray(small.dense(), np.float64).reshape(-1, FEATURES)
     for held in (small, small.in_runs()):
         np.testing.assert_allclose(np.asarray(held.columns(x)), want, rtol=0, atol=1e-5 * np.abs(want).max())
     assert small.in_runs().group == RUN
@@ -103,7 +104,7 @@ def test_gptq_beats_nearest_by_its_own_measure(rng: np.random.Generator) -> None
     for rounding in ("nearest", "gptq"):
         settings = dataclasses.replace(SETTINGS, rounding=rounding)
         value, found = packed(np.random.default_rng(1), settings=settings, hessian=hessian)
-        change = np.asarray(found.weight.dequantize() - value, np.float64).reshape(-1, FEATURES)
+        change = np.asarray(found.weight.dense() - value, np.float64).reshape(-1, FEATURES)
         errors[rounding] = np.einsum("kf,kl,lf->", change, np.asarray(hessian, np.float64), change)
     assert errors["gptq"] < 0.7 * errors["nearest"]
 
@@ -111,12 +112,12 @@ def test_gptq_beats_nearest_by_its_own_measure(rng: np.random.Generator) -> None
 def test_training_begins_with_and_ends_in_the_same_groups(rng: np.random.Generator) -> None:
     _, found = packed(rng, return_unrounded=True)
     weight, trained = found.weight, from_quantized(found.weight, found.unrounded)
-    np.testing.assert_array_equal(np.asarray(trained.dense()), np.asarray(weight.dequantize()))
+    np.testing.assert_array_equal(np.asarray(trained.dense()), np.asarray(weight.dense()))
     back = trained.quantized()
     assert jax.tree.structure(back) == jax.tree.structure(weight)
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(weight), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    np.testing.assert_array_equal(np.asarray(trained.take_prefix(40).dense()), np.asarray(weight.dequantize())[:40])
+    np.testing.assert_array_equal(np.asarray(trained.take_prefix(40).dense()), np.asarray(weight.dense())[:40])
 
 
 def test_fused_kernels_leave_such_weights_to_others(rng: np.random.Generator) -> None:

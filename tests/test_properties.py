@@ -23,7 +23,8 @@ from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.convert import to_hf
 from uniql_jax.model.causal_lm import CausalLM, hidden_states, logits
 from uniql_jax.model.decoding import decode, init_cache, prefill
-from uniql_jax.weights.quantized import QuantizedArray, dense
+from uniql_jax.weights.protocol import dense
+from uniql_jax.weights.quantized import QuantizedArray
 
 DENSE, FULL = CompressionSettings(bits=32), CompressionSettings(bits=4)
 # GPTQ and scale search choose integers, which no property here depends on: one family pays for compiling them.
@@ -218,8 +219,8 @@ def test_a_prefix_on_disk_is_a_prefix_in_memory(family: str, options: Compressio
                     assert value.shape == elastic.shape(small.config, elastic.BLOCKS[kind][name], small.keep[i])
                     if isinstance(value, QuantizedArray):
                         count += 1
-                        cut = np.asarray(whole.dequantize())[: value.shape[0]]
-                        np.testing.assert_array_equal(np.asarray(value.dequantize()), cut)
+                        cut = np.asarray(whole.dense())[: value.shape[0]]
+                        np.testing.assert_array_equal(np.asarray(value.dense()), cut)
     config = full.config
     blocks = [elastic.leaves(config, kind) for kinds in config.pattern for kind in kinds]
     matrices = sum(leaf.contract is not None for block in blocks for leaf in block.values())

@@ -24,7 +24,7 @@ def inputs_gram(rng: np.random.Generator, width: int, tokens: int = 400) -> np.n
 def output_error(weight: np.ndarray, gram: np.ndarray, bits: int, group: int, **options: bool) -> float:
     codes, scale, _ = quantize(jnp.asarray(weight), jnp.asarray(gram), bits=bits, group=group, **options)
     packed = from_codes(codes, scale, bits=bits, group=group, contract="last", shape=weight.shape)
-    difference = np.asarray(packed.dequantize(), np.float64) - weight
+    difference = np.asarray(packed.dense(), np.float64) - weight
     return float(np.trace(difference @ gram @ difference.T))
 
 

@@ -27,7 +27,8 @@ from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError
 from uniql_jax.weights.fake_quantized import from_quantized
 from uniql_jax.weights.nested import NestedArray, leading_bits
-from uniql_jax.weights.quantized import QuantizedArray, dense
+from uniql_jax.weights.protocol import dense
+from uniql_jax.weights.quantized import QuantizedArray
 
 CASES = {
     "4 bits": ("qwen2", CompressionSettings(refit=0.5)),

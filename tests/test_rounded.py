@@ -61,7 +61,7 @@ def test_it_begins_with_the_integers_of_gptq(contract: str, bits: int, rng: np.r
     weight = dataclasses.replace(trained(contract, bits, rng), left=None, right=None)
     stored = weight.quantized()
     np.testing.assert_array_equal(np.asarray(weight.codes()), np.asarray(codes_of(stored)))
-    np.testing.assert_array_equal(np.asarray(weight.value()), np.asarray(stored.dequantize()))
+    np.testing.assert_array_equal(np.asarray(weight.value()), np.asarray(stored.dense()))
     moved = np.asarray(weight.unrounded, np.float32) - np.asarray(weight.codes())
     assert 0.1 < np.abs(moved).mean() < 0.4  # spread between integers, as what was rounded is
 
@@ -70,7 +70,7 @@ def test_it_begins_with_the_integers_of_gptq(contract: str, bits: int, rng: np.r
 def test_it_ends_as_what_is_stored(contract: str, bits: int, rng: np.random.Generator) -> None:
     weight = trained(contract, bits, rng)
     stored = weight.quantized()
-    np.testing.assert_array_equal(np.asarray(weight.value()), np.asarray(stored.dequantize()))
+    np.testing.assert_array_equal(np.asarray(weight.value()), np.asarray(stored.dense()))
     still = dataclasses.replace(weight, left=None, right=None)
     changed = np.asarray(weight.codes() != still.codes()).mean()
     assert changed > 0.02
@@ -82,7 +82,7 @@ def test_it_ends_as_what_is_stored(contract: str, bits: int, rng: np.random.Gene
     if contract == "first":
         x = jnp.asarray(rng.standard_normal((5, *weight.shape[:-1])), jnp.float32)
     apply = apply_rows if contract == "last" else apply_columns
-    np.testing.assert_allclose(apply(x, weight), apply(x, stored.dequantize()), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(apply(x, weight), apply(x, stored.dense()), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("contract", ["last", "first"])
@@ -113,7 +113,7 @@ def test_a_change_of_its_own_is_in_steps(contract: str, rng: np.random.Generator
     change = jnp.asarray(rng.integers(-2, 3, start.shape), jnp.float32)
     moved = dataclasses.replace(start, change=change)
     np.testing.assert_array_equal(moved.codes(), np.clip(np.asarray(start.codes()) + np.asarray(change), low, high))
-    np.testing.assert_array_equal(np.asarray(moved.value()), np.asarray(moved.quantized().dequantize()))
+    np.testing.assert_array_equal(np.asarray(moved.value()), np.asarray(moved.quantized().dense()))
     small = dataclasses.replace(start, change=0.001 * change)  # nothing is so close to the next integer
     np.testing.assert_array_equal(small.codes(), start.codes())
     cotangent = jnp.asarray(rng.standard_normal(start.shape), jnp.float32)

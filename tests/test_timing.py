@@ -17,8 +17,9 @@ from tests import published, tiny
 from tests.ahead_of_time import ahead_of_time  # noqa: F401  a fixture
 from uniql_jax import config as model_config
 from uniql_jax.evaluation import timing
+from uniql_jax.evaluation.bench import Bench
 from uniql_jax.evaluation.random_model import random_model
-from uniql_jax.evaluation.timing import Bench, Timing
+from uniql_jax.evaluation.timing import Timing
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import cache_bytes
 from uniql_jax.runtime import generation as runtime
@@ -115,7 +116,7 @@ def test_times_are_of_a_token(model: CausalLM, monkeypatch: pytest.MonkeyPatch) 
         runs.append(run)
         return seconds
 
-    monkeypatch.setattr(timing, "measure", measure)
+    monkeypatch.setattr("uniql_jax.evaluation.bench.measure", measure)
     bench = Bench(model, 1, 16, 5)
     assert bench.tpot_step() == bench.tpot_loop() == seconds.scaled(1 / 4)
     assert bench.ttft() == bench.ttlt() == seconds

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from uniql_jax import config as model_config
 from uniql_jax import elastic
-from uniql_jax.checkpoint import CheckpointWriter
+from uniql_jax.checkpoint_writer import CheckpointWriter
 from uniql_jax.evaluation.random_model import SPREAD, weight_shapes
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.plan import grouping, make_plan

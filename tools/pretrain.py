@@ -30,8 +30,8 @@ from uniql_jax.commands import cli
 from uniql_jax.config import ModelConfig
 from uniql_jax.documents import read_documents
 from uniql_jax.errors import UserError
-from uniql_jax.files import copy_side_files
 from uniql_jax.outputs import check_output, staged_output
+from uniql_jax.side_files import copy_side_files
 from uniql_jax.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "examples" / "tiny" / "configs"

@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from uniql_jax import console, elastic
-from uniql_jax.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, reachable_bias, stored
+from uniql_jax.checkpoint import Checkpoint, open_checkpoint
+from uniql_jax.checkpoint_writer import CheckpointWriter, reachable_bias, stored
 from uniql_jax.errors import UserError
 from uniql_jax.locking import hold_lock
 from uniql_jax.outputs import check_output, check_space, output_path, staged_output

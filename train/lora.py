@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from uniql_jax import elastic
-from uniql_jax.checkpoint import reachable_bias
+from uniql_jax.checkpoint_writer import reachable_bias
 from uniql_jax.config import ModelConfig
 from uniql_jax.elastic import Leaf
 from uniql_jax.errors import UserError

@@ -15,73 +15,17 @@ import numpy as np
 
 from uniql_jax import config as model_config
 from uniql_jax import elastic
-from uniql_jax.checkpoint_format import (
-    NESTED,
-    PACKED,
-    SECTION,
-    check_groups,
-    check_plan,
-    check_tensors,
-    leaf_group,
-    leaf_run,
-    parts_of,
-    read_config,
-)
-from uniql_jax.checkpoint_writer import CheckpointWriter as CheckpointWriter
-from uniql_jax.checkpoint_writer import reachable_bias as reachable_bias
-from uniql_jax.checkpoint_writer import stored as stored
+from uniql_jax.checkpoint_format import SECTION, check_groups, check_plan, check_tensors, read_config
+from uniql_jax.checkpoint_leaves import NESTED, PACKED, assembled, leaf_group, leaf_run, parts_of
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
-from uniql_jax.files import INDEX, ShardReader, read_json, side_files
+from uniql_jax.files import INDEX, ShardReader, read_json
 from uniql_jax.joint_plan import TOP, JointPlan, Kept, pieces_of
 from uniql_jax.plan import Plan
+from uniql_jax.side_files import side_files
 from uniql_jax.weights.nested import NestedArray
 from uniql_jax.weights.quantized import QuantizedArray
 from uniql_jax.weights.runs import scale_rows
-
-
-def packed(
-    config: ModelConfig,
-    meta: Mapping[str, Any],
-    leaf: elastic.Leaf,
-    data: Any,
-    scale: Any,
-    keep: Mapping[str, int] | None = None,
-) -> QuantizedArray:
-    """Put the two stored tensors of a packed leaf together again; `meta` gives bits and groups."""
-    shape = elastic.shape(config, leaf, keep)
-    last = leaf.contract == "last"
-    return QuantizedArray(
-        data,
-        scale,
-        bits=int(meta["bits"]),
-        group=leaf_group(meta, leaf),
-        contract=str(leaf.contract),
-        width=math.prod(shape[-1:] if last else shape[:-1]),
-        inner=() if last else shape[1:-1],
-        run=leaf_run(meta, leaf),
-    )
-
-
-def assembled(
-    config: ModelConfig,
-    meta: Mapping[str, Any],
-    leaf: elastic.Leaf,
-    parts: Mapping[str, Any],
-    keep: Mapping[str, int] | None = None,
-) -> QuantizedArray | NestedArray:
-    """`packed` for leaves of any parts (`checkpoint_format.parts_of`)."""
-    if "data" in parts:
-        return packed(config, meta, leaf, parts["data"], parts["scale"], keep)
-    shape, last = elastic.shape(config, leaf, keep), leaf.contract == "last"
-    return NestedArray(
-        *(parts[name] for name in NESTED),
-        group=leaf_group(meta, leaf),
-        contract=str(leaf.contract),
-        width=math.prod(shape[-1:] if last else shape[:-1]),
-        inner=() if last else shape[1:-1],
-    )
-
 
 Setting = Mapping[tuple[int, str], Kept]
 """What stays by layer and axis, as `JointPlan.kept` gives it."""

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from uniql_jax import elastic
+from uniql_jax.checkpoint_leaves import NESTED, leaf_group, leaf_run, parts_of
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.weights.runs import scale_rows
@@ -66,10 +67,9 @@ def check_section(section: Any, path: Path) -> None:
         readable = " and ".join(map(str, FORMATS))
         advice = ": upgrade uniql-jax" if type(found) is int and found > FORMATS[-1] else ""
         raise UserError(f"{path.parent} has checkpoint format {_shown(found)}; this version reads {readable}{advice}")
-    if found == 1 and section.get("runs"):
-        raise UserError(f"{path}: {SECTION}.runs is of format 2, but the format is 1")
-    if found < FORMATS[-1] and section.get("nested") is not None:
-        raise UserError(f"{path}: {SECTION}.nested is of format {FORMATS[-1]}, but the format is {found}")
+    for key, first in (("runs", 2), ("nested", 3)):
+        if found < first and section.get(key):
+            raise UserError(f"{path}: {SECTION}.{key} is of format {first}, but the format is {found}")
     # The cuts of a large plan are thousands, and `check_plan` looks at each of them anyway.
     light, plan = dict(section), section.get("plan")
     if isinstance(plan, dict) and isinstance(plan.get("order"), list):
@@ -199,25 +199,6 @@ def _check_order(plan: Mapping[str, Any], axes: list[tuple[str, ...]], refuse: A
         possible = -(-plan["sizes"][axis] // plan["units"][axis]) - 1
         if count > possible:
             refuse("order", f"cuts {axis!r} of layer {layer} {count} times, but there are {possible} cuts")
-
-
-PACKED, NESTED = ("data", "scale"), ("leading", "last", "fine", "coarse")
-"""Parts of a packed leaf, and of one of nested codes; a tensor each."""
-
-
-def parts_of(section: Mapping[str, Any]) -> tuple[str, ...]:
-    """Parts of every packed leaf of a checkpoint."""
-    return NESTED if section.get("nested") is not None else PACKED
-
-
-def leaf_group(section: Mapping[str, Any], leaf: elastic.Leaf) -> int:
-    """Quantization group of a leaf: along the hidden size, or along the elastic axis that it contracts."""
-    return int(section["groups"]["embed" if leaf.contract == "last" else leaf.dims[0]])
-
-
-def leaf_run(section: Mapping[str, Any], leaf: elastic.Leaf) -> int:
-    """Entries of the sorted axis that lie next to one another in a packed leaf (weights/runs.py)."""
-    return int((section.get("runs") or {}).get(leaf.dims[0], 1)) if leaf.contract == "first" else 1
 
 
 def expected_tensors(

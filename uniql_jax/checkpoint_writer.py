@@ -14,7 +14,8 @@ from uniql_jax import elastic
 from uniql_jax.casting import cast
 from uniql_jax.checkpoint_format import SECTION
 from uniql_jax.config import ModelConfig
-from uniql_jax.files import ShardWriter, copy_side_files
+from uniql_jax.files import ShardWriter
+from uniql_jax.side_files import copy_side_files
 from uniql_jax.value_bias import free_rank, value_bias
 from uniql_jax.weights.protocol import as_stored, dense
 

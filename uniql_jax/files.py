@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors shards read by prefix and written as a stream; the side files of a model folder."""
+"""Tensors on disk: safetensors shards read by prefix and written as a stream; JSON files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
@@ -25,21 +24,6 @@ from uniql_jax.partial import PartialFile
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SIDE_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
-"""Files next to the weights that travel with a model unchanged (`config.json` does not: it is rewritten)."""
-
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -291,17 +275,3 @@ def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: Mappin
         code = int(number[1])
         raise OSError(code, os.strerror(code), str(path)) from None
     path.chmod(mode)
-
-
-def side_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """The files of a model folder that are copied unchanged into any folder made from it, sorted."""
-    found = {path for pattern in SIDE_FILES for path in Path(folder).glob(pattern) if path.is_file()}
-    return sorted(found)
-
-
-def copy_side_files(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Copy `side_files` byte for byte, keeping their places below the folder."""
-    for path in side_files(source):
-        place = Path(target) / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, place)

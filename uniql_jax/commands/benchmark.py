@@ -7,7 +7,7 @@ import json
 import math
 
 from uniql_jax import console
-from uniql_jax.commands import cli
+from uniql_jax.commands import cli, compilation_cache
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation.published import PARTS, published
 from uniql_jax.outputs import check_output_files
@@ -84,7 +84,7 @@ def parser() -> cli.Parser:
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write everything measured, and where, here")
     output.add_argument("--overwrite", action="store_true", help="replace a --json file that exists")
-    cli.add_compilation_cache(parser)
+    compilation_cache.add_option(parser)
     return parser
 
 
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
     if args.memory_budget and args.ckpt is None:
         raise UserError("--memory-budget goes with --ckpt: name --prune-rates of a --config")
     check_output_files([args.json], args.overwrite, [args.ckpt, args.config])
-    cli.use_compilation_cache(args.compilation_cache or "none")  # compile times are measured
+    compilation_cache.use(args.compilation_cache or "none")  # compile times are measured
     from tqdm import tqdm
 
     from uniql_jax.evaluation import benchmark_report

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from uniql_jax import console
-from uniql_jax.commands import cli, serving
+from uniql_jax.commands import cli, compilation_cache, serving
 from uniql_jax.errors import UserError
 
 MAX_NEW_TOKENS = 512
@@ -228,7 +228,7 @@ def _say(chat: Chat, line: str, interactive: bool) -> None:
 def main(argv: list[str]) -> None:
     """Run the command; raises UserError."""
     args = parser().parse_args(argv)
-    cli.use_compilation_cache(args.compilation_cache)
+    compilation_cache.use(args.compilation_cache)
     from uniql_jax.runtime import hub
 
     settings = serving.sampling(args)

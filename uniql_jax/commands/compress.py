@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniql_jax import console
-from uniql_jax.commands import cli
+from uniql_jax.commands import compilation_cache
 from uniql_jax.commands.compress_options import DEFAULTS, RECOVERY, parser
 from uniql_jax.compression.settings import CompressionSettings, Resources
 from uniql_jax.errors import UserError
@@ -138,7 +138,7 @@ def _run(args: Any) -> None:
         max_host_memory=args.max_host_memory,
         max_disk=args.max_disk,
     )
-    cli.use_compilation_cache(args.compilation_cache)
+    compilation_cache.use(args.compilation_cache)
     start = time.perf_counter()
     report = compress(
         args.ckpt,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from uniql_jax.commands import cli
+from uniql_jax.commands import cli, compilation_cache
 from uniql_jax.commands.from_hf import DEQUANTIZE
 from uniql_jax.compression import settings as choices
 from uniql_jax.compression.settings import LENGTH, RECOVER_LENGTH, WINDOWS, CompressionSettings
@@ -101,7 +101,7 @@ def parser() -> cli.Parser:
             metavar="SIZE",
             help=f"of {what}: 22GiB, 500MB (default: what is free)",
         )
-    cli.add_compilation_cache(parser)
+    compilation_cache.add_option(parser)
     _add_calibration(parser)
     _add_recovery(parser)
     _add_method(parser)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from uniql_jax import console
-from uniql_jax.commands import cli, serving
+from uniql_jax.commands import cli, compilation_cache, serving
 from uniql_jax.errors import UserError
 
 MAX_NEW_TOKENS = 64
@@ -27,7 +27,7 @@ def parser() -> cli.Parser:
 def main(argv: list[str]) -> None:
     """Run the command; raises UserError."""
     args = parser().parse_args(argv)
-    cli.use_compilation_cache(args.compilation_cache)
+    compilation_cache.use(args.compilation_cache)
     import numpy as np
 
     from uniql_jax.checkpoint import open_checkpoint

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from uniql_jax.commands import cli, serving
+from uniql_jax.commands import cli, compilation_cache, serving
 from uniql_jax.errors import UserError
 
 EXAMPLES = """\
@@ -92,7 +92,7 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
     )
     add("--reserve", default="10%", metavar="SIZE", help="memory that --watch keeps free, or a share such as 10%%")
     add("--quality", metavar="FILE.json", help="what uniql evaluate --json wrote: perplexities for the page")
-    cli.add_compilation_cache(parser)
+    compilation_cache.add_option(parser)
 
 
 def read_key(path: str | None, variable: str) -> str | None:
@@ -141,7 +141,7 @@ def main(argv: list[str]) -> None:
     if not loopback and keys.api is None:
         raise UserError(f"{args.host} can be reached from elsewhere: set {API_KEY} or give --api-key-file")
     quality = read_quality(args.quality)
-    cli.use_compilation_cache(args.compilation_cache)
+    compilation_cache.use(args.compilation_cache)
     limits = Limits(
         body_bytes=args.max_body,
         body_seconds=args.body_timeout,

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from uniql_jax import console
-from uniql_jax.commands import cli
+from uniql_jax.commands import cli, compilation_cache
 
 if TYPE_CHECKING:
     from uniql_jax.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     add("--top-k", type=cli.natural_int, default=0, metavar="K", help="draw from the K likeliest tokens; 0 is off")
     add("--seed", type=cli.natural_int, default=0, metavar="N", help="for a temperature above 0")
     add_cache_bits(parser)
-    cli.add_compilation_cache(parser)
+    compilation_cache.add_option(parser)
 
 
 def add_cache_bits(parser: argparse._ActionsContainer) -> None:

@@ -25,7 +25,7 @@ from uniql_jax.model.layers.context import full_context
 from uniql_jax.model.layers.norm import rms_norm
 from uniql_jax.plan import next_cut
 from uniql_jax.weights.nested import leading_bits
-from uniql_jax.weights.quantized import dense
+from uniql_jax.weights.protocol import dense
 
 TOKENS = 4096
 """Calibration tokens that are looked at."""

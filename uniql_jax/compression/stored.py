@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from uniql_jax import elastic
-from uniql_jax.checkpoint import assembled, stored
-from uniql_jax.checkpoint_format import parts_of
+from uniql_jax.checkpoint_leaves import assembled, parts_of
+from uniql_jax.checkpoint_writer import stored
 from uniql_jax.compression.artifacts import LayerStore, layer_name, unflatten
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.config import ModelConfig

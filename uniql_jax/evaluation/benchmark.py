@@ -18,10 +18,11 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.counting import parameter_count
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation import benchmark_report
+from uniql_jax.evaluation.bench import Bench
 from uniql_jax.evaluation.benchmark_report import Variant
 from uniql_jax.evaluation.published import PARTS
 from uniql_jax.evaluation.random_model import random_model, read_config, tree_bytes, weight_shapes
-from uniql_jax.evaluation.timing import Bench, copy_bandwidth, device_bytes, memory_limit, peak_bytes
+from uniql_jax.evaluation.timing import copy_bandwidth, device_bytes, memory_limit, peak_bytes
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import cache_bytes
 from uniql_jax.plan import Plan, make_plan

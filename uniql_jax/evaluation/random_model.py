@@ -20,7 +20,7 @@ from jaxtyping import Array, Int, Shaped
 
 from uniql_jax import config as model_config
 from uniql_jax import elastic
-from uniql_jax.checkpoint import leaf_group
+from uniql_jax.checkpoint_leaves import leaf_group
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation.published import CONFIGS, published

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import psutil
 
 from uniql_jax import elastic
-from uniql_jax.checkpoint import Checkpoint, assembled, packed
+from uniql_jax.checkpoint import Checkpoint
+from uniql_jax.checkpoint_leaves import assembled
 from uniql_jax.console import format_bytes
 from uniql_jax.errors import UserError
 from uniql_jax.joint_plan import Kept
@@ -134,7 +135,8 @@ def _leaf_shape(
 
         # A byte of a bit plane becomes a word of 4-bit weights.
         data = part(parts[0][0], jnp.int32 if parts[0][0] == ".last" else None)
-        weight = packed(checkpoint.config, checkpoint.meta, leaf, data, part(parts[0][1]), keep)
+        held = {"data": data, "scale": part(parts[0][1])}
+        weight: Any = assembled(checkpoint.config, checkpoint.meta, leaf, held, keep)
         layout = preferred_layout(bits=weight.bits, group=weight.group, contract=weight.contract, dtype=dtype)
         return jax.eval_shape(lambda w: w.in_layout(layout), weight) if tiles and layout != "plain" else weight
     shape = elastic.shape(checkpoint.config, leaf, keep)

@@ -22,10 +22,11 @@ from filelock import FileLock
 from uniql_jax.checkpoint import Checkpoint, Setting
 from uniql_jax.checkpoint_format import read_config
 from uniql_jax.errors import UserError
-from uniql_jax.files import INDEX, SIDE_FILES, WEIGHTS, read_json
+from uniql_jax.files import INDEX, WEIGHTS, read_json
 from uniql_jax.outputs import check_space
 from uniql_jax.partial import PartialFile, Range, joined
 from uniql_jax.runtime.hub_errors import explained
+from uniql_jax.side_files import SIDE_FILES
 
 MARK = ".hub.json"
 """In a cached folder: which repository, commit and files it is of."""

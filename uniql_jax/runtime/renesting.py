@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from uniql_jax import elastic
-from uniql_jax.checkpoint import Checkpoint, assembled
+from uniql_jax.checkpoint import Checkpoint
+from uniql_jax.checkpoint_leaves import assembled
 from uniql_jax.joint_plan import Kept
 from uniql_jax.pallas_kernels.dequant_matmul.three_bit import BITS
 from uniql_jax.runtime.choice import Choice

@@ -20,8 +20,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from uniql_jax.pallas_kernels.dequant_matmul import three_bit, tiling
+from uniql_jax.pallas_kernels.packing import SHIFTS
 from uniql_jax.weights.planes import BYTE, PLANES, columns_product, plane_of, rows_product, values_of
-from uniql_jax.weights.quantized import SHIFTS, QuantizedArray
+from uniql_jax.weights.quantized import QuantizedArray
 
 _SPREAD = ((np.arange(256)[:, None] >> np.arange(BYTE) & 1) << np.asarray(SHIFTS)).sum(1).astype(np.uint32)
 """The bits of a byte of a plane, each where the lowest bit of its weight is in a word of 4-bit weights."""

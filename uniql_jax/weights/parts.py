@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from uniql_jax import elastic
-from uniql_jax.weights.quantized import SHIFTS, QuantizedArray
+from uniql_jax.pallas_kernels.packing import SHIFTS
+from uniql_jax.weights.quantized import QuantizedArray
 from uniql_jax.weights.split import Split, split_dim
 
 ZEROS = -0x77777778

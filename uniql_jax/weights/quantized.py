@@ -20,13 +20,10 @@ from jaxtyping import Array, Float, Int
 
 from uniql_jax.pallas_kernels.dequant_matmul import dequant_matmul, three_bit, tiling
 from uniql_jax.pallas_kernels.embedding import embed as embed_packed
-from uniql_jax.weights.protocol import dense as dense
+from uniql_jax.pallas_kernels.packing import SHIFTS, unpack_last
 from uniql_jax.weights.runs import from_runs, scale_of_runs, scale_rows, to_runs
 
 TARGET_GROUP = 128
-SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
-"""Bit offset of the k-th of a word's eight weights: pairs (2j, 2j+1) sit at 4j and 4j + 16, so that one shift and one
-mask yield a pair of 16-bit lanes."""
 
 
 def group_size(width: int, target: int = TARGET_GROUP, multiple: int = 8) -> int:
@@ -150,13 +147,9 @@ class QuantizedArray:
             return _tiled(self, layout)
         return _in_layout(self, layout)
 
-    def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
-        """The weight as a dense array of its logical shape, computed in float32 and cast to `dtype`."""
-        return _dequantize(self, jnp.dtype(dtype))
-
     def dense(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
-        """`dequantize`, by the name that every Weight has for it."""
-        return self.dequantize(dtype)
+        """The weight as a dense array of its logical shape, computed in float32 and cast to `dtype`."""
+        return _dense(self, jnp.dtype(dtype))
 
     def rows(self, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
         """weight @ x over the last dimension, the weight's leading ones flattened."""
@@ -170,16 +163,8 @@ class QuantizedArray:
         return stored._product(flat, stored.data, stored.scale, "first")
 
     def _product(self, x: Array, data: Any, scale: Any, contract: str) -> Array:
-        return dequant_matmul(
-            x,
-            data,
-            scale,
-            bits=self.bits,
-            group=self.group,
-            contract=contract,
-            width=self.width,
-            layout=self.layout,
-        )
+        options: dict[str, Any] = dict(bits=self.bits, group=self.group, width=self.width, layout=self.layout)
+        return dequant_matmul(x, data, scale, contract=contract, **options)
 
     def lookup(self, index: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b h"]:
         """Entries of the leading axis, as an embedding's are looked up; contract "last" in plain layout only."""
@@ -194,7 +179,7 @@ class QuantizedArray:
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _dequantize(weight: QuantizedArray, dtype: np.dtype) -> Float[Array, "..."]:
+def _dense(weight: QuantizedArray, dtype: np.dtype) -> Float[Array, "..."]:
     # Compiled as one: outside a jit, a dozen small programs per shape would be.
     if weight.bits == three_bit.BITS:
         dense = three_bit.dequantize(weight.data, weight.scale, weight.contract)[:, : weight.width]
@@ -266,11 +251,7 @@ def unpack(data: Int[Array, "..."], bits: int, axis: int) -> Int[Array, "..."]:
     Returns:
         Signed integers, int32.
     """
-    if bits == 8:
-        return data.astype(jnp.int32)
-    moved = jnp.moveaxis(data, axis, -1)
-    nibbles = (moved[..., None] >> jnp.asarray(SHIFTS, jnp.int32)) & 0xF
-    return jnp.moveaxis((nibbles - 8).reshape(*moved.shape[:-1], -1), -1, axis)
+    return jnp.moveaxis(unpack_last(jnp.moveaxis(data, axis, -1), bits), -1, axis).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group", "contract", "shape", "run"))

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from uniql_jax import elastic
-from uniql_jax.checkpoint import leaf_group, leaf_run, reachable_bias, stored
+from uniql_jax.checkpoint_leaves import leaf_group, leaf_run
+from uniql_jax.checkpoint_writer import reachable_bias, stored
 from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.math.reconstruct import Reconstructed, Served, reconstruct

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from uniql_jax import elastic
-from uniql_jax.checkpoint import stored
+from uniql_jax.checkpoint_writer import stored
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
 from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.contract import Progress, SortedModel
@@ -31,7 +31,8 @@ from uniql_jax.compression.streams import StreamStore
 from uniql_jax.config import ModelConfig
 from uniql_jax.plan import grouping
 from uniql_jax.weights.nested import NestedArray
-from uniql_jax.weights.quantized import QuantizedArray, dense
+from uniql_jax.weights.protocol import dense
+from uniql_jax.weights.quantized import QuantizedArray
 
 Block = Mapping[str, Any]
 LOST = "lost"

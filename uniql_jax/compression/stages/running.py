@@ -19,7 +19,7 @@ from uniql_jax.compression.streams import StreamStore
 from uniql_jax.config import ModelConfig
 from uniql_jax.model.causal_lm import embed
 from uniql_jax.weights.nested import leading_bits
-from uniql_jax.weights.quantized import dense
+from uniql_jax.weights.protocol import dense
 
 Block = Mapping[str, Any]
 FINISHED, UNPRUNED, LEADING = "finished", "unpruned", "leading"

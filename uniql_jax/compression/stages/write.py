@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from uniql_jax.checkpoint import CheckpointWriter
+from uniql_jax.checkpoint_writer import CheckpointWriter
 from uniql_jax.compression.contract import DenseModel
 from uniql_jax.compression.stored import StoredLayers
 
