@@ -75,10 +75,10 @@ def compress(
     """
     settings = settings or CompressionSettings()
     with workspace(out, resume, overwrite, source.name) as work:
-        tuned = recovery is not None and recovery.tuning is not None
+        training = () if recovery is None else tuple(filter(None, (recovery.settings, recovery.tuning)))
         check_processes(work.processes, len(tokens), recovery is not None, settings)
         shape = (-(-len(tokens) // work.processes.count), tokens.shape[1])
-        budget = lay_out(source.config, settings, resources or Resources(), shape, tuned, free_space(work.folder))
+        budget = lay_out(source.config, settings, resources or Resources(), shape, training, free_space(work.folder))
         if not work.started:
             check_space(work.folder, budget.disk)
         manifest = manifest_of(source, tokens, settings, recovery, progress)
