@@ -12,11 +12,11 @@ import jax
 
 from uniql_jax import console
 from uniql_jax.compression.estimate import disk_bytes, memory_parts, stream_bytes
-from uniql_jax.compression.settings import CompressionSettings, Resources
+from uniql_jax.compression.settings import RECOVER_LENGTH, CompressionSettings, Resources
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.train.placement import data_mesh, memory_bytes
-from uniql_jax.train.settings import RecoverySettings
+from uniql_jax.train.settings import RecoverySettings, resolved
 
 SHARE = 0.9
 """Of a device's memory that is planned for: allocators need room."""
@@ -71,6 +71,7 @@ def lay_out(
     resources: Resources,
     shape: tuple[int, ...],
     training: Sequence[RecoverySettings] = (),
+    training_length: int = RECOVER_LENGTH,
     free_disk: int | None = None,
 ) -> Budget:
     """The layout of a run with calibration windows of this shape [windows, length] that stays within its limits.
@@ -81,6 +82,7 @@ def lay_out(
         resources: its limits.
         shape: windows and tokens of each.
         training: how it recovers, and how it trains on after quantizing, if it does.
+        training_length: tokens of a training example.
         free_disk: bytes; streams are computed again rather than written where they would not fit.
 
     Raises:
@@ -88,7 +90,7 @@ def lay_out(
     """
     tokens, count = shape[0] * shape[1], len(config.pattern)
     for each in training:
-        _require_training(config, each, resources)
+        _require_training(config, resolved(each, config), training_length, resources)
     one = stream_bytes(config, settings, tokens)
     memory = _memory(config, settings, resources, shape[1], one)
     most = min(resources.max_disk or sys.maxsize, free_disk or sys.maxsize)
@@ -165,15 +167,16 @@ def _memory(config: ModelConfig, settings: CompressionSettings, resources: Resou
     return _Memory(batch, True, devices, parts, base, max(0, host - sum(base.values())))
 
 
-def _require_training(config: ModelConfig, options: RecoverySettings, resources: Resources) -> None:
-    """UserError where a limit was given and training needs more, its activations not counted."""
+def _require_training(config: ModelConfig, options: RecoverySettings, length: int, resources: Resources) -> None:
+    """UserError where a limit was given and training needs more."""
     total = device_limit()
     most = resources.max_host_memory if total is None else resources.max_device_memory
-    need = memory_bytes(config, options, data_mesh(options.batch // options.accumulate).size)
+    need = memory_bytes(config, options, length, data_mesh(options.batch // options.accumulate).size)
     if most is not None and need > most:
         raise UserError(
-            f"recovery needs about {console.format_bytes(need)} of {'host' if total is None else 'device'} memory and "
-            f"its activations, {console.format_bytes(most)} may be used: a smaller --recover-rank needs less"
+            f"recovery needs about {console.format_bytes(need)} of {'host' if total is None else 'device'} memory, "
+            f"{console.format_bytes(most)} may be used: a smaller --recover-rank, --recover-batch or --recover-length "
+            "needs less"
         )
 
 

@@ -20,8 +20,7 @@ from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.settings import PRECISIONS, SAMPLE_TOKENS, STEP_TOKENS, CompressionSettings
 from uniql_jax.compression.sorting import no_statistics
 from uniql_jax.config import ModelConfig
-from uniql_jax.counting import block_parameters, parameter_count
-from uniql_jax.pallas_kernels.ssd.reference import LONGEST_CHUNK
+from uniql_jax.counting import activation_floats, block_parameters, parameter_count
 from uniql_jax.plan import grouping
 from uniql_jax.train.settings import RecoverySettings
 from uniql_jax.train.work import state_bytes
@@ -127,22 +126,6 @@ def statistics_bytes(config: ModelConfig, kinds: tuple[str, ...], thorough: bool
         lambda layer: no_statistics(config, kinds, layer, (1, 8, config.hidden_size), thorough), layer
     )
     return sum(4 * value.size for value in jax.tree.leaves(found))
-
-
-def activation_floats(config: ModelConfig, kinds: tuple[str, ...]) -> int:
-    """Float32 numbers a token that going back through a layer holds, as the compiler reports them."""
-    count = 3 * config.hidden_size
-    for kind in kinds:
-        if kind == "attention":
-            count += 7 * config.heads * config.head_dim
-        elif kind == "mlp":
-            gated = "gate" in elastic.leaves(config, kind)
-            count += (6 if gated else 1) * config.intermediate_size
-        elif config.ssm is not None:
-            ssm = config.ssm
-            inner = ssm.heads * ssm.head_dim
-            count += 9 * inner + 11 * ssm.heads * min(ssm.chunk, LONGEST_CHUNK)
-    return count
 
 
 def stream_bytes(config: ModelConfig, settings: CompressionSettings, tokens: int) -> int:
