@@ -39,14 +39,19 @@ from benchmarks.watch import Watch
 from uniql_jax import console
 from uniql_jax.commands import cli
 from uniql_jax.compression import estimate
-from uniql_jax.compression.budget import lay_out
-from uniql_jax.compression.compress import compress
+from uniql_jax.compression.budget import device_limit, lay_out
+from uniql_jax.compression.compress import compress, load_recovery
+from uniql_jax.compression.estimate_training import training_seconds
 from uniql_jax.compression.settings import PRECISIONS, CompressionSettings, Resources
 from uniql_jax.config import from_hf
 from uniql_jax.convert import tables
+from uniql_jax.convert.source import open_source
 from uniql_jax.evaluation.published import CONFIGS
 from uniql_jax.evaluation.timing import environment
 from uniql_jax.files import ShardWriter
+from uniql_jax.outputs import free_space
+from uniql_jax.train.placement import data_mesh, memory_bytes
+from uniql_jax.train.settings import RecoverySettings, on_device
 
 
 def write_source(name: str, layers: int | None, folder: Path) -> int:
@@ -125,12 +130,15 @@ def measure(
         max_host_memory=args.max_host_memory,
         devices=args.devices,
     )
-    planned = plan(source, settings, resources, args.windows, length, work)
+    training = RecoverySettings(rank=64, batch=16, steps=args.recover, **on_device()) if args.recover else None
+    planned = plan(source, settings, resources, training, calib, work)
     with Watch(out.parent) as watch:
         timeline = Timeline()
         report = compress(
             str(source), out, calib=[str(calib)], calib_windows=args.windows, calib_length=length,
             settings=settings, resources=resources, resume=args.resume, log=args.log,
+            recover=[str(calib)] if training else [], recover_settings=training or RecoverySettings(),
+            recover_length=length,
             progress=timeline, say=lambda text: print(text, flush=True),
         )  # fmt: skip
         seconds = time.perf_counter() - timeline.start
@@ -147,16 +155,30 @@ def measure(
 
 
 def plan(
-    source: Path, settings: CompressionSettings, resources: Resources, windows: int, length: int, work: Path
+    source: Path,
+    settings: CompressionSettings,
+    resources: Resources,
+    training: RecoverySettings | None,
+    calib: Path,
+    work: Path,
 ) -> dict[str, Any]:
-    """What the plan says of a run: bytes of a device, of the host, of the disk; seconds."""
+    """What the plan says of a run: bytes of a device, of the host, of the disk; seconds, and what they follow from."""
     config = from_hf(json.loads((source / "config.json").read_text()))
-    budget = lay_out(config, settings, resources, (windows, length))
+    windows, length = np.load(calib, mmap_mode="r").shape
+    trained = () if training is None else (training,)
+    budget = lay_out(config, settings, resources, (windows, length), trained, length, free_space(work))
     needed = estimate.work(config, settings, windows * length, budget.interval)
+    pace = estimate.pace(settings, work)
+    seconds, device = estimate.seconds(needed, pace), sum(budget.device.values())
+    if training is not None:
+        data = load_recovery(open_source(str(source)), [str(calib)], training, length)
+        seconds += training_seconds(config, data)
+        if budget.device:
+            device = max(device, memory_bytes(config, data.settings, length, data_mesh(training.batch).size))
     return {
-        "seconds": round(estimate.seconds(needed, estimate.pace(settings, work)), 1),
-        "device": sum(budget.device.values()), "host": sum(budget.host.values()), "disk": budget.disk,
+        "seconds": round(seconds, 1), "device": device, "host": sum(budget.host.values()), "disk": budget.disk,
         "interval": budget.interval, "batch_tokens": budget.batch_tokens, "parked": budget.parked,
+        "pace": pace._asdict(), "device_limit": device_limit(),
     }  # fmt: skip
 
 
@@ -179,6 +201,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, nargs="+", default=[512])
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--batch-tokens", type=int)
+    parser.add_argument("--recover", type=int, metavar="STEPS", help="LoRA of rank 64, 16 examples a step, before")
     parser.add_argument("--max-device-memory", type=cli.memory_size)
     parser.add_argument("--max-host-memory", type=cli.memory_size)
     parser.add_argument("--log", type=Path, help="file that gets a line per layer")

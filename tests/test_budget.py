@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +15,17 @@ import pytest
 from uniql_jax import elastic
 from uniql_jax.compression import budget
 from uniql_jax.compression.budget import BATCHES, Budget, lay_out
-from uniql_jax.compression.estimate import activation_floats, stream_bytes
+from uniql_jax.compression.estimate import disk_bytes, stream_bytes
 from uniql_jax.compression.settings import CompressionSettings, Resources
 from uniql_jax.compression.sorting import layer_statistics, no_statistics
+from uniql_jax.counting import activation_floats
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation.random_model import read_config
+from uniql_jax.train.lora import planned
+from uniql_jax.train.settings import RecoverySettings
 
 GIB = 2**30
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 SETTINGS = CompressionSettings()
 MODELS = ("llama-3.1-8b", "qwen2.5-7b", "mamba2-8b", "nemotron-h-8b", "bamba-9b-v2", "smollm2-135m")
 
@@ -84,11 +90,43 @@ def test_more_devices_than_there_are_are_refused(total: int | None) -> None:
 
 
 def test_a_small_disk_means_that_more_is_computed_again(total: int | None) -> None:
-    usual = _laid_out("llama-3.1-8b")
+    windows = (256, 2048)  # their streams take more of the disk than the layers
+    usual = _laid_out("llama-3.1-8b", windows)
     for limits in ({"max_disk": usual.disk - 1}, {"free_disk": usual.disk - 1}):
-        found = _laid_out("llama-3.1-8b", **limits)
+        found = _laid_out("llama-3.1-8b", windows, **limits)
         assert found.interval > usual.interval
         assert found.disk < usual.disk
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("compress-*-h200.json")), ids=lambda path: path.stem)
+def test_the_disk_that_recorded_runs_took(path: Path) -> None:
+    """The plan may be above, hardly below."""
+    record = json.loads(path.read_text())
+    config = read_config(record["settings"]["config"])
+    for row in record["rows"]:
+        if "limits" in path.stem and "device_limit" not in row["planned"]:
+            continue  # its interval followed from what was free of the disk, which was not recorded
+        tokens = record["settings"]["windows"] * row["length"]
+        planned = disk_bytes(config, SETTINGS, row["planned"]["interval"], tokens)
+        assert planned == pytest.approx(row["disk_peak"], rel=0.2)
+        assert planned > 0.99 * row["disk_peak"]
+
+
+def test_what_training_keeps_is_planned(total: int | None) -> None:
+    """A state holds factors, two means and the best factors, three states at a time; merged layers are float32."""
+    config, lora = read_config("llama-3.1-8b"), RecoverySettings(rank=64, batch=8, compute="bfloat16", remat="products")
+    trained, weights = planned(config, lora.rank)
+
+    def laid(*training: RecoverySettings, **limits: int) -> Budget:
+        return lay_out(config, SETTINGS, Resources(**limits), (128, 512), training)
+
+    without, recovered, tuned = laid().disk, laid(lora).disk, laid(lora, lora).disk
+    assert recovered - without == pytest.approx(3 * 4 * 4 * trained + 4 * weights, rel=0.01)
+    assert tuned - recovered == pytest.approx(3 * 4 * 4 * trained + 2 * 8.03e9 + 4.14e9, rel=0.02)
+    limit = "max_host_memory" if total is None else "max_device_memory"
+    with pytest.raises(UserError, match="--recover-rank"):
+        laid(RecoverySettings(rank=0), **{limit: 60 * GIB})
+    laid(lora, **{limit: 60 * GIB})
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

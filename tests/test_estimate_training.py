@@ -1,4 +1,4 @@
-"""The time that the plan gives recovery, against runs that were recorded."""
+"""The time and memory that the plan gives recovery, against runs that were recorded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from tests import published
 from uniql_jax import config as model_config
 from uniql_jax.compression import estimate_training
 from uniql_jax.compression.contract import RecoveryData
+from uniql_jax.evaluation.random_model import read_config
 from uniql_jax.train.examples import from_windows
+from uniql_jax.train.placement import memory_bytes
 from uniql_jax.train.settings import RecoverySettings
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -46,6 +48,22 @@ def test_a_step_of_a_large_model(file: str, variant: str, devices: int, monkeypa
     speed = record["product_flops_a_second"]
     found = seconds("llama-3.1-8b", settings, record["length"], speed, monkeypatch) / 1000
     assert found == pytest.approx(record["variants"][variant]["median_seconds"], rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("file", "devices"), [("llama-3.1-8b-h100", 1), ("llama-3.1-8b-rank64-two-h200", 2)],
+)  # fmt: skip
+def test_the_memory_of_a_step(file: str, devices: int) -> None:
+    """Of every way that was recorded to keep activations or to compute them again."""
+    record = json.loads((RESULTS / f"train-step-{file}.json").read_text())
+    for variant, found in record["variants"].items():
+        parts, remat = variant.split()
+        settings = RecoverySettings(
+            rank=record["options"]["rank"], batch=record["batch"], accumulate=int(parts), remat=remat,
+            compute="bfloat16",
+        )  # fmt: skip
+        planned = memory_bytes(read_config("llama-3.1-8b"), settings, record["length"], devices)
+        assert planned == pytest.approx(found["program_bytes"], rel=0.2), variant
 
 
 def seconds(name: str, settings: RecoverySettings, length: int, speed: float, monkeypatch: pytest.MonkeyPatch) -> float:

@@ -115,8 +115,7 @@ def describe(
         ),
         (
             "memory",
-            f"about {console.format_bytes(memory_bytes(config, options, mesh.size))} a device for weights and "
-            "optimizer",
+            f"about {console.format_bytes(memory_bytes(config, options, length, mesh.size))} a device",
         ),
         ("output", f"{out}, {checkpoint.bits} bits; until it is whole, {work_folder(out).name}"),
     ]

@@ -14,7 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
+from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
+from uniql_jax.counting import activation_floats
 from uniql_jax.train import lora
 from uniql_jax.train.settings import RecoverySettings
 
@@ -22,13 +24,36 @@ SPREAD = 2**20
 """Arrays of so many numbers are shared out among the devices; smaller ones are on each."""
 
 
-def memory_bytes(config: ModelConfig, options: RecoverySettings, devices: int = 1) -> int:
-    """About what weights, factors and optimizer take on each of so many devices; activations come on top."""
+def memory_bytes(config: ModelConfig, options: RecoverySettings, length: int, devices: int = 1) -> int:
+    """About what a step on examples of this length takes on each of so many devices: weights, factors, optimizer, the
+    activations that its gradient keeps of every layer, and what going back through one layer takes.
+    """
+    size = jnp.dtype(options.compute).itemsize
     trained, frozen = lora.planned(config, options.rank)
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
     # factors, their gradients, two means of the optimizer for each, what came of `adapt`
     copies = 4 + bool(options.adapt)
-    return (jnp.dtype(options.compute).itemsize * (frozen + tables) + 4 * copies * trained) // devices
+    held = (size * (frozen + tables) + 4 * copies * trained) // devices
+    tokens = options.batch // options.accumulate * length // devices
+    kept = sum(_kept_bytes(config, kinds, options.remat, size) for kinds in config.pattern)
+    back = max(activation_floats(config, kinds) for kinds in {*config.pattern})
+    # A layer's weights and the tables are whole while they are computed with, and the layer's gradient with them.
+    whole = size * (2 * frozen // len(config.pattern) + tables) if devices > 1 else 0
+    return held + tokens * (kept + 4 * back) + whole
+
+
+def _kept_bytes(config: ModelConfig, kinds: tuple[str, ...], remat: str, size: int) -> int:
+    """Bytes a token that a gradient keeps of a layer (train/stack.py says what); `size`: of a number."""
+    if remat == "none":  # in good part float32, whatever the products are
+        return 4 * activation_floats(config, kinds)
+    count = config.hidden_size
+    if remat == "products":
+        for kind in kinds:
+            for leaf in elastic.leaves(config, kind).values():
+                if leaf.contract:
+                    *lead, last = elastic.shape(config, leaf)
+                    count += last if leaf.contract == "first" else math.prod(lead)
+    return size * count
 
 
 def data_mesh(rows: int) -> Mesh:

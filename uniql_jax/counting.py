@@ -1,4 +1,6 @@
-"""How many parameters a model of a config has: all of them, those of a block, and those that a prune rate counts."""
+"""What a model of a config has: parameters in all, of a block, and those that a prune rate counts; and the activations
+that going back through a layer takes.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import functools
 
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
+from uniql_jax.pallas_kernels.ssd.reference import LONGEST_CHUNK
 
 
 @functools.cache
@@ -30,3 +33,19 @@ def prunable_count(config: ModelConfig) -> int:
         for kinds in config.pattern
         for axis in elastic.layer_axes(config, kinds)
     )
+
+
+def activation_floats(config: ModelConfig, kinds: tuple[str, ...]) -> int:
+    """Float32 numbers a token that going back through a layer holds, as the compiler reports them."""
+    count = 3 * config.hidden_size
+    for kind in kinds:
+        if kind == "attention":
+            count += 7 * config.heads * config.head_dim
+        elif kind == "mlp":
+            gated = "gate" in elastic.leaves(config, kind)
+            count += (6 if gated else 1) * config.intermediate_size
+        elif config.ssm is not None:
+            ssm = config.ssm
+            inner = ssm.heads * ssm.head_dim
+            count += 9 * inner + 11 * ssm.heads * min(ssm.chunk, LONGEST_CHUNK)
+    return count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,21 +12,21 @@ import jax
 
 from uniql_jax import console
 from uniql_jax.compression.estimate import disk_bytes, memory_parts, stream_bytes
-from uniql_jax.compression.settings import CompressionSettings, Resources
+from uniql_jax.compression.settings import RECOVER_LENGTH, CompressionSettings, Resources
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
+from uniql_jax.train.placement import data_mesh, memory_bytes
+from uniql_jax.train.settings import RecoverySettings, resolved
 
 SHARE = 0.9
 """Of a device's memory that is planned for: allocators need room."""
 HOST_BASE = {"cpu": 2**30, "gpu": 5 * 2**30}
 """What Python, JAX and the compiled programs take of the host."""
-RUNNING = 5  # one more where nested codes have a second model
-"""Streams in memory in addition to those that are held: before and after a layer, of values and gradients, and one on
-its way to the disk."""
+RUNNING = 4
+"""Streams in memory in addition to those that are held: values before a layer, gradients before and after it, and one
+on its way to the disk; one more where the unpruned model runs along, and where nested codes have a second model."""
 HELD = 0.8
 """Of what is left of a device's memory, the share that holds streams: freed pieces do not always fit."""
-MOST_PARKED = 56 * 2**30
-"""JAX gives no more than 64 GiB of the memory that devices reach directly."""
 BATCHES = (8192, 4096, 2048, 1024, 512, 256, 128)
 """Tokens of a batch, the largest that fits is taken; a CPU gains nothing above CPU_BATCH."""
 CPU_BATCH = 4096
@@ -69,7 +70,8 @@ def lay_out(
     settings: CompressionSettings,
     resources: Resources,
     shape: tuple[int, ...],
-    tuned: bool = False,
+    training: Sequence[RecoverySettings] = (),
+    training_length: int = RECOVER_LENGTH,
     free_disk: int | None = None,
 ) -> Budget:
     """The layout of a run with calibration windows of this shape [windows, length] that stays within its limits.
@@ -79,13 +81,16 @@ def lay_out(
         settings: of the run.
         resources: its limits.
         shape: windows and tokens of each.
-        tuned: whether it trains on after quantizing.
+        training: how it recovers, and how it trains on after quantizing, if it does.
+        training_length: tokens of a training example.
         free_disk: bytes; streams are computed again rather than written where they would not fit.
 
     Raises:
         UserError: when no layout does, with what the smallest would take.
     """
     tokens, count = shape[0] * shape[1], len(config.pattern)
+    for each in training:
+        _require_training(config, resolved(each, config), training_length, resources)
     one = stream_bytes(config, settings, tokens)
     memory = _memory(config, settings, resources, shape[1], one)
     most = min(resources.max_disk or sys.maxsize, free_disk or sys.maxsize)
@@ -97,9 +102,9 @@ def lay_out(
     if resources.stream_interval is None:
         # Streams between two on disk are computed again together, so memory must hold them.
         interval = max(1, min(interval, room // max(1, one)))
-        while interval < count and disk_bytes(config, settings, interval, tokens, tuned) > most:
-            interval += 1
-    disk = disk_bytes(config, settings, interval, tokens, tuned)
+        rarer = range(interval, max(interval, min(count, room // max(1, one))) + 1)
+        interval = next((i for i in rarer if disk_bytes(config, settings, i, tokens, training) <= most), interval)
+    disk = disk_bytes(config, settings, interval, tokens, training)
     if resources.max_disk and disk > resources.max_disk:
         raise UserError(
             f"the pass needs {console.format_bytes(disk)} of disk, --max-disk allows "
@@ -132,7 +137,8 @@ def _memory(config: ModelConfig, settings: CompressionSettings, resources: Resou
     if resources.devices is not None and resources.devices > devices:
         raise UserError(f"--devices {resources.devices}: this machine has {devices}")
     host = min(resources.max_host_memory or available_host(), available_host())
-    streams = (RUNNING + settings.nested + bool(settings.reconstruct)) * one
+    unpruned = settings.refit is not None or settings.reconstruct > 0
+    streams = (RUNNING + settings.nested + unpruned) * one
     if total is None:
         room = host - HOST_BASE["cpu"] - streams
     else:
@@ -153,12 +159,25 @@ def _memory(config: ModelConfig, settings: CompressionSettings, resources: Resou
     base = {"programs": HOST_BASE["gpu"], "layers": parts["layers"]}
     share = streams // devices
     if HELD * (left - share) * devices >= one:
-        base["streams"] = 2 * one  # on their way to the disk
+        base["streams"] = 2 * stream_bytes(config, settings, batch)  # on their way to the disk
         _require(limited, "host", sum(base.values()), host)
         return _Memory(batch, False, devices, parts | {"streams": share}, base, int(HELD * (left - share)) * devices)
     base["streams"] = streams
     _require(limited, "host", sum(base.values()), host)
-    return _Memory(batch, True, devices, parts, base, max(0, min(host, MOST_PARKED) - sum(base.values())))
+    return _Memory(batch, True, devices, parts, base, max(0, host - sum(base.values())))
+
+
+def _require_training(config: ModelConfig, options: RecoverySettings, length: int, resources: Resources) -> None:
+    """UserError where a limit was given and training needs more."""
+    total = device_limit()
+    most = resources.max_host_memory if total is None else resources.max_device_memory
+    need = memory_bytes(config, options, length, data_mesh(options.batch // options.accumulate).size)
+    if most is not None and need > most:
+        raise UserError(
+            f"recovery needs about {console.format_bytes(need)} of {'host' if total is None else 'device'} memory, "
+            f"{console.format_bytes(most)} may be used: a smaller --recover-rank, --recover-batch or --recover-length "
+            "needs less"
+        )
 
 
 def _require(limited: bool, what: str, need: int, most: int) -> None:

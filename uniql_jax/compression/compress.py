@@ -98,15 +98,18 @@ def compress(
         say(f"{out} is whole already: nothing to resume")
         return None
     with workspace(out, resume, overwrite, ckpt, (*calib, *recover)) as work:
-        tuned = recover_tune is not None
+        training = recovery_settings(source.config, recover_settings, recover_tune) if recover else ()
+        training = tuple(filter(None, training))
         if not work.started:  # what a started run still needs is less, and unknown
-            smallest = lay_out(source.config, settings, resources, (0, 0), tuned, free_space(work.folder))
+            smallest = lay_out(
+                source.config, settings, resources, (0, 0), training, recover_length, free_space(work.folder)
+            )
             check_space(work.folder, smallest.disk)
         windows, recovery = read()
         count, length = windows.tokens.shape
         pipeline.check_processes(work.processes, count, recovery is not None, settings)
         shape = (-(-count // work.processes.count), length)
-        budget = lay_out(source.config, settings, resources, shape, tuned, free_space(work.folder))
+        budget = lay_out(source.config, settings, resources, shape, training, recover_length, free_space(work.folder))
         if not work.started:
             check_space(work.folder, budget.disk)
         say(describe(source, out, settings, budget, windows, recovery))

@@ -114,12 +114,12 @@ def _time(pass_seconds: float, config: ModelConfig, recover: RecoveryData | None
 
 def _training(recover: RecoveryData, source: Source) -> str:
     options, length = resolved(recover.settings, source.config), recover.train.tokens.shape[1]
-    memory = memory_bytes(source.config, options, data_mesh(options.batch // options.accumulate).size)
+    memory = memory_bytes(source.config, options, length, data_mesh(options.batch // options.accumulate).size)
     return (
         f"{options.planned_steps(len(recover.train))} steps of {options.batch} x {length} tokens at drawn rates, "
         f"{described(options.rank)}, learning rate {options.lr:.2g}"
         + (f", the unpruned model's predictions weighing {options.distill:.0%}" if options.distill else "")
-        + f", about {console.format_bytes(memory)} a device and the activations, "
+        + f", about {console.format_bytes(memory)} a device, "
         f"on {recover.train.description}; {len(recover.validation)} held-out examples validate"
         + (f"; {recover.tuning.steps} steps more after quantizing" if recover.tuning else "")
     )

@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,14 +20,20 @@ from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.settings import PRECISIONS, SAMPLE_TOKENS, STEP_TOKENS, CompressionSettings
 from uniql_jax.compression.sorting import no_statistics
 from uniql_jax.config import ModelConfig
-from uniql_jax.counting import block_parameters, parameter_count
-from uniql_jax.pallas_kernels.ssd.reference import LONGEST_CHUNK
+from uniql_jax.counting import activation_floats, block_parameters, parameter_count
 from uniql_jax.plan import grouping
+from uniql_jax.train.settings import RecoverySettings
+from uniql_jax.train.work import state_bytes
 
 # From recorded runs (benchmarks/results/compress-*.json): parts of a large product's speed that the stages reach, the
 # seconds that a kind of block takes to compile, and those that starting, reading and writing take.
 PRODUCTS_SHARE, SOLVES_SHARE, HOST_SHARE = 0.6, 0.5, 0.3
-GPU_PROGRAM, CPU_PROGRAM, FIXED = 25.0, 8.0, 5.0
+GPU_PROGRAM, CPU_PROGRAM, FIXED = 8.0, 8.0, 5.0
+GPU_SCANS = 7e10
+"""Activations of SSM blocks a second; a CPU's products take so much longer that they do not count."""
+KEPT = 4
+"""Streams on the disk at a time where each is dropped as soon as the next is there: before and after what was stored
+last, and as many on their way."""
 
 
 def _blocks(config: ModelConfig) -> Iterator[str]:
@@ -77,14 +83,15 @@ def memory_parts(config: ModelConfig, settings: CompressionSettings, length: int
     embedding and head.
     """
     layer = max(sum(block_parameters(config, kind) for kind in kinds) for kinds in set(config.pattern))
-    widest = max(config.hidden_size, *(output_width(config, kind) for kind in set(_blocks(config))))
-    statistics = max(statistics_bytes(config, kinds, settings.thorough) for kinds in {*config.pattern})
+    working = max(
+        (_working(config, settings, kinds, max(batch_tokens, length)) for kinds in {*config.pattern}), key=sum
+    )
     floats = max(activation_floats(config, kinds) for kinds in {*config.pattern})
     copies = 6 if settings.nested else 4
     parts = {
         "layers": 4 * copies * layer,
-        "statistics": 3 * statistics + 3 * 4 * widest**2,
-        "activations": 4 * max(batch_tokens, length) * floats,
+        "statistics": working[0],
+        "activations": working[1],
         "embedding": 4 * config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2),
     }
     if settings.reconstruct:  # places, offsets, their gradient, values; windows of each model, and the target
@@ -94,6 +101,15 @@ def memory_parts(config: ModelConfig, settings: CompressionSettings, length: int
             4 * (3 + 2 * models) * layer + windows + 4 * max(STEP_TOKENS, length) * floats * models
         )
     return parts
+
+
+def _working(
+    config: ModelConfig, settings: CompressionSettings, kinds: tuple[str, ...], tokens: int
+) -> tuple[int, int]:
+    """Bytes of a layer's statistics and what is made of them, and of the activations of a batch."""
+    widest = max(config.hidden_size, *(output_width(config, kind) for kind in kinds))
+    statistics = 3 * statistics_bytes(config, kinds, settings.thorough) + 3 * 4 * widest**2
+    return statistics, 4 * tokens * activation_floats(config, kinds)
 
 
 @functools.cache
@@ -112,62 +128,54 @@ def statistics_bytes(config: ModelConfig, kinds: tuple[str, ...], thorough: bool
     return sum(4 * value.size for value in jax.tree.leaves(found))
 
 
-def activation_floats(config: ModelConfig, kinds: tuple[str, ...]) -> int:
-    """Float32 numbers a token that going back through a layer holds, as the compiler reports them."""
-    count = 3 * config.hidden_size
-    for kind in kinds:
-        if kind == "attention":
-            count += 7 * config.heads * config.head_dim
-        elif kind == "mlp":
-            gated = "gate" in elastic.leaves(config, kind)
-            count += (6 if gated else 1) * config.intermediate_size
-        elif config.ssm is not None:
-            ssm = config.ssm
-            inner = ssm.heads * ssm.head_dim
-            count += 9 * inner + 11 * ssm.heads * min(ssm.chunk, LONGEST_CHUNK)
-    return count
-
-
 def stream_bytes(config: ModelConfig, settings: CompressionSettings, tokens: int) -> int:
     """Bytes of the calibration windows between two layers."""
     return (2 if settings.stream_dtype == "bfloat16" else 4) * tokens * config.hidden_size
 
 
 def disk_bytes(
-    config: ModelConfig, options: CompressionSettings, interval: int, tokens: int, tuned: bool = False
+    config: ModelConfig,
+    options: CompressionSettings,
+    interval: int,
+    tokens: int,
+    training: Sequence[RecoverySettings] = (),
 ) -> int:
-    """Bytes the work folder may reach: streams, sorted and finished layers, the checkpoint, and where layers are tuned
-    what was rounded, and they once more.
+    """Bytes the work folder may reach: when sorting begins, all streams that are kept; at the end sorted and finished
+    layers, the checkpoint, what is left of streams, and what training before and after quantizing keeps.
 
     Sorted leaves stay in the source's bfloat16 but for V and O, which get another basis; float32 sources take more.
     """
+    weights = sum(block_parameters(config, kind) for kind in _blocks(config))
     turned = sum(
         math.prod(elastic.shape(config, leaf))
         for kind in _blocks(config)
         for name, leaf in elastic.leaves(config, kind).items()
         if kind == "attention" and name in ("v", "o")
     )
-    layers = 2 * sum(block_parameters(config, kind) for kind in _blocks(config)) + 2 * turned
-    layers += 2 * estimated_bytes(config, options)
-    if options.reconstruct:
-        interval = max(1, interval // 2)
+    finished = estimated_bytes(config, options)
+    layers = 2 * weights + 2 * turned + 2 * finished
     if options.nested:  # scales of 3 bits, twice, and what the loss feels after each block
-        layers += 2 * (estimated_bytes(config, options) // 32) + 2 * config.hidden_size**2 * len(list(_blocks(config)))
-        interval = max(1, interval // 2)  # two streams run along
-    layers += (2 * parameter_count(config) + estimated_bytes(config, options)) * tuned
-    return layers + stream_bytes(config, options, tokens) * (len(config.pattern) // interval + 4)
+        layers += 2 * (finished // 32) + 2 * config.hidden_size**2 * len(list(_blocks(config)))
+    for number, each in enumerate(training):  # before quantizing float32 layers; after it what was rounded, and they
+        layers += state_bytes(config, each) * (1 + bool(each.adapt))
+        layers += 2 * parameter_count(config) + finished if number else 4 * weights
+    running = 1 + (options.refit is not None or options.reconstruct > 0) + options.nested
+    one = stream_bytes(config, options, tokens)
+    return max((len(config.pattern) // interval + KEPT) * one, layers + KEPT * running * one)
 
 
 class Work(NamedTuple):
     """Floating point operations of a run, by the kind of arithmetic; and what has its own pace.
 
     products: of activations with weights and each other. solves: factorizations, GPTQ, in float32. columns: steps of
-    loops over columns. host: float64 on the host. written: bytes to disk. programs: kinds of blocks, each compiled.
+    loops over columns. scans: activations of SSM blocks, whose time goes into moving them. host: float64 on the host.
+    written: bytes to disk. programs: kinds of blocks, each compiled.
     """
 
     products: float
     solves: float
     columns: float
+    scans: float
     host: float
     written: float
     programs: int
@@ -175,7 +183,7 @@ class Work(NamedTuple):
 
 def work(config: ModelConfig, options: CompressionSettings, tokens: int, interval: int = 1) -> Work:
     """What a run computes and writes, without recovery."""
-    hidden, products, solves, columns, host = config.hidden_size, 0.0, 0.0, 0.0, 0.0
+    hidden, products, solves, columns, scans, host = config.hidden_size, 0.0, 0.0, 0.0, 0.0, 0.0
     for kind in _blocks(config):
         params, width = block_parameters(config, kind), output_width(config, kind)
         once = 2 * params * tokens
@@ -185,6 +193,8 @@ def work(config: ModelConfig, options: CompressionSettings, tokens: int, interva
         columns += width
         if kind == "attention":
             host += 16 * width * hidden * config.head_dim
+        elif kind != "mlp":
+            scans += tokens * activation_floats(config, (kind,))
         if options.packed:
             products += 2 * once + 2 * tokens * (hidden**2 + width**2)
             reading = params / hidden - width
@@ -205,7 +215,7 @@ def work(config: ModelConfig, options: CompressionSettings, tokens: int, interva
         columns += hidden
     products += 6 * config.vocab_size * hidden * tokens  # logits and their gradient
     written = disk_bytes(config, options, interval, tokens) + 3 * stream_bytes(config, options, tokens)
-    return Work(products, solves, columns, host, written, len({*_blocks(config)}))
+    return Work(products, solves, columns, scans, host, written, len({*_blocks(config)}))
 
 
 class Pace(NamedTuple):
@@ -214,6 +224,7 @@ class Pace(NamedTuple):
     products: float
     solves: float
     columns: float
+    scans: float
     host: float
     disk: float
     program: float
@@ -233,7 +244,8 @@ def pace(options: CompressionSettings, folder: Path) -> Pace:
     return Pace(
         products=PRODUCTS_SHARE * fast,
         solves=SOLVES_SHARE * exact,
-        columns=4e-6 if cpu else 3e-5,
+        columns=4e-6 if cpu else 2e-5,
+        scans=math.inf if cpu else GPU_SCANS,
         host=HOST_SHARE * host,
         disk=_disk_speed(folder),
         program=CPU_PROGRAM if cpu else GPU_PROGRAM,
@@ -243,7 +255,7 @@ def pace(options: CompressionSettings, folder: Path) -> Pace:
 def seconds(work: Work, pace: Pace) -> float:
     """How long a run takes; writing goes on behind the computing, and counts where it is slower."""
     computing = work.products / pace.products + work.solves / pace.solves + work.columns * pace.columns
-    computing += work.host / pace.host
+    computing += work.scans / pace.scans + work.host / pace.host
     return FIXED + work.programs * pace.program + max(computing, work.written / pace.disk)
 
 

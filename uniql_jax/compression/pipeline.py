@@ -18,7 +18,7 @@ from uniql_jax.compression.contract import Gains, Inputs, Progress, RecoveryData
 from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.inputs import manifest_of
 from uniql_jax.compression.processes import Processes
-from uniql_jax.compression.settings import CompressionSettings, Resources
+from uniql_jax.compression.settings import RECOVER_LENGTH, CompressionSettings, Resources
 from uniql_jax.compression.stages.calibrate import Calibration, Top, forward_sweep
 from uniql_jax.compression.stages.plan import joint_plan
 from uniql_jax.compression.stages.plan import plan as make
@@ -75,10 +75,13 @@ def compress(
     """
     settings = settings or CompressionSettings()
     with workspace(out, resume, overwrite, source.name) as work:
-        tuned = recovery is not None and recovery.tuning is not None
+        training = () if recovery is None else tuple(filter(None, (recovery.settings, recovery.tuning)))
         check_processes(work.processes, len(tokens), recovery is not None, settings)
         shape = (-(-len(tokens) // work.processes.count), tokens.shape[1])
-        budget = lay_out(source.config, settings, resources or Resources(), shape, tuned, free_space(work.folder))
+        length = recovery.train.tokens.shape[1] if recovery is not None else RECOVER_LENGTH
+        budget = lay_out(
+            source.config, settings, resources or Resources(), shape, training, length, free_space(work.folder)
+        )
         if not work.started:
             check_space(work.folder, budget.disk)
         manifest = manifest_of(source, tokens, settings, recovery, progress)

@@ -20,7 +20,7 @@ from uniql_jax.model.layers.context import full_context
 from uniql_jax.plan import Plan
 
 Block = Mapping[str, Any]
-Keep = dict[str, Int[np.ndarray | Array, " b"]]
+Keep = dict[str, Int[np.ndarray | Array, " _"]]
 
 
 def refit_rates(count: int, share: float) -> Float[np.ndarray, " count"]:

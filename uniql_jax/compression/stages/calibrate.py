@@ -20,7 +20,7 @@ from uniql_jax.compression.finite import check_finite, peak
 from uniql_jax.compression.log import Clock
 from uniql_jax.compression.sorters.base import Statistics
 from uniql_jax.compression.sorting import final_gram, layer_forward, layer_statistics, loss_gradient, no_statistics
-from uniql_jax.compression.streams import Stream, StreamStore
+from uniql_jax.compression.streams import Batch, Stream, StreamStore
 from uniql_jax.config import ModelConfig
 from uniql_jax.model.causal_lm import embed
 
@@ -137,7 +137,7 @@ def backward_sweep(
 
 def _forward(
     config: ModelConfig, kinds: Kinds, copies: Sequence[Layer], xs: Stream, streams: StreamStore
-) -> tuple[list[Array], Array]:
+) -> tuple[list[Batch], Array]:
     """The stream after a layer, and the cosine between input and output summed over tokens."""
     cosines = []
 
@@ -157,7 +157,7 @@ def _backward(
     gradients: Stream,
     streams: StreamStore,
     thorough: bool,
-) -> tuple[list[Array], list[dict[str, Statistics]], list[Array]]:
+) -> tuple[list[Batch], list[dict[str, Statistics]], list[Array]]:
     """Gradients before a layer, its statistics summed over the tokens of each device, and the gradients' peaks."""
     none = no_statistics(config, kinds, copies[0], xs[0].shape, thorough)
     stats, peaks = streams.devices.everywhere(none), []
@@ -179,7 +179,7 @@ def mean(stats: Any, tokens: int | Int[Array, ""]) -> Any:
     return jax.tree.map(lambda value: value / tokens, stats)
 
 
-def _stream(source: DenseModel, streams: StreamStore, index: int) -> list[Float[Array, "_ t h"]]:
+def _stream(source: DenseModel, streams: StreamStore, index: int) -> list[Batch]:
     """The stream before layer `index`, computed again from the nearest one on disk where it was not kept."""
     if not streams.has(FORWARD, index):
         start = streams.nearest(FORWARD, index)

@@ -8,14 +8,12 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float
-
 from uniql_jax.compression.contract import SortedModel
 from uniql_jax.compression.refit import Keep, advance, keep_per_window, refit_rates
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.stages.rotate import Rotation, rotated_layer, rotated_top
 from uniql_jax.compression.stored import StoredLayers
-from uniql_jax.compression.streams import StreamStore
+from uniql_jax.compression.streams import Batch, StreamStore
 from uniql_jax.config import ModelConfig
 from uniql_jax.model.causal_lm import embed
 from uniql_jax.weights.nested import leading_bits
@@ -32,12 +30,12 @@ class Streams(NamedTuple):
     """
 
     store: StreamStore
-    x: list[Float[Array, "_ t h"]]
-    unpruned: list[Float[Array, "_ t h"]] | None = None
+    x: list[Batch]
+    unpruned: list[Batch] | None = None
     keep: list[tuple[Keep, ...]] | None = None
-    leading: list[Float[Array, "_ t h"]] | None = None
+    leading: list[Batch] | None = None
 
-    def views(self) -> list[tuple[list[Float[Array, "_ t h"]], Callable[[Any], Any]]]:
+    def views(self) -> list[tuple[list[Batch], Callable[[Any], Any]]]:
         """The streams of the finished model, of all bits and of the leading ones if there are any, each with the
         function from a finished leaf to what its model computes with.
         """
@@ -109,7 +107,7 @@ def resume(
     return running
 
 
-def _embedded(streams: StreamStore, table: Any) -> list[Float[Array, "_ t h"]]:
+def _embedded(streams: StreamStore, table: Any) -> list[Batch]:
     """The calibration windows before the first layer."""
     tables = streams.devices.everywhere({"embed": table})
     return streams.mapped(lambda top, batch: embed(top, batch, streams.dtype), tables, streams.windows.batches)
