@@ -11,20 +11,17 @@ from uniql_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A format's module, which has `write(request)`, what runs it, and the options of `Request` that it takes."""
+    """A format's module, which has `write(request)`, and the options of `Request` that it takes."""
 
     module: str
-    runs_in: str
     options: tuple[str, ...] = ()
 
 
 FORMATS = {
-    "transformers": Format("to_transformers", "transformers: dense, every family", ("dtype", "max_shard_bytes")),
-    "compressed-tensors": Format(
-        "to_compressed_tensors", "transformers: 4 bits; no SSM, no phi3", ("max_shard_bytes", "dense_embedding")
-    ),
-    "mlx": Format("to_mlx", "mlx-lm: 4 bits; llama, qwen2, qwen3, mistral, smollm3", ("max_shard_bytes",)),
-    "gguf": Format("to_gguf", "llama.cpp: 4 bits, every family", ("dtype", "dense_head")),
+    "transformers": Format("to_transformers", ("dtype", "max_shard_bytes")),
+    "compressed-tensors": Format("to_compressed_tensors", ("max_shard_bytes", "dense_embedding")),
+    "mlx": Format("to_mlx", ("max_shard_bytes",)),
+    "gguf": Format("to_gguf", ("dtype", "dense_head")),
 }
 """By the name that `uniql export --format` takes."""
 DEFAULT = "transformers"

@@ -18,6 +18,7 @@ import pytest
 import uniql_jax
 from tests import compressed, reference, tiny
 from tests.compressed import FAMILIES, Made
+from tests.nested_settings import take_setting
 from uniql_jax.checkpoint import Checkpoint, Setting, open_checkpoint
 from uniql_jax.commands import benchmark, cli, evaluate, export, generate
 from uniql_jax.commands import compress as compress_command
@@ -30,7 +31,6 @@ from uniql_jax.errors import UserError
 from uniql_jax.evaluation.report import perplexities, read_speed
 from uniql_jax.joint_plan import TOP, JointPlan, Kept
 from uniql_jax.model.causal_lm import CausalLM
-from uniql_jax.model.nested import take_setting
 from uniql_jax.runtime.choice import choose
 from uniql_jax.weights.mixed import in_parts
 from uniql_jax.weights.nested import NestedArray

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.nested_settings import take_setting
 from uniql_jax import elastic
 from uniql_jax.joint_plan import TOP, JointPlan, Kept, Piece, make_joint_plan
 from uniql_jax.model.causal_lm import CausalLM
-from uniql_jax.model.nested import take_setting
 from uniql_jax.plan import grouping, make_plan
 from uniql_jax.runtime.generation import generate_tokens
 from uniql_jax.weights.nested import NestedArray, from_nested_codes

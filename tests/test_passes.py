@@ -78,6 +78,11 @@ def _logits(model: CausalLM, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(_call()(CausalLM(model.config, params), tokens))
 
 
+def _loss(at: Path, rate: float, windows: np.ndarray) -> float:
+    scores = jax.nn.log_softmax(jnp.asarray(_logits(uniql_jax.load(at, rate, dtype=jnp.float32), windows)))[:, :-1]
+    return float(-np.take_along_axis(np.asarray(scores), windows[:, 1:, None], axis=2).mean())
+
+
 def _error(checkpoint: Path, original: Path, tokens: np.ndarray, rate: float = 0.0) -> float:
     """Relative error of the logits against the original model's."""
     wanted = _logits(uniql_jax.load_source(str(original), dtype=jnp.float32), tokens)
@@ -348,10 +353,7 @@ def test_recovery_in_the_pass(source: Source, folder: Path, windows: np.ndarray,
     assert not np.array_equal(before["mlp"]["down"], after["mlp"]["down"])
     np.testing.assert_array_equal(before["mlp"]["norm"], after["mlp"]["norm"])
     # what was validated is what was written
-    model = uniql_jax.load(out, 0.35, dtype=jnp.float32)
-    scores = jax.nn.log_softmax(jnp.asarray(_logits(model, windows[:4])))[:, :-1]
-    loss = -np.take_along_axis(np.asarray(scores), windows[:4, 1:, None], axis=2).mean()
-    assert loss == pytest.approx(report.recovered.after[0.35], rel=1e-4)
+    assert _loss(out, 0.35, windows[:4]) == pytest.approx(report.recovered.after[0.35], rel=1e-4)
     for stage, step in (("recover", 7), ("finish", 1)):
         with pytest.raises(Killed):
             compress(
@@ -359,11 +361,6 @@ def test_recovery_in_the_pass(source: Source, folder: Path, windows: np.ndarray,
             )
     compress(source, again, windows, DENSE, recovery=wanted, resume=True)
     assert _contents(again) == _contents(out)
-
-
-def _loss(at: Path, rate: float, windows: np.ndarray) -> float:
-    scores = jax.nn.log_softmax(jnp.asarray(_logits(uniql_jax.load(at, rate, dtype=jnp.float32), windows)))[:, :-1]
-    return float(-np.take_along_axis(np.asarray(scores), windows[:, 1:, None], axis=2).mean())
 
 
 @pytest.mark.parametrize("rank", [pytest.param(8, marks=pytest.mark.slow), 0])

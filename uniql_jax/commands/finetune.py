@@ -47,7 +47,7 @@ def parser() -> cli.Parser:
     add("--out", required=True, metavar="DIR", help="folder to create; until it is whole, DIR.partial")
     add("--data", required=True, nargs="+", metavar="TEXT", help="instruction sets and plain text to train on")
     add(
-        "--validation", "--judge", nargs="+", metavar="TEXT",
+        "--validation", nargs="+", metavar="TEXT",
         help="what to validate with (default: 5 %% of --data, held out)",
     )  # fmt: skip
     add("--resume", action="store_true", help="go on with an unfinished run of the same settings")

@@ -21,7 +21,7 @@ _TRANSFORMER: dict[str, Any] = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
 }
-_GRANITE: dict[str, Any] = {
+_LLAMA: dict[str, Any] = {
     **_ANY,
     **_TRANSFORMER,
     "vocab_size": 32000,
@@ -31,7 +31,24 @@ _GRANITE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "attention_bias": False,
+}
+_GRANITE: dict[str, Any] = {
+    **_LLAMA,
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0),
+}
+_QWEN: dict[str, Any] = {
+    **_ANY,
+    **_TRANSFORMER,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
 }
 _MAMBA: dict[str, Any] = {
     "mamba_n_heads": 128,
@@ -47,48 +64,9 @@ _MAMBA: dict[str, Any] = {
 }
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {
-        **_ANY,
-        **_TRANSFORMER,
-        "vocab_size": 32000,
-        "intermediate_size": 11008,
-        "num_key_value_heads": None,
-        "max_position_embeddings": 2048,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "attention_bias": False,
-        "mlp_bias": False,
-    },
-    "qwen2": {
-        **_ANY,
-        **_TRANSFORMER,
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "use_sliding_window": False,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-        "layer_types": None,
-    },
-    "qwen3": {
-        **_ANY,
-        **_TRANSFORMER,
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "attention_bias": False,
-        "use_sliding_window": False,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-        "layer_types": None,
-    },
+    "llama": {**_LLAMA, "mlp_bias": False},
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128, "attention_bias": False},
     "mistral": {
         **_ANY,
         **_TRANSFORMER,

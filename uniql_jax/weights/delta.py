@@ -9,15 +9,14 @@ from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from uniql_jax.weights.lora import PRODUCT, product
+from uniql_jax.weights.lora import MadeDense
 
 
 @flax.struct.dataclass
-class DeltaArray:
+class DeltaArray(MadeDense):
     """base + scale * change, both [*lead, h]; laid out like every other leaf, so a prefix of it is a prefix of both.
 
     `scale` is about the size of a weight, so that a learning rate says which part of it one step may change.
@@ -40,19 +39,3 @@ class DeltaArray:
         """The weight with its update, computed in float32 and cast to `dtype`."""
         changed = jnp.asarray(self.base, jnp.float32) + self.scale * jnp.asarray(self.change, jnp.float32)
         return changed.astype(dtype)
-
-    def lookup(self, index: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b h"]:
-        """Entries of the leading axis, as an embedding's are looked up."""
-        return self.dense(dtype)[index]
-
-    def rows(self, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
-        """weight @ x over the last dimension, the weight's leading ones flattened; in x's dtype."""
-        return checkpoint_name(product(x, self._flat(x).T), PRODUCT)
-
-    def columns(self, flat: Float[Array, "*b k"]) -> Float[Array, "*b h"]:
-        """x @ weight, x flattened like the weight's leading dimensions; in x's dtype."""
-        return checkpoint_name(product(flat, self._flat(flat)), PRODUCT)
-
-    def _flat(self, x: Array) -> Array:
-        # in x's dtype before the product, so that the gradient's product is in it, too
-        return self.dense(x.dtype).reshape(-1, self.shape[-1])

@@ -16,11 +16,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.weights.lora import PRODUCT, product
+from uniql_jax.weights.lora import MadeDense
 from uniql_jax.weights.quantized import QuantizedArray, from_codes, limits
 from uniql_jax.weights.runs import scale_of_runs, scale_rows
 
@@ -29,7 +28,7 @@ FRACTION = 0.46
 
 
 @flax.struct.dataclass
-class FakeQuantizedArray:
+class FakeQuantizedArray(MadeDense):
     """round(unrounded + scale * left @ right / step) * step, clipped to the grid.
 
     `unrounded` is the weight in steps, float16, of the logical shape [*lead, h]; `step` is the scale of every group,
@@ -71,10 +70,6 @@ class FakeQuantizedArray:
         """The weight as it would be stored; see `value`."""
         return self.value().astype(dtype)
 
-    def lookup(self, index: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b h"]:
-        """Entries of the leading axis, as an embedding's are looked up."""
-        return self.dense(dtype)[index]
-
     def steps(self) -> Float[Array, "..."]:
         """The step of every weight."""
         step = jnp.asarray(self.step, jnp.float32)
@@ -110,17 +105,6 @@ class FakeQuantizedArray:
         # Beyond the grid's ends a small move changes nothing.
         inside = (places > low - 0.5) & (places < high + 0.5)
         return _passed(update, _on_grid(places, self.bits) * self.steps(), inside)
-
-    def rows(self, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
-        """weight @ x over the last dimension, the weight's leading ones flattened; in x's dtype."""
-        return checkpoint_name(product(x, self._flat(x).T), PRODUCT)
-
-    def columns(self, flat: Float[Array, "*b k"]) -> Float[Array, "*b h"]:
-        """x @ weight, x flattened like the weight's leading dimensions; in x's dtype."""
-        return checkpoint_name(product(flat, self._flat(flat)), PRODUCT)
-
-    def _flat(self, x: Array) -> Array:
-        return self.dense(x.dtype).reshape(-1, self.shape[-1])
 
     def quantized(self) -> QuantizedArray:
         """What is stored of it."""

@@ -20,8 +20,35 @@ PRODUCT = "product"
 """The name by which a rematerialization policy knows results of these products."""
 
 
+def product(x: Array, factor: Array) -> Array:
+    """x @ factor in x's dtype."""
+    # No wider result is asked for: sums are float32 on the device anyway, and the backward of a float32 result would
+    # multiply in float32, at half the speed of 16-bit products or less.
+    return jnp.matmul(x, factor.astype(x.dtype))
+
+
+class MadeDense:
+    """A weight that training makes dense for every product: `dense` and `shape` are all that it must have."""
+
+    def lookup(self: Any, index: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b h"]:
+        """Entries of the leading axis, as an embedding's are looked up."""
+        return self.dense(dtype)[index]
+
+    def rows(self: Any, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
+        """weight @ x over the last dimension, the weight's leading ones flattened; in x's dtype."""
+        return checkpoint_name(product(x, self._flat(x).T), PRODUCT)
+
+    def columns(self: Any, flat: Float[Array, "*b k"]) -> Float[Array, "*b h"]:
+        """x @ weight, x flattened like the weight's leading dimensions; in x's dtype."""
+        return checkpoint_name(product(flat, self._flat(flat)), PRODUCT)
+
+    def _flat(self: Any, x: Array) -> Array:
+        # in x's dtype before the product, so that the gradient's product is in it, too
+        return self.dense(x.dtype).reshape(-1, self.shape[-1])
+
+
 @flax.struct.dataclass
-class LoraArray:
+class LoraArray(MadeDense):
     """base + scale * left @ right, the sum never formed while training.
 
     `base` is [*lead, h], `left` [*lead, rank], `right` [rank, h]; `scale` is alpha / rank. With a `key`, or one
@@ -62,32 +89,21 @@ class LoraArray:
             kept = jax.random.bernoulli(self.key, share, x.shape)
         return jnp.where(kept, x / share, 0).astype(x.dtype)
 
-    def lookup(self, index: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b h"]:
-        """Entries of the leading axis, as an embedding's are looked up."""
-        return self.dense(dtype)[index]
-
     def rows(self, x: Float[Array, "*b h"]) -> Float[Array, "*b out"]:
         """weight @ x over the last dimension, the weight's leading ones flattened; in x's dtype."""
         left = self.left.reshape(-1, self.left.shape[-1])
         inner = self._scaled(product(self.dropped(x), self.right.T))
-        return checkpoint_name(product(x, self._flat().T) + product(inner, left.T), PRODUCT)
+        return checkpoint_name(product(x, self._flat_base().T) + product(inner, left.T), PRODUCT)
 
     def columns(self, flat: Float[Array, "*b k"]) -> Float[Array, "*b h"]:
         """x @ weight, x flattened like the weight's leading dimensions; in x's dtype."""
         left = self.left.reshape(-1, self.left.shape[-1])
         inner = self._scaled(product(self.dropped(flat), left))
-        return checkpoint_name(product(flat, self._flat()) + product(inner, self.right), PRODUCT)
+        return checkpoint_name(product(flat, self._flat_base()) + product(inner, self.right), PRODUCT)
 
-    def _flat(self) -> Array:
+    def _flat_base(self) -> Array:
         return self.base.reshape(-1, self.base.shape[-1])
 
     def _scaled(self, inner: Array) -> Array:
         # few numbers: scaling them is cheaper than scaling what they become
         return inner * jnp.asarray(self.scale, inner.dtype)
-
-
-def product(x: Array, factor: Array) -> Array:
-    """x @ factor in x's dtype."""
-    # No wider result is asked for: sums are float32 on the device anyway, and the backward of a float32 result would
-    # multiply in float32, at half the speed of 16-bit products or less.
-    return jnp.matmul(x, factor.astype(x.dtype))

@@ -1,4 +1,4 @@
-"""A model of nested weights at a setting of the joint plan: fewer bits and fewer entries, nothing computed anew."""
+"""A model of nested weights at a setting of the joint plan, by its leaves' own cuts: what loading is compared with."""
 
 from __future__ import annotations
 
