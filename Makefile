@@ -19,7 +19,7 @@ RATES  ?= 0,0.05,0.1,0.15,0.2,0.25,0.3,0.35
 OUT    ?= demo
 # What a second run uses: the first of these that starts; and tests that need no torch.
 NEXT   ?= python3.14 python3.13 python3.12 $(lastword $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python)))
-NEXT_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,checkpoint generate plan prefill quantize rounded sort \
+NEXT_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,checkpoint generate sampling plan prefill quantize rounded sort \
   decode_fused pallas_compat pallas_packing pallas_dequant_matmul pallas_embedding pallas_ssd pallas_rope \
   pallas_selfcheck pallas_jaxtriton))
 ARGS   ?=

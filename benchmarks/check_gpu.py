@@ -35,7 +35,7 @@ SANITIZED = {
     "product: every order": ("test_pallas_tiles.py", "test_on_the_device"),
     "product: plain": ("test_pallas_dequant_matmul.py", "pallas and (test_agrees_with_float64 or test_groups_and)"),
     "product: 3 bits": ("test_pallas_planes.py", "test_products or test_every_implementation_agrees"),
-    "fused, 4 bits and 3": ("test_pallas_planes.py", "test_read or test_gate_and_up or test_write"),
+    "fused, 4 bits and 3": ("test_pallas_mixed.py", "test_read or test_gate_and_up or test_write"),
     "fused read": ("test_pallas_fused.py", "test_read_takes_several_weights or test_gate_and_up"),
     "fused write": ("test_pallas_fused.py", "test_write_adds_and_prepares"),
     "rope": ("test_pallas_rope.py", "pallas and (complex_rotation or rotation_back) or test_every_cut"),
