@@ -1,7 +1,7 @@
 """Folders of packed integers, which several runtimes take with words of their own: the model that is written, and how.
 
 Integers and scales leave as they are, so nothing is rounded again. All layers have one MLP width, the largest that the
-rate keeps; what was cut besides is zeros. Groups along V/O that span all heads become shorter groups of a head's own
+rate keeps; what else was cut is zeros. Groups along V/O that span all heads become shorter groups of a head's own
 ranks with the same scale; portable groups stay as they are.
 """
 

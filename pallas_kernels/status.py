@@ -33,7 +33,7 @@ OF_DECODE: list[tuple[Any, ...]] = [
     ("embedding (4 bits)", embedding.verify, 4),
     ("embedding (8 bits)", embedding.verify, 8),
 ]
-"""Kernels of Pallas's Triton backend besides those of products: label, what raises where it is wrong, arguments."""
+"""Kernels of Pallas's Triton backend other than those of products: label, what raises where it is wrong, arguments."""
 
 
 class Row(NamedTuple):

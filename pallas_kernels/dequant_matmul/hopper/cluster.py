@@ -109,7 +109,7 @@ def supported(weight: Weight, settings: Settings, count: int) -> None:
         raise NotImplementedError(f"{settings} needs more shared memory than there is for {count} rows times {weight}")
 
 
-def _each_tile(plan: Plan, weight: Weight, settings: Settings, body: Callable[..., None]) -> None:
+def _each_tile(plan: Plan, weight: Weight, body: Callable[..., None]) -> None:
     """body(number of the tile here, its first row, first group of the share, groups of it, groups before)."""
     program = jax.lax.axis_index("program")
     first = jax.lax.axis_index("rank") * plan.per_share
@@ -145,7 +145,7 @@ def _load(x_ref: Any, data_ref: Any, shared: Shared, plan: Plan, weight: Weight,
 
         jax.lax.fori_loop(0, groups, one_group, jnp.int32(0))
 
-    plan.handover.around(shared.box, lambda: _each_tile(plan, weight, settings, one_tile))
+    plan.handover.around(shared.box, lambda: _each_tile(plan, weight, one_tile))
 
 
 def _multiply(scale_ref: Any, out_ref: Any, shared: Shared, plan: Plan, weight: Weight, settings: Settings) -> None:
@@ -178,7 +178,7 @@ def _multiply(scale_ref: Any, out_ref: Any, shared: Shared, plan: Plan, weight: 
         lifted = total * jnp.float32(2.0**common.LIFT)
         plan.handover.finish(shared.box, out_ref, index, jnp.int32(0), n, lifted)
 
-    _each_tile(plan, weight, settings, one_tile)
+    _each_tile(plan, weight, one_tile)
 
 
 def _kernel(*refs: Any, plan: Plan, weight: Weight, settings: Settings) -> None:
