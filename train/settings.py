@@ -24,6 +24,9 @@ all but what passes between layers, which needs the least memory and a third mor
 TEACHERS = ("original", "rate 0")
 """Whom pruned rates learn from: the unpruned model as it was, which keeps what it knew, or as it has become at rate 0
 in the same training, which has been trained on the text meanwhile."""
+SHAPES = ("text", "question", "instruction", "chat")
+"""How a text that a model writes begins: with any token of its vocabulary, with the word that opens a question or an
+instruction, as a user's turn in its chat template."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,20 @@ class RecoverySettings:
     def planned_steps(self, examples: int) -> str:
         """The steps of a run, in words."""
         return (f"{self.adapt} at rate 0, then " if self.adapt else "") + f"{self.total_steps(examples)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnText:
+    """How a model writes text of its own: so many `windows` of `length` tokens, `batch` at a time; the batches take
+    turns at those of the `shapes` that the tokenizer can write, and then at the temperatures.
+    """
+
+    windows: int = 2048
+    length: int = LENGTH
+    shapes: tuple[str, ...] = ("text", "question", "chat")
+    temperatures: tuple[float, ...] = (1.0,)
+    batch: int = 64
+    seed: int = 0
 
 
 def on_device() -> dict[str, str]:

@@ -15,9 +15,12 @@ from tests import tiny
 from uniql_jax import data
 from uniql_jax.commands import cli
 from uniql_jax.commands import own_text as own_text_command
+from uniql_jax.convert.source import open_source
 from uniql_jax.evaluation.random_model import random_model
 from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.tokenizer import source_tokenizer
 from uniql_jax.train import own_text
+from uniql_jax.train.settings import OwnText
 
 QUICK = ("--windows", "10", "--length", "12", "--batch", "4")
 
@@ -35,7 +38,7 @@ def _run(*argv: object) -> int:
 
 def test_the_likeliest_text_is_what_generation_writes(model: CausalLM, rng: np.random.Generator) -> None:
     first = jnp.asarray(rng.integers(0, tiny.VOCAB, 3), jnp.int32)
-    rows = own_text.write_windows(model, first, jax.random.key(0), jnp.float32(1e-6), 9)
+    rows = own_text.write_windows(model, first[:, None], jax.random.key(0), jnp.float32(1e-6), 9)
     want = uniql_jax.generate_tokens(model, first[:, None], max_new_tokens=8, eos_ids=())
     np.testing.assert_array_equal(rows, np.concatenate([first[:, None], want], axis=1))
 
@@ -43,7 +46,7 @@ def test_the_likeliest_text_is_what_generation_writes(model: CausalLM, rng: np.r
 def test_tokens_are_drawn_as_the_model_wants_them(model: CausalLM) -> None:
     """The second token of many windows that begin alike, against the model's own chances."""
     many, token = 4096, 7
-    rows = own_text.write_windows(model, jnp.full((many,), token, jnp.int32), jax.random.key(3), jnp.float32(1.0), 2)
+    rows = own_text.write_windows(model, jnp.full((many, 1), token, jnp.int32), jax.random.key(3), jnp.float32(1.0), 2)
     chances = np.asarray(jax.nn.softmax(uniql_jax.forward(model, jnp.asarray([[token]]))[0, 0]), np.float64)
     seen = np.bincount(np.asarray(rows[:, 1]), minlength=len(chances))
     surprise = ((seen - many * chances) ** 2 / (many * chances)).sum()  # chi squared
@@ -54,7 +57,7 @@ def test_windows_depend_on_the_seed_alone(model: CausalLM) -> None:
     starts = np.arange(5, 9, dtype=np.int32)
 
     def rows(**options: Any) -> np.ndarray:
-        return own_text.own_text(model, 6, 8, starts=starts, batch=4, **options)
+        return own_text.own_text(model, OwnText(6, 8, batch=4, **options), {"text": starts[:, None]})
 
     assert rows().shape == (6, 8)
     assert rows().dtype == np.int32
@@ -66,7 +69,7 @@ def test_windows_depend_on_the_seed_alone(model: CausalLM) -> None:
 
 def test_windows_begin_with_no_special_token() -> None:
     found = own_text.beginnings(10, None, (3, 4))
-    np.testing.assert_array_equal(found, [0, 1, 2, 5, 6, 7, 8, 9])
+    np.testing.assert_array_equal(found["text"][:, 0], [0, 1, 2, 5, 6, 7, 8, 9])
 
     class Tokenizer:
         all_special_ids = (0,)
@@ -74,7 +77,23 @@ def test_windows_begin_with_no_special_token() -> None:
         def __len__(self) -> int:
             return 6
 
-    np.testing.assert_array_equal(own_text.beginnings(10, Tokenizer(), (3,)), [1, 2, 4, 5])
+    np.testing.assert_array_equal(own_text.beginnings(10, Tokenizer(), (3,))["text"][:, 0], [1, 2, 4, 5])
+
+
+def test_shapes_take_turns_and_begin_as_the_tokenizer_writes_them() -> None:
+    """Of the demo's real tokenizer: batches begin with any token, as a question, as a user's turn, and anew."""
+    tokenizer = source_tokenizer(open_source("demo"))
+    assert tokenizer is not None
+    begin = own_text.beginnings(len(tokenizer), tokenizer, (2,), ("text", "question", "chat"))
+    assert list(begin) == ["text", "question", "chat"]
+    assert tokenizer.decode(begin["question"][0]) == "Question:"
+    whole = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    assert whole.startswith(tokenizer.decode(begin["chat"][0]) + "Hello")
+    model = random_model(tiny.config(vocab_size=len(tokenizer), max_position_embeddings=128), 16, dtype=jnp.float32)
+    rows = own_text.own_text(model, OwnText(7, 64, batch=2, temperatures=(0.5, 1.0)), begin)
+    for shape, at in (("question", 2), ("chat", 4)):
+        opening = begin[shape][0]
+        np.testing.assert_array_equal(rows[at : at + 2, : len(opening)], [opening, opening])
 
 
 def test_killed_and_resumed_writes_the_same(

@@ -9,23 +9,25 @@ from typing import TYPE_CHECKING
 
 from uniql_jax.commands import cli
 from uniql_jax.errors import UserError
+from uniql_jax.train.settings import SHAPES, OwnText
 
 if TYPE_CHECKING:
     from uniql_jax.model.causal_lm import CausalLM
 
-WINDOWS, LENGTH, BATCH = 2048, 256, 64
+DEFAULTS = OwnText()
 
 EXAMPLES = """\
 examples:
-  recovery without any text:
+  calibration and recovery without any text (`compress --recover own` alone does the second):
     python -m uniql_jax.own_text --ckpt path/to/model --out own.npy
     python -m uniql_jax.compress --ckpt path/to/model --out small --calib own.npy --recover own.npy --recover-distill 1
 
   in addition to text of the kind that the model will meet:
     python -m uniql_jax.compress --ckpt path/to/model --out small --calib notes/ own.npy --recover notes/ own.npy
 
-FILE is int32 token ids [windows, length]. Every window begins with a token drawn from the whole vocabulary, all others
-are drawn as the model wants them at --temperature; the same --seed and --batch write the same windows again.
+FILE is int32 token ids [windows, length]. Windows begin with a token drawn from the whole vocabulary, with the
+word that opens a question or an instruction, or where the chat template puts a user's words; all other tokens are drawn
+as the model wants them at --temperature. The same --seed and --batch write the same windows again.
 """
 
 
@@ -40,10 +42,14 @@ def parser() -> cli.Parser:
     add = parser.add_argument
     add("--ckpt", required=True, metavar="CKPT", help="folder, hub id, .gguf file, demo, or an elastic checkpoint")
     add("--out", required=True, metavar="FILE", help=".npy to create; until it is whole, FILE.partial")
-    add("--windows", type=cli.positive_int, default=WINDOWS, metavar="N", help="texts to write")
-    add("--length", type=cli.positive_int, default=LENGTH, metavar="N", help="tokens of each")
-    add("--batch", type=cli.positive_int, default=BATCH, metavar="N", help="texts written at a time")
-    add("--temperature", type=cli.bounded_float(0.01, 10), default=1.0, metavar="X", help="below 1: what is likelier")
+    add("--windows", type=cli.positive_int, default=DEFAULTS.windows, metavar="N", help="texts to write")
+    add("--length", type=cli.positive_int, default=DEFAULTS.length, metavar="N", help="tokens of each")
+    add("--batch", type=cli.positive_int, default=DEFAULTS.batch, metavar="N", help="texts written at a time")
+    add("--shapes", nargs="+", choices=SHAPES, default=list(DEFAULTS.shapes), metavar="SHAPE",
+        help=f"how they begin, in turns: {', '.join(SHAPES)} (default: {', '.join(DEFAULTS.shapes)}, as far as the "
+        "model has a tokenizer and a chat template)")  # fmt: skip
+    add("--temperature", type=cli.bounded_float(0.01, 10), nargs="+", default=list(DEFAULTS.temperatures), metavar="X",
+        help="below 1: what is likelier; several take turns")  # fmt: skip
     add("--seed", type=cli.natural_int, default=0, metavar="N", help="of what is drawn")
     add("--resume", action="store_true", help="go on with an unfinished run of the same settings")
     add("--overwrite", action="store_true", help="replace FILE once all is written")
@@ -89,31 +95,19 @@ def _write(args: argparse.Namespace, model: CausalLM, out: Path, folder: Path) -
     """Write the windows, keeping what is done in `folder`; returns the beginning of one."""
     from uniql_jax import console
     from uniql_jax.model.decoding import cache_bytes
-    from uniql_jax.train.own_text import ROWS, beginnings, kept, manifest, npy_bytes, own_text, tokenizer_of
+    from uniql_jax.train.own_text import npy_bytes, tokenizer_of, written
 
     tokenizer = tokenizer_of(args.ckpt, model)
-    starts = beginnings(model.config.vocab_size, tokenizer, model.config.eos_ids)
-    settings = {name: getattr(args, name) for name in ("windows", "length", "batch", "temperature", "seed")}
-    done = kept(folder, manifest(model, starts, settings))
-    batch = min(args.batch, args.windows)
-    cache = console.format_bytes(cache_bytes(model.config, model.keep, batch, args.length, model.dtype))
+    how = OwnText(
+        args.windows, args.length, tuple(args.shapes), tuple(args.temperature), min(args.batch, args.windows), args.seed
+    )
+    cache = console.format_bytes(cache_bytes(model.config, model.keep, how.batch, args.length, model.dtype))
     print(
         f"model   {args.ckpt}: {model.config.model_type}, {len(model.config.pattern)} layers\n"
         f"text    {args.windows} windows of {args.length} tokens, {args.windows * args.length / 1e6:.3g} M, "
-        f"{batch} at a time (cache {cache}), temperature {args.temperature:g}\n"
+        f"{how.batch} at a time (cache {cache}), temperature {', '.join(f'{x:g}' for x in args.temperature)}\n"
         f"output  {out}; until it is whole, {folder.name}\n"
     )
-    rows = own_text(
-        model,
-        args.windows,
-        args.length,
-        starts=starts,
-        batch=batch,
-        temperature=args.temperature,
-        seed=args.seed,
-        done=done,
-        progress=lambda batches: console.progress(batches, "write"),
-        keep=lambda rows: console.write_whole(folder / ROWS, npy_bytes(rows)),
-    )
+    rows = written(model, tokenizer, how, folder, lambda batches: console.progress(batches, "write"))
     console.write_whole(out, npy_bytes(rows))
     return "" if tokenizer is None else f"  {tokenizer.decode(rows[0][:40])!r} ...\n\n"
