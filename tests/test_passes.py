@@ -23,10 +23,12 @@ from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.compression import refit
 from uniql_jax.compression.contract import RecoveryData
 from uniql_jax.compression.pipeline import compress
+from uniql_jax.compression.recovery import load_recovery, with_own_text
 from uniql_jax.compression.settings import REFIT_RATES, CompressionSettings, Resources
 from uniql_jax.convert.source import Source, open_source
 from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
+from uniql_jax.train import own_text
 from uniql_jax.train import settings as recovery
 from uniql_jax.train.examples import from_windows
 from uniql_jax.weights.protocol import dense
@@ -361,6 +363,39 @@ def test_recovery_in_the_pass(source: Source, folder: Path, windows: np.ndarray,
             )
     compress(source, again, windows, DENSE, recovery=wanted, resume=True)
     assert _contents(again) == _contents(out)
+
+
+def test_recovery_on_text_that_the_model_writes(
+    source: Source, windows: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan counts the windows before there are any; a kill while they are written, or later, changes nothing."""
+    monkeypatch.setattr(own_text, "EVERY", 1)
+    settings = recovery.RecoverySettings(steps=4, batch=4, dropout=0.0, evaluations=1, distill=1.0)
+    wanted = load_recovery(source, ["own:80"], settings, 16)
+    assert len(wanted.train) + len(wanted.validation) == 80
+    assert not wanted.train.tokens.any()
+    done = with_own_text(source, wanted, tmp_path / "own", lambda items, _: items)
+    model = uniql_jax.load_source(source.name)
+    begin = own_text.beginnings(256, None, source.config.eos_ids)
+    rows = own_text.own_text(model, recovery.OwnText(80, 16), begin)
+    assert sorted(map(tuple, [*done.train.tokens, *done.validation.tokens])) == sorted(map(tuple, rows))
+    out, again = tmp_path / "out", tmp_path / "again"
+    compress(source, out, windows, DENSE, recovery=wanted)
+    for resume, stage, step in ((False, "write text", 1), (True, "recover", 2)):
+        with pytest.raises(Killed):
+            compress(
+                source, again, windows, DENSE, recovery=wanted, resume=resume, progress=_stop_at(stage, step)
+            )  # fmt: skip
+    with pytest.raises(UserError, match="own text setting windows"):
+        compress(source, again, windows, DENSE, recovery=load_recovery(source, ["own:81"], settings, 16), resume=True)
+    compress(source, again, windows, DENSE, recovery=wanted, resume=True)
+    assert _contents(again) == _contents(out)
+
+
+@pytest.mark.parametrize("spec", ["own:", "own:1", "own:many", "own:-3"])
+def test_a_number_of_windows_that_is_none_is_refused(spec: str, source: Source) -> None:
+    with pytest.raises(UserError, match="--recover own"):
+        load_recovery(source, [spec], recovery.RecoverySettings(), 16)
 
 
 @pytest.mark.parametrize("rank", [pytest.param(8, marks=pytest.mark.slow), 0])

@@ -191,17 +191,22 @@ def load(
             texts, tokenizer, length, count, seed, vocab_size=vocab_size, select=lambda item: not _is_task(item)
         )
         found.append(_padded(from_windows(windows.tokens, windows.description), length))
+    examples = joined(found)
+    if (high := int(examples.tokens.max())) >= vocab_size:
+        raise UserError(f"token id {high} is outside the vocabulary of {vocab_size}")
+    return examples
+
+
+def joined(found: Sequence[Examples]) -> Examples:
+    """All rows of several sets of one length, one after another; UserError for none."""
     if not found:
         raise UserError("no text was named")
-    examples = Examples(
+    return Examples(
         np.concatenate([e.tokens for e in found]),
         np.concatenate([e.valid for e in found]),
         np.concatenate([e.learn for e in found]),
         "; ".join(e.description for e in found),
     )
-    if (high := int(examples.tokens.max())) >= vocab_size:
-        raise UserError(f"token id {high} is outside the vocabulary of {vocab_size}")
-    return examples
 
 
 def _is_task(item: Item) -> bool:

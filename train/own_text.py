@@ -73,7 +73,9 @@ def beginnings(
     special = {*ends, *(tokenizer.all_special_ids if tokenizer is not None else ())}
     known = vocabulary if tokenizer is None else min(vocabulary, len(tokenizer))
     found = {"text": np.array([[i] for i in range(known) if i not in special], np.int32)}
-    for shape in shapes if tokenizer is not None else ():
+    for shape in shapes:
+        if tokenizer is None:
+            continue
         if shape in OPENINGS:
             ids = list(tokenizer(OPENINGS[shape])["input_ids"])
             while len(ids) > 1 and ids[-1] in special:  # some tokenizers end every text, and here it goes on

@@ -19,6 +19,7 @@ from uniql_jax.convert import full_size, to_hf
 from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError
 from uniql_jax.files import ShardReader
+from uniql_jax.weights import protocol
 from uniql_jax.weights import quantized as int4
 
 KEPT = [{"qk": 4, "vo": 8, "ffn": 20}, {"qk": 3, "vo": 5, "ffn": 13}, {"qk": 1, "vo": 1, "ffn": 1}]
@@ -124,7 +125,7 @@ def test_packed_leaves_export_as_their_dense_values(rng, bits):
         for kind, block in layer.items()
     }
     dense = {
-        kind: {name: np.asarray(int4.dense(value)) for name, value in block.items()}
+        kind: {name: np.asarray(protocol.dense(value)) for name, value in block.items()}
         for kind, block in quantized.items()
     }
     ours, theirs = to_hf.layer_to_hf(config, 0, quantized), to_hf.layer_to_hf(config, 0, dense)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,9 +89,13 @@ def _settings(args: Any) -> CompressionSettings:
     )
 
 
-def _recovery(args: Any) -> RecoverySettings:
-    from uniql_jax.train.loop import on_device
+def _recovery(args: Any, specs: Sequence[str]) -> RecoverySettings:
+    from uniql_jax.compression.recovery import own_text
+    from uniql_jax.train.settings import on_device
 
+    distill = args.recover_distill
+    if distill is None:
+        distill = 1.0 if all(own_text(spec) is not None for spec in specs) else RECOVERY.distill
     return dataclasses.replace(
         RECOVERY,
         steps=args.recover_steps,
@@ -99,7 +104,7 @@ def _recovery(args: Any) -> RecoverySettings:
         alpha=alpha_of(args.recover_rank),
         batch=args.recover_batch,
         rates=args.recover_rates,
-        distill=args.recover_distill,
+        distill=distill,
         adapt=args.recover_adapt,
         **on_device(),
         seed=args.seed,
@@ -130,8 +135,10 @@ def _run(args: Any) -> None:
     from uniql_jax.compression.compress import compress
     from uniql_jax.compression.describe import format_seconds
     from uniql_jax.compression.processes import Processes
+    from uniql_jax.compression.recovery import OWN
 
     first = Processes().index == 0
+    recover = () if args.recover is None else args.recover or [OWN]
     resources = Resources(
         devices=args.devices,
         max_device_memory=args.max_device_memory,
@@ -148,8 +155,8 @@ def _run(args: Any) -> None:
         calib_length=args.calib_length,
         settings=_settings(args),
         resources=resources,
-        recover=args.recover,
-        recover_settings=_recovery(args),
+        recover=recover,
+        recover_settings=_recovery(args, recover),
         recover_length=args.recover_length,
         recover_tune=args.recover_tune,
         resume=args.resume,

@@ -7,7 +7,7 @@ from uniql_jax.commands.from_hf import DEQUANTIZE
 from uniql_jax.compression import settings as choices
 from uniql_jax.compression.settings import LENGTH, RECOVER_LENGTH, WINDOWS, CompressionSettings
 from uniql_jax.limits import MAX_PRUNE_RATE
-from uniql_jax.train.settings import RecoverySettings, distribution
+from uniql_jax.train.settings import OwnText, RecoverySettings, distribution
 
 DEFAULTS, RECOVERY = CompressionSettings(), RecoverySettings()
 REFIT_SHARE = 0.5
@@ -22,7 +22,10 @@ examples:
   better at high prune rates on text like that of the calibration (measure other text before you trust it):
     python -m uniql_jax.compress --ckpt path/to/model --out elastic --refit
 
-  better at all rates, by fine-tuning (a GPU is wanted):
+  better at pruned rates, by fine-tuning on what the model writes itself (a GPU is wanted):
+    python -m uniql_jax.compress --ckpt path/to/model --out elastic --recover
+
+  better on text of the kinds that are named:
     python -m uniql_jax.compress --ckpt path/to/model --out elastic --recover notes/ alpaca.json
 
   the same, and then what 4 bits cost as well:
@@ -125,10 +128,10 @@ def _add_recovery(parser: cli.Parser) -> None:
     training = parser.add_argument_group("recovery by fine-tuning (python -m train.finetune has every setting)")
     training.add_argument(
         "--recover",
-        nargs="+",
+        nargs="*",
         metavar="TEXT",
-        default=(),
-        help="train masked LoRA for all rates at once before quantizing: instruction sets and plain text",
+        help="train masked LoRA for all rates at once before quantizing, on instruction sets and plain text, or on N "
+        f"windows that the model writes itself: own:N (default: own:{OwnText().windows})",
     )
     training.add_argument(
         "--recover-steps", type=cli.positive_int, metavar="N", help=f"default: {RECOVERY.epochs:g} passes over the text"
@@ -155,9 +158,9 @@ def _add_recovery(parser: cli.Parser) -> None:
     training.add_argument(
         "--recover-distill",
         type=cli.bounded_float(0, 1),
-        default=RECOVERY.distill,
         metavar="X",
-        help="weight of the unpruned model's own predictions as the target",
+        help="weight of the unpruned model's own predictions as the target (default: 1 where the model writes all the "
+        f"text, so that it keeps what it knows, else {RECOVERY.distill:g})",
     )
     training.add_argument(
         "--recover-adapt", type=cli.natural_int, default=RECOVERY.adapt, metavar="N",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,16 +15,14 @@ from uniql_jax.compression.describe import describe
 from uniql_jax.compression.inputs import manifest_of
 from uniql_jax.compression.log import log_file
 from uniql_jax.compression.processes import Processes
+from uniql_jax.compression.recovery import load_recovery, own_text, recovery_settings
 from uniql_jax.compression.settings import LENGTH, RECOVER_LENGTH, WINDOWS, CompressionSettings, Resources
 from uniql_jax.compression.workspace import remove_leftover, workspace
-from uniql_jax.config import ModelConfig
 from uniql_jax.convert.source import Source, open_source
 from uniql_jax.errors import UserError
 from uniql_jax.manifest import Manifest
 from uniql_jax.outputs import check_space, free_space
 from uniql_jax.tokenizer import source_tokenizer
-from uniql_jax.train import examples
-from uniql_jax.train.loop import resolved
 from uniql_jax.train.settings import RecoverySettings
 
 
@@ -62,7 +59,8 @@ def compress(
         calib_length: tokens of a window.
         settings: what decides the result.
         resources: what the run may use.
-        recover: specs of instruction sets or text to train masked LoRA on before quantizing; none: no recovery.
+        recover: specs of instruction sets or text to train masked LoRA on before quantizing, or own:N for N windows
+            that the model writes itself; none: no recovery.
         recover_settings: how to train.
         recover_length: tokens of a training example.
         recover_tune: further steps after quantizing, with every weight rounded as it is stored.
@@ -97,7 +95,8 @@ def compress(
             _check_finished(out, manifest_of(source, windows.tokens, settings, recovery, progress))
         say(f"{out} is whole already: nothing to resume")
         return None
-    with workspace(out, resume, overwrite, ckpt, (*calib, *recover)) as work:
+    named = [spec for spec in (*calib, *recover) if own_text(spec) is None]
+    with workspace(out, resume, overwrite, ckpt, named) as work:
         training = recovery_settings(source.config, recover_settings, recover_tune) if recover else ()
         training = tuple(filter(None, training))
         if not work.started:  # what a started run still needs is less, and unknown
@@ -159,33 +158,6 @@ def _check_finished(out: str | Path, manifest: Manifest) -> None:
         raise UserError(f"{out} exists and does not say what it was made from; add --overwrite to replace it") from None
     made_from.require(manifest, out, "was made", "add --overwrite to replace it")
     remove_leftover(out, manifest)
-
-
-def recovery_settings(
-    config: ModelConfig, settings: RecoverySettings, tune: int | None
-) -> tuple[RecoverySettings, RecoverySettings | None]:
-    """Settings before quantizing, and for `tune` steps after it (None: none): the same but for dropout, and with what
-    was recovered as the teacher.
-    """
-    settings = resolved(settings, config)
-    if tune is None:
-        return settings, None
-    return settings, dataclasses.replace(settings, steps=tune, dropout=0.0, adapt=0, teacher="rate 0")
-
-
-def load_recovery(
-    source: Source, specs: Sequence[str], settings: RecoverySettings, length: int, tune: int | None = None
-) -> RecoveryData:
-    """What `--recover` trains on and is validated by, read with the source's tokenizer; UserError for bad text."""
-    tokenizer = source_tokenizer(source)
-    config = source.config
-    settings, tuning = recovery_settings(config, settings, tune)
-    end = config.eos_ids[0] if config.eos_ids else getattr(tokenizer, "eos_token_id", None)
-    found = examples.load(
-        list(specs), tokenizer, length, None, vocab_size=config.vocab_size, end=end, seed=settings.seed
-    )
-    train, validation = examples.split(found, settings.held_share, settings.held_most, settings.seed)
-    return RecoveryData(train, validation, settings, tuning)
 
 
 def calibration_windows(source: Source, specs: Sequence[str], count: int, length: int, seed: int) -> data.Windows:

@@ -16,7 +16,7 @@ from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.config import ModelConfig
 from uniql_jax.plan import Plan
 from uniql_jax.train.examples import Examples
-from uniql_jax.train.settings import RecoverySettings
+from uniql_jax.train.settings import OwnText, RecoverySettings
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 """progress(items, stage) -> the items, as they are taken."""
@@ -75,12 +75,17 @@ class Source(DenseModel, Protocol):
 class RecoveryData:
     """What to train masked LoRA on between sorting and quantizing, what to validate it by, and how; `tuning` (None: not
     at all): how to go on after quantizing, with every weight rounded as it is stored.
+
+    own: how the model writes a part of it itself, for which there are zeros until it has; text: the other part,
+    training and validation together (None: there is none).
     """
 
     train: Examples
     validation: Examples
     settings: RecoverySettings
     tuning: RecoverySettings | None = None
+    own: OwnText | None = None
+    text: Examples | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from uniql_jax import console, data, elastic
 from uniql_jax.compression.budget import Budget
 from uniql_jax.compression.contract import RecoveryData, Source
 from uniql_jax.compression.estimate import estimated_bytes, pace, seconds, work
-from uniql_jax.compression.estimate_training import training_seconds
+from uniql_jax.compression.estimate_training import training_seconds, writing_seconds
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.workspace import work_folder
 from uniql_jax.config import ModelConfig
@@ -107,8 +107,10 @@ def _memory(parts: dict[str, int]) -> str:
 def _time(pass_seconds: float, config: ModelConfig, recover: RecoveryData | None) -> str:
     """How long a run takes, and of that recovery."""
     training = training_seconds(config, recover) if recover else 0.0
+    if recover and recover.own:
+        training += writing_seconds(config, recover.own)
     return f"about {format_seconds(pass_seconds + training)} on {jax.devices()[0].device_kind}" + (
-        f", {format_seconds(training)} of it training" if recover else ""
+        f", {format_seconds(training)} of it {'writing text and ' * bool(recover.own)}training" if recover else ""
     )
 
 

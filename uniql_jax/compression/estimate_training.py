@@ -1,4 +1,4 @@
-"""How long recovery and the tuning after it will take, known before they start."""
+"""How long writing text, recovery and the tuning after it will take, known before they start."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from uniql_jax.compression.contract import RecoveryData
 from uniql_jax.compression.estimate import product_speed
 from uniql_jax.compression.settings import PRECISIONS
 from uniql_jax.config import ModelConfig
-from uniql_jax.counting import block_parameters
+from uniql_jax.counting import block_parameters, parameter_count
 from uniql_jax.train.placement import data_mesh
 from uniql_jax.train.recover import evaluations
-from uniql_jax.train.settings import RecoverySettings
+from uniql_jax.train.settings import OwnText, RecoverySettings
 
 # From benchmarks/results/train-step-*.json and recovery-smollm2-*.json: the share of a large product's speed that a
 # step reaches, on a GPU that of models of this width or more, below it in proportion (with LoRA, whose narrow products
 # take their time, and without); seconds that the programs take to compile.
 SHARE, WIDE, PROGRAMS = 0.53, {"lora": 2048, "every weight": 1152}, 20.0
+TOKEN, BANDWIDTH = 1.5e-3, 2e12
+"""Of a GPU that decodes: seconds of a token at least, and bytes of weights that it reads a second."""
 
 
 def stage_flops(config: ModelConfig, data: RecoveryData, options: RecoverySettings) -> float:
@@ -49,3 +51,13 @@ def training_seconds(config: ModelConfig, data: RecoveryData) -> float:
         share = SHARE * (1.0 if cpu else min(1.0, config.hidden_size / wide))
         total += PROGRAMS + stage_flops(config, data, options) / (share * speed * devices)
     return total
+
+
+def writing_seconds(config: ModelConfig, own: OwnText) -> float:
+    """How long the model takes to write text of its own: on a GPU as long as its weights take to be read for every
+    token of a batch, on a CPU as long as the products take.
+    """
+    tokens, weights = -(-own.windows // own.batch) * own.length, parameter_count(config)
+    if jax.default_backend() == "cpu":
+        return tokens * 2 * weights * own.batch / (SHARE * product_speed(1024, "highest"))
+    return PROGRAMS + tokens * (TOKEN + 2 * weights / BANDWIDTH)

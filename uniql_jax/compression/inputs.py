@@ -46,6 +46,8 @@ def manifest_of(
             inputs[f"{name} examples"] = hash_json(
                 [hash_array(value) for value in (part.tokens, part.valid, part.learn)]
             )
+        if recovery.own is not None:
+            inputs |= settings_entries(dataclasses.asdict(recovery.own), "own text setting ")
         inputs |= _training("recovery", recovery.settings)
         if recovery.tuning is not None:
             inputs |= _training("tuning", recovery.tuning)

@@ -18,6 +18,7 @@ from uniql_jax.compression.contract import Gains, Inputs, Progress, RecoveryData
 from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.inputs import manifest_of
 from uniql_jax.compression.processes import Processes
+from uniql_jax.compression.recovery import with_own_text
 from uniql_jax.compression.settings import RECOVER_LENGTH, CompressionSettings, Resources
 from uniql_jax.compression.stages.calibrate import Calibration, Top, forward_sweep
 from uniql_jax.compression.stages.plan import joint_plan
@@ -132,6 +133,7 @@ def run(
     gained, tuned, model = None, None, original
     if recovery is not None:
         model = original._replace(layers=work.layers("recovered"))
+        recovery = with_own_text(source, recovery, work.folder / "own", progress)
         gained = recover(original, recovery, work.folder / "recover", model.layers, progress)
     finished, unrounded = work.layers("quantized"), work.layers("unrounded") if inputs.tuning else None
     fisher = work.layers("fisher") if settings.nested else None

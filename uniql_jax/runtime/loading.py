@@ -15,7 +15,7 @@ from uniql_jax import elastic
 from uniql_jax.casting import cast
 from uniql_jax.checkpoint import Checkpoint, open_checkpoint
 from uniql_jax.config import ModelConfig
-from uniql_jax.convert.source import open_source
+from uniql_jax.convert.source import Source, open_source
 from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.pallas_kernels import dispatch
@@ -228,9 +228,15 @@ def load_source(
     Raises:
         UserError: a checkpoint that is missing, damaged, or of a family that is not supported.
     """
-    source = open_source(ckpt, dequantize=dequantize)
-    dtype = default_dtype() if dtype is None else dtype
     folder = Folder(ckpt) if Path(ckpt).is_dir() else str(ckpt)
+    return dense_model(open_source(ckpt, dequantize=dequantize), dtype, devices=devices, folder=folder)
+
+
+def dense_model(
+    source: Source, dtype: Any = None, *, devices: int | Mesh | None = None, folder: Folder | str | None = None
+) -> CausalLM:
+    """`load_source` of a checkpoint that is open already."""
+    dtype = default_dtype() if dtype is None else dtype
     split = split_for(source.config, devices, {})
     layers = place_layers((source.layer(i) for i in range(len(source.config.pattern))), dtype, split)
     params = place_top(source.top(), dtype, split) | {"layers": layers}
