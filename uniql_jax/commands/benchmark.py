@@ -45,11 +45,8 @@ states), at the speed of a plain copy measured in the same run, over the loop's 
 
 def parser() -> cli.Parser:
     """The arguments of the command."""
-    parser = cli.Parser(
-        prog=cli.program("benchmark"),
-        description="Bytes and times of a model at each prune rate, next to a dense one of the same shape.",
-        epilog=EXAMPLES,
-        formatter_class=cli.ExamplesHelp,
+    parser = cli.parser(
+        "benchmark", "Bytes and times of a model at each prune rate, next to a dense one of the same shape.", EXAMPLES
     )
     add = parser.add_argument
     model = parser.add_mutually_exclusive_group(required=True)

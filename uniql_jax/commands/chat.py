@@ -37,12 +37,7 @@ weights, the cache of a whole context, and the work space of compiled steps.
 
 def parser() -> cli.Parser:
     """The arguments of the command."""
-    parser = cli.Parser(
-        prog=cli.program("chat"),
-        description="Talk to an elastic checkpoint in its own chat template.",
-        epilog=EXAMPLES,
-        formatter_class=cli.ExamplesHelp,
-    )
+    parser = cli.parser("chat", "Talk to an elastic checkpoint in its own chat template.", EXAMPLES)
     parser.add_argument("--system", metavar="TEXT", help="instructions that come before the conversation")
     parser.add_argument(
         "--context", type=cli.positive_int, metavar="N", help=f"tokens of a conversation (default: {CONTEXT}, or what "

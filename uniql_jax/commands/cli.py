@@ -64,6 +64,15 @@ def program(verb: str) -> str:
     return f"uniql {verb}" if called in ("uniql", "__main__") else f"python -m uniql_jax.{verb.replace('-', '_')}"
 
 
+def parser(verb: str, description: str, examples: str | None = None) -> Parser:
+    """The parser of a command; examples stand below its help as they are written, with its name for {prog}."""
+    prog = program(verb)
+    if examples is None:
+        return Parser(prog=prog, description=description)
+    epilog = examples.replace("{prog}", prog)
+    return Parser(prog=prog, description=description, epilog=epilog, formatter_class=ExamplesHelp)
+
+
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Call a command's `main(argv)` and exit: with 0, or its own code, or one line on stderr and one of these codes.
 

@@ -55,12 +55,11 @@ The checkpoint holds every prune rate from 0 to {MAX_PRUNE_RATE}: the rate is ch
 
 def parser() -> cli.Parser:
     """The arguments of the command."""
-    parser = cli.Parser(
-        prog=cli.program("compress"),
-        description="One pass over a model: sort its weights, plan the cuts, rotate and quantize. The result is one\n"
+    parser = cli.parser(
+        "compress",
+        "One pass over a model: sort its weights, plan the cuts, rotate and quantize. The result is one\n"
         "checkpoint that loads at any prune rate. One layer is in memory at a time.",
-        epilog=EXAMPLES,
-        formatter_class=cli.ExamplesHelp,
+        EXAMPLES,
     )
     parser.add_argument(
         "--ckpt", required=True, metavar="CKPT", help="model folder, hub id, .gguf or .pt file, or demo"

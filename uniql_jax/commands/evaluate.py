@@ -15,9 +15,8 @@ RATES = "0,0.15,0.25,0.35"
 
 def parser() -> cli.Parser:
     """The arguments of the command."""
-    parser = cli.Parser(
-        prog=cli.program("evaluate"),
-        description="Perplexity and task accuracy of an elastic checkpoint at each prune rate, next to its size.",
+    parser = cli.parser(
+        "evaluate", "Perplexity and task accuracy of an elastic checkpoint at each prune rate, next to its size."
     )
     parser.add_argument(
         "--ckpt", required=True, type=cli.named, metavar="DIR", help="elastic checkpoint, or its hub id (owner/name)"

@@ -19,13 +19,9 @@ EXAMPLES = """examples:
 
 def parser() -> cli.Parser:
     """The arguments of the command."""
-    prog = cli.program("export")
     formats = "\n".join(f"  {name:<19}{what}" for name, what in FORMATS.items())
-    parser = cli.Parser(
-        prog=prog,
-        description=f"Write an elastic checkpoint at one prune rate for another runtime.\n\nformats:\n{formats}",
-        epilog=EXAMPLES.format(prog=prog),
-        formatter_class=cli.ExamplesHelp,
+    parser = cli.parser(
+        "export", f"Write an elastic checkpoint at one prune rate for another runtime.\n\nformats:\n{formats}", EXAMPLES
     )
     parser.add_argument("checkpoint", metavar="DIR", help="elastic checkpoint, or its hub id (owner/name)")
     cli.add_revision(parser)

@@ -36,11 +36,10 @@ that does best on the validation set, on average over fixed rates, is the one th
 
 def parser() -> cli.Parser:
     """The arguments of the command."""
-    parser = cli.Parser(
-        prog=cli.program("finetune"),
-        description="Win back what pruning costs: LoRA factors trained at all prune rates at once, then merged.",
-        epilog=EXAMPLES,
-        formatter_class=cli.ExamplesHelp,
+    parser = cli.parser(
+        "finetune",
+        "Win back what pruning costs: LoRA factors trained at all prune rates at once, then merged.",
+        EXAMPLES,
     )
     add = parser.add_argument
     add("--ckpt", required=True, metavar="DIR", help="sorted checkpoint of 16 bits (uniql_jax.compress --bits 16)")

@@ -13,10 +13,7 @@ MAX_NEW_TOKENS = 64
 
 def parser() -> cli.Parser:
     """The arguments of the command."""
-    parser = cli.Parser(
-        prog=cli.program("generate"),
-        description="Continue a prompt with an elastic checkpoint; text appears as it is made.",
-    )
+    parser = cli.parser("generate", "Continue a prompt with an elastic checkpoint; text appears as it is made.")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     serving.add_options(parser, MAX_NEW_TOKENS)

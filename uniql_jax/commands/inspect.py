@@ -28,11 +28,10 @@ WIDTH = 100  # of a line of provenance
 
 def parser() -> cli.Parser:
     """The arguments of the command."""
-    parser = cli.Parser(
-        prog=cli.program("inspect"),
-        description="What an elastic checkpoint holds: sizes, prune rates, kept sizes of each layer, provenance.",
-        epilog=EXAMPLES,
-        formatter_class=cli.ExamplesHelp,
+    parser = cli.parser(
+        "inspect",
+        "What an elastic checkpoint holds: sizes, prune rates, kept sizes of each layer, provenance.",
+        EXAMPLES,
     )
     parser.add_argument("checkpoint", metavar="DIR", nargs="?", help="elastic checkpoint, or its hub id (owner/name)")
     parser.add_argument(

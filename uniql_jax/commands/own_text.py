@@ -33,11 +33,10 @@ as the model wants them at --temperature. The same --seed and --batch write the 
 
 def parser() -> cli.Parser:
     """The arguments of the command."""
-    parser = cli.Parser(
-        prog=cli.program("own-text"),
-        description="Let a model write text of its own: calibration and training data where there is no other.",
-        epilog=EXAMPLES,
-        formatter_class=cli.ExamplesHelp,
+    parser = cli.parser(
+        "own-text",
+        "Let a model write text of its own: calibration and training data where there is no other.",
+        EXAMPLES,
     )
     add = parser.add_argument
     add("--ckpt", required=True, metavar="CKPT", help="folder, hub id, .gguf file, demo, or an elastic checkpoint")

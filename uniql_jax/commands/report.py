@@ -23,12 +23,11 @@ base model, license (of the license file next to the weights), tags, and the tab
 
 def parser() -> cli.Parser:
     """The arguments of the command."""
-    parser = cli.Parser(
-        prog=cli.program("report"),
-        description="Write a page and a model card: rates against quality, size and speed, what each layer keeps, "
+    parser = cli.parser(
+        "report",
+        "Write a page and a model card: rates against quality, size and speed, what each layer keeps, "
         "the order of cuts, provenance.",
-        epilog=EXAMPLES,
-        formatter_class=cli.ExamplesHelp,
+        EXAMPLES,
     )
     add = parser.add_argument
     add("checkpoint", metavar="DIR", type=cli.named, help="elastic checkpoint, as uniql compress writes it")

@@ -37,12 +37,11 @@ API_KEY, ADMIN_KEY = "UNIQL_API_KEY", "UNIQL_ADMIN_KEY"
 
 def parser() -> cli.Parser:
     """The arguments of the command."""
-    parser = cli.Parser(
-        prog=cli.program("serve"),
-        description="Serve an elastic checkpoint over HTTP: OpenAI's completions and chat completions, a page to talk "
+    parser = cli.parser(
+        "serve",
+        "Serve an elastic checkpoint over HTTP: OpenAI's completions and chat completions, a page to talk "
         "to it, and a prune rate that changes while it runs.",
-        epilog=EXAMPLES,
-        formatter_class=cli.ExamplesHelp,
+        EXAMPLES,
     )
     add = parser.add_argument
     add("checkpoint", metavar="DIR", type=cli.named, help="elastic checkpoint, as uniql compress writes it")

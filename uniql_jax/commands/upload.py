@@ -13,13 +13,11 @@ EXAMPLES = """examples:
 
 def parser() -> cli.Parser:
     """The arguments of the command."""
-    prog = cli.program("upload")
-    parser = cli.Parser(
-        prog=prog,
-        description="Upload an elastic checkpoint to the hub. The repository is made if there is none, private unless\n"
+    parser = cli.parser(
+        "upload",
+        "Upload an elastic checkpoint to the hub. The repository is made if there is none, private unless\n"
         "--public. DIR/README.md is its card; without one, a card with sizes and metadata is written.",
-        epilog=EXAMPLES.format(prog=prog),
-        formatter_class=cli.ExamplesHelp,
+        EXAMPLES,
     )
     parser.add_argument("checkpoint", metavar="DIR", help="elastic checkpoint, as uniql compress writes it")
     parser.add_argument("repo", metavar="OWNER/NAME", help="repository on the hub")
