@@ -7,7 +7,13 @@
 `--ckpt` is a model, sorted and planned here first, or a sorted checkpoint of 16 or 32 bits. Rows run in the order of
 their importance; the record is written after each of them, and no row begins that would not end within `--minutes`.
 Every row is measured as perplexity over the original's: the weights rounded to bfloat16 ("16"), or finished as
-`python -m uniql_jax.compress` does at 4 bits ("4").
+`python -m uniql_jax.compress` does at 4 bits ("4"). With `--suite` (benchmarks/tasks.py) models of 4 bits answer tasks.
+
+Texts to train on may have names, of which a row takes some, and the model may write one itself, in shapes and at
+temperatures that take turns:
+
+    ... --train books=books.npy plain=own:8192:text mixed=own:8192:text+question+chat:0.7+1 \
+        --row "own" texts=plain distill=1 bits=16,4 --row "own, three shapes" texts=mixed distill=1 bits=16,4
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import texts
 from benchmarks.recovery_bench import Bench, Row, open_sorted, stacked
+from benchmarks.task_suite import Suite
 from uniql_jax import console, data
 from uniql_jax.checkpoint import is_elastic, open_checkpoint
 from uniql_jax.compression.pipeline import compress
@@ -36,9 +43,9 @@ from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.convert.source import open_source
 from uniql_jax.evaluation.timing import environment
 from uniql_jax.tokenizer import load_tokenizer
-from uniql_jax.train import stack
-from uniql_jax.train.examples import from_windows, split
-from uniql_jax.train.loop import RecoverySettings
+from uniql_jax.train import own_text, stack
+from uniql_jax.train.examples import Examples, from_windows
+from uniql_jax.train.settings import OwnText, RecoverySettings
 
 RUN = 13
 """Tokens in a row that two texts share only where one was taken from the other, or both from a third."""
@@ -92,16 +99,44 @@ def _setting(text: str) -> Any:
 
 
 def custom_row(words: Sequence[str]) -> Row:
-    """NAME KEY=VALUE ...: keys are the fields of `RecoverySettings`, `bits` (such as 16,4), `refit`, and with
-    `tune.` before them the settings of a training that goes on after quantizing to 4 bits (such as tune.steps=500).
+    """NAME KEY=VALUE ...: keys are the fields of `RecoverySettings`, `bits` (such as 16,4), `refit`, `texts` (such as
+    books,plain), and with `tune.` before them the settings of a training that goes on after quantizing to 4 bits (such
+    as tune.steps=500).
     """
     settings = {key: value for key, _, value in (word.partition("=") for word in words[1:])}
+    chosen = tuple(settings.pop("texts").split(",")) if "texts" in settings else None
     bits = tuple(int(part) for part in settings.pop("bits", "16").split(","))
     refit = float(settings.pop("refit")) if "refit" in settings else None
     read = lambda key, value: value if key == "rates" else _setting(value)  # noqa: E731  also a rate is a word
     tune = {key[5:]: read(key[5:], value) for key, value in settings.items() if key.startswith("tune.")}
     train = {key: read(key, value) for key, value in settings.items() if not key.startswith("tune.")}
-    return Row(words[0], train or None, refit, bits, tune or None)
+    return Row(words[0], train or None, refit, bits, tune or None, chosen)
+
+
+def own_windows(spec: str, ckpt: str, tokenizer: Any, length: int) -> Examples:
+    """What own:N:SHAPE+SHAPE:TEMPERATURE+TEMPERATURE says that the model writes."""
+    count, shapes, *rest = spec.removeprefix("own:").split(":")
+    temperatures = tuple(map(float, rest[0].split("+"))) if rest else (1.0,)
+    how = OwnText(int(count), length, tuple(shapes.split("+")), temperatures, batch=256)
+    model = own_text.open_model(ckpt)
+    begin = own_text.beginnings(model.config.vocab_size, tokenizer, model.config.eos_ids, how.shapes)
+    start = time.perf_counter()
+    rows = own_text.own_text(model, how, begin, progress=lambda batches: console.progress(batches, "write"))
+    print(f"{spec}: {rows.size} tokens in {time.perf_counter() - start:.1f} s", flush=True)
+    return from_windows(rows, f"{len(rows)} windows of its own ({', '.join(begin)}; temperature {rest or 1})")
+
+
+def training_sets(args: argparse.Namespace, tokenizer: Any, vocab: int) -> dict[str, Examples]:
+    """What is trained on, by name: NAME=SPEC, or SPEC, which is its name."""
+    found = {}
+    for item in args.train:
+        name, spec = item.split("=", 1) if "=" in item else (item, item)
+        if spec.startswith("own:"):
+            found[name] = own_windows(spec, args.ckpt, tokenizer, args.train_length)
+        else:
+            windows = data.token_windows([spec], tokenizer, args.train_length, None, vocab_size=vocab)
+            found[name] = from_windows(windows.tokens, windows.description)
+    return found
 
 
 def prepare(args: argparse.Namespace, work: Path) -> tuple[Bench, dict[str, Any]]:
@@ -120,25 +155,27 @@ def prepare(args: argparse.Namespace, work: Path) -> tuple[Bench, dict[str, Any]
         ckpt = work / "sorted"
         compress(opened, ckpt, calibration.tokens, CompressionSettings(bits=32), progress=console.progress)
     sorting = time.perf_counter() - start
-    trained = [data.token_windows([spec], tokenizer, args.train_length, None, vocab_size=vocab) for spec in args.train]
-    known = from_windows(np.concatenate([part.tokens for part in trained]), "; ".join(p.description for p in trained))
+    sets = training_sets(args, tokenizer, vocab)
     options = RecoverySettings(
         lr=args.lr, steps=args.steps, batch=args.batch, dropout=args.dropout, compute=args.compute,
         evaluations=args.evaluations, patience=args.evaluations, remat=args.remat, accumulate=args.accumulate,
         held_most=args.held,
     )  # fmt: skip
-    train_split, validation = split(known, options.held_share, options.held_most, options.seed)
     windows = {name: found.tokens for name, found in measured.items()}
-    bench = Bench(open_sorted(ckpt), calibration.tokens, train_split, validation, windows, options, work)
+    suite = Suite.load(args.suite) if args.suite else None
+    if suite is not None and args.limit:
+        suite = suite.first(args.limit)
+    bench = Bench(open_sorted(ckpt), calibration.tokens, sets, windows, options, work, suite)
     provenance = {
         "calibration": calibration.description,
-        "training": known.description,
+        "training": {name: found.description for name, found in sets.items()},
         "texts": {name: found.description for name, found in measured.items()},
-        "seen": {name: seen(found.tokens, [part.tokens for part in trained]) for name, found in measured.items()},
+        "seen": {name: seen(found.tokens, [part.tokens for part in sets.values()]) for name, found in measured.items()},
         "sort_seconds": round(sorting, 1),
+        "suite": suite.digest if suite is not None else None,
     }
     # Where files lay on the machine that measured is nobody's business: their names are enough.
-    specs = [*args.calib, *args.train, *(item.split("=", 1)[1] for item in args.text)]
+    specs = [item.split("=", 1)[-1] for item in (*args.calib, *args.train, *args.text)]
     places = sorted({f"{Path(spec).parent}/" for spec in specs if Path(spec).exists()}, key=len, reverse=True)
     short = lambda text: functools.reduce(lambda so_far, place: so_far.replace(place, ""), places, text)  # noqa: E731
     provenance = jax.tree.map(lambda value: short(value) if isinstance(value, str) else value, provenance)
@@ -151,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--ckpt", default="demo", help="a model, or a sorted checkpoint of 16 or 32 bits")
     texts.add_arguments(parser, data.default_calibration()[0], eval_tokens=16384)
-    add("--train", nargs="+", default=data.default_calibration()[0], help="texts to train on, all of each")
+    add("--train", nargs="+", default=data.default_calibration()[0], help="texts to train on, all of each; NAME=SPEC")
     add("--train-length", type=int, default=256, help="tokens per example")
     add("--steps", type=int, default=600, help="of every training")
     add("--lr", type=float, default=1e-3)
@@ -164,6 +201,8 @@ def parser() -> argparse.ArgumentParser:
     add("--compute", default="float32" if jax.default_backend() == "cpu" else "bfloat16")
     add("--only", nargs="+", help="rows of these names alone")
     add("--row", nargs="+", action="append", default=[], help="one more row: NAME KEY=VALUE ...")
+    add("--suite", type=Path, help="tasks, as benchmarks/tasks.py prepares them")
+    add("--limit", type=int, help="the first items of each task alone")
     add("--minutes", type=float, default=600.0, help="begin no row that would not end by then")
     add("--cache", help="folder of compiled programs, kept from run to run")
     add("--json", type=Path)
@@ -203,20 +242,25 @@ def main() -> None:
                 print(f"{row.name}: {training['steps']} steps in {training['seconds']} s", flush=True)
             for bits in row.bits:
                 middle = time.perf_counter()
-                tune = row.tune if bits < 16 else None
-                wide = 32 if bits == 16 and row.refit is not None else bits
-                params, tuning = bench.finished(layers, wide, row.refit, tune, row.name)
+                finished, top, tuning = bench.finished(row, layers, bits)
                 if tuning:
                     record["training_rows"][f"{row.name}, tuned"] = tuning
                     print(f"{row.name}, tuned: {tuning['steps']} steps in {tuning['seconds']} s", flush=True)
                 finishing = time.perf_counter() - middle
+                params = stacked(bench.model.config, finished, top)
                 found = bench.perplexities(params)
                 del params
+                answers = bench.answers(finished, top) if bits < 16 else []
+                for one in answers:
+                    record.setdefault("answers", []).append(dict(row=row.name, bits=bits, **one))
                 for one in found:
                     record["rows"].append(dict(row=row.name, bits=bits, **one, finish_seconds=round(finishing, 1)))
                 for text in bench.texts:
                     ratios = "  ".join(f"{one['ratio']:7.4f}" for one in found if one["text"] == text)
                     print(f"{row.name:24s} {bits:2d} bits  {text:12s} {ratios}", flush=True)
+                if answers:
+                    five = "  ".join(f"{one['paired']['means']['five']['ratio']:7.4f}" for one in answers)
+                    print(f"{row.name:24s} {bits:2d} bits  {'five tasks':12s} {five}", flush=True)
                 record["seconds"] = round(time.perf_counter() - begun, 1)
                 if args.json:
                     console.write_whole(args.json, json.dumps(record, indent=1) + "\n")

@@ -16,19 +16,21 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from benchmarks import stages
+from benchmarks import stages, tasks
 from benchmarks.quality import RATES
+from benchmarks.task_suite import Suite
 from uniql_jax import console, elastic
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
 from uniql_jax.compression.contract import RecoveryData
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.config import ModelConfig
-from uniql_jax.model.causal_lm import embed
+from uniql_jax.evaluation.likelihood import masks
+from uniql_jax.model.causal_lm import CausalLM, embed
 from uniql_jax.model.layers.context import full_context
 from uniql_jax.plan import Plan
 from uniql_jax.train import lora, rates, recover, stack
-from uniql_jax.train.examples import Examples
+from uniql_jax.train.examples import Examples, joined, split
 from uniql_jax.train.loop import RecoverySettings, Trainer
 from uniql_jax.train.losses import head_losses
 from uniql_jax.weights.protocol import dense
@@ -40,8 +42,8 @@ Layers = Sequence[lora.Layer]
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A way to recover: settings of the training that differ from the run's own (None: no training), the share of the
-    nested refit (None: no refit), the bits at which it is measured, and for 4 bits the settings of a training that
-    goes on after quantizing (None: none).
+    nested refit (None: no refit), the bits at which it is measured, for 4 bits the settings of a training that goes on
+    after quantizing (None: none), and names of the texts that are trained on (None: all).
     """
 
     name: str
@@ -49,6 +51,7 @@ class Row:
     refit: float | None = None
     bits: tuple[int, ...] = (16,)
     tune: dict[str, Any] | None = None
+    texts: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,32 +107,46 @@ def window_loss(config: ModelConfig, params: Any, tokens: jax.Array, keep: Any) 
 
 def stacked(config: ModelConfig, layers: Layers, top: dict[str, Any]) -> Any:
     """A whole model on the device in float32, whatever its leaves are held as, layers of one kind stacked."""
-    wide = lambda leaf: np.asarray(dense(leaf)).astype(np.float32)  # noqa: E731
-    is_leaf = lambda leaf: isinstance(leaf, QuantizedArray)  # noqa: E731
-    layers = [jax.tree.map(wide, layer, is_leaf=is_leaf) for layer in layers]
+    layers = _wide(list(layers))
     runs = [stack.stack(layers, run) for run in stack.runs(config)]
-    return jax.tree.map(jnp.asarray, {"runs": runs, "top": jax.tree.map(wide, top, is_leaf=is_leaf)})
+    return jax.tree.map(jnp.asarray, {"runs": runs, "top": _wide(top)})
+
+
+def _wide(tree: Any) -> Any:
+    """A pytree of leaves, whatever they are held as, in float32 on the host."""
+    return jax.tree.map(
+        lambda leaf: np.asarray(dense(leaf)).astype(np.float32), tree, is_leaf=lambda x: isinstance(x, QuantizedArray)
+    )
 
 
 class Bench:
-    """One model, its texts, and what rows share: compiled trainers, trained layers, the head's Gram matrix."""
+    """One model, its texts, and what rows share: compiled trainers, trained layers, the head's Gram matrix.
+
+    sets: what may be trained on, by name. suite: tasks that finished models answer, those of `answered` bits.
+    """
 
     def __init__(
         self,
         model: Sorted,
         calibration: np.ndarray,
-        train_split: Examples,
-        validation: Examples,
+        sets: dict[str, Examples],
         texts: dict[str, np.ndarray],
         options: RecoverySettings,
         work: Path,
+        suite: Suite | None = None,
     ):
-        self.model, self.calibration, self.train_split, self.validation = model, calibration, train_split, validation
+        self.model, self.calibration, self.sets, self.suite = model, calibration, sets, suite
         self.texts, self.options, self.work = texts, options, work
         self.trainers: dict[RecoverySettings, Trainer] = {}
-        self.trained: dict[RecoverySettings, tuple[Layers, dict[str, Any]]] = {}
+        self.trained: dict[tuple[RecoverySettings, tuple[str, ...]], tuple[Layers, dict[str, Any]]] = {}
         self.forward: stages.Measured | None = None
         self.original: dict[str, float] = {}
+        self.right: tasks.Answers = {}
+
+    def split_of(self, row: Row) -> tuple[Examples, Examples]:
+        """Training and validation set of a row."""
+        chosen = joined([self.sets[name] for name in row.texts or self.sets])
+        return split(chosen, self.options.held_share, self.options.held_most, self.options.seed)
 
     def options_of(self, settings: dict[str, Any]) -> RecoverySettings:
         """The settings of a training."""
@@ -141,12 +158,13 @@ class Bench:
         if row.train is None:
             return self.model.layers, {}
         options = self.options_of(row.train)
-        if options not in self.trained:
+        if (options, row.texts or ()) not in self.trained:
+            train_split, validation = self.split_of(row)
             # Which rates are drawn and validated is no part of the program: such rows share it.
             program = dataclasses.replace(options, rates="uniform", validation_rates=self.options.validation_rates)
             model, start = self.model, time.perf_counter()
             if program not in self.trainers:
-                steps = options.total_steps(len(self.train_split))
+                steps = options.total_steps(len(train_split))
                 first = next(iter(self.trainers.values()), None)
                 self.trainers[program] = (
                     first.variant(program, steps)
@@ -154,20 +172,22 @@ class Bench:
                     else Trainer(model.config, model.layers, model.embeddings, program, steps)
                 )
             result = recover.train(
-                model.config, model.layers, model.embeddings, model.plan, self.train_split, self.validation, options,
+                model.config, model.layers, model.embeddings, model.plan, train_split, validation, options,
                 self.work / f"row-{len(self.trained)}", lambda steps: console.progress(steps, row.name),
                 self.trainers[program],
             )  # fmt: skip
             factors = jax.device_get(result.factors)
             layers = [lora.merge_layer(i, layer, factors, options.alpha) for i, layer in enumerate(model.layers)]
-            self.trained[options] = layers, _provenance(options, result, start)
-        return self.trained[options]
+            self.trained[options, row.texts or ()] = layers, _provenance(options, result, start)
+        return self.trained[options, row.texts or ()]
 
-    def finished(
-        self, layers: Layers, bits: int, refit: float | None, tune: dict[str, Any] | None = None, name: str = ""
-    ) -> tuple[Any, dict[str, Any]]:
-        """Layers as the pass would store them at these bits, for `perplexities`, and what tuning says of itself."""
+    def finished(self, row: Row, layers: Layers, bits: int) -> tuple[Layers, dict[str, Any], dict[str, Any]]:
+        """A row's layers as the pass would store them at these bits, the leaves outside them, and what tuning says of
+        itself.
+        """
         provenance: dict[str, Any] = {}
+        refit, tune = row.refit, row.tune if bits < 16 else None
+        bits = 32 if bits == 16 and refit is not None else bits
         if bits >= 16 and refit is None:
             stored = [_rounded(layer) for layer in layers]
             top = _rounded({"top": self.model.embeddings})["top"]
@@ -184,16 +204,42 @@ class Bench:
                 found, _ = stages.finish(measured, plan, recovered, settings, folder, unrounded)
                 if tune is not None and unrounded is not None:
                     start, training = time.perf_counter(), self.options_of(tune)
-                    data = RecoveryData(self.train_split, self.validation, training, training)
+                    data = RecoveryData(*self.split_of(row), training, training)
                     with jax.default_matmul_precision("default"):
                         found, result = stages.tuned(
                             measured, plan, teacher, found, unrounded, data, settings, folder,
-                            lambda items, _: console.progress(items, f"{name}, tuned"),
+                            lambda items, _: console.progress(items, f"{row.name}, tuned"),
                         )  # fmt: skip
                     provenance = _provenance(training, result, start)
                 stored = [found.layer(i) for i in range(len(layers))]
                 top = found.top()
-        return stacked(self.model.config, stored, top), provenance
+        return stored, top, provenance
+
+    def answers(self, layers: Layers, top: dict[str, Any]) -> list[dict[str, Any]]:
+        """What a finished model answers to the suite at every rate, paired with the original's answers."""
+        if self.suite is None:
+            return []
+        if not self.right:
+            self.right = self._answers(self.model.layers, self.model.embeddings, 0.0)
+        found = []
+        for rate in RATES:
+            right = self._answers(layers, top, rate)
+            found.append(
+                {
+                    "prune_rate": rate,
+                    "tasks": tasks.record(right),
+                    "paired": tasks.against("original", right, self.right),
+                }
+            )
+        return found
+
+    def _answers(self, layers: Layers, top: dict[str, Any], rate: float) -> tasks.Answers:
+        assert self.suite is not None
+        params = jax.tree.map(jnp.asarray, _wide({"layers": list(layers), **top}))
+        model, keep = CausalLM(self.model.config, params, dtype=jnp.float32), masks(self.model.plan, rate)
+        cpu = jax.default_backend() == "cpu"
+        with jax.default_matmul_precision("highest" if cpu else "tensorfloat32"):
+            return tasks.measure(model, self.suite, 4096 if cpu else 65536, keep)
 
     def measured(self) -> stages.Measured:
         """What quantizing wants of the calibration windows; gathered once."""
