@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -15,10 +16,10 @@ import pytest
 
 from tests import published, tiny
 from tests.ahead_of_time import ahead_of_time  # noqa: F401  a fixture
+from tests.commands import exit_code
 from uniql_jax import config as model_config
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.commands import benchmark as benchmark_command
-from uniql_jax.commands import cli
 from uniql_jax.counting import parameter_count
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation import benchmark, benchmark_report, random_model, timing
@@ -56,11 +57,7 @@ def runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark.Bench, "__init__", fail)
 
 
-def command(*argv: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.run(benchmark_command.main, [str(a) for a in argv])
-    assert isinstance(stop.value.code, int)
-    return stop.value.code
+command = functools.partial(exit_code, benchmark_command.main)
 
 
 def test_everything_of_a_config(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,10 @@ import numpy as np
 import pytest
 
 from tests import published, tiny
+from tests.commands import exit_code
 from uniql_jax import config as model_config
 from uniql_jax import console, counting
 from uniql_jax.checkpoint import open_checkpoint
-from uniql_jax.commands import cli
 from uniql_jax.commands import compress as command
 from uniql_jax.compression import compress, describe, estimate, pipeline
 from uniql_jax.compression.settings import PRECISIONS, CompressionSettings
@@ -35,10 +36,7 @@ def calib(tmp_path: Path, rng: np.random.Generator) -> Path:
     return path
 
 
-def _run(*argv: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.run(command.main, [str(a) for a in argv])
-    return int(stop.value.code or 0)
+_run = functools.partial(exit_code, command.main)
 
 
 def test_a_run_plans_works_and_says_what_next(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
@@ -15,8 +16,8 @@ import pytest
 
 import uniql_jax
 from tests import tiny
+from tests.commands import exit_code
 from uniql_jax.checkpoint import open_checkpoint
-from uniql_jax.commands import cli
 from uniql_jax.commands import evaluate as evaluate_command
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation import evaluate, evaluate_report, likelihood, plot
@@ -81,11 +82,7 @@ def test_perplexity_refuses(rng: np.random.Generator) -> None:
         evaluate.perplexity(model, np.zeros((1, 4), np.int32))
 
 
-def command(*argv: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.run(evaluate_command.main, [str(a) for a in argv])
-    assert isinstance(stop.value.code, int)
-    return stop.value.code
+command = functools.partial(exit_code, evaluate_command.main)
 
 
 def test_command(folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

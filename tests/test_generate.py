@@ -15,7 +15,8 @@ import pytest
 
 import uniql_jax
 from tests import tiny
-from uniql_jax.commands import cli
+from tests.commands import exit_code
+from uniql_jax.commands import generate as generate_command
 from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.runtime import generation as runtime
@@ -236,13 +237,7 @@ def test_text_in_text_out(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------ command
 
 
-def command(*argv: object) -> int:
-    from uniql_jax.commands.generate import main
-
-    with pytest.raises(SystemExit) as stop:
-        cli.run(main, [str(a) for a in argv])
-    assert isinstance(stop.value.code, int)
-    return stop.value.code
+command = functools.partial(exit_code, generate_command.main)
 
 
 def test_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

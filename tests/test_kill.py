@@ -17,9 +17,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests import published, reference, tiny
+from tests.commands import exit_code
 from uniql_jax import console
-from uniql_jax.commands import cli, export
 from uniql_jax.commands import compress as command
+from uniql_jax.commands import export
 from uniql_jax.compression import pipeline
 from uniql_jax.compression.compress import compress
 from uniql_jax.compression.settings import CompressionSettings, Resources
@@ -168,12 +169,6 @@ def test_killed_twenty_times(tmp_path: Path, rng: np.random.Generator, seed: int
         assert [path.name for path in place.iterdir()] == ["out"]
 
 
-def _run(main: Callable[[list[str]], int | None], *argv: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.run(main, [str(a) for a in argv])
-    return int(stop.value.code or 0)
-
-
 @pytest.mark.slow
 def test_one_process_at_a_time_and_a_folder_that_appears(
     inputs: Inputs, whole: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -183,7 +178,7 @@ def test_one_process_at_a_time_and_a_folder_that_appears(
     with inputs.start(out) as process:
         assert watch.follow(process, 2)
         for more in ((), ("--resume",), ("--overwrite",)):
-            assert _run(command.main, *inputs.argv(out, *more)) == 2
+            assert exit_code(command.main, *inputs.argv(out, *more)) == 2
             shown = capsys.readouterr().err
             assert shown.count("\n") == 1
             assert f"another process (pid {process.pid}) is working on" in shown
@@ -270,7 +265,7 @@ def left(
     if request.param == "finished":
         shutil.copytree(whole[0], out)
     else:
-        assert _run(command.main, *own.argv(out)) == 2
+        assert exit_code(command.main, *own.argv(out)) == 2
         assert (work_folder(out) / MANIFEST).is_file()
     return own, out
 
@@ -284,7 +279,7 @@ def test_changed_inputs_are_refused_and_named(
     edit, argv, named = CHANGES[change]
     edit(own)
     capsys.readouterr()
-    assert _run(command.main, *own.argv(out, "--resume"), *argv) == 2
+    assert exit_code(command.main, *own.argv(out, "--resume"), *argv) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert named in lines[0]
@@ -329,7 +324,7 @@ def test_a_terminated_export_leaves_nothing(
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        assert _run(export.main, whole[0], tmp_path / "dense") == 128 + signal.SIGTERM
+        assert exit_code(export.main, whole[0], tmp_path / "dense") == 128 + signal.SIGTERM
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -343,6 +338,6 @@ def test_a_work_folder_that_is_not_ours_is_left_alone(
     own.mkdir()
     (own / "thesis.txt").write_text("mine")
     for more in ((), ("--resume",), ("--overwrite",)):
-        assert _run(command.main, *inputs.argv(tmp_path / "out", *more)) == 2
+        assert exit_code(command.main, *inputs.argv(tmp_path / "out", *more)) == 2
         assert "holds something else" in capsys.readouterr().err
     assert _files(tmp_path) == {"out.partial/thesis.txt": b"mine"}

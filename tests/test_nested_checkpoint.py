@@ -17,10 +17,11 @@ import pytest
 
 import uniql_jax
 from tests import compressed, reference, tiny
+from tests.commands import exit_code
 from tests.compressed import FAMILIES, Made
 from tests.nested_settings import take_setting
 from uniql_jax.checkpoint import Checkpoint, Setting, open_checkpoint
-from uniql_jax.commands import benchmark, cli, evaluate, export, generate
+from uniql_jax.commands import benchmark, evaluate, export, generate
 from uniql_jax.commands import compress as compress_command
 from uniql_jax.commands import inspect as inspect_command
 from uniql_jax.compression.pipeline import compress
@@ -244,12 +245,6 @@ def test_damaged_plans_are_refused(made: Made, tmp_path: Path) -> None:
     assert "leading_bits" in broken(leading_bits=2)
 
 
-def run(command: Any, *argv: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.run(command.main, [str(word) for word in argv])
-    return int(stop.value.code or 0)
-
-
 def test_commands_take_a_budget(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(shutil.copytree(made.checkpoint("qwen2", NEAREST), tmp_path / "ck"))
     tiny.tokenizer().save_pretrained(folder)
@@ -257,31 +252,31 @@ def test_commands_take_a_budget(made: Made, tmp_path: Path, capsys: pytest.Captu
     budget = int(plan.bytes[len(plan.steps) // 2])
     np.save(tmp_path / "text.npy", np.random.default_rng(0).integers(3, 200, (2, 24)).astype(np.int32))
     asked = ("--ckpt", folder, "--memory-budget", budget)
-    assert run(generate, *asked, "--prompt", "q z", "--max-new-tokens", 2) == 0
+    assert exit_code(generate.main, *asked, "--prompt", "q z", "--max-new-tokens", 2) == 0
     assert "at 4 bits, the others at 3" in capsys.readouterr().err
     rows = tmp_path / "rows.json"
-    assert run(evaluate, *asked, "--text", tmp_path / "text.npy", "--prune-rates", "0", "--json", rows) == 0
+    assert exit_code(evaluate.main, *asked, "--text", tmp_path / "text.npy", "--prune-rates", "0", "--json", rows) == 0
     found = json.loads(rows.read_text())
     assert [row.get("memory_budget") for row in found] == [None, budget]
     assert found[1]["weight_bytes"] <= budget < found[0]["weight_bytes"]
     assert perplexities(found)[str(tmp_path / "text.npy").rpartition("/")[2]].keys() == {0.0}
     speed = tmp_path / "speed.json"
     work = ("--prompt-len", 4, "--gen-len", 2, "--repeats", 1, "--ttft", "--no-dense")
-    assert run(benchmark, *asked, *work, "--json", speed) == 0
+    assert exit_code(benchmark.main, *asked, *work, "--json", speed) == 0
     [row] = json.loads(speed.read_text())["rows"]
     assert row["memory_budget"] == budget
     assert row["size"] == str(choose(open_checkpoint(folder), budget))
     assert row["size"] in capsys.readouterr().out
     assert read_speed(speed)[0] == {}  # of rates
-    assert run(inspect_command, folder, "--memory-budget", budget) == 0
+    assert exit_code(inspect_command.main, folder, "--memory-budget", budget) == 0
     assert "at 4 bits)" in capsys.readouterr().out
-    assert run(export, folder, tmp_path / "hf", "--memory-budget", budget) == 0
+    assert exit_code(export.main, folder, tmp_path / "hf", "--memory-budget", budget) == 0
     capsys.readouterr()
-    assert run(export, folder, tmp_path / "g", "--memory-budget", budget, "--format", "gguf") == 2
-    assert run(generate, "--ckpt", folder, "--memory-budget", "1KB", "--prompt", "x") == 2
-    assert run(benchmark, "--ckpt", folder, "--memory-budget", "1GB,1KB", "--size") == 2
-    assert run(benchmark, *asked, "--devices", 2, "--size") == 2
-    assert run(benchmark, "--config", "llama-3.2-1b", "--memory-budget", "1GB", "--size") == 2
+    assert exit_code(export.main, folder, tmp_path / "g", "--memory-budget", budget, "--format", "gguf") == 2
+    assert exit_code(generate.main, "--ckpt", folder, "--memory-budget", "1KB", "--prompt", "x") == 2
+    assert exit_code(benchmark.main, "--ckpt", folder, "--memory-budget", "1GB,1KB", "--size") == 2
+    assert exit_code(benchmark.main, *asked, "--devices", 2, "--size") == 2
+    assert exit_code(benchmark.main, "--config", "llama-3.2-1b", "--memory-budget", "1GB", "--size") == 2
     assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
 
 
@@ -294,7 +289,7 @@ def test_what_cannot_be_is_refused_before_the_start(
     more: tuple[str, ...], made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ("--ckpt", made.source("qwen2"), "--out", tmp_path / "out", "--nested-bits", *more)
-    assert run(compress_command, *argv) == 2
+    assert exit_code(compress_command.main, *argv) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "nested" in line
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html.parser
 import json
 import re
@@ -13,8 +14,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from tests import tiny
+from tests.commands import exit_code
 from uniql_jax.checkpoint import open_checkpoint
-from uniql_jax.commands import cli
 from uniql_jax.commands import report as command
 from uniql_jax.console import format_bytes
 from uniql_jax.evaluation.report import Report
@@ -43,11 +44,7 @@ def written(path: Path, content: Any) -> Path:
     return path
 
 
-def run(*argv: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.run(command.main, [str(a) for a in argv])
-    assert isinstance(stop.value.code, int)
-    return stop.value.code
+run = functools.partial(exit_code, command.main)
 
 
 class Page(html.parser.HTMLParser):

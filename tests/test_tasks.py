@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import types
@@ -15,7 +16,7 @@ import pytest
 
 import uniql_jax
 from tests import tiny
-from uniql_jax.commands import cli
+from tests.commands import exit_code
 from uniql_jax.commands import evaluate as evaluate_command
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation import likelihood, tasks
@@ -101,11 +102,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return write
 
 
-def command(*argv: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.run(evaluate_command.main, [str(a) for a in argv])
-    assert isinstance(stop.value.code, int)
-    return stop.value.code
+command = functools.partial(exit_code, evaluate_command.main)
 
 
 def test_accuracy_is_how_often_the_right_choice_is_likeliest(

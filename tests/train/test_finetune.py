@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -12,18 +13,15 @@ import pytest
 
 import uniql_jax
 from tests import tiny
+from tests.commands import exit_code
 from uniql_jax.checkpoint import open_checkpoint
-from uniql_jax.commands import cli
 from uniql_jax.commands import finetune as finetune_command
 from uniql_jax.train import recover
 
 QUICK = ("--steps", "6", "--batch", "4", "--length", "24", "--lr", "1e-2", "--rank", "4", "--dropout", "0")
 
 
-def _run(*argv: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.run(finetune_command.main, [str(a) for a in argv])
-    return int(stop.value.code or 0)
+_run = functools.partial(exit_code, finetune_command.main)
 
 
 def _text(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import pytest
 
 import uniql_jax
 from tests import tiny
+from tests.commands import exit_code
 from uniql_jax import data
-from uniql_jax.commands import cli
 from uniql_jax.commands import own_text as own_text_command
 from uniql_jax.convert.source import open_source
 from uniql_jax.evaluation.random_model import random_model
@@ -30,10 +31,7 @@ def model(seed: int) -> CausalLM:
     return random_model(tiny.config(), 16, dtype=jnp.float32, seed=seed)
 
 
-def _run(*argv: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.run(own_text_command.main, [str(a) for a in argv])
-    return int(stop.value.code or 0)
+_run = functools.partial(exit_code, own_text_command.main)
 
 
 def test_the_likeliest_text_is_what_generation_writes(model: CausalLM, rng: np.random.Generator) -> None:

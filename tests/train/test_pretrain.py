@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -14,12 +15,12 @@ import pytest
 
 import uniql_jax
 from tests import reference, tiny
+from tests.commands import exit_code
 from tests.train import cases
 from tools import pretrain, scratch
 from tools.initialize import checkpoint_parameters, initialize
 from tools.tokenizer import END, train_tokenizer
 from uniql_jax import config as model_config
-from uniql_jax.commands import cli
 from uniql_jax.convert import tables
 from uniql_jax.convert.source import open_source
 from uniql_jax.tokenizer import load_tokenizer
@@ -38,10 +39,7 @@ def _text(path: Path, rng: np.random.Generator) -> Path:
     return path
 
 
-def _run(*argv: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.run(pretrain.main, [str(a) for a in argv])
-    return int(stop.value.code or 0)
+_run = functools.partial(exit_code, pretrain.main)
 
 
 @pytest.mark.parametrize("family", ["qwen2", pytest.param("nemotron_h", marks=pytest.mark.slow)])
