@@ -123,7 +123,9 @@ def own_windows(spec: str, ckpt: str, tokenizer: Any, length: int) -> Examples:
     start = time.perf_counter()
     rows = own_text.own_text(model, how, begin, progress=lambda batches: console.progress(batches, "write"))
     print(f"{spec}: {rows.size} tokens in {time.perf_counter() - start:.1f} s", flush=True)
-    return from_windows(rows, f"{len(rows)} windows of its own ({', '.join(begin)}; temperature {rest or 1})")
+    return from_windows(
+        rows, f"{len(rows)} windows of its own ({', '.join(begin)}; temperature {', '.join(map(str, temperatures))})"
+    )
 
 
 def training_sets(args: argparse.Namespace, tokenizer: Any, vocab: int) -> dict[str, Examples]:
