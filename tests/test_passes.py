@@ -392,7 +392,7 @@ def test_recovery_on_text_that_the_model_writes(
     assert _contents(again) == _contents(out)
 
 
-@pytest.mark.parametrize("spec", ["own:", "own:1", "own:many", "own:-3"])
+@pytest.mark.parametrize("spec", ["own:", "own:1", "own:many", "own:-3", "own:1000001", "own:٣"])
 def test_a_number_of_windows_that_is_none_is_refused(spec: str, source: Source) -> None:
     with pytest.raises(UserError, match="--recover own"):
         load_recovery(source, [spec], recovery.RecoverySettings(), 16)

@@ -20,7 +20,7 @@ from uniql_jax.train import examples
 from uniql_jax.train.own_text import beginnings, kept, written
 from uniql_jax.train.settings import OwnText, RecoverySettings, resolved
 
-OWN = "own"
+OWN, MOST = "own", 1_000_000
 
 
 def own_text(spec: str) -> int | None:
@@ -34,8 +34,8 @@ def own_text(spec: str) -> int | None:
         return None
     if not colon:
         return OwnText().windows
-    if not re.fullmatch("[0-9]{1,9}", count) or int(count) < 2:
-        raise UserError(f"--recover {spec}: own:N takes a number of windows that the model writes, at least 2")
+    if not re.fullmatch("[0-9]{1,7}", count) or not 2 <= int(count) <= MOST:
+        raise UserError(f"--recover {spec}: own:N takes a number of windows that the model writes, from 2 to {MOST}")
     return int(count)
 
 
@@ -62,6 +62,8 @@ def load_recovery(
     counts = {spec: own_text(spec) for spec in specs}
     texts, windows = [spec for spec in specs if counts[spec] is None], sum(filter(None, counts.values()))
     own, found, tokenizer = None, None, source_tokenizer(source)
+    if length < 2:
+        raise UserError("an example has at least two tokens, one to predict the other: a larger --recover-length")
     if windows:
         if length > config.max_position:
             raise UserError(f"--recover-length must be at most {config.max_position} tokens, the model's limit")
