@@ -39,7 +39,7 @@ from benchmarks.watch import Watch
 from uniql_jax import console
 from uniql_jax.commands import cli
 from uniql_jax.compression import estimate
-from uniql_jax.compression.budget import bound_pool, device_limit, lay_out
+from uniql_jax.compression.budget import device_limit, lay_out
 from uniql_jax.compression.compress import compress, load_recovery
 from uniql_jax.compression.estimate_training import training_seconds
 from uniql_jax.compression.settings import PRECISIONS, CompressionSettings, Resources
@@ -217,7 +217,6 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    bound_pool(args.max_host_memory)
     with contextlib.ExitStack() as stack:
         work, rows = args.work, []
         if work is None:

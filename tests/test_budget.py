@@ -76,40 +76,6 @@ def test_a_small_gpu_takes_8b(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(found.host.values()) <= 24 * GIB
 
 
-def test_memory_that_gpus_reach_grows_as_jax_lets_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream of 2 GiB in batches of 64 MiB: regions double, so that the bound decides how many streams there are."""
-    monkeypatch.setattr(budget, "device_limit", lambda: 80 * GIB)
-    monkeypatch.setattr(budget, "available_host", lambda: 128 * GIB)
-    monkeypatch.delenv(budget.POOL, raising=False)
-    batch = GIB // 16
-    assert budget.pool_sizes(batch) == [(batch << i, batch << i) for i in range(11)]
-    limits = {"max_device_memory": 22 * GIB, "max_host_memory": 24 * GIB}
-    with pytest.raises(UserError, match="host memory"):
-        _laid_out("llama-3.1-8b", **limits)
-    budget.bound_pool(24 * GIB)
-    assert budget.pool_sizes(batch)[-2:] == [(8 * GIB, 8 * GIB), (14 * GIB, 14 * GIB)]
-    found = _laid_out("llama-3.1-8b", **limits)
-    assert found.parked
-    assert found.interval == 2
-    assert sum(found.host.values()) <= 24 * GIB
-    budget.bound_pool(48 * GIB)  # JAX has started
-    assert budget.pool_sizes(batch)[-1][0] == 14 * GIB
-    monkeypatch.setenv(budget.POOL, "4")
-    with pytest.raises(UserError, match="host memory"):
-        _laid_out("llama-3.1-8b", **limits)
-
-
-@pytest.mark.parametrize("batch", [1, 56 * 2**20, 3 * 2**20 + 8])
-def test_a_pool_holds_whole_batches(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(budget.POOL, raising=False)
-    sizes = budget.pool_sizes(batch)
-    assert sizes == sorted(sizes)
-    assert sizes[-1][0] == 64 * GIB
-    for total, usable in sizes:
-        assert usable % batch == 0
-        assert total / 2 <= usable <= total
-
-
 def test_what_cannot_fit_is_refused(total: int | None) -> None:
     limit = "max_host_memory" if total is None else "max_device_memory"
     with pytest.raises(UserError, match="--calib-windows"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,10 @@ from jaxtyping import Array, Float, Int
 from tests import virtual_devices
 from uniql_jax import CausalLM, forward, load, load_source
 from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.compression import pipeline
+from uniql_jax.compression.devices import Devices
+from uniql_jax.compression.settings import CompressionSettings, Resources
+from uniql_jax.convert.source import open_source
 
 RUN = """
 import json, sys, jax, numpy as np
@@ -59,6 +64,26 @@ def test_several_devices_give_what_one_gives(
             else:  # where a sum is another in its last bit, an integer becomes another here and there
                 errors = [np.linalg.norm(found - original) for found in (one, many)]
                 assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
+def test_streams_in_the_hosts_memory_change_no_byte(
+    hf_folder: Callable[[str], Path], tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, source = rng.integers(3, 256, (5, 32)).astype(np.int32), open_source(str(hf_folder("smollm2-135m")))
+    kept: list[type] = []
+
+    class Parked(Devices):
+        def park(self, batch: Any, number: int) -> Any:
+            kept.append(type(found := super().park(batch, number)))
+            return found
+
+    for name in ("device", "host"):
+        settings = CompressionSettings(refit=0.5)
+        pipeline.compress(source, tmp_path / name, tokens, settings, resources=Resources(batch_tokens=64))
+        monkeypatch.setattr(pipeline, "Devices", lambda count, _: Parked(count, parked=True))
+    assert set(kept) == {np.ndarray}
+    ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("device", "host"))
+    assert ours == theirs
 
 
 def logits_of(model: CausalLM, tokens: Int[Array, "b t"]) -> Float[np.ndarray, "b t v"]:

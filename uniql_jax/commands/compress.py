@@ -113,10 +113,7 @@ def _recovery(args: Any, specs: Sequence[str]) -> RecoverySettings:
 
 def main(argv: list[str]) -> None:
     """Run the command; raises UserError."""
-    from uniql_jax.compression.budget import bound_pool
-
     args = parser().parse_args(argv)
-    bound_pool(args.max_host_memory)
     if args.coordinator is None and (args.processes is not None or args.process is not None):
         raise UserError("--processes and --process go with --coordinator")
     if args.coordinator is None:

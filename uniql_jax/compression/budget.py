@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +20,8 @@ from uniql_jax.train.settings import RecoverySettings, resolved
 
 SHARE = 0.9
 """Of a device's memory that is planned for: allocators need room."""
-HOST_BASE = {"cpu": 2**30, "gpu": 6 * 2**30}
+HOST_BASE = {"cpu": 2**30, "gpu": 5 * 2**30}
 """What Python, JAX and the compiled programs take of the host."""
-POOL = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
-"""The variable that bounds JAX's pool of memory that GPUs reach directly; read when JAX starts."""
-POOL_MOST = 64
-"""GiB of it where the variable is not set."""
 RUNNING = 4
 """Streams in memory in addition to those that are held: values before a layer, gradients before and after it, and one
 on its way to the disk; one more where the unpruned model runs along, and where nested codes have a second model."""
@@ -167,37 +162,9 @@ def _memory(config: ModelConfig, settings: CompressionSettings, resources: Resou
         base["streams"] = 2 * stream_bytes(config, settings, batch)  # on their way to the disk
         _require(limited, "host", sum(base.values()), host)
         return _Memory(batch, False, devices, parts | {"streams": share}, base, int(HELD * (left - share)) * devices)
-    # What goes through the pool besides streams is the largest tensor, as it is stored.
-    wanted = streams + 2 * config.vocab_size * config.hidden_size
-    sizes = pool_sizes(stream_bytes(config, settings, batch))
-    enough = next((pool for pool, usable in sizes if usable >= wanted), None)
-    _require(limited or enough is None, "host", sum(base.values()) + (enough or 2 * wanted), host if enough else 0)
-    most = max(enough or 0, host - sum(base.values()))
-    pool, usable = max(size for size in sizes if size[0] <= most)
-    base |= {"streams": streams, "rest of their pool": pool - usable + wanted - streams}
-    return _Memory(batch, True, devices, parts, base, usable - wanted)
-
-
-def pool_sizes(batch: int) -> list[tuple[int, int]]:
-    """Sizes that JAX's pool of memory that GPUs reach directly grows through, and what batches of so many bytes can
-    take of each: it grows by regions, each as large as all before, the last one cut where POOL says so.
-    """
-    limit = int(os.environ.get(POOL, POOL_MOST)) * 2**30
-    sizes, total, usable = [], 0, 0
-    while total < limit:
-        region = min(max(total, 1 << (batch - 1).bit_length()), limit - total)
-        total, usable = total + region, usable + region // batch * batch
-        sizes.append((total, usable))
-    return sizes
-
-
-def bound_pool(max_host_memory: int | None, layers: int = 4 * 2**30) -> None:
-    """Leaves JAX's pool of memory that GPUs reach directly what a limit of the host's memory has room for, beside the
-    programs and `layers` bytes. To be called before JAX starts; what the variable says already stands.
-    """
-    if max_host_memory is not None:
-        room = max_host_memory - HOST_BASE["gpu"] - layers
-        os.environ.setdefault(POOL, str(max(1, room // 2**30)))
+    base["streams"] = streams
+    _require(limited, "host", sum(base.values()), host)
+    return _Memory(batch, True, devices, parts, base, max(0, host - sum(base.values())))
 
 
 def _require_training(config: ModelConfig, options: RecoverySettings, length: int, resources: Resources) -> None:

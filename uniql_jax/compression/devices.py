@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from uniql_jax.compression.processes import Processes
@@ -23,35 +22,27 @@ class Devices:
     """The first `count` devices of this machine, or all. With one, nothing is moved anywhere.
 
     Batch number i is worked on by device i, numbers beyond the last begin anew. parked: batches stay in the host's
-    memory, in pages that the devices reach directly, from where `fetch` brings them (NumPy's take three times as long:
-    every batch's pages are made anew). processes: who else works on the pass; sums and rows go over all of them.
+    memory as NumPy arrays, from where `fetch` brings them (memory that devices reach directly would be faster to copy,
+    but its pool grows by doubling). processes: who else works on the pass; sums and rows go over all of them.
     """
 
     def __init__(self, count: int | None = 1, parked: bool = False, processes: Processes | None = None):
         self.all = jax.local_devices()[:count]
         self.processes = processes or Processes()
-        kinds = {memory.kind for memory in self.all[0].addressable_memories()}
-        # A CPU's memory is the host's.
-        self._parked = parked and self.all[0].platform != "cpu" and {"pinned_host", "device"} <= kinds
+        self.parked = parked
 
     def __len__(self) -> int:
         return len(self.all)
 
-    def park(self, batch: Array | np.ndarray, number: int) -> Array:
+    def park(self, batch: Array | np.ndarray, number: int) -> Array | np.ndarray:
         """Batch `number` where batches are kept."""
-        if self._parked:
-            return jax.device_put(batch, SingleDeviceSharding(self._device(number), memory_kind="pinned_host"))
-        return jnp.asarray(batch) if len(self) == 1 else jax.device_put(batch, self._device(number))
+        if self.parked:
+            return np.asarray(batch) if isinstance(batch, jax.Array) else np.array(batch)  # of a file: read now
+        return self.on(number, jnp.asarray(batch))
 
     def fetch(self, parts: Any, number: int) -> Any:
         """A pytree of arrays on the device that works on batch `number`."""
-        if self._parked:
-            return jax.device_put(parts, SingleDeviceSharding(self._device(number), memory_kind="device"))
-        return self.on(number, parts)
-
-    def copied(self, batch: Array, number: int) -> Array:
-        """Batch `number` as a new array on its device."""
-        return self.fetch(batch, number) if self._parked else jnp.copy(batch)
+        return jax.device_put(parts, self._device(number)) if self.parked else self.on(number, parts)
 
     def on(self, number: int, tree: Any) -> Any:
         """Arrays on one device."""

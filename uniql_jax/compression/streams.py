@@ -19,7 +19,8 @@ from uniql_jax.compression.writer import Writer
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 Future = concurrent.futures.Future
-Batch = Float[Array, "_ t h"]
+Batch = Float[Array | np.ndarray, "_ t h"]
+"""On its device, or where streams are parked NumPy's."""
 Stream = Sequence[Batch]
 
 
@@ -111,18 +112,20 @@ class StreamStore:
         """The last index up to `index` whose stream is at hand."""
         return next((i for i in range(index, -1, -1) if self.has(name, i)), None)
 
-    def mapped(self, function: Callable[..., Array], shared: Sequence[Any], *streams: Iterable[Any]) -> list[Array]:
+    def mapped(self, function: Callable[..., Array], shared: Sequence[Any], *streams: Iterable[Any]) -> list[Any]:
         """`function(shared, *parts)` for the batches of streams, `shared` being what the batch's device has of it.
 
         A device gets its next batch while it computes one, and no more than that.
         """
-        done: list[Array] = []
+        done: list[Any] = []
         for number, parts in enumerate(zip(*streams, strict=True)):
-            found = function(shared[number % len(self.devices)], *self.devices.fetch(parts, number))
-            done.append(self.devices.park(found, number))
-            if number >= len(self.devices):
-                jax.block_until_ready(done[number - len(self.devices)])
-        return done
+            done.append(function(shared[number % len(self.devices)], *self.devices.fetch(parts, number)))
+            if self.devices.parked:
+                done[-1].copy_to_host_async()
+            if (before := number - len(self.devices)) >= 0:
+                done[before] = self.devices.park(jax.block_until_ready(done[before]), before)
+        last = range(max(0, len(done) - len(self.devices)), len(done))
+        return done[: last.start] + [self.devices.park(done[number], number) for number in last]
 
     def summed(self, function: Callable[..., Any], shared: Sequence[Any], *streams: Iterable[Any]) -> Any:
         """The sum of what `function(shared, *parts)` gives for the batches of streams: arrays, or pytrees of them; on
@@ -177,8 +180,9 @@ class StreamStore:
             with temporary.open("wb") as file:
                 header = {"descr": np.lib.format.dtype_to_descr(bits), "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
-                for number, part in enumerate(value):
+                for part in value:
                     # JAX keeps what NumPy was given of an array as long as the array: a copy is read, and forgotten.
-                    file.write(np.asarray(self.devices.copied(part, number), self.dtype).view(bits).data)
+                    copy = jnp.copy(part) if isinstance(part, jax.Array) else part
+                    file.write(np.asarray(copy, self.dtype).view(bits).data)
 
         write_whole(path, fill)
