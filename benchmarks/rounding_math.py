@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.compression.compiling import jit
+from uniql_jax.compiling import jit
 from uniql_jax.compression.math.gptq import inverse_factor
 from uniql_jax.compression.math.nested import candidates
 from uniql_jax.compression.math.refine import nearest, refine

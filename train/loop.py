@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from uniql_jax import elastic
+from uniql_jax.compiling import jit
 from uniql_jax.config import ModelConfig
 from uniql_jax.model.causal_lm import embed
 from uniql_jax.model.layers.context import full_context
@@ -80,8 +81,8 @@ class Trainer:
         self.optimizer = optimizer(options, steps)
         places = jax.tree.map(lambda value: value.sharding, self._planned())
         loss = NamedSharding(self.mesh, PartitionSpec())
-        self._step = jax.jit(self._train, donate_argnums=(0, 1), out_shardings=(*places, loss))
-        self._evaluate = jax.jit(self._losses)
+        self._step = jit(self._train, donate_argnums=(0, 1), out_shardings=(*places, loss))
+        self._evaluate = jit(self._losses)
 
     def variant(self, options: RecoverySettings, steps: int) -> Trainer:
         """The same frozen model, not copied, to be trained with other settings (but the same dtype and mesh)."""

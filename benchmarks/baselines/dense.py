@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from benchmarks.baselines.sizes import Keep
 from uniql_jax import elastic
-from uniql_jax.compression.compiling import jit
+from uniql_jax.compiling import jit
 from uniql_jax.compression.math.gram import gram
 from uniql_jax.compression.sorting import cosine, layer_forward
 from uniql_jax.config import ModelConfig

@@ -19,7 +19,7 @@ from benchmarks.baselines import sizes
 from benchmarks.baselines.dense import Calibration, Dense, Layer, Made, Stats, changed, matrices
 from benchmarks.baselines.gptq import quantize
 from benchmarks.rounding_math import Method, group_scale
-from uniql_jax.compression.compiling import jit
+from uniql_jax.compiling import jit
 from uniql_jax.compression.math.gptq import inverse_factor
 from uniql_jax.compression.math.refine import nearest
 from uniql_jax.config import ModelConfig

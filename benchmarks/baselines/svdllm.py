@@ -26,7 +26,7 @@ from benchmarks.baselines import sizes
 from benchmarks.baselines.dense import Calibration, Dense, Made, changed, columns_of, matrices
 from benchmarks.baselines.gptq import FOUR, quantize, rotation, rounded
 from uniql_jax import elastic
-from uniql_jax.compression.compiling import jit
+from uniql_jax.compiling import jit
 from uniql_jax.config import ModelConfig
 
 Factors = tuple[Float[Array, "i r"], Float[Array, "r o"]]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 
 from uniql_jax import console
+from uniql_jax.compression.devices import AHEAD
 from uniql_jax.compression.estimate import disk_bytes, memory_parts, stream_bytes
 from uniql_jax.compression.settings import RECOVER_LENGTH, CompressionSettings, Resources
 from uniql_jax.config import ModelConfig
@@ -164,6 +165,9 @@ def _memory(config: ModelConfig, settings: CompressionSettings, resources: Resou
         return _Memory(batch, False, devices, parts | {"streams": share}, base, int(HELD * (left - share)) * devices)
     base["streams"] = streams
     _require(limited, "host", sum(base.values()), host)
+    # Up to two parts of a batch come, and one goes.
+    parts["batches on their way"] = 3 * AHEAD * stream_bytes(config, settings, batch)
+    _require(limited, "device", sum(parts.values()), room)
     return _Memory(batch, True, devices, parts, base, max(0, host - sum(base.values())))
 
 

@@ -7,6 +7,7 @@ program, and threads may work on the same devices at the same time.
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,13 +18,17 @@ from jaxtyping import Array, Float
 
 from uniql_jax.compression.processes import Processes
 
+AHEAD = 4
+"""Batches on their way between the host's memory and a device, in each direction, while another is worked on."""
+
 
 class Devices:
     """The first `count` devices of this machine, or all. With one, nothing is moved anywhere.
 
     Batch number i is worked on by device i, numbers beyond the last begin anew. parked: batches stay in the host's
-    memory as NumPy arrays, from where `fetch` brings them (memory that devices reach directly would be faster to copy,
-    but its pool grows by doubling). processes: who else works on the pass; sums and rows go over all of them.
+    memory as NumPy arrays, from where `fetch` brings them. Memory that devices reach directly would be faster to copy,
+    but JAX's pool of it grows by doubling, and a run with the pool bounded did not give the bytes of a run without.
+    processes: who else works on the pass; sums and rows go over all of them.
     """
 
     def __init__(self, count: int | None = 1, parked: bool = False, processes: Processes | None = None):
@@ -43,6 +48,10 @@ class Devices:
     def fetch(self, parts: Any, number: int) -> Any:
         """A pytree of arrays on the device that works on batch `number`."""
         return jax.device_put(parts, self._device(number)) if self.parked else self.on(number, parts)
+
+    def copiers(self) -> concurrent.futures.Executor:
+        """What runs `park` and `fetch`: where batches are parked, threads, since one copies slower than a GPU works."""
+        return concurrent.futures.ThreadPoolExecutor(2 * AHEAD) if self.parked else _Immediate()
 
     def on(self, number: int, tree: Any) -> Any:
         """Arrays on one device."""
@@ -82,3 +91,13 @@ class Devices:
 
     def _device(self, number: int) -> jax.Device:
         return self.all[number % len(self.all)]
+
+
+class _Immediate(concurrent.futures.Executor):
+    """Calls what it is given at once."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        """The result of a call, which is over."""
+        done: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        done.set_result(fn(*args, **kwargs))
+        return done

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from uniql_jax import elastic
-from uniql_jax.compression.compiling import jit
+from uniql_jax.compiling import jit
 from uniql_jax.compression.settings import PRECISIONS, SAMPLE_TOKENS, STEP_TOKENS, CompressionSettings
 from uniql_jax.compression.sorting import no_statistics
 from uniql_jax.config import ModelConfig
 from uniql_jax.counting import activation_floats, block_parameters, parameter_count
 from uniql_jax.plan import grouping
+from uniql_jax.train.lora import planned
 from uniql_jax.train.settings import RecoverySettings
 from uniql_jax.train.work import state_bytes
 
@@ -140,8 +141,8 @@ def disk_bytes(
     tokens: int,
     training: Sequence[RecoverySettings] = (),
 ) -> int:
-    """Bytes the work folder may reach: when sorting begins, all streams that are kept; at the end sorted and finished
-    layers, the checkpoint, what is left of streams, and what training before and after quantizing keeps.
+    """Bytes the work folder may reach: when sorting begins, all streams that are kept; while something trains, its
+    states; at the end sorted and finished layers, the checkpoint, what was trained and what is left of streams.
 
     Sorted leaves stay in the source's bfloat16 but for V and O, which get another basis; float32 sources take more.
     """
@@ -152,16 +153,21 @@ def disk_bytes(
         for name, leaf in elastic.leaves(config, kind).items()
         if kind == "attention" and name in ("v", "o")
     )
-    finished = estimated_bytes(config, options)
-    layers = 2 * weights + 2 * turned + 2 * finished
+    finished, one = estimated_bytes(config, options), stream_bytes(config, options, tokens)
+    running = 1 + (options.refit is not None or options.reconstruct > 0) + options.nested
+    states = [state_bytes(config, each) * (1 + bool(each.adapt)) for each in training]
+    layers, most = 2 * weights + 2 * turned, (len(config.pattern) // interval + KEPT) * one
     if options.nested:  # scales of 3 bits, twice, and what the loss feels after each block
         layers += 2 * (finished // 32) + 2 * config.hidden_size**2 * len(list(_blocks(config)))
-    for number, each in enumerate(training):  # before quantizing float32 layers; after it what was rounded, and they
-        layers += state_bytes(config, each) * (1 + bool(each.adapt))
-        layers += 2 * parameter_count(config) + finished if number else 4 * weights
-    running = 1 + (options.refit is not None or options.reconstruct > 0) + options.nested
-    one = stream_bytes(config, options, tokens)
-    return max((len(config.pattern) // interval + KEPT) * one, layers + KEPT * running * one)
+    if training:
+        most = max(most, layers + KEPT * one + states[0])
+        layers += 4 * planned(config, training[0].rank)[0]
+    layers += finished
+    if len(training) > 1:  # of what is tuned, what was rounded
+        layers += 2 * parameter_count(config)
+        most = max(most, layers + states[1])
+        layers += finished
+    return max(most, layers + finished + KEPT * running * one)
 
 
 class Work(NamedTuple):

@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from uniql_jax import elastic
-from uniql_jax.compression.compiling import matmul_precision
 from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.math.gptq import quantize
 from uniql_jax.compression.math.nested import nearest_coarse, round_rows
+from uniql_jax.compression.precision import matmul_precision
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.weights.fake_quantized import unrounded_steps
 from uniql_jax.weights.nested import NestedArray, from_nested_codes

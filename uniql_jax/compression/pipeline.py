@@ -13,10 +13,10 @@ from jaxtyping import Int
 
 from uniql_jax.blas import one_blas_thread
 from uniql_jax.compression.budget import lay_out
-from uniql_jax.compression.compiling import matmul_precision
 from uniql_jax.compression.contract import Gains, Inputs, Progress, RecoveryData, Report, SortedModel, Source
 from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.inputs import manifest_of
+from uniql_jax.compression.precision import matmul_precision
 from uniql_jax.compression.processes import Processes
 from uniql_jax.compression.recovery import with_own_text
 from uniql_jax.compression.settings import RECOVER_LENGTH, CompressionSettings, Resources
@@ -24,7 +24,7 @@ from uniql_jax.compression.stages.calibrate import Calibration, Top, forward_swe
 from uniql_jax.compression.stages.plan import joint_plan
 from uniql_jax.compression.stages.plan import plan as make
 from uniql_jax.compression.stages.quantize import quantize
-from uniql_jax.compression.stages.recover import recover
+from uniql_jax.compression.stages.recover import Recovered, recover
 from uniql_jax.compression.stages.sort import sort
 from uniql_jax.compression.stages.tune import tune
 from uniql_jax.compression.stages.write import write
@@ -132,9 +132,10 @@ def run(
         calibration, original = _sorted(work, inputs, top, progress)
     gained, tuned, model = None, None, original
     if recovery is not None:
-        model = original._replace(layers=work.layers("recovered"))
         recovery = with_own_text(source, recovery, work.folder / "own", progress)
-        gained = recover(original, recovery, work.folder / "recover", model.layers, progress)
+        recovered = Recovered(work.folder / "recovered", original.layers, recovery.settings.alpha, work.writer)
+        gained = recover(original, recovery, work.folder / "recover", recovered, progress)
+        model = original._replace(layers=recovered)
     finished, unrounded = work.layers("quantized"), work.layers("unrounded") if inputs.tuning else None
     fisher = work.layers("fisher") if settings.nested else None
     with jax.default_matmul_precision(matmul_precision(settings)):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.compression.compiling import jit
+from uniql_jax.compiling import jit
 from uniql_jax.compression.math.gram import gram
 from uniql_jax.compression.settings import REFIT_RATES
 from uniql_jax.config import ModelConfig

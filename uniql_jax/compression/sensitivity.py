@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from uniql_jax import elastic
-from uniql_jax.compression.compiling import jit
+from uniql_jax.compiling import jit
 from uniql_jax.config import ModelConfig
 from uniql_jax.joint_plan import TOP, Piece
 from uniql_jax.model.causal_lm import head_input

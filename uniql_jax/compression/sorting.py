@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.compression.compiling import jit
+from uniql_jax.compiling import jit
 from uniql_jax.compression.math.gram import gram
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.sorters import SORTERS

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.compression.artifacts import write_whole
-from uniql_jax.compression.devices import Devices
+from uniql_jax.compression.devices import AHEAD, Devices
 from uniql_jax.compression.writer import Writer
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
@@ -105,8 +106,9 @@ class StreamStore:
         path = self._path(name, index)
         if path in self._pending:
             self._pending[path].result()
-        value = np.load(path, mmap_mode="r").view(self.dtype)
-        return [self.devices.park(part, number) for number, part in enumerate(np.split(value, self.windows.ends[:-1]))]
+        parts = np.split(np.load(path, mmap_mode="r").view(self.dtype), self.windows.ends[:-1])
+        with self.devices.copiers() as pool:
+            return list(pool.map(self.devices.park, parts, range(len(parts))))
 
     def nearest(self, name: str, index: int) -> int | None:
         """The last index up to `index` whose stream is at hand."""
@@ -115,29 +117,45 @@ class StreamStore:
     def mapped(self, function: Callable[..., Array], shared: Sequence[Any], *streams: Iterable[Any]) -> list[Any]:
         """`function(shared, *parts)` for the batches of streams, `shared` being what the batch's device has of it.
 
-        A device gets its next batch while it computes one, and no more than that.
+        A device gets its next batches while it computes one, no more than AHEAD of them.
         """
-        done: list[Any] = []
-        for number, parts in enumerate(zip(*streams, strict=True)):
-            done.append(function(shared[number % len(self.devices)], *self.devices.fetch(parts, number)))
-            if self.devices.parked:
-                done[-1].copy_to_host_async()
-            if (before := number - len(self.devices)) >= 0:
-                done[before] = self.devices.park(jax.block_until_ready(done[before]), before)
-        last = range(max(0, len(done) - len(self.devices)), len(done))
-        return done[: last.start] + [self.devices.park(done[number], number) for number in last]
+        done: list[Future[Any]] = []
+        working: collections.deque[Array] = collections.deque()
+        with self.devices.copiers() as pool:
+            for number, parts in self._fetched(pool, streams):
+                working.append(function(shared[number % len(self.devices)], *parts))
+                done.append(pool.submit(self.devices.park, working[-1], number))
+                if number >= len(self.devices):
+                    jax.block_until_ready(working.popleft())
+                if number >= AHEAD:
+                    done[number - AHEAD].result()
+            return [each.result() for each in done]
 
     def summed(self, function: Callable[..., Any], shared: Sequence[Any], *streams: Iterable[Any]) -> Any:
         """The sum of what `function(shared, *parts)` gives for the batches of streams: arrays, or pytrees of them; on
         the first device.
         """
         totals: dict[int, Any] = {}
-        for number, parts in enumerate(zip(*streams, strict=True)):
-            at = number % len(self.devices)
-            found, before = function(shared[at], *self.devices.fetch(parts, number)), totals.get(at)
-            totals[at] = found if before is None else jax.tree.map(jnp.add, before, found)
-            jax.block_until_ready(before)
+        with self.devices.copiers() as pool:
+            for number, parts in self._fetched(pool, streams):
+                at = number % len(self.devices)
+                found, before = function(shared[at], *parts), totals.get(at)
+                totals[at] = found if before is None else jax.tree.map(jnp.add, before, found)
+                jax.block_until_ready(before)
         return self.devices.total(list(totals.values()))
+
+    def _fetched(
+        self, pool: concurrent.futures.Executor, streams: Sequence[Iterable[Any]]
+    ) -> Iterator[tuple[int, Sequence[Array]]]:
+        """Every batch's number and parts on its device, where the next AHEAD are on their way meanwhile."""
+        coming: collections.deque[tuple[int, Future[Any]]] = collections.deque()
+        for number, parts in enumerate(zip(*streams, strict=True)):
+            coming.append((number, pool.submit(self.devices.fetch, parts, number)))
+            if len(coming) > AHEAD:
+                first, fetched = coming.popleft()
+                yield first, fetched.result()
+        for number, fetched in coming:
+            yield number, fetched.result()
 
     def sample(self, stream: Iterable[Any], tokens: int) -> Array:
         """About so many tokens of a stream, or of the batches themselves, in windows spread evenly; on the first

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from uniql_jax.compression.compiling import jit
+from uniql_jax.compiling import jit
 from uniql_jax.compression.math.gptq import SCALE_GRID, SMALLEST, inverse_factor
 from uniql_jax.compression.math.refine import damped, nearest, refit_scales
 from uniql_jax.weights.planes import OFFSET

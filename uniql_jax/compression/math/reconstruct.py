@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from uniql_jax.compression.compiling import jit
+from uniql_jax.compiling import jit
 from uniql_jax.compression.refit import after_block
 from uniql_jax.compression.settings import STEP_TOKENS
 from uniql_jax.config import ModelConfig

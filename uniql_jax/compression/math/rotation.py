@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from uniql_jax import elastic
-from uniql_jax.compression.compiling import jit
+from uniql_jax.compiling import jit
 
 
 def orthogonal(size: int, seed: int) -> Float[np.ndarray, "size size"]:

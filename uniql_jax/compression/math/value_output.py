@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from threadpoolctl import threadpool_limits
 
-from uniql_jax.compression.compiling import jit
+from uniql_jax.compiling import jit
 from uniql_jax.compression.finite import first_nonfinite
 from uniql_jax.compression.math.order import tail_loss
 from uniql_jax.compression.settings import VALUE_OUTPUTS

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from uniql_jax import elastic
-from uniql_jax.compression.compiling import jit
+from uniql_jax.compiling import jit
 from uniql_jax.compression.math.gram import gram
 from uniql_jax.compression.math.order import tail_loss
 from uniql_jax.compression.math.ssm import order_head_channels, order_states

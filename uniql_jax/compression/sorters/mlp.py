@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Array
 
 from uniql_jax import elastic
-from uniql_jax.compression.compiling import jit
+from uniql_jax.compiling import jit
 from uniql_jax.compression.math.gram import gram
 from uniql_jax.compression.math.mlp import order_channels
 from uniql_jax.compression.math.order import tail_loss

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from uniql_jax import elastic
 from uniql_jax.checkpoint_leaves import leaf_group, leaf_run
 from uniql_jax.checkpoint_writer import reachable_bias, stored
-from uniql_jax.compression.compiling import jit
+from uniql_jax.compiling import jit
 from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.math.reconstruct import Reconstructed, Served, reconstruct
 from uniql_jax.compression.packing import Hessian, Packed, pack_leaf, pack_together

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from uniql_jax.compiling import jit
 from uniql_jax.compression.artifacts import LayerStore, layer_name
-from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.contract import DenseModel, Progress
 from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.finite import check_finite, peak

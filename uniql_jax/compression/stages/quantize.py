@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 
 from uniql_jax import elastic
 from uniql_jax.checkpoint_writer import stored
+from uniql_jax.compiling import jit
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
-from uniql_jax.compression.compiling import jit
 from uniql_jax.compression.contract import Progress, SortedModel
 from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.finite import check_finite

@@ -1,23 +1,44 @@
-"""Recover: masked LoRA (or a change of every weight) trained on the sorted model at all rates, then merged."""
+"""Recover: masked LoRA (or a change of every weight) trained on the sorted model at all rates, merged when read."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
 from uniql_jax.compression.contract import Gains, Progress, RecoveryData, SortedModel
 from uniql_jax.compression.finite import check_finite
+from uniql_jax.compression.writer import Writer
 from uniql_jax.train import recover as training
-from uniql_jax.train.lora import merge_layer
+from uniql_jax.train.lora import Factors, merge_layer
 from uniql_jax.train.stack import Lazy
 
 SUMMARY = "summary"
 
 
-def recover(model: SortedModel, data: RecoveryData, folder: Path, store: LayerStore, progress: Progress) -> Gains:
-    """Train on the sorted layers and keep every layer with what was trained merged in.
+class Recovered(LayerStore):
+    """Sorted layers into which what was trained is merged whenever they are read. Entries hold what was trained: with
+    LoRA a small part of a layer.
+    """
+
+    def __init__(self, folder: Path, layers: LayerStore, alpha: float, writer: Writer | None = None):
+        super().__init__(folder, writer)
+        self._layers, self._alpha = layers, alpha
+
+    def stored(self, index: int) -> dict[str, dict[str, np.ndarray]]:
+        """A merged layer, {kind: {leaf: array}}, its matrices in float32, in the host's memory."""
+        factors: Factors = {}
+        for key, value in self.load(layer_name(index)).items():
+            name, _, part = key.rpartition(".")
+            factors.setdefault(name, {})[part] = value.astype(np.float32)
+        return merge_layer(index, self._layers.stored(index), factors, self._alpha)
+
+
+def recover(model: SortedModel, data: RecoveryData, folder: Path, store: Recovered, progress: Progress) -> Gains:
+    """Train on the sorted layers and keep what was trained of every layer.
 
     Nothing is done again where the store holds all layers already.
 
@@ -25,7 +46,7 @@ def recover(model: SortedModel, data: RecoveryData, folder: Path, store: LayerSt
         model: what to train.
         data: examples and settings.
         folder: keeps the state of the training.
-        store: gets the merged layers.
+        store: gets what was trained.
         progress: called with the steps.
 
     Raises:
@@ -38,12 +59,19 @@ def recover(model: SortedModel, data: RecoveryData, folder: Path, store: LayerSt
             folder, lambda steps: progress(steps, "recover"),
         )  # fmt: skip
         factors = jax.device_get(result.factors)
-        for i, layer in enumerate(layers):
+        for i in range(len(layers)):
             if store.has(layer_name(i)):
                 continue
-            merged = merge_layer(i, layer, factors, data.settings.alpha)
-            check_finite(merged, f"layer {i}, recovered:")
-            store.save(layer_name(i), flatten(merged))
+            own = {name: parts for name, parts in factors.items() if name.split(".", 1)[0] == str(i)}
+            store.save(layer_name(i), flatten(own))
+            check_finite(store.stored(i), f"layer {i}, recovered:")
         gains = Gains(result.before, result.after, result.steps, result.best_step)
         store.save(SUMMARY, {}, gains.to_json())
-    return Gains.from_json(store.record(SUMMARY))
+    return finished(store, folder)
+
+
+def finished(store: LayerStore, folder: Path) -> Gains:
+    """What a training whose results a store holds has gained; its states, several times as large, go."""
+    gains = Gains.from_json(store.record(SUMMARY))
+    shutil.rmtree(folder, ignore_errors=True)
+    return gains

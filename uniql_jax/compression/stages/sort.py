@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name, narrowed
-from uniql_jax.compression.compiling import matmul_precision
 from uniql_jax.compression.contract import DenseModel, Progress
 from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.log import Clock
+from uniql_jax.compression.precision import matmul_precision
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.sorters.base import Statistics
 from uniql_jax.compression.sorting import sort_layer

@@ -11,7 +11,7 @@ import jax
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name, unflatten
 from uniql_jax.compression.contract import Gains, Progress, RecoveryData, SortedModel
 from uniql_jax.compression.finite import check_finite
-from uniql_jax.compression.stages.recover import SUMMARY
+from uniql_jax.compression.stages.recover import SUMMARY, finished
 from uniql_jax.compression.stored import TOP, StoredLayers
 from uniql_jax.train import recover as training
 from uniql_jax.train.lora import packed_layer, packed_top
@@ -76,7 +76,7 @@ def tune(
             store.save(TOP, packed_top(tops, factors, settings.alpha))
         gains = Gains(result.before, result.after, result.steps, result.best_step)
         store.save(SUMMARY, {}, gains.to_json())
-    return Gains.from_json(store.record(SUMMARY))
+    return finished(store, folder)
 
 
 def _trainable(leaves: Mapping[str, Any], unrounded: Mapping[str, Any]) -> dict[str, Any]:
