@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from uniql_jax import console
 from uniql_jax.chat_template import render_chat
 from uniql_jax.checkpoint import is_elastic
+from uniql_jax.compiling import jit
 from uniql_jax.errors import UserError
 from uniql_jax.manifest import Manifest, hash_array, settings_entries
 from uniql_jax.model.causal_lm import CausalLM
@@ -39,28 +40,32 @@ MARK = "0f0f0f"
 """Stands for a user's words where the chat template is asked what comes before them."""
 
 
-@functools.partial(jax.jit, static_argnames="length")
+@functools.partial(jit, static_argnames="length")
 def write_windows(
     model: CausalLM,
     begun: Int[Array, "b begun"],
     key: PRNGKeyArray,
     temperature: Float[Array, ""] | float,
     length: int,
+    given: Int[Array, ""] | int | None = None,
 ) -> Int[Array, "b length"]:
-    """Windows of `length` tokens that begin with `begun`; each further token is drawn from softmax(logits /
-    temperature), whatever it is: a text that ends is followed by another.
+    """Windows of `length` tokens that begin with the first `given` columns of `begun`, with all if that is None; each
+    further token is drawn from softmax(logits / temperature), whatever it is: a text that ends is followed by another.
     """
-    count = min(begun.shape[1], length)
-    rows = jnp.zeros((begun.shape[0], length), jnp.int32).at[:, :count].set(begun[:, :count])
-    logits, cache = prefill(model, rows[:, :count], None, init_cache(model, begun.shape[0], length))
+    count = begun.shape[1] if given is None else given
+    width = min(begun.shape[1], length)
+    rows = jnp.zeros((len(begun), length), jnp.int32).at[:, :width].set(begun[:, :width])
 
     def body(step: Int[Array, ""], state: tuple) -> tuple:
         rows, logits, cache = state
-        token = jax.random.categorical(jax.random.fold_in(key, step), logits / temperature, axis=-1).astype(jnp.int32)
+        drawn = jax.random.categorical(jax.random.fold_in(key, step), logits / temperature, axis=-1)
+        # What is given goes through the same step: one program, whatever windows begin with.
+        token = jnp.where(step < count, rows[:, step], drawn.astype(jnp.int32))
         logits, cache = decode(model, token, cache)
         return rows.at[:, step].set(token), logits, cache
 
-    return jax.lax.fori_loop(count, length, body, (rows, logits, cache))[0]
+    logits, cache = prefill(model, rows[:, :1], None, init_cache(model, len(begun), length))
+    return jax.lax.fori_loop(1, length, body, (rows, logits, cache))[0]
 
 
 def beginnings(
@@ -117,11 +122,14 @@ def own_text(
     rows = [] if done is None else [done[: len(done) // batch * batch]]
     have = sum(map(len, rows)) // batch
     key, shapes = jax.random.key(how.seed), list(begin.values())
+    longest = max(shape.shape[1] for shape in shapes)
     for i in progress(range(have, -(-how.windows // batch))):
         draw, write = jax.random.split(jax.random.fold_in(key, i))
-        first = jax.random.choice(draw, jnp.asarray(shapes[i % len(shapes)]), (batch,))
-        temperature = how.temperatures[i // len(shapes) % len(how.temperatures)]
-        rows.append(np.asarray(write_windows(model, first, write, jnp.float32(temperature), how.length)))
+        shape = shapes[i % len(shapes)]
+        first = jax.random.choice(draw, jnp.asarray(shape), (batch,))
+        first, given = jnp.pad(first, ((0, 0), (0, longest - shape.shape[1]))), jnp.int32(shape.shape[1])
+        temperature = jnp.float32(how.temperatures[i // len(shapes) % len(how.temperatures)])
+        rows.append(np.asarray(write_windows(model, first, write, temperature, how.length, given)))
         if (i - have) % EVERY == EVERY - 1:
             keep(np.concatenate(rows))
     return np.concatenate(rows)[: how.windows]
