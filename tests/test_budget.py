@@ -23,6 +23,7 @@ from uniql_jax.counting import activation_floats
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation.random_model import read_config
 from uniql_jax.train.lora import planned
+from uniql_jax.train.placement import memory_bytes
 from uniql_jax.train.settings import RecoverySettings
 
 GIB = 2**30
@@ -113,6 +114,24 @@ def test_the_disk_that_recorded_runs_took(path: Path) -> None:
         needed = disk_bytes(config, SETTINGS, row["planned"]["interval"], tokens, training)
         assert needed == pytest.approx(row["disk_peak"], rel=0.2)
         assert needed > 0.99 * row["disk_peak"]
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("compress-*-h200.json")), ids=lambda path: path.stem)
+def test_the_device_memory_that_recorded_runs_took(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = json.loads(path.read_text())
+    settings, config = record["settings"], read_config(record["settings"]["config"])
+    for row in record["rows"]:
+        if settings["resume"]:
+            continue  # the sweep that needs most was over
+        monkeypatch.setattr(budget, "device_limit", lambda row=row: row["planned"].get("device_limit", 112_583_507_968))
+        monkeypatch.setattr(budget, "available_host", lambda: 120 * GIB)
+        limits = Resources(max_device_memory=settings["max_device_memory"], max_host_memory=settings["max_host_memory"])
+        shape = settings["windows"], row["length"]
+        planned = sum(lay_out(config, SETTINGS, limits, shape, free_disk=60 * 10**9).device.values())
+        if steps := settings.get("recover"):
+            lora = RecoverySettings(rank=64, batch=16, steps=steps, compute="bfloat16", remat="products")
+            planned = max(planned, memory_bytes(config, lora, row["length"]))
+        assert planned == pytest.approx(row["device_peak"], rel=0.2)
 
 
 def test_what_training_keeps_is_planned(total: int | None) -> None:

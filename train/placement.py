@@ -18,6 +18,7 @@ from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 from uniql_jax.counting import activation_floats
 from uniql_jax.train import lora
+from uniql_jax.train.losses import LOGITS
 from uniql_jax.train.settings import RecoverySettings
 
 SPREAD = 2**20
@@ -26,7 +27,7 @@ SPREAD = 2**20
 
 def memory_bytes(config: ModelConfig, options: RecoverySettings, length: int, devices: int = 1) -> int:
     """About what a step on examples of this length takes on each of so many devices: weights, factors, optimizer, the
-    activations that its gradient keeps of every layer, and what going back through one layer takes.
+    activations that its gradient keeps of every layer, and what going back through one layer or the loss takes.
     """
     size = jnp.dtype(options.compute).itemsize
     trained, frozen = lora.planned(config, options.rank)
@@ -36,10 +37,12 @@ def memory_bytes(config: ModelConfig, options: RecoverySettings, length: int, de
     held = (size * (frozen + tables) + 4 * copies * trained) // devices
     tokens = options.batch // options.accumulate * length // devices
     kept = sum(_kept_bytes(config, kinds, options.remat, size) for kinds in config.pattern)
-    back = max(activation_floats(config, kinds) for kinds in {*config.pattern})
+    layer = tokens * 4 * max(activation_floats(config, kinds) for kinds in {*config.pattern})
+    # Logits in float32 and their gradient in 16 bits, of the teacher as well; while they are there no layer goes back.
+    logits = (1 + bool(options.distill)) * 6 * min(LOGITS, tokens * config.vocab_size)
     # A layer's weights and the tables are whole while they are computed with, and the layer's gradient with them.
     whole = size * (2 * frozen // len(config.pattern) + tables) if devices > 1 else 0
-    return held + tokens * (kept + 4 * back) + whole
+    return held + tokens * kept + max(layer, logits) + whole
 
 
 def _kept_bytes(config: ModelConfig, kinds: tuple[str, ...], remat: str, size: int) -> int:

@@ -111,10 +111,11 @@ def lay_out(
             f"the pass needs {console.format_bytes(disk)} of disk, --max-disk allows "
             f"{console.format_bytes(resources.max_disk)}"
         )
-    # Where not all can be held, those that are computed again need their place.
-    held = wanted if room >= wanted else max(0, room - (interval - 1) * one)
+    # Where not all can be held, those that are computed again need their place; when they do, most others are gone.
+    again = 0 if room >= wanted else (interval - 1) * one
+    held = min(wanted, max(0, room - again))
     place = memory.host if memory.parked or not memory.device else memory.device
-    place["held streams"] = min(room, wanted) // (memory.devices if place is memory.device else 1)
+    place["held streams"] = max(held, again) // (memory.devices if place is memory.device else 1)
     return Budget(memory.batch_tokens, interval, held, memory.parked, memory.devices, memory.device, memory.host, disk)
 
 
