@@ -287,6 +287,8 @@ def test_memory_budget(folder: Path, capsys: pytest.CaptureFixture[str], monkeyp
         ("--temperature", "-1"),
         ("--top-p", "2"),
         ("--top-p", "0"),
+        ("--top-p", "0.9"),
+        ("--top-k", "5", "--temperature", "0"),
         ("--max-new-tokens", "0"),
         ("--max-new-tokens", "5000"),
     ],

@@ -45,6 +45,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         self.add_argument("--version", action="version", version=version(), help="show the version and exit")
 
+    def given(self, argv: Sequence[str]) -> set[str]:
+        """Names of the values that these arguments set themselves, not by a default."""
+        unset = object()
+        found = argparse.Namespace(**dict.fromkeys(vars(self.parse_args(argv)), unset))  # defaults replace nothing
+        return {name for name, value in vars(self.parse_args(argv, found)).items() if value is not unset}
+
     def error(self, message: str) -> NoReturn:
         """Raises UserError instead of printing the usage."""
         raise UserError(f"{message} (see {self.prog} --help)")

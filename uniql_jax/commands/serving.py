@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from uniql_jax import console
 from uniql_jax.commands import cli, compilation_cache
+from uniql_jax.errors import UserError
 
 if TYPE_CHECKING:
     from uniql_jax.checkpoint import Checkpoint
@@ -50,6 +51,8 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
     names = ("temperature", "top_p", "top_k", "max_new_tokens")
     check_sampling(*(getattr(args, name) for name in names))
+    if not args.temperature and (args.top_k or args.top_p < 1):
+        raise UserError("--top-k and --top-p say what is drawn from: that wants a --temperature above 0")
     return {name: getattr(args, name) for name in (*names, "seed")}
 
 
