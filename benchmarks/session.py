@@ -126,9 +126,10 @@ def switches(ckpt: Path, context: int) -> Iterator[dict[str, Any]]:
         made = request.made
         while request.made < made + 2:  # until the text has been read again, where that is needed
             session.step()
-        made, start = request.made, time.perf_counter()
+        start = time.perf_counter()
         took, cpu = timed(lambda rate=after: change(rate))
-        while request.made == made:  # steps that were under way have landed with the switch
+        made = request.made  # steps that were under way have landed with the switch
+        while request.made == made:
             session.step()
         next_token = time.perf_counter() - start
         load = min(timed(lambda rate=after: jax.tree.leaves(dict(uniql_jax.load(ckpt, rate).params))) for _ in range(3))
