@@ -30,6 +30,7 @@ from benchmarks import texts
 from benchmarks.stages import compress, measure
 from benchmarks.tasks import unpacked
 from uniql_jax import console, data
+from uniql_jax.compiling import jit
 from uniql_jax.compression import pipeline
 from uniql_jax.compression.settings import CHANNEL_SCORES, PRECISIONS, STATE_SCORES, CompressionSettings
 from uniql_jax.convert.source import open_source
@@ -173,7 +174,7 @@ TABLES = {
 }  # fmt: skip
 
 
-@jax.jit
+@jit
 def window_loss(model: CausalLM, tokens: jax.Array, keep: Any) -> jax.Array:
     """Mean next-token loss of a batch of windows at masked sizes."""
     x = hidden_states(model, tokens, keep=keep)

@@ -21,6 +21,7 @@ from benchmarks.quality import RATES
 from benchmarks.task_suite import Suite
 from uniql_jax import console, elastic
 from uniql_jax.checkpoint import open_checkpoint
+from uniql_jax.compiling import jit
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
 from uniql_jax.compression.contract import RecoveryData
 from uniql_jax.compression.settings import CompressionSettings
@@ -96,7 +97,7 @@ def open_sorted(folder: Path) -> Sorted:
     return Sorted(name, checkpoint.config, checkpoint.hf_config, checkpoint.plan, layers, top)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jit, static_argnames="config")
 def window_loss(config: ModelConfig, params: Any, tokens: jax.Array, keep: Any) -> jax.Array:
     """Mean next-token loss, nats, of float32 windows at masked sizes; `params` as `stacked` gives them."""
     context = full_context(jnp.ones(tokens.shape, bool), padded=False)

@@ -1,4 +1,4 @@
-"""`jax.jit` as the pass and its training want it: programs should not take longer to compile than to run."""
+"""`jax.jit` for what runs some hundred times, as the pass, training and evaluation do: it must compile fast."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from uniql_jax import elastic
+from uniql_jax.compiling import jit
 from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM, hidden_states, logits
 from uniql_jax.plan import Plan
@@ -38,7 +39,7 @@ def masks(plan: Plan, rate: float) -> Masks:
     return tuple({axis: jnp.int32(count) for axis, count in kept.items()} for kept in plan.keep(rate))
 
 
-@functools.partial(jax.jit, static_argnames="rows")
+@functools.partial(jit, static_argnames="rows")
 def token_nll(
     model: CausalLM, tokens: Int[Array, "b t"], rows: int, keep: Masks | None = None
 ) -> tuple[Float[Array, "b t-1"], Bool[Array, "b t-1"]]:
