@@ -16,7 +16,9 @@ from tests import tiny
 from uniql_jax import checkpoint as checkpoint_module
 from uniql_jax.errors import UserError
 from uniql_jax.runtime import budget, switching
+from uniql_jax.runtime.budget import SLACK
 from uniql_jax.runtime.compiled import Compiled
+from uniql_jax.runtime.programs import tree_bytes
 from uniql_jax.runtime.requests import Settings
 from uniql_jax.runtime.steps import Variant
 from uniql_jax.runtime.watching import Watcher
@@ -73,6 +75,17 @@ def test_the_least_rate_that_fits(folder: Path) -> None:
         assert f"prune rate {session.rate:g}" in session.why
     with pytest.raises(UserError, match=r"too little: prune rate 0.35 needs .* lower context= or batch="):
         uniql_jax.Elastic(folder, memory_budget=low - 1, **SHAPE)
+
+
+def test_work_space_that_grows_with_the_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where it is most of what is needed, and the largest size's alone is more than a budget leaves."""
+    monkeypatch.setattr(Compiled, "work_space", lambda self: 5 * tree_bytes(self.params))
+    whole = uniql_jax.Elastic(folder, **SHAPE)
+    low, high = (whole._needs.at(rate).total for rate in (0.35, 0.0))
+    for budget in np.linspace(low, high, 9).astype(int).tolist():
+        need = whole._needs.fitting(budget)
+        assert need.total <= budget
+        assert need.total > (1 - SLACK) * budget or whole._needs.at(round(need.size.rate - 0.001, 6)).total > budget
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])

@@ -256,7 +256,7 @@ class Needs:
             if index is None:
                 least = self.at(choices[len(choices) - 1])  # whose work space is less than that asked for above
                 if least.total <= budget:
-                    return least
+                    return self._closer(least, len(choices) - 1, budget, choices)
                 advice = "lower context= or batch=" if self.shape.rows > 1 else "lower context="
                 raise UserError(
                     f"{format_bytes(budget)} is too little: {least.size} needs {least} "
