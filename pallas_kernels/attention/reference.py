@@ -1,11 +1,13 @@
 """Attention in plain jnp: the specification, and what runs wherever no kernel does.
 
-Many scores are made in blocks of queries, one after another. A block sees all its keys, so that it needs no running
-maximum and sum and is the same function as the whole; a gradient makes the block's scores again.
+Many scores are made in blocks of queries, one after another, on CPUs of few sequences at a time. A block sees all its
+keys, so that it needs no running maximum and sum and is the same function as the whole; a gradient makes the block's
+scores again.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -29,17 +31,29 @@ def plain(
     visible: Bool[Array, "b t s"],
     scale: float | int,
 ) -> Float[Array, "b t n dv"]:
-    """All scores at once. A query that sees nothing gets zeros."""
+    """All scores at once. A query that sees nothing gets zeros.
+
+    Both products are plain batches of matrices, one for each key/value head of each sequence: XLA's fast products on
+    CPUs take these alone, and want batches first and operands in the order of memory.
+    """
     batch, length, heads, _ = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], -1)
-    scores = jnp.einsum("btgmd,bsgd->bgmts", grouped, k, preferred_element_type=jnp.float32)
+    slots, groups = k.shape[1:3]
+
+    def matrices(x: Float[Array, "b s g d"]) -> Float[Array, "bg s d"]:
+        return x.swapaxes(1, 2).reshape(batch * groups, slots, x.shape[3])
+
+    grouped = q.reshape(batch, length, groups, heads // groups, q.shape[3]).transpose(0, 2, 3, 1, 4)
+    rows = grouped.reshape(batch * groups, heads // groups * length, q.shape[3])
+    scores = jnp.einsum("nqd,nsd->nqs", rows, matrices(k), preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, groups, heads // groups, length, slots)
     scores = jnp.where(visible[:, None, None], scores * scale, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = (weights / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
-    out = jnp.einsum("bgmts,bsgr->btgmr", weights, v, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype).reshape(batch, length, heads, v.shape[-1])
+    weights = (weights / jnp.where(total > 0, total, 1.0)).astype(v.dtype).reshape(*rows.shape[:2], slots)
+    out = jnp.einsum("nqs,nsr->nqr", weights, matrices(v), preferred_element_type=jnp.float32).astype(q.dtype)
+    out = out.reshape(batch, groups, heads // groups, length, v.shape[3]).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, length, heads, v.shape[3])
 
 
 def in_blocks(
@@ -77,11 +91,23 @@ def causal_attention(
     """See prefill.causal_attention."""
     batch, length, heads, _ = q.shape
     real = jnp.ones((batch, length), bool) if valid is None else valid
-    most = max(1, SCORES.get(jax.default_backend(), 2**26) // max(1, batch * heads * length))
+    held = SCORES.get(jax.default_backend(), 2**26)
+    # A CPU takes sequence after sequence, as far as they do not fit its cache together.
+    rows = math.gcd(batch, 2 ** (max(1, held // max(1, heads * length**2)).bit_length() - 1))
+    rows = rows if jax.default_backend() == "cpu" else batch
+    most = max(1, held // max(1, rows * heads * length))
 
-    def block(first: Int[Array, ""] | int, part: Float[Array, "b s n dk"]) -> Float[Array, "b s n dv"]:
-        place = first + jnp.arange(part.shape[1])
-        before = jnp.arange(length)[None, :] <= place[:, None]
-        return plain(part, k, v, before[None] & real[:, None, :] & real[:, place][:, :, None], scale)
+    def sequences(parts: tuple[Array, Array, Array, Array]) -> Array:
+        q, k, v, real = parts
 
-    return in_blocks(q, most, block if length <= most else jax.checkpoint(block))
+        def block(first: Int[Array, ""] | int, part: Float[Array, "b s n dk"]) -> Float[Array, "b s n dv"]:
+            place = first + jnp.arange(part.shape[1])
+            before = jnp.arange(length)[None, :] <= place[:, None]
+            return plain(part, k, v, before[None] & real[:, None, :] & real[:, place][:, :, None], scale)
+
+        return in_blocks(q, most, block if rows == batch and length <= most else jax.checkpoint(block))
+
+    if rows == batch:
+        return sequences((q, k, v, real))
+    pieces = jax.tree.map(lambda x: x.reshape(batch // rows, rows, *x.shape[1:]), (q, k, v, real))
+    return jax.lax.map(sequences, pieces).reshape(batch, length, heads, v.shape[3])
