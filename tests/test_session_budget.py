@@ -82,10 +82,10 @@ def test_work_space_that_grows_with_the_size(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Compiled, "work_space", lambda self: 5 * tree_bytes(self.params))
     whole = uniql_jax.Elastic(folder, **SHAPE)
     low, high = (whole._needs.at(rate).total for rate in (0.35, 0.0))
-    for budget in np.linspace(low, high, 9).astype(int).tolist():
-        need = whole._needs.fitting(budget)
-        assert need.total <= budget
-        assert need.total > (1 - SLACK) * budget or whole._needs.at(round(need.size.rate - 0.001, 6)).total > budget
+    for limit in np.linspace(low, high, 9).astype(int).tolist():
+        need = whole._needs.fitting(limit)
+        assert need.total <= limit
+        assert need.total > (1 - SLACK) * limit or whole._needs.at(round(need.size.rate - 0.001, 6)).total > limit
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])
