@@ -113,9 +113,10 @@ def _recovery(args: Any, specs: Sequence[str]) -> RecoverySettings:
 
 def main(argv: list[str]) -> None:
     """Run the command; raises UserError."""
-    args = parser().parse_args(argv)
-    for name in sorted(parser().given(argv)):
-        if name.startswith("recover_") and args.recover is None:
+    options = parser()
+    args = options.parse_args(argv)
+    if args.recover is None:
+        for name in sorted(name for name in options.given(argv) if name.startswith("recover_")):
             raise UserError(f"--{name.replace('_', '-')} goes with --recover")
     if args.coordinator is None and (args.processes is not None or args.process is not None):
         raise UserError("--processes and --process go with --coordinator")
