@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from uniql_jax import elastic
 from uniql_jax.checkpoint_writer import reachable_bias
+from uniql_jax.compiling import jit
 from uniql_jax.config import ModelConfig
 from uniql_jax.elastic import Leaf
 from uniql_jax.errors import UserError
@@ -150,14 +151,26 @@ def merge_layer(i: int, layer: Layer, factors: Factors, alpha: float) -> dict[st
     Raises:
         UserError: a merged weight is not finite; the message names it.
     """
+    own = {name: value for name, value in factors.items() if name.split(".", 1)[0] == str(i)}
+    parts = {name.split(".", 1)[1]: pair for name, pair in own.items()}
+    values = {name: layer[name.split(".")[0]][name.split(".")[1]] for name in parts}
+    dense, finite = jax.device_get(_merged(values, parts, alpha))
+    for name, sound in finite.items():
+        if not sound:
+            raise _not_finite(f"{i}.{name}")
+    return _mapped(i, layer, lambda name, leaf, value: dense.get(name.split(".", 1)[1], value))
 
-    def merged(name: str, leaf: Leaf, value: Any) -> Any:
-        if name not in factors:
-            return value
-        moved: Any = with_factors(value, leaf, factors[name], alpha)
-        return _finite(name, np.asarray(moved.dense()))
 
-    return _mapped(i, layer, merged)
+@functools.partial(jit, static_argnums=2)
+def _merged(
+    values: Mapping[str, Any], factors: Factors, alpha: float
+) -> tuple[dict[str, Float[Array, "..."]], dict[str, Bool[Array, ""]]]:
+    """Every "kind.leaf" with its update, float32, and whether it is finite: one program for all layers of a kind."""
+    dense = {}
+    for name, value in values.items():
+        kind, leaf = name.split(".")
+        dense[name] = with_factors(value, elastic.BLOCKS[kind][leaf], factors[name], alpha).dense()
+    return dense, {name: jnp.isfinite(value).all() for name, value in dense.items()}
 
 
 def packed_top(top: Mapping[str, Any], factors: Factors, alpha: float) -> dict[str, Any]:
@@ -176,8 +189,12 @@ def _finite(name: str, value: Any) -> Any:
     """The value, unless a number in it is not finite: then UserError."""
     for part in jax.tree.leaves(value):
         if jnp.issubdtype(part.dtype, jnp.floating) and not bool(jnp.isfinite(part).all()):
-            raise UserError(f"{name} is not finite after training; a smaller --lr may help")
+            raise _not_finite(name)
     return value
+
+
+def _not_finite(name: str) -> UserError:
+    return UserError(f"{name} is not finite after training; a smaller --lr may help")
 
 
 def packed_layer(

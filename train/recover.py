@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jaxtyping import Int
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
 from uniql_jax.locking import hold_lock
+from uniql_jax.manifest import Manifest
 from uniql_jax.plan import Plan
 from uniql_jax.train import lora, rates, stack
 from uniql_jax.train.examples import Examples, batch_rows, from_windows, split
@@ -53,6 +55,7 @@ def train(
     progress: Progress = lambda steps: steps,
     trainer: Trainer | None = None,
     teacher: tuple[Sequence[lora.Layer], Mapping[str, Any]] | None = None,
+    made_from: Manifest | None = None,
 ) -> Result:
     """Train LoRA factors at rates drawn from `options.rates`; the best at the validation rates, on average, are
     returned.
@@ -69,6 +72,7 @@ def train(
         progress: wraps the steps of each part of the run.
         trainer: one that is compiled already.
         teacher: layers and top to distill from, where that is not the unpruned model itself.
+        made_from: what all of these follow from, where the caller knows; else every tensor is read and hashed.
 
     Raises:
         UserError: the folder belongs to another run, nothing in the examples counts, the loss is no longer finite,
@@ -79,7 +83,8 @@ def train(
             raise UserError(f"{part.description}: no token in it is to be predicted; name other text")
     options = resolved(options, config)
     steps = options.total_steps(len(training))
-    saved = Saved(folder, manifest(config, layers, top, plan, training, validation, options, teacher))
+    made_from = made_from or manifest(config, layers, top, plan, training, validation, options, teacher)
+    saved = Saved(folder, made_from)
     try:
         trainer = trainer or Trainer(config, layers, top, options, steps, teacher=teacher)
         if options.adapt:
@@ -87,8 +92,9 @@ def train(
             first = dataclasses.replace(options, adapt=0, steps=options.adapt, **rate_0)
             alone = trainer.variant(first, options.adapt)
             found = train(
-                config, layers, top, plan, training, validation, first, folder / "adapt", progress, alone, teacher
-            )
+                config, layers, top, plan, training, validation, first, folder / "adapt", progress, alone, teacher,
+                made_from,
+            )  # fmt: skip
             trainer.start_from(found.factors)
         return _Run(trainer, plan, training, validation, options, steps, saved).go(progress)
     finally:
@@ -96,12 +102,13 @@ def train(
 
 
 def evaluations(options: RecoverySettings, steps: int, examples: int) -> int:
-    """Evaluations of a run: as many as asked, but no more than cost what training does; one at least.
+    """Evaluations of a run: as many as asked, but no more than cost a third of what training does; one at least.
 
     A step is one forward and one backward pass over a batch, an evaluation a forward pass over all examples of the
-    validation set, at each rate.
+    validation set, in batches as large as a step's parts, at each rate.
     """
-    affordable = 3 * options.batch * steps // (examples * len(options.validation_rates))
+    rows = options.batch // options.accumulate
+    affordable = options.batch * steps // (-(-examples // rows) * rows * len(options.validation_rates))
     return max(1, min(options.evaluations, affordable))
 
 
@@ -132,6 +139,7 @@ class _Run:
         else:
             self.start, arrays, self.notes = found
             self.factors, self.state, self.best = arrays["factors"], arrays["state"], arrays["best"]
+        self.saved_at, self.saving = -math.inf, 0.0  # when a state was saved last, and how long that took, seconds
         with disk_errors(saved.folder):
             self.log = Log(saved.folder / LOG, -1 if found is None else self.start)
             if found is None:
@@ -186,8 +194,18 @@ class _Run:
         # While the learning rate is high a run may be worse than its start, which is no reason to end it.
         gained = self.notes["lowest"] is None or mean < self.notes["lowest"]
         self.notes |= {"lowest": mean, "bad": 0} if gained else {"bad": self.notes["bad"] + 1}
-        self.saved.save(step, {"factors": self.factors, "state": self.state, "best": self.best}, self.notes)
+        self._save(step)
         return scores
+
+    def _save(self, step: int) -> None:
+        """Save the state, always when the run is over; before that, so that it takes about a tenth of the time."""
+        begun = time.monotonic()
+        over = step >= self.steps or self.notes["bad"] >= self.options.patience
+        if not over and begun - self.saved_at < 9 * self.saving:
+            return
+        self.saved.save(step, {"factors": self.factors, "state": self.state, "best": self.best}, self.notes)
+        self.saved_at = time.monotonic()
+        self.saving = self.saved_at - begun
 
     def _by_rate(self, scores: Iterable[float]) -> dict[str, float]:
         return {f"{rate:g}": score for rate, score in zip(self.options.validation_rates, scores, strict=True)}

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
@@ -103,8 +104,12 @@ def attach(
         name = f"{run.first}.{kind}.{leaf}"
         if name not in factors:
             return value
-        names = [f"{i}.{kind}.{leaf}" for i in range(run.first, run.first + run.count)]
-        keys = None if key is None else jnp.stack([fold_in(key, zlib.crc32(n.encode())) for n in names])
+        keys = None
+        if key is not None:
+            names = [f"{i}.{kind}.{leaf}" for i in range(run.first, run.first + run.count)]
+            numbers = np.asarray([zlib.crc32(n.encode()) for n in names], np.uint32)
+            # all at once: XLA compiles every single drawing of a key, and there are as many as matrices in the model
+            keys = jax.vmap(functools.partial(fold_in, key))(numbers)
         return with_factors(value, elastic.BLOCKS[kind][leaf], factors[name], alpha, dropout, keys, stacked=True)
 
     return {

@@ -166,10 +166,12 @@ def _killed_over_all(count: int):
     return progress
 
 
-def test_judging_costs_no_more_than_training() -> None:
+def test_judging_costs_a_third_of_training_at_most() -> None:
     options = RecoverySettings(batch=4, evaluations=20, validation_rates=(0.0, 0.15, 0.25, 0.35))
     assert recover.evaluations(options, 3000, 128) == 20
-    assert recover.evaluations(options, 100, 128) == 2  # 1,200 rows' worth of passes, 512 rows each
+    assert recover.evaluations(options, 300, 128) == 2  # a third of 3,600 rows' worth of passes, 512 rows each
+    assert recover.evaluations(options, 300, 3) == 20  # a batch is filled
+    assert recover.evaluations(options, 32, 3) == 8
     assert recover.evaluations(options, 4, 128) == 1
 
 
@@ -179,7 +181,7 @@ def test_a_run_that_gets_worse_first_goes_on(
 ) -> None:
     """What patience waits for is a gain over what training itself has reached, not over where it began."""
     model = cases.model("llama", rng, num_hidden_layers=1)
-    text = from_windows(_walk(rng, 16))
+    text = from_windows(_walk(rng, SHORT.batch))
     options = dataclasses.replace(SHORT, steps=5, evaluations=5, patience=3, validation_rates=(0.0,))
     scores = iter(means)
     monkeypatch.setattr(Trainer, "evaluate", lambda *_: next(scores))

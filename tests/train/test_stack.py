@@ -15,6 +15,7 @@ from tests.train import cases
 from uniql_jax.model.causal_lm import CausalLM, hidden_states, logits
 from uniql_jax.model.layers.context import full_context
 from uniql_jax.train import lora, rates, stack
+from uniql_jax.train.examples import from_windows
 from uniql_jax.train.loop import RecoverySettings, Trainer
 from uniql_jax.weights.lora import LoraArray
 
@@ -58,6 +59,23 @@ def test_the_host_holds_two_layers_at_most_while_a_trainer_begins(rng: np.random
     leaves = len(jax.tree.leaves(dict(model.params["layers"][0])))
     assert len(alive) >= 6 * leaves
     assert most <= leaves, "one, and the next that is being read"
+
+
+def test_a_deeper_model_compiles_no_more(rng: np.random.Generator) -> None:
+    """The step's program draws as many keys whatever the depth: with dropout XLA once compiled some for every layer."""
+    assert (few := drawings("llama", 2, rng)) == drawings("llama", 9, rng)
+    assert few
+
+
+def drawings(family: str, layers: int, rng: np.random.Generator) -> int:
+    """Random operations in the program of a training step with dropout."""
+    model = cases.model(family, rng, num_hidden_layers=layers)
+    assert model.plan is not None
+    top = {name: value for name, value in model.params.items() if name != "layers"}
+    trainer = Trainer(model.config, model.params["layers"], top, RecoverySettings(batch=2, rank=4, dropout=0.1), 1)
+    batch = trainer.place(from_windows(cases.tokens(rng)), np.arange(2), 1)
+    text = trainer.lower(batch, rates.keep_arrays(model.plan, 0.25)).as_text()
+    return text.count("threefry") + text.count("rng_bit_generator") + text.count("@_fold_in")
 
 
 def test_runs_are_neighbours_of_one_kind(rng: np.random.Generator) -> None:

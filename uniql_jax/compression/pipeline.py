@@ -134,7 +134,7 @@ def run(
     if recovery is not None:
         recovery = with_own_text(source, recovery, work.folder / "own", progress)
         recovered = Recovered(work.folder / "recovered", original.layers, recovery.settings.alpha, work.writer)
-        gained = recover(original, recovery, work.folder / "recover", recovered, progress)
+        gained = recover(original, recovery, work.folder / "recover", recovered, progress, manifest)
         model = original._replace(layers=recovered)
     finished, unrounded = work.layers("quantized"), work.layers("unrounded") if inputs.tuning else None
     fisher = work.layers("fisher") if settings.nested else None
@@ -144,7 +144,7 @@ def run(
     if recovery is not None and inputs.tuning is not None and unrounded is not None:
         store = work.layers("tuned")
         teacher = original if inputs.tuning.teacher == "original" else model
-        tuned = tune(teacher, stored, unrounded, recovery, work.folder / "tune", store, progress)
+        tuned = tune(teacher, stored, unrounded, recovery, work.folder / "tune", store, progress, manifest)
         stored = StoredLayers(source.config, settings, store)
     section = {
         "plan": original.plan.to_json(),

@@ -10,8 +10,8 @@ import numpy as np
 
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
 from uniql_jax.compression.contract import Gains, Progress, RecoveryData, SortedModel
-from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.writer import Writer
+from uniql_jax.manifest import Manifest
 from uniql_jax.train import recover as training
 from uniql_jax.train.lora import Factors, merge_layer
 from uniql_jax.train.stack import Lazy
@@ -37,7 +37,14 @@ class Recovered(LayerStore):
         return merge_layer(index, self._layers.stored(index), factors, self._alpha)
 
 
-def recover(model: SortedModel, data: RecoveryData, folder: Path, store: Recovered, progress: Progress) -> Gains:
+def recover(
+    model: SortedModel,
+    data: RecoveryData,
+    folder: Path,
+    store: Recovered,
+    progress: Progress,
+    made_from: Manifest | None = None,
+) -> Gains:
     """Train on the sorted layers and keep what was trained of every layer.
 
     Nothing is done again where the store holds all layers already.
@@ -48,6 +55,7 @@ def recover(model: SortedModel, data: RecoveryData, folder: Path, store: Recover
         folder: keeps the state of the training.
         store: gets what was trained.
         progress: called with the steps.
+        made_from: the inputs of the pass, where it has them; else the layers' own hashes tell one run from another.
 
     Raises:
         UserError: when the loss or a merged weight is not finite.
@@ -56,7 +64,7 @@ def recover(model: SortedModel, data: RecoveryData, folder: Path, store: Recover
         layers = Lazy(model.layers.stored, len(model.config.pattern))
         result = training.train(
             model.config, layers, jax.device_get(model.top), model.plan, data.train, data.validation, data.settings,
-            folder, lambda steps: progress(steps, "recover"),
+            folder, lambda steps: progress(steps, "recover"), made_from=made_from,
         )  # fmt: skip
         factors = jax.device_get(result.factors)
         for i in range(len(layers)):
@@ -64,7 +72,7 @@ def recover(model: SortedModel, data: RecoveryData, folder: Path, store: Recover
                 continue
             own = {name: parts for name, parts in factors.items() if name.split(".", 1)[0] == str(i)}
             store.save(layer_name(i), flatten(own))
-            check_finite(store.stored(i), f"layer {i}, recovered:")
+            store.stored(i)  # raises where a merged weight is not finite
         gains = Gains(result.before, result.after, result.steps, result.best_step)
         store.save(SUMMARY, {}, gains.to_json())
     return finished(store, folder)

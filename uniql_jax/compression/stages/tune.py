@@ -13,6 +13,7 @@ from uniql_jax.compression.contract import Gains, Progress, RecoveryData, Sorted
 from uniql_jax.compression.finite import check_finite
 from uniql_jax.compression.stages.recover import SUMMARY, finished
 from uniql_jax.compression.stored import TOP, StoredLayers
+from uniql_jax.manifest import Manifest
 from uniql_jax.train import recover as training
 from uniql_jax.train.lora import packed_layer, packed_top
 from uniql_jax.train.stack import Lazy
@@ -28,6 +29,7 @@ def tune(
     folder: Path,
     store: LayerStore,
     progress: Progress,
+    made_from: Manifest | None = None,
 ) -> Gains:
     """Train the packed model; the integers that come of it go into `store`.
 
@@ -41,6 +43,7 @@ def tune(
         folder: keeps the state of the training.
         store: gets the tuned layers.
         progress: called with the steps.
+        made_from: as in `recover`.
 
     Raises:
         UserError: when the loss or a tuned scale is not finite.
@@ -64,6 +67,7 @@ def tune(
         result = training.train(
             config, layers, tops, teacher.plan, data.train, data.validation, settings, folder,
             lambda steps: progress(steps, "tune"), teacher=dense,
+            made_from=made_from,
         )  # fmt: skip
         factors = jax.device_get(result.factors)
         for i in range(count):
