@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -54,8 +55,8 @@ from uniql_jax.train.placement import data_mesh, memory_bytes
 from uniql_jax.train.settings import RecoverySettings, on_device
 
 
-def write_source(name: str, layers: int | None, folder: Path) -> int:
-    """A checkpoint of random weights in a published shape; returns the bytes of its tensors."""
+def write_source(name: str, layers: int | None, folder: Path) -> None:
+    """A checkpoint of random weights in a published shape."""
     hf = json.loads((CONFIGS / f"{name}.json").read_text())
     if layers is not None:
         hf["num_hidden_layers"] = layers
@@ -76,7 +77,6 @@ def write_source(name: str, layers: int | None, folder: Path) -> int:
         writer.add(tensor, np.asarray(value.astype(jnp.bfloat16)))
     writer.finish()
     (folder / "config.json").write_text(json.dumps(hf))
-    return writer.total_bytes
 
 
 class Timeline:
@@ -228,8 +228,15 @@ def main() -> None:
             timer.start()
         start, source = time.perf_counter(), args.source or work / "source"
         if not (source / "config.json").is_file():
-            size = write_source(args.config, args.layers, source)
-            print(f"source: {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
+            # a process of its own, since this one's memory is measured
+            writing = multiprocessing.get_context("spawn").Process(
+                target=write_source, args=(args.config, args.layers, source)
+            )
+            writing.start()
+            writing.join()
+            if writing.exitcode:
+                raise SystemExit("the source could not be written")
+            print(f"source written in {time.perf_counter() - start:.1f} s", flush=True)
         vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
         for precision, length in itertools.product(args.precision, args.length):
             tokens = np.random.default_rng(0).integers(3, vocabulary, (args.windows, length)).astype(np.int32)

@@ -25,6 +25,7 @@ from uniql_jax.evaluation.random_model import read_config
 from uniql_jax.train.lora import planned
 from uniql_jax.train.placement import memory_bytes
 from uniql_jax.train.settings import RecoverySettings
+from uniql_jax.train.work import state_bytes
 
 GIB = 2**30
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -112,6 +113,8 @@ def test_the_disk_that_recorded_runs_took(path: Path) -> None:
         steps = record["settings"].get("recover")
         training = (RecoverySettings(rank=64, batch=16, steps=steps),) if steps else ()
         needed = disk_bytes(config, SETTINGS, row["planned"]["interval"], tokens, training)
+        if record["environment"]["date"] <= "2026-11-29":  # one state more was kept then
+            needed += sum(state_bytes(config, each) // 2 for each in training)
         assert needed == pytest.approx(row["disk_peak"], rel=0.2)
         assert needed > 0.99 * row["disk_peak"]
 
@@ -135,7 +138,7 @@ def test_the_device_memory_that_recorded_runs_took(path: Path, monkeypatch: pyte
 
 
 def test_what_training_keeps_is_planned(total: int | None) -> None:
-    """Three states at a time while it trains, of factors, two means and the best factors; then the factors stay."""
+    """Two states at a time while it trains, of factors, two means and the best factors; then the factors stay."""
     config, lora = read_config("llama-3.1-8b"), RecoverySettings(rank=64, batch=8, compute="bfloat16", remat="products")
     every = dataclasses.replace(lora, rank=0)
 
@@ -147,9 +150,9 @@ def test_what_training_keeps_is_planned(total: int | None) -> None:
 
     (trained, _), (weights, _) = planned(config, lora.rank), planned(config, 0)
     assert disk(lora) - disk() == pytest.approx(4 * trained, rel=0.01)  # at the end
-    assert disk(every) == pytest.approx(2.1 * weights + 3 * 16 * weights, rel=0.05)  # while it trains
+    assert disk(every) == pytest.approx(2.1 * weights + 2 * 16 * weights, rel=0.05)  # while it trains
     assert disk(lora, lora) - disk(lora) == pytest.approx(2 * 8.03e9 + 4.14e9, rel=0.02)
-    assert disk(lora, every) - disk(lora, lora) > 2 * 16 * weights
+    assert disk(lora, every) - disk(lora, lora) > 16 * weights
     limit = "max_host_memory" if total is None else "max_device_memory"
     with pytest.raises(UserError, match="--recover-rank"):
         laid(RecoverySettings(rank=0), **{limit: 60 * GIB})

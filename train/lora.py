@@ -23,6 +23,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.elastic import Leaf
 from uniql_jax.errors import UserError
 from uniql_jax.train.settings import alpha_of as alpha_of
+from uniql_jax.transfer import to_host
 from uniql_jax.weights.delta import DeltaArray
 from uniql_jax.weights.fake_quantized import FakeQuantizedArray
 from uniql_jax.weights.lora import LoraArray
@@ -154,7 +155,7 @@ def merge_layer(i: int, layer: Layer, factors: Factors, alpha: float) -> dict[st
     own = {name: value for name, value in factors.items() if name.split(".", 1)[0] == str(i)}
     parts = {name.split(".", 1)[1]: pair for name, pair in own.items()}
     values = {name: layer[name.split(".")[0]][name.split(".")[1]] for name in parts}
-    dense, finite = jax.device_get(_merged(values, parts, alpha))
+    dense, finite = to_host(_merged(values, parts, alpha))
     for name, sound in finite.items():
         if not sound:
             raise _not_finite(f"{i}.{name}")

@@ -28,6 +28,7 @@ from uniql_jax.train.loop import Trainer
 from uniql_jax.train.lora import Factors
 from uniql_jax.train.settings import RecoverySettings, resolved
 from uniql_jax.train.work import LOG, Log, Saved, disk_errors, manifest
+from uniql_jax.transfer import to_host
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -130,7 +131,7 @@ class _Run:
         self.keeps = {rate: rates.keep_arrays(plan, rate) for rate in {*rates.RATES, *options.validation_rates}}
         self.every = max(1, steps // evaluations(options, steps, len(validation)))
         self.factors, self.state = trainer.init()
-        self.best = jax.device_get(self.factors)  # devices have better use for their memory
+        self.best = to_host(self.factors)  # devices have better use for their memory
         found = saved.load({"factors": self.factors, "state": self.state, "best": self.best})
         if found is None:
             self.start, after = 0, self.validate(self.factors)
@@ -189,7 +190,7 @@ class _Run:
             self.log.write({"step": step, "validation": self._by_rate(scores)})
         mean = float(np.mean(scores))
         if mean < np.mean(self.notes["after"]):
-            self.best = jax.device_get(self.factors)
+            self.best = to_host(self.factors)
             self.notes |= {"after": scores, "best_step": step}
         # While the learning rate is high a run may be worse than its start, which is no reason to end it.
         gained = self.notes["lowest"] is None or mean < self.notes["lowest"]

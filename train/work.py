@@ -55,10 +55,10 @@ def check_work_folder(folder: Path, resume: bool) -> None:
 
 
 def state_bytes(config: ModelConfig, options: RecoverySettings) -> int:
-    """About what the states of a run take on the disk: the newest, the one before, and one that is being written."""
+    """About what the states of a run take on the disk: the newest, and one that is being written."""
     trained, _ = lora.planned(config, options.rank)
     copies = 4  # factors, two means of the optimizer for each, and the best factors so far
-    return 3 * 4 * copies * trained
+    return 2 * 4 * copies * trained
 
 
 def has_state(folder: Path) -> bool:
@@ -187,6 +187,9 @@ class Saved:
         with disk_errors(self.folder, kept):
             self._manager.save(step, args=self._args.Composite(arrays=state, notes=noted))
             _sync(self.folder / "state" / str(step))
+            for older in self._manager.all_steps():
+                if older < step:
+                    self._manager.delete(older)
 
     def load(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, arrays placed as those of `like`, notes) of the newest state, or None."""

@@ -18,6 +18,7 @@ from uniql_jax.compression.processes import Processes
 from uniql_jax.compression.writer import Future, Writer
 from uniql_jax.files import load_tensors, save_tensors
 from uniql_jax.outputs import sync
+from uniql_jax.transfer import to_host
 from uniql_jax.weights.protocol import as_stored
 
 
@@ -116,7 +117,7 @@ def narrowed(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
     short = {key: _short(value) for key, value in wide.items()}
     exact = jax.device_get({key: same for key, (_, same) in short.items()})
     chosen = {key: short[key][0] if exact.get(key) else value for key, value in tensors.items()}
-    return {key: np.asarray(value) for key, value in jax.device_get(chosen).items()}
+    return to_host(chosen)
 
 
 @jax.jit

@@ -16,13 +16,15 @@ from uniql_jax.compression.estimate import disk_bytes, memory_parts, stream_byte
 from uniql_jax.compression.settings import RECOVER_LENGTH, CompressionSettings, Resources
 from uniql_jax.config import ModelConfig
 from uniql_jax.errors import UserError
-from uniql_jax.train.placement import data_mesh, memory_bytes
+from uniql_jax.train.placement import data_mesh, host_bytes, memory_bytes
 from uniql_jax.train.settings import RecoverySettings, resolved
 
 SHARE = 0.9
 """Of a device's memory that is planned for: allocators need room."""
 HOST_BASE = {"cpu": 2**30, "gpu": 5 * 2**30}
 """What Python, JAX and the compiled programs take of the host."""
+TRAINING_PROGRAMS = 1200 * 10**6
+"""What the programs of training take of a GPU's host in addition, while they compile."""
 RUNNING = 4
 """Streams in memory in addition to those that are held: values before a layer, gradients before and after it, and one
 on its way to the disk; one more where the unpruned model runs along, and where nested codes have a second model."""
@@ -93,7 +95,7 @@ def lay_out(
     for each in training:
         _require_training(config, resolved(each, config), training_length, resources)
     one = stream_bytes(config, settings, tokens)
-    memory = _memory(config, settings, resources, shape[1], one)
+    memory = _memory(config, settings, resources, shape[1], one, training)
     most = min(resources.max_disk or sys.maxsize, free_disk or sys.maxsize)
     room, wanted = memory.held, one * (count + 1)
     # Where memory holds all streams, the disk's are for a killed run alone, and a GPU is sooner done with a layer than
@@ -130,7 +132,14 @@ class _Memory(NamedTuple):
     held: int
 
 
-def _memory(config: ModelConfig, settings: CompressionSettings, resources: Resources, length: int, one: int) -> _Memory:
+def _memory(
+    config: ModelConfig,
+    settings: CompressionSettings,
+    resources: Resources,
+    length: int,
+    one: int,
+    training: Sequence[RecoverySettings],
+) -> _Memory:
     """The largest batches that fit, and streams on the device if it has the room.
 
     one: bytes of a stream. UserError when limits were given and nothing fits, and for more devices than there are.
@@ -159,6 +168,8 @@ def _memory(config: ModelConfig, settings: CompressionSettings, resources: Resou
         return _Memory(batch, False, devices, {}, base, max(0, left))
     _require(limited, "device", room - left, room)
     base = {"programs": HOST_BASE["gpu"], "layers": parts["layers"]}
+    if training:
+        base["training"] = TRAINING_PROGRAMS + max(host_bytes(config, each) for each in training)
     share = streams // devices
     if HELD * (left - share) * devices >= one:
         base["streams"] = 2 * stream_bytes(config, settings, batch)  # on their way to the disk

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from uniql_jax.compression.processes import Processes
+from uniql_jax.transfer import to_host
 
 AHEAD = 4
 """Batches on their way between the host's memory and a device, in each direction, while another is worked on."""
@@ -26,8 +27,8 @@ class Devices:
     """The first `count` devices of this machine, or all. With one, nothing is moved anywhere.
 
     Batch number i is worked on by device i, numbers beyond the last begin anew. parked: batches stay in the host's
-    memory as NumPy arrays, from where `fetch` brings them. Memory that devices reach directly would be faster to copy,
-    but JAX's pool of it grows by doubling, and a run with the pool bounded did not give the bytes of a run without.
+    memory as NumPy arrays, from where `fetch` brings them: pinned memory has a pool that grows by doubling, and a run
+    with that pool bounded did not give the bytes of a run without.
     processes: who else works on the pass; sums and rows go over all of them.
     """
 
@@ -42,7 +43,7 @@ class Devices:
     def park(self, batch: Array | np.ndarray, number: int) -> Array | np.ndarray:
         """Batch `number` where batches are kept."""
         if self.parked:
-            return np.asarray(batch) if isinstance(batch, jax.Array) else np.array(batch)  # of a file: read now
+            return to_host(batch) if isinstance(batch, jax.Array) else np.array(batch)  # of a file: read now
         return self.on(number, jnp.asarray(batch))
 
     def fetch(self, parts: Any, number: int) -> Any:

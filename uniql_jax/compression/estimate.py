@@ -81,7 +81,7 @@ def memory_parts(config: ModelConfig, settings: CompressionSettings, length: int
     Float32 copies of a layer (the next one, this one, the one before in its old and new order; with nested codes their
     two models) and of its statistics
     (sums, those of a batch, the one before) with what sorting and GPTQ make of them; the activations of one batch, the
-    embedding and head.
+    embedding and head in 16 bits, as checkpoints of this size are published.
     """
     layer = max(sum(block_parameters(config, kind) for kind in kinds) for kinds in set(config.pattern))
     working = max(
@@ -93,7 +93,7 @@ def memory_parts(config: ModelConfig, settings: CompressionSettings, length: int
         "layers": 4 * copies * layer,
         "statistics": working[0],
         "activations": working[1],
-        "embedding": 4 * config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2),
+        "embedding": 2 * config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2),
     }
     if settings.reconstruct:  # places, offsets, their gradient, values; windows of each model, and the target
         models = 2 if settings.nested else 1

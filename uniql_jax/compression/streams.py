@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from uniql_jax.compression.artifacts import write_whole
 from uniql_jax.compression.devices import AHEAD, Devices
 from uniql_jax.compression.writer import Writer
+from uniql_jax.transfer import to_host
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 Future = concurrent.futures.Future
@@ -199,8 +200,6 @@ class StreamStore:
                 header = {"descr": np.lib.format.dtype_to_descr(bits), "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 for part in value:
-                    # JAX keeps what NumPy was given of an array as long as the array: a copy is read, and forgotten.
-                    copy = jnp.copy(part) if isinstance(part, jax.Array) else part
-                    file.write(np.asarray(copy, self.dtype).view(bits).data)
+                    file.write(np.asarray(to_host(part), self.dtype).view(bits).data)
 
         write_whole(path, fill)
