@@ -1,13 +1,13 @@
-"""Layers of one shape, stacked and run by one `lax.scan`: a deep model compiles in the time of one layer.
+"""Layers of one shape, stacked and run by loops (`lax.scan`): a deep model compiles in the time of a few layers.
 
-Masks keep every layer at its full size while training, so neighbours of one kind have leaves of the same shapes; at a
-real prune rate they differ, which is why only training runs this way.
+Masks keep every layer at its full size while training, so layers of one kind have leaves of the same shapes; at a real
+prune rate they differ, which is why only training runs this way. The 52 layers of Nemotron-H-8B are 13 in its program:
+11 that come four times, and mamba and mlp four times more.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,21 +30,62 @@ from uniql_jax.weights.lora import PRODUCT
 POLICIES = {"products": jax.checkpoint_policies.save_only_these_names(PRODUCT), "all": None}
 
 
-class Run(NamedTuple):
-    """Neighbouring layers of the same blocks: `count` of them from layer `first` on."""
+Kinds = tuple[str, ...]
 
-    kinds: tuple[str, ...]
-    first: int
+
+class Run(NamedTuple):
+    """Layers of the same blocks that one part of the program works on, in their order."""
+
+    kinds: Kinds
+    layers: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        """Its first layer, after which it is named."""
+        return self.layers[0]
+
+    @property
+    def count(self) -> int:
+        """How many layers it has."""
+        return len(self.layers)
+
+
+class Loop(NamedTuple):
+    """Layers of these kinds, one after the other, `count` times."""
+
+    unit: tuple[Kinds, ...]
     count: int
 
 
+@functools.cache
+def loops(pattern: tuple[Kinds, ...]) -> tuple[Loop, ...]:
+    """Layers' kinds as loops whose programs have as few layers together as can be.
+
+    There is no loop in a loop: it would have its weights, and what a gradient keeps of it, copied at every turn of the
+    outer one, and compile no faster (Bamba-9B, 16 x 512 tokens: 9 GB more; Nemotron-H-8B: 5 GB more).
+    """
+    length, found = len(pattern), (Loop(pattern, 1),)
+    for period in range(1, length // 2 + 1):
+        if length % period == 0 and pattern == pattern[:period] * (length // period):
+            return (Loop(pattern[:period], length // period),)
+    for cut in range(1, length):
+        both = loops(pattern[:cut]) + loops(pattern[cut:])
+        if _size(both) < _size(found):
+            found = both
+    return found
+
+
+def _size(found: Sequence[Loop]) -> int:
+    return sum(len(loop.unit) for loop in found)
+
+
 def runs(config: ModelConfig) -> list[Run]:
-    """The layers of a model, in order, as few runs."""
+    """The layers of a model as few runs, those of `loops` in order."""
     found, first = [], 0
-    for kinds, group in itertools.groupby(config.pattern):
-        count = len(list(group))
-        found.append(Run(kinds, first, count))
-        first += count
+    for unit, count in loops(config.pattern):
+        end = first + count * len(unit)
+        found += [Run(kinds, tuple(range(first + i, end, len(unit)))) for i, kinds in enumerate(unit)]
+        first = end
     return found
 
 
@@ -67,7 +108,7 @@ class Lazy(Sequence[Layer]):
 
 def stack(layers: Sequence[Layer], run: Run, place: Callable[[Layer], Any] = lambda layer: layer) -> dict[str, Any]:
     """The leaves of a run's layers, each [count, ...], on the devices; a layer at a time is asked for and `place`d."""
-    placed = [place(layers[i]) for i in range(run.first, run.first + run.count)]
+    placed = [place(layers[i]) for i in run.layers]
     leaves = [jax.tree.leaves(layer) for layer in placed]
     tree = jax.tree.structure(placed[0])
     del placed
@@ -106,7 +147,7 @@ def attach(
             return value
         keys = None
         if key is not None:
-            names = [f"{i}.{kind}.{leaf}" for i in range(run.first, run.first + run.count)]
+            names = [f"{i}.{kind}.{leaf}" for i in run.layers]
             numbers = np.asarray([zlib.crc32(n.encode()) for n in names], np.uint32)
             # all at once: XLA compiles every single drawing of a key, and there are as many as matrices in the model
             keys = jax.vmap(functools.partial(fold_in, key))(numbers)
@@ -127,7 +168,7 @@ def stack_factors(config: ModelConfig, factors: Factors) -> Factors:
         for name in factors:
             first, rest = name.split(".", 1)
             if first == str(run.first):
-                pairs = [factors[f"{i}.{rest}"] for i in range(run.first, run.first + run.count)]
+                pairs = [factors[f"{i}.{rest}"] for i in run.layers]
                 found[name] = {side: jnp.stack([jnp.asarray(p[side]) for p in pairs]) for side in factors[name]}
     return found
 
@@ -139,8 +180,8 @@ def unstack_factors(config: ModelConfig, factors: Factors) -> Factors:
         for name, pair in factors.items():
             first, rest = name.split(".", 1)
             if first == str(run.first):
-                for i in range(run.count):
-                    found[f"{run.first + i}.{rest}"] = {side: value[i] for side, value in pair.items()}
+                for i, layer in enumerate(run.layers):
+                    found[f"{layer}.{rest}"] = {side: value[i] for side, value in pair.items()}
     return found
 
 
@@ -164,15 +205,30 @@ def apply_runs(
     """
     if remat not in REMAT:
         raise ValueError(f"remat is one of {', '.join(REMAT)}, not {remat!r}")
+    parts = []
     for run, leaves in zip(runs(config), stacks, strict=True):
         kept = None
         if keep is not None:
-            kept = jax.tree.map(lambda *counts: jnp.stack(counts), *map(dict, keep[run.first : run.first + run.count]))
+            kept = jax.tree.map(lambda *counts: jnp.stack(counts), *(dict(keep[i]) for i in run.layers))
+        parts.append((leaves, kept))
 
-        step = functools.partial(_step, config, run.kinds, context)
-        # Inside a scan nothing can be merged across the checkpoint, so what hinders that may be left out.
-        step = jax.checkpoint(step, prevent_cse=False, policy=POLICIES[remat]) if remat in POLICIES else step
-        x, _ = jax.lax.scan(step, x, (leaves, kept))
+    def layer(kinds: Kinds, alone: bool) -> Callable[[Array, Any], Array]:
+        step = functools.partial(_step, config, kinds, context)
+        # From one turn of a loop to the next nothing can be merged across the checkpoint, so what hinders that may be
+        # left out. Outside of loops what is computed again would be merged with the first time, and kept.
+        return jax.checkpoint(step, prevent_cse=alone, policy=POLICIES[remat]) if remat in POLICIES else step
+
+    def turn(unit: Sequence[Kinds], alone: bool, x: Array, own: Sequence[Any]) -> Array:
+        for kinds, one in zip(unit, own, strict=True):
+            x = layer(kinds, alone)(x, one)
+        return x
+
+    for unit, count in loops(config.pattern):
+        own, parts = parts[: len(unit)], parts[len(unit) :]
+        if count == 1:
+            x = turn(unit, True, x, jax.tree.map(lambda value: value[0], own))
+        else:
+            x, _ = jax.lax.scan(lambda x, own, unit=unit: (turn(unit, False, x, own), None), x, own)
     return x
 
 
@@ -182,6 +238,6 @@ def _step(
     context: Context,
     x: Array,
     one: tuple[Layer, elastic.Keep | None],
-) -> tuple[Array, None]:
+) -> Array:
     leaves, keep = one
-    return apply_layer(config, kinds, gathered(leaves, layer=True), x, context._replace(keep=keep)), None
+    return apply_layer(config, kinds, gathered(leaves, layer=True), x, context._replace(keep=keep))

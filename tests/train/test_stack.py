@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 
@@ -12,6 +13,7 @@ import pytest
 
 from tests import reference
 from tests.train import cases
+from uniql_jax.evaluation.random_model import read_config
 from uniql_jax.model.causal_lm import CausalLM, hidden_states, logits
 from uniql_jax.model.layers.context import full_context
 from uniql_jax.train import lora, rates, stack
@@ -78,14 +80,24 @@ def drawings(family: str, layers: int, rng: np.random.Generator) -> int:
     return text.count("threefry") + text.count("rng_bit_generator") + text.count("@_fold_in")
 
 
-def test_runs_are_neighbours_of_one_kind(rng: np.random.Generator) -> None:
-    pattern = cases.model("llama", rng, num_hidden_layers=3).config
-    assert [(run.first, run.count) for run in stack.runs(pattern)] == [(0, 3)]
-    for family in cases.FAMILIES:
-        config = cases.model(family, rng).config
-        found = [kinds for run in stack.runs(config) for kinds in [run.kinds] * run.count]
-        assert tuple(found) == tuple(config.pattern)
-        assert all(a.kinds != b.kinds for a, b in zip(stack.runs(config), stack.runs(config)[1:], strict=False))
+@pytest.mark.parametrize(
+    ("name", "size"), [("llama-3.1-8b", 1), ("bamba-9b-v2", 7), ("nemotron-h-8b", 13), ("nemotron-nano-9b-v2", 19)]
+)
+def test_a_pattern_becomes_few_layers(name: str, size: int) -> None:
+    pattern = read_config(name).pattern
+    found = stack.loops(pattern)
+    assert sum((loop.unit * loop.count for loop in found), ()) == pattern
+    assert sum(len(loop.unit) for loop in found) == size
+
+
+@pytest.mark.parametrize("pattern", ["a", "ab", "aaa", "abab", "aabab", "abcabcab", "aabaab", "abacabab"])
+def test_every_layer_is_in_one_run(pattern: str, rng: np.random.Generator) -> None:
+    kinds = tuple((letter,) for letter in pattern)
+    config = dataclasses.replace(cases.model("llama", rng).config, pattern=kinds)
+    runs = stack.runs(config)
+    assert sorted(i for run in runs for i in run.layers) == list(range(len(pattern)))
+    assert all(kinds[i] == run.kinds for run in runs for i in run.layers)
+    assert len(runs) <= len(pattern)
 
 
 def test_every_layer_has_its_own_dropout(rng: np.random.Generator) -> None:
