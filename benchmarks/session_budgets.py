@@ -86,7 +86,6 @@ def budgets(ckpt: Path, count: int, **shape: int) -> Iterator[dict[str, Any]]:
             "share": round(peak / budget, 4),
         }
         del session  # before the next one is loaded
-        jax.clear_caches()  # a process has room for so much compiled code
 
 
 def main() -> None:

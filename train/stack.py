@@ -62,7 +62,7 @@ def loops(pattern: tuple[Kinds, ...]) -> tuple[Loop, ...]:
     """Layers' kinds as loops whose programs have as few layers together as can be.
 
     There is no loop in a loop: it would have its weights, and what a gradient keeps of it, copied at every turn of the
-    outer one, and compile no faster (Bamba-9B, 16 x 512 tokens: 9 GB more; Nemotron-H-8B: 5 GB more).
+    outer one, and compile no faster.
     """
     length, found = len(pattern), (Loop(pattern, 1),)
     for period in range(1, length // 2 + 1):

@@ -15,9 +15,9 @@ SMALL = 2**20
 def to_host(tree: Any) -> Any:
     """A pytree of arrays as NumPy arrays; what a device held is copied, and nothing else holds or changes the copy.
 
-    NumPy alone reads an H200's arrays at 1.2 to 1.9 GB/s, however many threads ask. The device writes to pinned memory
-    at 48 GB/s, and four threads copy 17 GB/s on from there. It is given back at once: its pool, which grows by
-    doubling, stays as large as what is copied at a time.
+    NumPy alone reads a GPU's arrays at a small part of the bus's speed, however many threads ask. The device writes to
+    pinned memory at all of it, and threads copy on from there. Pinned memory is given back at once: its pool, which
+    grows by doubling, stays as large as what is copied at a time.
     """
     return jax.tree.map(_copied, tree)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
@@ -59,7 +60,7 @@ class Compiled:
         self._programs = programs
         self._config, self._dtype = model.config, model.dtype
         self.params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.params)
-        self._held: dict[Hashable, Any] = {}
+        self._held: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
         self._empty = functools.partial(_empty_state, model.config, tuple(model.keep), model.dtype, shape)
         self.cache, self.marks = jax.eval_shape(self._empty)
 
@@ -75,9 +76,12 @@ class Compiled:
         return tree_bytes((self.cache.layers, self.marks))
 
     def _once(self, key: Hashable, prepare: Callable[[], Any]) -> Any:
-        if key not in self._held:
-            self._held[key] = prepare()
-        return self._held[key]
+        found = self._held.get(key)
+        if found is None:
+            found = self._held[key] = prepare()
+        else:
+            self._programs.used(found)
+        return found
 
     def empty(self) -> Any:
         """The program that makes an empty cache, and marks."""
