@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import psutil
 
 from uniql_jax import elastic
@@ -250,48 +251,49 @@ class Needs:
             UserError: not even the smallest size fits; says what it needs.
         """
         choices = self.sizes if sizes is None else sizes
-        work = 0
-        while True:
-            index = _first_fitting(self.held, budget - work, choices)
-            if index is None:
-                least = self.at(choices[len(choices) - 1])  # whose work space is less than that asked for above
-                if least.total <= budget:
-                    return self._closer(least, len(choices) - 1, budget, choices)
-                advice = "lower context= or batch=" if self.shape.rows > 1 else "lower context="
-                raise UserError(
-                    f"{format_bytes(budget)} is too little: {least.size} needs {least} "
-                    f"for {self.shape.rows} x {self.shape.context} tokens; {advice}"
-                )
-            found = self.at(choices[index])
-            if found.total <= budget:
-                return self._closer(found, index, budget, choices)
-            work = max(found.work, work + 1)
+        known: dict[int, int] = {}  # work space by the number of a choice: every one has to be compiled
+        low, high, found = 0, len(choices), None
+        while low < high:
+            index = _first_fitting(lambda i: self.held(choices[i]) + _between(known, i), budget, range(low, high))
+            if index is None and found is not None:
+                break  # by what is known of its neighbours, no larger one fits
+            index = high - 1 if index is None else index
+            need = self.at(choices[index])
+            known[index] = need.work
+            if need.total > budget:
+                low, tried = index + 1, need
+                continue
+            high, found = index, need
+            if budget - need.total <= SLACK * budget:
+                break
+        if found is None:
+            advice = "lower context= or batch=" if self.shape.rows > 1 else "lower context="
+            raise UserError(
+                f"{format_bytes(budget)} is too little: {tried.size} needs {tried} "
+                f"for {self.shape.rows} x {self.shape.context} tokens; {advice}"
+            )
+        return found
 
     def held(self, size: Choice | float) -> int:
         """Bytes of weights and caches, from shapes alone."""
         return self.weights(size) + self.batches * self.cache(size)
 
-    def _closer(self, found: Need, high: int, budget: int, choices: Sequence[Choice | float]) -> Need:
-        """A larger size than one that fits with the work space of others, which may need more than it does."""
-        lowest = _first_fitting(self.held, budget - found.work, choices)
-        low = high if lowest is None else lowest
-        while low < high and budget - found.total > SLACK * budget:  # compiling takes a while
-            middle = (low + high) // 2
-            tried = self.at(choices[middle])
-            if tried.total <= budget:
-                found, high = tried, middle
-            else:
-                low = middle + 1
-        return found
+
+def _between(known: Mapping[int, int], index: int) -> float:
+    """A value at a number, along straight lines between those that are known, level beyond them; 0 where none is."""
+    if not known:
+        return 0.0
+    where = sorted(known)
+    return float(np.interp(index, where, [known[number] for number in where]))
 
 
-def _first_fitting(size: Callable[[Choice | float], int], budget: int, choices: Sequence[Choice | float]) -> int | None:
-    """The number of the first of ever smaller choices that is within a budget; None where none is."""
-    low, high = 0, len(choices)
+def _first_fitting(size: Callable[[int], float], budget: int, within: range) -> int | None:
+    """The first number of ever smaller choices that is within a budget; None where none is."""
+    low, high = within.start, within.stop
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if size(choices[middle]) <= budget else (middle + 1, high)
-    return low if low < len(choices) else None
+        low, high = (low, middle) if size(middle) <= budget else (middle + 1, high)
+    return low if low < within.stop else None
 
 
 def _leaves(tree: Any) -> list[Any]:
