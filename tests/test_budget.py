@@ -8,6 +8,7 @@ import itertools
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -186,3 +187,10 @@ def test_activations_are_those_that_the_compiler_plans(model: str) -> None:
             taken[count] = compiled.memory_analysis().temp_size_in_bytes
         measured = (taken[16] - taken[8]) / (8 * 512)
         assert 4 * activation_floats(config, kinds) == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.parametrize("row", json.loads((RESULTS / "train-memory-one-h200.json").read_text())["rows"])
+def test_training_takes_what_a_gpus_compiler_counts(row: dict[str, Any]) -> None:
+    lora = RecoverySettings(rank=row["rank"], batch=row["batch"], compute="bfloat16", remat=row["remat"])
+    counted = row["argument_bytes"] + row["scratch_bytes"]
+    assert memory_bytes(read_config(row["config"]), lora, row["length"]) == pytest.approx(counted, rel=0.2)
