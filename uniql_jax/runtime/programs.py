@@ -24,8 +24,8 @@ def _abstract(tree: Any) -> Any:
 MOST = 256
 """Programs of a model that are kept."""
 REGIONS = 0.6
-"""Share of the memory regions that a process may map. On CPUs every program takes several for each of its loops, a
-thousand for 30 layers, and where there are no more, nothing compiles."""
+"""Share of the memory regions that a process may map. On CPUs a program takes several for each of its loops, and where
+there are no more, nothing compiles."""
 
 
 class Programs:
@@ -72,7 +72,7 @@ class Programs:
                 self._made.move_to_end(key)
 
     def _make_room(self) -> None:
-        """Let the older half of the programs go where there are too many, but the last one."""
+        """Let the half of the programs that was used least recently go where there are too many, never the newest."""
         with self._lock:
             if len(self._made) <= MOST and regions() <= REGIONS:
                 return
