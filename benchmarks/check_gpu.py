@@ -1,9 +1,10 @@
 """Runs on an NVIDIA GPU whatever the suite has for one: every GPU test, in parallel; with --sanitize each Pallas kernel
-under compute-sanitizer's memcheck as well, which sees reads and writes beyond an array. The table comes last.
+under tools of compute-sanitizer as well: memcheck sees reads and writes beyond an array, racecheck accesses to shared
+memory in no fixed order, synccheck barriers that not all threads reach. The table comes last.
 
     python benchmarks/check_gpu.py
     python benchmarks/check_gpu.py --sanitize --seed 7
-    python benchmarks/check_gpu.py --only rope --sanitize --no-tests
+    python benchmarks/check_gpu.py --only rope --sanitize memcheck racecheck synccheck --no-tests --json record.json
 
 Exit code 0 when all is right, 1 when something failed, 2 when nothing could be run.
 """
@@ -13,8 +14,12 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import importlib.metadata
+import json
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -44,6 +49,9 @@ SANITIZED = {
     "jax-triton": ("test_pallas_jaxtriton.py", "on_the_device or where_pallas_has"),
     "attention: decode": ("test_pallas_decode.py", "test_on_a_gpu or test_the_kernel_is or test_blocked_output"),
 }
+
+TOOLS = {"memcheck": ("--padding", "256"), "racecheck": (), "synccheck": ()}
+"""compute-sanitizer's, with their options: a gap behind every array, for reads and writes beyond it."""
 
 
 @dataclasses.dataclass
@@ -156,14 +164,14 @@ def find_sanitizer(given: str | None) -> str | None:
     return found or next(inside, None)
 
 
-def sanitize(name: str, tool: str, seed: int, limit: float) -> tuple[Row, list[str]]:
-    """The tests of one kernel under memcheck, every array in an allocation of its own with a gap behind."""
+def sanitize(name: str, check: str, sanitizer: str, seed: int, limit: float) -> tuple[Row, list[str]]:
+    """The tests of one kernel under one of TOOLS, every array in an allocation of its own."""
     file, which = SANITIZED[name]
-    row, said = Row(name), []
+    row, said = Row(f"{check}: {name}"), []
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        watch = [tool, "--tool", "memcheck", "--padding", "256", "--error-exitcode", "9", "--print-limit", "5"]
+        watch = [sanitizer, "--tool", check, *TOOLS[check], "--error-exitcode", "9", "--print-limit", "5"]
         command = watch + pytest(["-k", which, str(ROOT / "tests" / file)], report, seed)
         alone = environment(
             JAX_PLATFORMS="cuda",  # compute-sanitizer hands no empty variable on
@@ -184,12 +192,12 @@ def sanitize(name: str, tool: str, seed: int, limit: float) -> tuple[Row, list[s
         )
     row.seconds = time.monotonic() - start
     output = done.stdout + done.stderr
-    summary = re.search(r"ERROR SUMMARY: (\d+) error", output)
+    summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", output)
     if summary is None:
-        row.note = f"no word from memcheck (exit code {done.returncode})"
+        row.note = f"no word from {check} (exit code {done.returncode})"
         said.append(output[-1500:])
     elif int(summary[1]):
-        row.note = f"{summary[1]} memory errors"
+        row.note = f"{summary[1]} errors"
         said.append("\n".join(re.findall(r"^========= .*$", output, re.MULTILINE)[:14]))
     elif not row.passed:
         row.note = "no test ran"
@@ -209,19 +217,21 @@ def table(title: str, rows: list[Row]) -> list[str]:
 def main() -> int:
     """Parse, run, print the table last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sanitize", action="store_true", help="memcheck of each kernel after the tests")
+    parser.add_argument("--sanitize", nargs="*", choices=TOOLS, help="each kernel after the tests (default: memcheck)")
     parser.add_argument("--no-tests", action="store_true", help="leave the tests out")
     parser.add_argument("--only", nargs="+", default=[], help="test files, or kernels, that have one of these words")
     parser.add_argument("--seed", type=int, default=0, help="base seed of the random inputs")
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1))
     parser.add_argument("--limit", type=float, default=280.0, help="seconds that the tests, or one kernel, may take")
     parser.add_argument("--sanitizer", help="path of compute-sanitizer")
+    parser.add_argument("--json", type=Path, help="write what was run, and where, here")
     args = parser.parse_args()
     device = gpu()
     if device is None:
         print("JAX finds no GPU here", file=sys.stderr)
         return 2
     lines, said, wrong = [device], [], 0
+    record: list[Row] = []
     if not args.no_tests:
         paths = files(args.only)
         if not paths:
@@ -231,9 +241,10 @@ def main() -> int:
         rows, words = run_tests(paths, args.processes, args.seed, args.limit)
         wrong += sum(not row.right for row in rows if row.passed or row.failed)
         said += words
+        record += rows
         lines += table("tests on the GPU", rows)
         lines.append(f"{sum(row.passed for row in rows)} passed in {time.monotonic() - start:.0f} s")
-    if args.sanitize:
+    if args.sanitize is not None:
         tool = find_sanitizer(args.sanitizer)
         if tool is None:
             print("compute-sanitizer is not here: CUDA toolkits bring it; --sanitizer names it", file=sys.stderr)
@@ -242,11 +253,23 @@ def main() -> int:
             names = [name for name, (file, _) in SANITIZED.items() if (ROOT / "tests" / file).exists()]
             names = [name for name in names if not args.only or any(word in name for word in args.only)]
             with concurrent.futures.ThreadPoolExecutor(args.processes) as executor:
-                jobs = [executor.submit(sanitize, name, tool, args.seed, args.limit) for name in names]
+                jobs = [
+                    executor.submit(sanitize, name, check, tool, args.seed, args.limit)
+                    for check in args.sanitize or ["memcheck"]
+                    for name in names
+                ]
                 found = [job.result() for job in jobs]
             wrong += sum(not row.right for row, _ in found)
             said += [word for _, words in found for word in words]
-            lines += table("memcheck", [row for row, _ in found])
+            record += [row for row, _ in found]
+            lines += table("compute-sanitizer", [row for row, _ in found])
+    if args.json:
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
+        command = ["python", "benchmarks/check_gpu.py", *sys.argv[1:]]
+        where = {"device": device, "python": platform.python_version(), "versions": versions}
+        where |= {"command": shlex.join(command), "date": time.strftime("%Y-%m-%d", time.gmtime())}
+        rows = [dataclasses.asdict(row) for row in record]
+        args.json.write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
     print("\n".join(said[:20]))
     print("\n".join(lines), flush=True)
     return int(wrong > 0)

@@ -67,8 +67,8 @@ def table() -> list[Row]:
         Row("lora 8, distill 1", {"distill": 1.0}),
         Row("lora 8, uniform rates", {"rates": "uniform"}),
         *single,
-        Row("refit 0.4", refit=0.4),
-        Row("lora 8, refit 0.4", {}, refit=0.4),
+        Row("refit 0.4", finish={"refit": 0.4}),
+        Row("lora 8, refit 0.4", {}, {"refit": 0.4}),
     ]
 
 
@@ -99,25 +99,28 @@ def _setting(text: str) -> Any:
 
 
 def custom_row(words: Sequence[str]) -> Row:
-    """NAME KEY=VALUE ...: keys are the fields of `RecoverySettings`, `bits` (such as 16,4), `refit`, `texts` (such as
-    books,plain), and with `tune.` before them the settings of a training that goes on after quantizing to 4 bits (such
-    as tune.steps=500).
+    """NAME KEY=VALUE ...: keys are the fields of `RecoverySettings`, `bits` (such as 16,4), `texts` (such as
+    books,plain), with `tune.` before them the settings of a training that goes on after quantizing to 4 bits (such as
+    tune.steps=500), and with `pass.` before them those of the pass (such as pass.reconstruct=200).
     """
     settings = {key: value for key, _, value in (word.partition("=") for word in words[1:])}
     chosen = tuple(settings.pop("texts").split(",")) if "texts" in settings else None
     bits = tuple(int(part) for part in settings.pop("bits", "16").split(","))
-    refit = float(settings.pop("refit")) if "refit" in settings else None
     read = lambda key, value: value if key == "rates" else _setting(value)  # noqa: E731  also a rate is a word
-    tune = {key[5:]: read(key[5:], value) for key, value in settings.items() if key.startswith("tune.")}
-    train = {key: read(key, value) for key, value in settings.items() if not key.startswith("tune.")}
-    return Row(words[0], train or None, refit, bits, tune or None, chosen)
+    of = (
+        lambda part: {  # noqa: E731
+            key[len(part) :]: read(key[len(part) :], value) for key, value in settings.items() if key.startswith(part)
+        }
+    )
+    train = {key: read(key, value) for key, value in settings.items() if "." not in key}
+    return Row(words[0], train or None, of("pass."), bits, of("tune.") or None, chosen)
 
 
 def own_windows(spec: str, ckpt: str, tokenizer: Any, length: int) -> Examples:
     """What own:N:SHAPE+SHAPE:TEMPERATURE+TEMPERATURE says that the model writes."""
     count, shapes, *rest = spec.removeprefix("own:").split(":")
     temperatures = tuple(map(float, rest[0].split("+"))) if rest else (1.0,)
-    how = OwnText(int(count), length, tuple(shapes.split("+")), temperatures, batch=256)
+    how = OwnText(int(count), length, tuple(shapes.split("+")), temperatures, batch=1024)
     model = own_text.open_model(ckpt)
     begin = own_text.beginnings(model.config.vocab_size, tokenizer, model.config.eos_ids, how.shapes)
     start = time.perf_counter()

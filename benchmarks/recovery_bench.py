@@ -23,7 +23,7 @@ from uniql_jax import console, elastic
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.compiling import jit
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
-from uniql_jax.compression.contract import RecoveryData
+from uniql_jax.compression.contract import Gains, RecoveryData
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.config import ModelConfig
 from uniql_jax.evaluation.likelihood import masks
@@ -42,14 +42,14 @@ Layers = Sequence[lora.Layer]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A way to recover: settings of the training that differ from the run's own (None: no training), the share of the
-    nested refit (None: no refit), the bits at which it is measured, for 4 bits the settings of a training that goes on
+    """A way to recover: settings of the training that differ from the run's own (None: no training), those of the pass
+    that differ from its defaults, the bits at which it is measured, for 4 bits the settings of a training that goes on
     after quantizing (None: none), and names of the texts that are trained on (None: all).
     """
 
     name: str
     train: dict[str, Any] | None = None
-    refit: float | None = None
+    finish: dict[str, Any] = dataclasses.field(default_factory=dict)
     bits: tuple[int, ...] = (16,)
     tune: dict[str, Any] | None = None
     texts: tuple[str, ...] | None = None
@@ -179,7 +179,13 @@ class Bench:
             )  # fmt: skip
             factors = jax.device_get(result.factors)
             layers = [lora.merge_layer(i, layer, factors, options.alpha) for i, layer in enumerate(model.layers)]
-            self.trained[options, row.texts or ()] = layers, _provenance(options, result, start)
+            self.trained[options, row.texts or ()] = (
+                layers,
+                {
+                    "trained_numbers": lora.count(result.factors),
+                    **_provenance(options, result, start),
+                },
+            )
         return self.trained[options, row.texts or ()]
 
     def finished(self, row: Row, layers: Layers, bits: int) -> tuple[Layers, dict[str, Any], dict[str, Any]]:
@@ -187,13 +193,13 @@ class Bench:
         itself.
         """
         provenance: dict[str, Any] = {}
-        refit, tune = row.refit, row.tune if bits < 16 else None
-        bits = 32 if bits == 16 and refit is not None else bits
-        if bits >= 16 and refit is None:
+        tune = row.tune if bits < 16 else None
+        bits = 32 if bits == 16 and row.finish else bits
+        if bits >= 16 and not row.finish:
             stored = [_rounded(layer) for layer in layers]
             top = _rounded({"top": self.model.embeddings})["top"]
         else:
-            settings = CompressionSettings(bits=bits, refit=refit)
+            settings = CompressionSettings(bits=bits, **row.finish)
             with tempfile.TemporaryDirectory() as work, jax.default_matmul_precision("highest"):
                 # The pass from its second half on: what its first half leaves behind is put in its place.
                 folder, measured, plan = Path(work), self.measured(), self.model.plan
@@ -266,10 +272,9 @@ class Bench:
         return found
 
 
-def _provenance(options: RecoverySettings, result: recover.Result, start: float) -> dict[str, Any]:
+def _provenance(options: RecoverySettings, result: recover.Result | Gains, start: float) -> dict[str, Any]:
     return {
         "options": dataclasses.asdict(options),
-        "trained_numbers": lora.count(result.factors),
         "steps": result.steps,
         "best_step": result.best_step,
         "validation_before": {f"{rate:g}": loss for rate, loss in result.before.items()},

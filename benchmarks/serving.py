@@ -142,6 +142,8 @@ def measure(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
             if rows:
                 shown = [[row.get(column) for column in rows[0]] for row in rows]
                 print(f"\n{name} at rate {rate:g}\n{console.table(shown, list(rows[0]))}", flush=True)
+            if args.json:
+                console.write_whole(args.json, json.dumps(found, indent=1) + "\n")
     return found
 
 
@@ -169,9 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if unknown := [name for name in args.tables if name not in TABLES]:
         parser.error(f"no table {unknown[0]!r}; there are {', '.join(TABLES)}")
-    found = measure(read_config(args.config), args)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    measure(read_config(args.config), args)
 
 
 if __name__ == "__main__":

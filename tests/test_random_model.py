@@ -21,7 +21,7 @@ from uniql_jax.counting import parameter_count
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation import random_model
 from uniql_jax.evaluation.timing import device_bytes
-from uniql_jax.plan import make_plan
+from uniql_jax.plan import grouping, make_plan
 from uniql_jax.runtime.loading import load
 
 
@@ -105,6 +105,16 @@ def test_frequencies_are_those_of_the_config() -> None:
     for block in _blocks(model, "attention"):
         kept = block["inv_freq"].shape[0]
         np.testing.assert_array_equal(block["inv_freq"][:, 0], config.rope.inv_freq()[:kept])
+
+
+def test_portable_groups_are_those_of_a_portable_checkpoint() -> None:
+    config = model_config.from_hf(published.shrunk("llama-3.1-8b"))
+    size = lambda portable: random_model.tree_bytes(  # noqa: E731
+        random_model.random_model(config, 4, portable=portable).params["layers"][0]["mlp"]["down"].scale
+    )
+    groups = [grouping(config, portable)["groups"] for portable in (False, True)]
+    assert groups[0]["ffn"] != groups[1]["ffn"]
+    assert size(True) * groups[1]["ffn"] == size(False) * groups[0]["ffn"]
 
 
 def test_a_rate_that_is_none() -> None:

@@ -8,6 +8,7 @@ import math
 
 from uniql_jax import console
 from uniql_jax.commands import cli, compilation_cache
+from uniql_jax.compression.settings import GROUPS
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation.published import PARTS, published
 from uniql_jax.outputs import check_output_files
@@ -55,6 +56,7 @@ def parser() -> cli.Parser:
     model.add_argument("--config", metavar="NAME", help="random weights of a published model, or of a config.json")
     bits = "of a weight, with --config: 4, 8 or 16, or 3 to 4 for nested bits of which that many are kept (default: 4)"
     add("--bits", type=_bits, metavar="N", help=bits)
+    add("--groups", choices=GROUPS, help="with --config: quantization groups as compress --groups makes them")
     add(
         "--prune-rates", type=cli.prune_rates, metavar="R,R,...",
         help=f"rates to measure (default: {RATES}, or none where budgets are named)",
@@ -100,6 +102,8 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if args.bits is not None and args.ckpt is not None:
         raise UserError("--bits goes with --config: a checkpoint has bits of its own")
+    if args.groups is not None and args.ckpt is not None:
+        raise UserError("--groups goes with --config: a checkpoint has groups of its own")
     if args.memory_budget and args.ckpt is None:
         raise UserError("--memory-budget goes with --ckpt: name --prune-rates of a --config")
     check_output_files([args.json], args.overwrite, [args.ckpt, args.config])
@@ -116,7 +120,7 @@ def main(argv: list[str]) -> None:
         folder = hub.local(args.ckpt, args.revision)
         subject = checkpoint_subject(folder, rates, args.devices, args.memory_budget)
     else:
-        subject = config_subject(args.config, args.bits or 4, args.seed, args.devices)
+        subject = config_subject(args.config, args.bits or 4, args.seed, args.devices, args.groups == "portable")
     found = benchmark(
         subject,
         rates,

@@ -25,7 +25,7 @@ from uniql_jax.evaluation.random_model import random_model, read_config, tree_by
 from uniql_jax.evaluation.timing import copy_bandwidth, device_bytes, memory_limit, peak_bytes
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import cache_bytes
-from uniql_jax.plan import Plan, make_plan
+from uniql_jax.plan import Plan, grouping, make_plan
 from uniql_jax.runtime.budget import abstract_model
 from uniql_jax.runtime.choice import Choice, choose
 from uniql_jax.runtime.generation import room
@@ -48,6 +48,7 @@ class Subject:
     random: bool
     devices: int = 1  # that share the model
     within: tuple[Within, ...] = ()
+    portable: bool = False  # groups that other runtimes take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +84,12 @@ def checkpoint_subject(folder: str, rates: Sequence[float], devices: int = 1, bu
         raise UserError(ONE_DEVICE)
     plan = found.plan or make_plan(found.config, None)
     placed = functools.partial(load, folder, devices=devices)
-    return Subject(folder, found.config, plan, found.bits, placed, False, devices, within)
+    portable = found.meta.get("groups") == grouping(found.config, portable=True)["groups"]
+    return Subject(folder, found.config, plan, found.bits, placed, False, devices, within, portable)
 
 
-def config_subject(name: str, bits: float, seed: int, devices: int = 1) -> Subject:
-    """Random weights of a config, shared among so many devices; layers are cut alike.
+def config_subject(name: str, bits: float, seed: int, devices: int = 1, portable: bool = False) -> Subject:
+    """Random weights of a config, shared among so many devices; layers are cut alike. portable: see `Subject`.
 
     Raises UserError when there is no such config, or when there are fewer devices, or several for fewer than 4 bits.
     """
@@ -95,8 +97,8 @@ def config_subject(name: str, bits: float, seed: int, devices: int = 1) -> Subje
     if bits < 4 and devices > 1:
         raise UserError(f"weights of {bits:g} bits are for one device")
     plan = make_plan(config, None)
-    made = functools.partial(random_model, config, bits, plan=plan, seed=seed, mesh=mesh)
-    return Subject(name, config, plan, bits, made, True, devices)
+    made = functools.partial(random_model, config, bits, plan=plan, seed=seed, mesh=mesh, portable=portable)
+    return Subject(name, config, plan, bits, made, True, devices, portable=portable)
 
 
 def variants(subject: Subject, rates: Sequence[float], dense: bool, batch: int, slots: int, seed: int) -> list[Variant]:
@@ -105,7 +107,7 @@ def variants(subject: Subject, rates: Sequence[float], dense: bool, batch: int, 
     word = jnp.dtype(dtype).itemsize * 8
 
     def variant(name: str, rate: float | None, bits: float, make: Callable[[], CausalLM]) -> Variant:
-        weights = tree_bytes(weight_shapes(config, bits, rate or 0.0, plan, dtype))
+        weights = tree_bytes(weight_shapes(config, bits, rate or 0.0, plan, dtype, portable=subject.portable))
         cache = cache_bytes(config, plan.keep(rate or 0.0), batch, slots, dtype)
         return Variant(name, rate, bits, plan.kept_fraction(rate or 0.0), weights, cache, make)
 

@@ -59,14 +59,16 @@ def read_config(name: str) -> ModelConfig:
         raise UserError(f"{path} is no model's config: {error}") from None
 
 
-def _leaf_shape(config: ModelConfig, leaf: elastic.Leaf, keep: Mapping[str, int], bits: float, dtype: Any) -> Any:
+def _leaf_shape(
+    config: ModelConfig, leaf: elastic.Leaf, keep: Mapping[str, int], bits: float, dtype: Any, portable: bool
+) -> Any:
     """A leaf with jax.ShapeDtypeStruct for arrays: packed (in plain layout), dense in `dtype`, or a float32 vector."""
     shape = elastic.shape(config, leaf, keep)
     if leaf.contract is None:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
     if bits >= 16:
         return jax.ShapeDtypeStruct(shape, dtype)
-    group = leaf_group(grouping(config), leaf)
+    group = leaf_group(grouping(config, portable), leaf)
     if bits < 4:
         return nested_shape(config, leaf, shape, bits - 3, group, dtype)
     return packed_shape(leaf, shape, int(bits), group)
@@ -80,34 +82,47 @@ def _placed(leaves: dict[str, Any], place: Any) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=256)
 def _block_shapes(
-    config: ModelConfig, kind: str, keep: tuple[tuple[str, int], ...], bits: float, dtype: Any, split: Split | None
+    config: ModelConfig,
+    kind: str,
+    keep: tuple[tuple[str, int], ...],
+    bits: float,
+    dtype: Any,
+    split: Split | None,
+    portable: bool,
 ) -> Any:
     # Remembered: layers of equal sizes are most of them.
     leaves = elastic.leaves(config, kind).items()
-    shapes = {name: _leaf_shape(config, leaf, dict(keep), bits, dtype) for name, leaf in leaves}
+    shapes = {name: _leaf_shape(config, leaf, dict(keep), bits, dtype, portable) for name, leaf in leaves}
     if split is not None:
         shapes = {name: part_like(leaf, shapes[name], split) for name, leaf in leaves}
     return _placed(shapes, lambda packed: place_layer({kind: packed}, dtype)[kind])
 
 
 def weight_shapes(
-    config: ModelConfig, bits: float, rate: float, plan: Plan, dtype: Any = None, split: Split | None = None
+    config: ModelConfig,
+    bits: float,
+    rate: float,
+    plan: Plan,
+    dtype: Any = None,
+    split: Split | None = None,
+    portable: bool = False,
 ) -> dict[str, Any]:
     """The model's `params` with jax.ShapeDtypeStruct in place of arrays; nothing is allocated.
 
     bits: 4 or 8 (packed), 16 (dense, in `dtype`), or from 3 on: 4 in a share of bits - 3 of the entries, 3 in the
     others. dtype: of activations (default bfloat16 on GPUs, float32 on CPUs), which the layout of packed weights
-    depends on too. split: shapes are those of a device's part.
+    depends on too. split: shapes are those of a device's part. portable: groups are those that other runtimes take
+    (`plan.axis_layout`).
     """
     dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
     names = ["embed", "norm"] + ([] if config.tie_embeddings else ["head"])
-    top = {name: _leaf_shape(config, elastic.TOP[name], {}, bits, dtype) for name in names}
+    top = {name: _leaf_shape(config, elastic.TOP[name], {}, bits, dtype, portable) for name in names}
     if split is not None:
         top = {name: part_like(elastic.TOP[name], like, split) for name, like in top.items()}
     if bits < 16 and config.tie_embeddings:  # one rotated table serves twice
         top["head_in"] = jax.ShapeDtypeStruct((config.hidden_size, config.hidden_size), dtype)
     layers = [
-        {kind: _block_shapes(config, kind, tuple(sorted(kept.items())), bits, dtype, split) for kind in kinds}
+        {kind: _block_shapes(config, kind, tuple(sorted(kept.items())), bits, dtype, split, portable) for kind in kinds}
         for kinds, kept in zip(config.pattern, plan.keep(rate), strict=True)
     ]
     return _placed(top, lambda packed: place_top(packed, dtype)) | {"layers": layers}
@@ -196,20 +211,21 @@ def random_model(
     dtype: Any = None,
     seed: int = 0,
     mesh: Mesh | None = None,
+    portable: bool = False,
 ) -> CausalLM:
     """A model of random weights at a prune rate from 0 to 0.35, made on the device and never held by the host.
 
     bits: as for `weight_shapes`. plan: uniform over the layers when None. dtype: of activations (default bfloat16 on
-    GPUs, float32 on CPUs). mesh: devices that share it, where there are several, for 4 bits and more. Raises UserError
-    on a bad rate.
+    GPUs, float32 on CPUs). mesh: devices that share it, where there are several, for 4 bits and more. portable: as for
+    `weight_shapes`. Raises UserError on a bad rate.
     """
     rate = check_rate(rate)
     plan = make_plan(config, None) if plan is None else plan
     dtype = default_dtype() if dtype is None else dtype
     split = None
     if mesh is not None and mesh.size > 1:
-        split = split_for(config, mesh, grouping(config) if bits < 16 else {})
-    shapes = weight_shapes(config, bits, rate, plan, dtype, split)
+        split = split_for(config, mesh, grouping(config, portable) if bits < 16 else {})
+    shapes = weight_shapes(config, bits, rate, plan, dtype, split, portable)
     drawer, keep = _Drawer(config, seed, split), plan.keep(rate)
     top = {name: drawer.leaf(name, elastic.TOP[name], like) for name, like in shapes.items() if name != "layers"}
     layers = [
