@@ -121,6 +121,23 @@ def test_the_disk_that_recorded_runs_took(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("compress-*-h200.json")), ids=lambda path: path.stem)
+def test_the_host_memory_that_recorded_runs_took(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = json.loads(path.read_text())
+    settings, config = record["settings"], read_config(record["settings"]["config"])
+    for row in record["rows"]:
+        if record["environment"]["date"] < "2026-11-30":
+            continue  # streams and layers took other ways to the host then
+        monkeypatch.setattr(budget, "device_limit", lambda row=row: row["planned"]["device_limit"])
+        monkeypatch.setattr(budget, "available_host", lambda: 120 * GIB)
+        limits = Resources(max_device_memory=settings["max_device_memory"], max_host_memory=settings["max_host_memory"])
+        steps = settings.get("recover")
+        lora = RecoverySettings(rank=64, batch=16, steps=steps or 1, compute="bfloat16", remat="products")
+        shape, training = (settings["windows"], row["length"]), (lora,) if steps else ()
+        planned = lay_out(config, SETTINGS, limits, shape, training, row["length"], free_disk=120 * 10**9)
+        assert sum(planned.host.values()) == pytest.approx(row["host_peak"], rel=0.2)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("compress-*-h200.json")), ids=lambda path: path.stem)
 def test_the_device_memory_that_recorded_runs_took(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = json.loads(path.read_text())
     settings, config = record["settings"], read_config(record["settings"]["config"])

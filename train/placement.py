@@ -46,12 +46,12 @@ def memory_bytes(config: ModelConfig, options: RecoverySettings, length: int, de
 
 
 def host_bytes(config: ModelConfig, options: RecoverySettings) -> int:
-    """About what training takes of the host's memory where devices have their own: embedding and head as they are
-    read, the best factors so far, and a copy of factors and optimizer state while they are saved.
+    """About what training takes of the host's memory where devices have their own: embedding and head as they are read
+    and as they are placed, the best factors so far, and a copy of factors and optimizer state while they are saved.
     """
     trained, _ = lora.planned(config, options.rank)
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    return 4 * (tables + 4 * trained)
+    return 4 * (2 * tables + 4 * trained)
 
 
 def _kept_bytes(config: ModelConfig, kinds: tuple[str, ...], remat: str, size: int) -> int:

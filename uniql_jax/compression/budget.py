@@ -23,8 +23,8 @@ SHARE = 0.9
 """Of a device's memory that is planned for: allocators need room."""
 HOST_BASE = {"cpu": 2**30, "gpu": 5 * 2**30}
 """What Python, JAX and the compiled programs take of the host."""
-TRAINING_PROGRAMS = 1200 * 10**6
-"""What the programs of training take of a GPU's host in addition, while they compile."""
+TRAINING_PROGRAMS = 2200 * 10**6
+"""What the programs of training take of a GPU's host in addition, while they compile (compress-*-recover-h200.json)."""
 RUNNING = 4
 """Streams in memory in addition to those that are held: values before a layer, gradients before and after it, and one
 on its way to the disk; one more where the unpruned model runs along, and where nested codes have a second model."""

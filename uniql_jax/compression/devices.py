@@ -87,7 +87,15 @@ class Devices:
         count, each = len(rows), -(-len(rows) // len(self))
         padded = jnp.pad(rows, ((0, each * len(self) - count), (0, 0)))
         parts = [padded[start : start + each] for start in range(0, len(padded), each)]
-        found = [function(*self.on(number, (part, *others)), **settings) for number, part in enumerate(parts)]
+        precision = jax.config.jax_default_matmul_precision  # a thread's own
+
+        def work(number: int, part: Array) -> Any:
+            with jax.default_matmul_precision(precision):
+                return function(*self.on(number, (part, *others)), **settings)
+
+        # A program's loops are followed by the thread that started it: one thread would have the devices take turns.
+        with concurrent.futures.ThreadPoolExecutor(len(self)) as pool:
+            found = list(pool.map(work, range(len(parts)), parts))
         return jax.tree.map(lambda *values: jnp.concatenate(self.on(0, values))[:count], *found)
 
     def _device(self, number: int) -> jax.Device:

@@ -12,13 +12,20 @@ from uniql_jax.counting import block_parameters, parameter_count
 from uniql_jax.train.placement import data_mesh
 from uniql_jax.train.recover import evaluations
 from uniql_jax.train.settings import OwnText, RecoverySettings
+from uniql_jax.train.stack import runs
 
 # From benchmarks/results/train-step-*.json and recovery-smollm2-*.json: the share of a large product's speed that a
 # step reaches, on a GPU that of models of this width or more, below it in proportion (with LoRA, whose narrow products
-# take their time, and without); seconds that the programs take to compile.
-SHARE, WIDE, PROGRAMS = 0.53, {"lora": 2048, "every weight": 1152}, 20.0
-TOKEN, BANDWIDTH = 1.5e-3, 2e12
-"""Of a GPU that decodes: seconds of a token at least, and bytes of weights that it reads a second."""
+# take their time, and without).
+SHARE, WIDE = 0.53, {"lora": 2048, "every weight": 1152}
+PROGRAMS, BLOCK = 14.0, 3.0
+"""Seconds that the programs of a training take to compile and its layers to be read, and in addition for each block
+that a program has (compress-*-recover-h200.json).
+"""
+WRITER, TOKEN, BANDWIDTH = 20.0, 1.5e-3, 2e12
+"""Of a GPU that decodes: seconds until its programs are compiled, of a token at least, and bytes of weights that it
+reads a second.
+"""
 
 
 def stage_flops(config: ModelConfig, data: RecoveryData, options: RecoverySettings) -> float:
@@ -49,7 +56,8 @@ def training_seconds(config: ModelConfig, data: RecoveryData) -> float:
         devices = data_mesh(options.batch // options.accumulate).size
         wide = WIDE["lora" if options.rank else "every weight"]
         share = SHARE * (1.0 if cpu else min(1.0, config.hidden_size / wide))
-        total += PROGRAMS + stage_flops(config, data, options) / (share * speed * devices)
+        blocks = sum(len(run.kinds) for run in runs(config))
+        total += PROGRAMS + BLOCK * blocks + stage_flops(config, data, options) / (share * speed * devices)
     return total
 
 
@@ -60,4 +68,4 @@ def writing_seconds(config: ModelConfig, own: OwnText) -> float:
     tokens, weights = -(-own.windows // own.batch) * own.length, parameter_count(config)
     if jax.default_backend() == "cpu":
         return tokens * 2 * weights * own.batch / (SHARE * product_speed(1024, "highest"))
-    return PROGRAMS + tokens * (TOKEN + 2 * weights / BANDWIDTH)
+    return WRITER + tokens * (TOKEN + 2 * weights / BANDWIDTH)

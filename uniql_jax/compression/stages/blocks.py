@@ -113,9 +113,9 @@ def _output(
     tokens = running.store.windows.tokens
     kept: Sequence[Keep | None] = running.kept(index)
     grams = []
+    finished = running.store.devices.everywhere(dict(done))
     for number, (x, value_of) in enumerate(running.views()):
-        working = dict(originals[0]) | {leaf: value_of(value) for leaf, value in done.items()}
-        copies = running.store.devices.everywhere(working)
+        copies = [dict(own) | running.of(value_of, others) for own, others in zip(originals, finished, strict=True)]
         if running.keep is not None and not number:
             weight, gram = _refitted(config, kind, originals, copies, name, running, settings, kept)
             grams.append(gram)

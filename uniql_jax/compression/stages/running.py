@@ -42,6 +42,11 @@ class Streams(NamedTuple):
         whole = (self.x, dense)
         return [whole] if self.leading is None else [whole, (self.leading, lambda value: dense(leading_bits(value)))]
 
+    @staticmethod
+    def of(value_of: Callable[[Any], Any], leaves: Block) -> dict[str, Any]:
+        """What a model computes with, of finished leaves on any device."""
+        return {name: value_of(value) for name, value in leaves.items()}
+
     def kept(self, index: int) -> list[Keep | None]:
         """Kept sizes at layer `index`, per batch."""
         return [None] * len(self.x) if self.keep is None else [batch[index] for batch in self.keep]
@@ -49,8 +54,9 @@ class Streams(NamedTuple):
     def after(self, config: ModelConfig, index: int, kind: str, finished: Block, original: Sequence[Block]) -> Streams:
         """All streams after one block: finished, and as it was, of which every device has a copy."""
         kept, each = self.kept(index), []
+        copies = self.store.devices.everywhere(dict(finished))  # packed, as they are: an eighth of the bytes
         for x, value_of in self.views():
-            held = self.store.devices.everywhere({name: value_of(value) for name, value in finished.items()})
+            held = [self.of(value_of, copy) for copy in copies]
             each.append(self.store.mapped(lambda block, x, keep: advance(config, kind, block, x, keep), held, x, kept))
         unpruned = self.unpruned and self.store.mapped(
             lambda block, t: advance(config, kind, block, t, None), original, self.unpruned

@@ -47,7 +47,8 @@ def sort(
     if not todo:
         return
     processes, clock = streams.devices.processes, Clock()
-    layers = backward_sweep(source, top, streams, todo[0], settings.thorough, processes.count)
+    at_once = processes.count * len(streams.devices)
+    layers = backward_sweep(source, top, streams, todo[0], settings.thorough, at_once)
 
     def sorted_layer(i: int, layer: Layer, means: dict[str, Statistics]) -> tuple[dict[str, Any], dict[str, Any]]:
         with jax.default_matmul_precision(matmul_precision(settings, solves=True)):
@@ -73,15 +74,15 @@ def sort(
         if processes.count > 1:
             keep(i, *processes.given(i % processes.count, *(found or (None, None))))
 
-    # A layer is sorted, in part by the host, while the devices gather the statistics of the next one; of several
-    # processes each sorts every so manyth, and the others get it.
-    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sorter") as pool:
+    # Layers are sorted, in part by the host, one on each device, while the devices gather the statistics of the next
+    # one; of several processes each sorts every so manyth, and the others get it.
+    with concurrent.futures.ThreadPoolExecutor(len(streams.devices), thread_name_prefix="sorter") as pool:
         waiting: collections.deque[tuple[int, concurrent.futures.Future | None]] = collections.deque()
         for index in progress(down, "sort"):
             if index > todo[0]:
                 continue
             found = next(layers)
-            if len(waiting) == processes.count:
+            if len(waiting) == at_once:
                 finish(*waiting.popleft())
             own = index % processes.count == processes.index
             waiting.append((index, pool.submit(work, *found) if own else None))
