@@ -43,6 +43,7 @@ SANITIZED = {
     "fused, 4 bits and 3": ("test_pallas_mixed.py", "test_read or test_gate_and_up or test_write"),
     "fused read": ("test_pallas_fused.py", "test_read_takes_several_weights or test_gate_and_up"),
     "fused write": ("test_pallas_fused.py", "test_write_adds_and_prepares"),
+    "GPTQ of a group": ("test_pallas_round_group.py", "on_the_device"),
     "rope": ("test_pallas_rope.py", "pallas and (complex_rotation or rotation_back) or test_every_cut"),
     "embedding": ("test_pallas_embedding.py", "pallas and (exact or clipped or wider)"),
     "ssd step": ("test_pallas_ssd.py", "test_the_kernel_is_the_specification or test_any_tile"),

@@ -107,11 +107,10 @@ def custom_row(words: Sequence[str]) -> Row:
     chosen = tuple(settings.pop("texts").split(",")) if "texts" in settings else None
     bits = tuple(int(part) for part in settings.pop("bits", "16").split(","))
     read = lambda key, value: value if key == "rates" else _setting(value)  # noqa: E731  also a rate is a word
-    of = (
-        lambda part: {  # noqa: E731
-            key[len(part) :]: read(key[len(part) :], value) for key, value in settings.items() if key.startswith(part)
-        }
-    )
+
+    def of(part: str) -> dict[str, Any]:
+        return {k.removeprefix(part): read(k.removeprefix(part), v) for k, v in settings.items() if k.startswith(part)}
+
     train = {key: read(key, value) for key, value in settings.items() if "." not in key}
     return Row(words[0], train or None, of("pass."), bits, of("tune.") or None, chosen)
 

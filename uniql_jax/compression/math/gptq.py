@@ -7,14 +7,17 @@ Hessian, so slicing after quantizing does no extra harm (Frantar et al., arXiv 2
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.compiling import jit
 from uniql_jax.compression.math.refine import nearest, refine
+from uniql_jax.pallas_kernels import selfcheck
+from uniql_jax.pallas_kernels.round_group import round_group
 from uniql_jax.weights.quantized import limits
 
 SCALE_GRID = tuple(1.0 - 0.025 * i for i in range(21))
@@ -174,6 +177,87 @@ def quantize(
     return codes, scales, rounded
 
 
+class _Group(NamedTuple):
+    """A group that was rounded: integers, scales, errors over the factor's diagonal, and what was rounded if wanted."""
+
+    codes: Float[Array, "group rows"] | Int[Array, "group rows"]
+    scale: Float[Array, " rows"]
+    errors: Float[Array, "group rows"]
+    before: Float[Array, "group rows"] | None
+
+
+def _by_columns(
+    block: Float[Array, "group rows"],
+    importance: Float[Array, " group"],
+    square: Float[Array, "group group"],
+    bits: int,
+    search: bool,
+    return_unrounded: bool,
+) -> _Group:
+    """Round a group of columns one by one."""
+    group = len(block)
+    scale = search_scale(block, importance, bits, search)
+
+    def one_column(j: Array, inner: tuple[Any, ...]) -> tuple[Any, ...]:
+        block, quantized, before = inner
+        column = jax.lax.dynamic_slice_in_dim(block, j, 1)
+        integer = nearest(column, scale, bits)
+        row = jax.lax.dynamic_slice_in_dim(square, j, 1)[0]
+        error = (column - integer * scale) / row[j]
+        # Rows before j are done; row j itself keeps its error, which the later groups need.
+        index = jnp.arange(group)[:, None]
+        block = jnp.where(index > j, block - row[:, None] * error, jnp.where(index == j, error, block))
+        before = jax.lax.dynamic_update_slice_in_dim(before, column, j, 0) if return_unrounded else None
+        return block, jax.lax.dynamic_update_slice_in_dim(quantized, integer, j, 0), before
+
+    start = (block, jnp.zeros_like(block), jnp.zeros_like(block) if return_unrounded else None)
+    errors, quantized, before = jax.lax.fori_loop(0, group, one_column, start)
+    return _Group(quantized, scale, errors, before)
+
+
+def _by_kernel(
+    block: Float[Array, "group rows"],
+    importance: Float[Array, " group"],
+    square: Float[Array, "group group"],
+    bits: int,
+    search: bool,
+    return_unrounded: bool,
+) -> _Group:
+    """The same in one kernel."""
+    grid = jnp.asarray(SCALE_GRID[: len(SCALE_GRID) if search else 1], jnp.float32)
+    weights = importance / _peak(importance)
+    return _Group(
+        *round_group(
+            block, weights, square, grid, limits=limits(bits), smallest=SMALLEST, return_unrounded=return_unrounded
+        )
+    )
+
+
+def _kernel_serves(bits: int) -> bool:
+    """Whether the device computes with the kernel as without it; tried once a process, on a GPU alone."""
+    if jax.default_backend() != "gpu":
+        return False
+    try:
+        selfcheck.require(f"GPTQ of a group ({bits} bits)", functools.partial(_kernel_error, bits))
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _kernel_error(bits: int) -> float:
+    """For `selfcheck`: groups whose sizes fill no tile, and one of a usual size."""
+    rng, found = np.random.default_rng(0), []
+    for group, rows in ((128, 192), (72, 33), (16, 5)):
+        block = jnp.asarray(rng.normal(size=(group, rows)), jnp.float32)
+        inputs = rng.normal(size=(4 * group, group)).astype(np.float32)
+        factor = np.linalg.cholesky(np.linalg.inv(inputs.T @ inputs / len(inputs))).T
+        given = (jnp.asarray(np.square(inputs).mean(0)), jnp.asarray(factor, jnp.float32))
+        how = {"bits": bits, "search": True, "return_unrounded": True}
+        want = selfcheck.expected(functools.partial(_by_columns, **how), block, *given)
+        found.append(selfcheck.relative(jax.jit(functools.partial(_by_kernel, **how))(block, *given), want))
+    return max(found)
+
+
 def _quantize_columns(
     columns: Float[Array, "padded rows"],
     importance: Float[Array, " padded"],
@@ -187,32 +271,20 @@ def _quantize_columns(
     padded, rows = columns.shape
     groups = padded // group
     later = jnp.arange(padded)
+    one = _by_kernel if _kernel_serves(bits) else _by_columns
 
     def one_group(g: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
         columns, codes, scales, rounded = state
         start = g * group
         block = jax.lax.dynamic_slice(columns, (start, 0), (group, rows))
-        scale = search_scale(block, jax.lax.dynamic_slice(importance, (start,), (group,)), bits, search)
+        weighed = jax.lax.dynamic_slice(importance, (start,), (group,))
         if factor is None:
+            scale = search_scale(block, weighed, bits, search)
             quantized, before = nearest(block, scale, bits), block
         else:
             stripe = jax.lax.dynamic_slice(factor, (start, 0), (group, padded))
             square = jax.lax.dynamic_slice(stripe, (0, start), (group, group))
-
-            def one_column(j: Array, inner: tuple[Any, ...]) -> tuple[Any, ...]:
-                block, quantized, before = inner
-                column = jax.lax.dynamic_slice_in_dim(block, j, 1)
-                integer = nearest(column, scale, bits)
-                row = jax.lax.dynamic_slice_in_dim(square, j, 1)[0]
-                error = (column - integer * scale) / row[j]
-                # Rows before j are done; row j itself keeps its error, which the later groups need.
-                index = jnp.arange(group)[:, None]
-                block = jnp.where(index > j, block - row[:, None] * error, jnp.where(index == j, error, block))
-                before = jax.lax.dynamic_update_slice_in_dim(before, column, j, 0) if return_unrounded else None
-                return block, jax.lax.dynamic_update_slice_in_dim(quantized, integer, j, 0), before
-
-            start_of_loop = (block, jnp.zeros_like(block), jnp.zeros_like(block) if return_unrounded else None)
-            errors, quantized, before = jax.lax.fori_loop(0, group, one_column, start_of_loop)
+            quantized, scale, errors, before = one(block, weighed, square, bits, search, return_unrounded)
             columns = columns - jnp.where(later >= start + group, stripe, 0.0).T @ errors
         return (
             columns,
