@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,3 +42,24 @@ def test_an_array_that_is_shared_out_arrives_whole(rng: np.random.Generator, mon
 
 def test_the_host_is_no_detour() -> None:
     assert not transfer.writes_pinned(jax.devices("cpu")[0])
+
+
+@pytest.mark.gpu
+def test_many_copies_by_threads_while_the_device_computes() -> None:
+    """As the pass parks its batches: each is made, copied by a thread, and dropped, while the next is computed."""
+    step = jax.jit(lambda key: jax.random.bits(key, (2**12, 2**12), "uint32"))
+    whole = jax.jit(lambda value: (value.sum(dtype=value.dtype), (value * (value >> 16)).sum(dtype=value.dtype)))
+
+    def checked(value: jax.Array, sums: tuple[jax.Array, ...]) -> bool:
+        found = to_host(value)
+        own = found.sum(dtype=np.uint32), (found * (found >> 16)).sum(dtype=np.uint32)
+        return tuple(map(int, sums)) == tuple(map(int, own))
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        right = []
+        for number in range(400):
+            value = step(jax.random.key(number))
+            right.append(pool.submit(checked, value, whole(value)))
+            if number >= 8:
+                assert right[number - 8].result(), f"copy {number - 8} is not what the device held"
+        assert all(each.result() for each in right)
