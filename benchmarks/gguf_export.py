@@ -3,9 +3,12 @@
     python benchmarks/gguf_export.py --ckpt elastic --text manual=python-docs/ \
         --json benchmarks/results/gguf-smollm2-cpu.json
 
-Speeds are measured in turns (A B A B) and compared within a turn. On a machine with other work to do, give --threads 1
-and compare the processor's time of a token, which the record has as well (on Linux): threads that wait for one another
-spend it too.
+    python benchmarks/gguf_export.py --ckpt elastic --rates 0 --ours --prompt-tokens 256 --json gap.json
+
+Speeds are measured in turns (A B A B) and compared within a turn; with --ours our own takes turns as well, and the
+record says what a token's products with weights take by themselves. On a machine with other work to do, give
+--threads 1 and compare the processor's time of a token, which the record has as well (on Linux): threads that wait for
+one another spend it too.
 """
 
 from __future__ import annotations
@@ -23,18 +26,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from uniql_jax import console, data
+from uniql_jax import console, data, elastic
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.convert.exporting import Request
 from uniql_jax.convert.formats import export_as
-from uniql_jax.evaluation.timing import environment
+from uniql_jax.evaluation.bench import Bench
+from uniql_jax.evaluation.timing import environment, measure
 from uniql_jax.runtime.loading import load
 from uniql_jax.tokenizer import load_tokenizer
+from uniql_jax.weights.quantized import QuantizedArray
 
 SERVERS = """
 import sys, xllamacpp
@@ -87,6 +93,10 @@ class LlamaCpp:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+    def read(self, prompt: Sequence[int]) -> float:
+        """Tokens a second of reading a prompt of which nothing is cached."""
+        return self.complete(prompt, n_predict=1, cache_prompt=False)["timings"]["prompt_per_second"]
+
     def decode(self, prompt: Sequence[int], count: int) -> tuple[float, float]:
         """Tokens a second, and seconds of the processor for each, of generating after a prompt that is cached."""
         self.complete(prompt, n_predict=1)
@@ -98,6 +108,44 @@ class LlamaCpp:
         """End the process."""
         self.process.kill()
         self.process.communicate()
+
+
+class Ours:
+    """The same sizes in this process: tokens a second of reading a prompt, and of a compiled loop after it."""
+
+    def __init__(self, ckpt: str, rates: Sequence[float], prompt: int, new: int) -> None:
+        self.prompt = prompt
+        self.benches = {rate: Bench(load(ckpt, rate), 1, prompt, new, 1) for rate in rates}
+        for bench in self.benches.values():  # compiled, and run once
+            bench.ttft(), bench.tpot_loop()
+
+    def speeds(self, rate: float) -> tuple[float, float]:
+        """Of one run."""
+        bench = self.benches[rate]
+        return self.prompt / bench.ttft().median, 1 / bench.tpot_loop().median
+
+    def products(self, rate: float) -> float:
+        """Seconds that a token's products with all packed weights take, in a program that does nothing else."""
+        params = self.benches[rate].model.params
+        blocks = [(elastic.BLOCKS[kind], block) for layer in params["layers"] for kind, block in layer.items()]
+        leaves = [
+            (leaf.contract, block[name])
+            for table, block in [*blocks, (elastic.TOP, params)]
+            for name, leaf in table.items()
+            if isinstance(block.get(name), QuantizedArray)
+        ]
+
+        @jax.jit
+        def run(weights: list[Any], x: jax.Array) -> jax.Array:
+            for (contract, _), weight in zip(leaves, weights, strict=True):  # each waits for the one before
+                width = weight.shape[-1] if contract == "last" else math.prod(weight.shape[:-1])
+                given = jnp.broadcast_to(x, (1, width))
+                x = jnp.mean(weight.rows(given) if contract == "last" else weight.columns(given)).reshape(1, 1)
+            return x
+
+        weights, x = [weight for _, weight in leaves], jnp.ones((1, 1))
+        run(weights, x).block_until_ready()
+        return measure(lambda: run(weights, x), 9).median
 
 
 def drawable(tokenizer: Any, window: np.ndarray, first: int) -> list[int]:
@@ -134,11 +182,13 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ours", action="store_true", help="our own speed in the same turns")
+    parser.add_argument("--prompt-tokens", type=int, default=256, help="of the prompt that --ours reads")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.ckpt)
     assert tokenizer is not None
-    server = LlamaCpp(args.length + args.new_tokens + 64, args.threads)
+    server = LlamaCpp(args.length + args.new_tokens + 64 + args.prompt_tokens, args.threads)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         files = {rate: Path(folder) / f"{rate}.gguf" for rate in args.rates}
@@ -159,10 +209,15 @@ def main() -> None:
                 print(row, flush=True)
         found: dict[float, list[tuple[float, float]]] = {rate: [] for rate in args.rates}
         prompt = tokenizer(PROMPT).input_ids
+        many = (prompt * (1 + args.prompt_tokens // len(prompt)))[: args.prompt_tokens]
+        ours = Ours(args.ckpt, args.rates, args.prompt_tokens, args.new_tokens) if args.ours else None
+        gaps: dict[float, list[tuple[float, ...]]] = {rate: [] for rate in args.rates}
         for turn in range(args.turns):
             for rate in args.rates:
                 server.load(files[rate])
                 found[rate].append(server.decode(prompt, args.new_tokens))
+                if ours is not None:
+                    gaps[rate].append((server.read(many), found[rate][-1][0], *ours.speeds(rate)))
             print(
                 turn, {rate: f"{values[-1][0]:.1f} {values[-1][1]:.4f}" for rate, values in found.items()}, flush=True
             )
@@ -172,6 +227,18 @@ def main() -> None:
             row["cpu_seconds_per_token"] = own[:, 1].round(5).tolist()
             row["speedup"] = float(np.median(own[:, 0] / first[:, 0]))
             row["cpu_speedup"] = float(np.median(first[:, 1] / own[:, 1]))
+            if ours is not None:
+                read, decoded, own_read, own_decoded = np.array(gaps[row["prune_rate"]]).T
+                row["ours"] = {
+                    "prompt_tokens": args.prompt_tokens,
+                    "llamacpp_prompt_tokens_per_second": read.round(1).tolist(),
+                    "prompt_tokens_per_second": own_read.round(1).tolist(),
+                    "tokens_per_second": own_decoded.round(2).tolist(),
+                    "prompt_gap": float(np.median(read / own_read)),
+                    "decode_gap": float(np.median(decoded / own_decoded)),
+                    "products_seconds": ours.products(row["prune_rate"]),
+                }
+                print(row["ours"], flush=True)
             row["bytes_ratio"] = row["bytes"] / rows[0]["bytes"]
             print(
                 {key: row[key] for key in ("prune_rate", "bytes", "bytes_ratio", "speedup", "cpu_speedup")}, flush=True
