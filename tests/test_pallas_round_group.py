@@ -11,6 +11,7 @@ import pytest
 
 from tests.pallas_cases import nvidia
 from uniql_jax.compression.math import gptq
+from uniql_jax.compression.math import group as groups
 from uniql_jax.pallas_kernels import compat
 from uniql_jax.pallas_kernels.round_group import MOST_GROUP, round_group
 
@@ -26,10 +27,10 @@ def inputs(rng: np.random.Generator, group: int, rows: int) -> tuple[jax.Array, 
     return tuple(jnp.asarray(value, jnp.float32) for value in (block, np.diag(gram), factor))
 
 
-def both(given: tuple[jax.Array, ...], bits: int, **how: bool) -> tuple[gptq._Group, gptq._Group]:
+def both(given: tuple[jax.Array, ...], bits: int, **how: bool) -> tuple[groups.Group, groups.Group]:
     settings = {"bits": bits, "search": True, "return_unrounded": True} | how
-    kernel = jax.jit(functools.partial(gptq._by_kernel, **settings))
-    return gptq._by_columns(*given, **settings), kernel(*given)
+    kernel = jax.jit(functools.partial(groups.by_kernel, **settings))
+    return groups.by_columns(*given, **settings), kernel(*given)
 
 
 @SIZES
@@ -66,13 +67,13 @@ def test_a_whole_matrix_through_the_kernel(rng: np.random.Generator, monkeypatch
     given = jnp.asarray(weight, jnp.float32), jnp.asarray(seen.T @ seen / 900, jnp.float32)
     how = {"bits": 4, "group": 64, "return_unrounded": True}
     want = gptq.quantize.__wrapped__(*given, **how)
-    monkeypatch.setattr(gptq, "_kernel_serves", lambda bits: bits == 4)
+    monkeypatch.setattr(gptq, "kernel_serves", lambda bits: bits == 4)
     for one, other in zip(gptq.quantize.__wrapped__(*given, **how), want, strict=True):
         np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=1e-4, atol=1e-5)
 
 
 def test_the_check_before_a_device_is_trusted_finds_nothing_here() -> None:
-    assert gptq._kernel_error(4) == 0
+    assert groups.kernel_error(4) == 0
 
 
 def test_a_group_that_is_too_wide_is_refused() -> None:

@@ -87,7 +87,7 @@ class Devices:
         count, each = len(rows), -(-len(rows) // len(self))
         padded = jnp.pad(rows, ((0, each * len(self) - count), (0, 0)))
         parts = [padded[start : start + each] for start in range(0, len(padded), each)]
-        precision = jax.config.jax_default_matmul_precision  # a thread's own
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]  a thread's own
 
         def work(number: int, part: Array) -> Any:
             with jax.default_matmul_precision(precision):

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from uniql_jax.compiling import jit
-from uniql_jax.compression.math.gptq import SCALE_GRID, SMALLEST, inverse_factor
+from uniql_jax.compression.math.gptq import inverse_factor
+from uniql_jax.compression.math.group import SCALE_GRID, SMALLEST
 from uniql_jax.compression.math.refine import damped, nearest, refit_scales
 from uniql_jax.weights.planes import OFFSET
 from uniql_jax.weights.quantized import limits
