@@ -18,6 +18,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -85,7 +86,9 @@ def fresh_process(ckpt: Path, rate: float, context: int) -> dict[str, float]:
     """Seconds, and of CPUs, of a new process until it holds the weights, and until a text's next token is there."""
     start, found = time.perf_counter(), {}
     command = [sys.executable, "-c", FRESH, str(ckpt), str(rate), str(context)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # this process holds most of a GPU's memory already
+    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         for line in process.stdout or ():
             what, cpu = line.split()
             found[f"fresh_{what}_seconds"], found[f"fresh_{what}_cpu_seconds"] = time.perf_counter() - start, float(cpu)
@@ -247,7 +250,10 @@ def main() -> None:
         found: dict[str, Any] = {"environment": environment(["benchmarks.session", *sys.argv[1:]]), "model": ckpt.name}
         print(device_name())
         if not args.no_switches:
-            found["switches"] = list(switches(ckpt, args.context))
+            found["switches"] = []
+            for row in switches(ckpt, args.context):
+                print(row, flush=True)
+                found["switches"].append(row)
             print(console.table([list(row.values()) for row in found["switches"]], list(found["switches"][0])))
         if args.text:
             tokenizer = load_tokenizer(str(ckpt))
