@@ -12,10 +12,11 @@ import pytest
 
 from tests import published
 from uniql_jax import config as model_config
-from uniql_jax.compression import estimate_training
+from uniql_jax.compression import estimate, estimate_training
 from uniql_jax.compression.contract import RecoveryData
+from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.evaluation.random_model import read_config
-from uniql_jax.train.examples import from_windows
+from uniql_jax.train.examples import from_windows, split
 from uniql_jax.train.placement import memory_bytes
 from uniql_jax.train.settings import RecoverySettings
 
@@ -48,6 +49,31 @@ def test_a_step_of_a_large_model(file: str, variant: str, devices: int, monkeypa
     speed = record["product_flops_a_second"]
     found = seconds("llama-3.1-8b", settings, record["length"], speed, monkeypatch) / 1000
     assert found == pytest.approx(record["variants"][variant]["median_seconds"], rel=0.3)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("compress-*-h200.json")), ids=lambda path: path.stem)
+def test_the_time_that_recorded_passes_took(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of which the machine's pace was recorded as well, with recovery and without."""
+    record = json.loads(path.read_text())
+    settings, config = record["settings"], read_config(record["settings"]["config"])
+    for row in record["rows"]:
+        if "pace" not in row["planned"] or settings["resume"]:
+            continue
+        pace = estimate.Pace(**row["planned"]["pace"])
+        # measured once then, and up to seven times too slow where another thread began
+        pace = pace._replace(host=max(pace.host, 4e10))
+        tokens, interval = settings["windows"] * row["length"], row["planned"]["interval"]
+        planned = estimate.seconds(estimate.work(config, CompressionSettings(), tokens, interval), pace)
+        if steps := settings.get("recover"):
+            lora = RecoverySettings(rank=64, batch=16, steps=steps, compute="bfloat16", remat="products")
+            windows = from_windows(np.zeros((settings["windows"], row["length"]), np.int32), "")
+            halves = split(windows, lora.held_share, lora.held_most, lora.seed)
+            speed = pace.products / estimate.PRODUCTS_SHARE
+            monkeypatch.setattr(estimate_training, "product_speed", lambda *_, speed=speed: speed)
+            monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+            monkeypatch.setattr(estimate_training, "data_mesh", lambda rows: np.zeros(1))
+            planned += estimate_training.training_seconds(config, RecoveryData(*halves, lora))
+        assert planned == pytest.approx(row["seconds"], rel=0.3)
 
 
 @pytest.mark.parametrize(
