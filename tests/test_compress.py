@@ -20,7 +20,7 @@ from uniql_jax import config as model_config
 from uniql_jax import console, counting
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.commands import compress as command
-from uniql_jax.compression import compress, describe, estimate, pipeline
+from uniql_jax.compression import compress, describe, estimate, own_windows, pipeline
 from uniql_jax.compression.settings import PRECISIONS, CompressionSettings
 from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError
@@ -177,6 +177,63 @@ def test_text_becomes_windows_that_the_model_can_read(
     assert default.tokens.shape == (4, 16)
     assert "--calib" in default.description
     assert "docs:safetensors" in default.description
+
+
+@pytest.mark.parametrize(
+    ("specs", "own", "count"), [(["own"], 6, 6), (["own:4"], 4, 4), (["own", "TEXT"], 3, 6), (["own:5", "TEXT"], 5, 6)]
+)
+def test_windows_that_the_model_will_write(
+    hf_folder: Folder, tmp_path: Path, specs: list[str], own: int, count: int
+) -> None:
+    source = open_source(hf_folder("llama-2-7b"))
+    text = tmp_path / "text.npy"
+    np.save(text, np.full((50, 16), 7, np.int32))
+    found = compress.calibration_windows(source, [str(text) if s == "TEXT" else s for s in specs], 6, 16, 0)
+    assert found.tokens.shape == (count, 16)
+    assert not found.tokens[:own].any()
+    assert (found.tokens[own:] == 7).all()
+    assert found.own is not None
+    assert (found.own.windows, found.own.length) == (own, 16)
+    assert "writes itself" in found.description
+
+
+@pytest.mark.parametrize(
+    ("specs", "said"), [(["own:6", "text.npy"], "none is left"), (["own:0"], "from 2 to"), (["own", "own:2"], "once")]
+)
+def test_own_windows_that_cannot_be(hf_folder: Folder, specs: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        compress.calibration_windows(open_source(hf_folder("llama-2-7b")), specs, 6, 16, 0)
+
+
+def test_calibration_on_what_the_model_writes(hf_folder: Folder, calib: Path, tmp_path: Path) -> None:
+    """The same as from a file of it; killed while it is written, and resumed, the same bytes."""
+    ckpt, out, again = str(hf_folder("llama-2-7b")), tmp_path / "out", tmp_path / "again"
+    said: list[str] = []
+    run = functools.partial(compress.compress, ckpt, calib=["own:5", str(calib)], calib_windows=8, calib_length=16)
+    run(out, say=said.append)
+    assert "5 windows of 16 tokens that the model writes itself" in said[0]
+
+    def killed(items: Any, stage: str) -> Any:
+        for item in items:
+            yield item
+            if stage == "sort":
+                raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run(again, progress=killed)
+    with pytest.raises(UserError, match="own text setting windows"):
+        run(again, resume=True, calib=["own:4", str(calib)])
+    run(again, resume=True)
+    name = next(path.name for path in out.glob("*.safetensors"))
+    assert (out / name).read_bytes() == (again / name).read_bytes()
+    source = open_source(ckpt)
+    found = compress.calibration_windows(source, ["own:5", str(calib)], 8, 16, 0)
+    assert found.own is not None
+    rows = own_windows.write(source, found.own, tmp_path / "rows", lambda items, _: items)
+    assert rows.any()
+    whole = np.concatenate([rows, found.tokens[5:]]).astype(np.int32)
+    pipeline.compress(source, tmp_path / "file", whole, CompressionSettings())
+    assert (out / name).read_bytes() == (tmp_path / "file" / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", sorted(published.ALL))

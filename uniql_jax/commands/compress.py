@@ -90,12 +90,12 @@ def _settings(args: Any) -> CompressionSettings:
 
 
 def _recovery(args: Any, specs: Sequence[str]) -> RecoverySettings:
-    from uniql_jax.compression.recovery import own_text
+    from uniql_jax.compression.own_windows import is_own
     from uniql_jax.train.settings import on_device
 
     distill = args.recover_distill
     if distill is None:
-        distill = 1.0 if all(own_text(spec) is not None for spec in specs) else RECOVERY.distill
+        distill = 1.0 if all(map(is_own, specs)) else RECOVERY.distill
     return dataclasses.replace(
         RECOVERY,
         steps=args.recover_steps,
@@ -138,8 +138,8 @@ def main(argv: list[str]) -> None:
 def _run(args: Any) -> None:
     from uniql_jax.compression.compress import compress
     from uniql_jax.compression.describe import format_seconds
+    from uniql_jax.compression.own_windows import OWN
     from uniql_jax.compression.processes import Processes
-    from uniql_jax.compression.recovery import OWN
 
     first = Processes().index == 0
     recover = () if args.recover is None else args.recover or [OWN]

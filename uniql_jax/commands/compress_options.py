@@ -113,7 +113,11 @@ def parser() -> cli.Parser:
 def _add_calibration(parser: cli.Parser) -> None:
     calibration = parser.add_argument_group("calibration text")
     calibration.add_argument(
-        "--calib", nargs="+", metavar="TEXT", help="text or token ids, of more than one kind is best"
+        "--calib",
+        nargs="+",
+        metavar="TEXT",
+        help="text or token ids, of more than one kind is best; own or own:N: all, or N of the windows, the model "
+        "writes itself, before anything else",
     )
     calibration.add_argument(
         "--calib-windows", type=cli.positive_int, default=WINDOWS, metavar="N", help="windows, over all texts"

@@ -6,16 +6,19 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from uniql_jax import data
 from uniql_jax.checkpoint import open_checkpoint
 from uniql_jax.compression import pipeline
 from uniql_jax.compression.budget import lay_out
-from uniql_jax.compression.contract import Inputs, Progress, RecoveryData, Report
+from uniql_jax.compression.contract import CalibrationWindows, Inputs, Progress, RecoveryData, Report
 from uniql_jax.compression.describe import describe
 from uniql_jax.compression.inputs import manifest_of
 from uniql_jax.compression.log import log_file
+from uniql_jax.compression.own_windows import asked, described, is_own, own_count
 from uniql_jax.compression.processes import Processes
-from uniql_jax.compression.recovery import load_recovery, own_text, recovery_settings
+from uniql_jax.compression.recovery import load_recovery, recovery_settings
 from uniql_jax.compression.settings import LENGTH, RECOVER_LENGTH, WINDOWS, CompressionSettings, Resources
 from uniql_jax.compression.workspace import remove_leftover, workspace
 from uniql_jax.convert.source import Source, open_source
@@ -82,7 +85,7 @@ def compress(
     _check_arguments(settings, calib_length, recover, recover_tune)
     source = open_source(ckpt, dequantize=dequantize_source)
 
-    def read() -> tuple[data.Windows, RecoveryData | None]:
+    def read() -> tuple[CalibrationWindows, RecoveryData | None]:
         windows = calibration_windows(source, calib, calib_windows, calib_length, settings.seed)
         if not recover:
             return windows, None
@@ -92,10 +95,10 @@ def compress(
     if processes.first(resume and not overwrite and Path(out).expanduser().is_dir()):
         windows, recovery = read()
         if processes.index == 0:
-            _check_finished(out, manifest_of(source, windows.tokens, settings, recovery, progress))
+            _check_finished(out, manifest_of(source, windows.tokens, settings, recovery, progress, windows.own))
         say(f"{out} is whole already: nothing to resume")
         return None
-    named = [spec for spec in (*calib, *recover) if own_text(spec) is None]
+    named = [spec for spec in (*calib, *recover) if not is_own(spec)]
     with workspace(out, resume, overwrite, ckpt, named) as work:
         training = recovery_settings(source.config, recover_settings, recover_tune) if recover else ()
         training = tuple(filter(None, training))
@@ -106,7 +109,7 @@ def compress(
             check_space(work.folder, smallest.disk)
         windows, recovery = read()
         count, length = windows.tokens.shape
-        pipeline.check_processes(work.processes, count, recovery is not None, settings)
+        pipeline.check_processes(work.processes, count, recovery is not None, settings, windows.own is not None)
         shape = (-(-count // work.processes.count), length)
         budget = lay_out(source.config, settings, resources, shape, training, recover_length, free_space(work.folder))
         if not work.started:
@@ -117,11 +120,11 @@ def compress(
         with contextlib.ExitStack() as files:
             if log is not None:  # refused before anything is kept
                 files.enter_context(log_file(Path(log)))
-            manifest = manifest_of(source, windows.tokens, settings, recovery, progress)
+            manifest = manifest_of(source, windows.tokens, settings, recovery, progress, windows.own)
             work.begin(manifest)
             if log is None:
                 files.enter_context(log_file(work.folder / "log.jsonl"))
-            inputs = Inputs(source, windows.tokens, settings, budget, recovery)
+            inputs = Inputs(source, windows.tokens, settings, budget, recovery, windows.own)
             return pipeline.run(work, inputs, manifest, overwrite, {"calibration": windows.description}, progress)
 
 
@@ -160,17 +163,44 @@ def _check_finished(out: str | Path, manifest: Manifest) -> None:
     remove_leftover(out, manifest)
 
 
-def calibration_windows(source: Source, specs: Sequence[str], count: int, length: int, seed: int) -> data.Windows:
-    """Calibration windows with the source's own tokenizer; no specs: mixed text that is always at hand."""
+def calibration_windows(source: Source, specs: Sequence[str], count: int, length: int, seed: int) -> CalibrationWindows:
+    """Calibration windows with the source's own tokenizer; no specs: mixed text that is always at hand.
+
+    own:N among the specs: N windows that the model writes itself; own: all of them, or half beside other text.
+    """
     limit = source.config.max_position
+    cut = f" (asked for {length} tokens; the model's limit is {limit})" if length > limit else ""
+    length = min(length, limit)
+    texts, wanted = [spec for spec in specs if not is_own(spec)], [spec for spec in specs if is_own(spec)]
+    own = None
+    if wanted:
+        own = asked(source, _own_windows(wanted, texts, count), length, seed, "--calib-length", even=True)
+        count -= own.windows
+        if not texts:
+            return CalibrationWindows(np.zeros((own.windows, length), np.int32), described(own) + cut, own)
     tokenizer = source_tokenizer(source)
-    if not specs and tokenizer is None:
+    if not texts and tokenizer is None:
         raise UserError(f"{source.name} has no tokenizer: give --calib FILE.npy, int32 token ids [samples, length]")
     named = ""
-    if not specs:
-        specs = data.default_calibration()[0]
+    if not texts:
+        texts = data.default_calibration()[0]
         named = "; the default, since no --calib was given"
-    found = data.token_windows(specs, tokenizer, min(length, limit), count, seed, vocab_size=source.config.vocab_size)
-    if length > limit:
-        named += f" (asked for {length} tokens; the model's limit is {limit})"
-    return found._replace(description=found.description + named)
+    found = data.token_windows(texts, tokenizer, length, count, seed, vocab_size=source.config.vocab_size)
+    if own is None:
+        return CalibrationWindows(found.tokens, found.description + named + cut)
+    nothing = np.zeros((own.windows, found.tokens.shape[1]), np.int32)
+    return CalibrationWindows(
+        np.concatenate([nothing, found.tokens]), f"{described(own)}; {found.description}{cut}", own
+    )
+
+
+def _own_windows(wanted: Sequence[str], texts: Sequence[str], count: int) -> int:
+    """How many of the calibration windows the model writes itself."""
+    if len(wanted) > 1:
+        raise UserError(f"--calib {' '.join(wanted)}: own text is named once, as own or own:N")
+    number = own_count(wanted[0], "--calib")
+    if number is None:
+        return count // 2 if texts and count > 1 else count
+    if texts and number >= count:
+        raise UserError(f"--calib {wanted[0]}: of {count} windows (--calib-windows) none is left for the other texts")
+    return number

@@ -88,11 +88,22 @@ class RecoveryData:
     text: Examples | None = None
 
 
+class CalibrationWindows(NamedTuple):
+    """Token windows, int32 [n, t] without padding, and one line that says what they are; the first of them
+    are zeros until the model has written them, if it is to (`own`).
+    """
+
+    tokens: Int[np.ndarray, "n t"]
+    description: str
+    own: OwnText | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """All that a run is made from: the model, calibration windows without padding, settings, and what it may train on.
 
-    `budget` does not change the result.
+    `budget` does not change the result. own: how the model writes the first of the windows itself, for which there are
+    zeros until it has.
     """
 
     source: Source
@@ -100,6 +111,7 @@ class Inputs:
     settings: CompressionSettings
     budget: Budget
     recovery: RecoveryData | None = None
+    own: OwnText | None = None
 
     @property
     def tuning(self) -> RecoverySettings | None:

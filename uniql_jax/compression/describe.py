@@ -6,9 +6,9 @@ from pathlib import Path
 
 import jax
 
-from uniql_jax import console, data, elastic
+from uniql_jax import console, elastic
 from uniql_jax.compression.budget import Budget
-from uniql_jax.compression.contract import RecoveryData, Source
+from uniql_jax.compression.contract import CalibrationWindows, RecoveryData, Source
 from uniql_jax.compression.estimate import estimated_bytes, pace, seconds, work
 from uniql_jax.compression.estimate_training import training_seconds, writing_seconds
 from uniql_jax.compression.settings import CompressionSettings
@@ -45,7 +45,7 @@ def describe(
     out: str | Path,
     options: CompressionSettings,
     budget: Budget,
-    calibration: data.Windows,
+    calibration: CalibrationWindows,
     recover: RecoveryData | None = None,
 ) -> str:
     """The plan: what will be made of what, and what it takes."""
@@ -57,7 +57,9 @@ def describe(
     counts = COUNTS if config.rope else COUNTS | {"qk": COUNTS["qk_pass"]}
     units = {axis: axis_layout(config, axis, options.portable).unit for axis in axes}
     sizes = elastic.sizes(config)
-    speeds = pace(options, work_folder(out))
+    computing = seconds(work(config, options, count * length, budget.interval), pace(options, work_folder(out)))
+    if calibration.own is not None:
+        computing += writing_seconds(config, calibration.own)
     bits = f"{options.bits} bits"
     if options.packed:
         how = [options.rounding, "rotated" if options.rotate else "not rotated"]
@@ -90,7 +92,7 @@ def describe(
         ("disk", f"up to {console.format_bytes(budget.disk)} in {work_folder(out).name} until it is whole"),
         *([("device", _memory(budget.device))] if budget.device else []),
         ("memory", _memory(budget.host)),
-        ("time", _time(seconds(work(config, options, count * length, budget.interval), speeds), config, recover)),
+        ("time", _time(computing, config, recover)),
     ]
     small = [f"{counts[axis]} by {units[axis]}" for axis in axes if units[axis] < min(LIKED[axis], sizes[axis])]
     if small:

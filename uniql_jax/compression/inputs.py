@@ -14,7 +14,7 @@ from jaxtyping import Int
 from uniql_jax.compression.contract import Progress, RecoveryData, Source
 from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.manifest import Manifest, hash_array, hash_file, hash_json, settings_entries
-from uniql_jax.train.settings import RecoverySettings
+from uniql_jax.train.settings import OwnText, RecoverySettings
 from uniql_jax.version import __version__
 
 WITHOUT_EFFECT = ("accumulate", "remat")
@@ -27,8 +27,9 @@ def manifest_of(
     settings: CompressionSettings,
     recovery: RecoveryData | None,
     progress: Progress = lambda items, _: items,
+    own: OwnText | None = None,
 ) -> Manifest:
-    """Hash all inputs of a run; reads every tensor of the source once.
+    """Hash all inputs of a run; reads every tensor of the source once. own: how the model writes calibration windows.
 
     Raises:
         UserError: naming the tensor of the source that holds NaN or infinity.
@@ -41,6 +42,8 @@ def manifest_of(
         **_side_files(source),
         **settings_entries(dataclasses.asdict(settings), "setting "),
     }
+    if own is not None:
+        inputs |= settings_entries(dataclasses.asdict(own), "calibration's own text setting ")
     if recovery is not None:
         for name, part in (("training", recovery.train), ("validation", recovery.validation)):
             inputs[f"{name} examples"] = hash_json(

@@ -16,6 +16,7 @@ from uniql_jax.compression.budget import lay_out
 from uniql_jax.compression.contract import Gains, Inputs, Progress, RecoveryData, Report, SortedModel, Source
 from uniql_jax.compression.devices import Devices
 from uniql_jax.compression.inputs import manifest_of
+from uniql_jax.compression.own_windows import write as write_own
 from uniql_jax.compression.precision import matmul_precision
 from uniql_jax.compression.processes import Processes
 from uniql_jax.compression.recovery import with_own_text
@@ -91,12 +92,16 @@ def compress(
         return run(work, inputs, manifest, overwrite, provenance or {}, progress)
 
 
-def check_processes(processes: Processes, windows: int, recovery: bool, settings: CompressionSettings) -> None:
+def check_processes(
+    processes: Processes, windows: int, recovery: bool, settings: CompressionSettings, own: bool = False
+) -> None:
     """Raise UserError where several processes cannot do together what was asked for."""
     if processes.count > windows:
         raise UserError(f"{windows} calibration windows are too few for {processes.count} processes")
     if processes.count > 1 and recovery:
         raise UserError("recovery is the work of one process: compress without --recover, or with one process")
+    if processes.count > 1 and own:
+        raise UserError("own text is written by one process: give --calib other text, or compress with one process")
     if processes.count > 1 and settings.reconstruct:
         raise UserError("layers are reconstructed by one process: compress without --reconstruct, or with one process")
     if processes.count > 1 and settings.nested:
@@ -126,6 +131,9 @@ def run(
         What was done.
     """
     source, settings, recovery = inputs.source, inputs.settings, inputs.recovery
+    if inputs.own is not None:
+        rows = write_own(source, inputs.own, work.folder / "own-calibration", progress)
+        inputs = dataclasses.replace(inputs, tokens=np.concatenate([rows, inputs.tokens[len(rows) :]]))
     top = source.device_top()
     # Statistics and what is solved from them want float32 products; training wants fast ones.
     with jax.default_matmul_precision(matmul_precision(settings)):

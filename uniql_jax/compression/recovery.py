@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,32 +10,13 @@ import numpy as np
 from jaxtyping import Int
 
 from uniql_jax.compression.contract import DenseModel, Progress, RecoveryData
+from uniql_jax.compression.own_windows import asked, described, is_own, own_count, write
 from uniql_jax.config import ModelConfig
 from uniql_jax.convert.source import Source
 from uniql_jax.errors import UserError
-from uniql_jax.runtime.loading import dense_model
 from uniql_jax.tokenizer import source_tokenizer
 from uniql_jax.train import examples
-from uniql_jax.train.own_text import beginnings, kept, written
 from uniql_jax.train.settings import OwnText, RecoverySettings, resolved
-
-OWN, MOST = "own", 1_000_000
-
-
-def own_text(spec: str) -> int | None:
-    """How many windows of its own text a spec wants of the model; None for a spec of something else.
-
-    Raises:
-        UserError: it is neither own nor own:N with a number of at least 2.
-    """
-    name, colon, count = spec.partition(":")
-    if name != OWN:
-        return None
-    if not colon:
-        return OwnText().windows
-    if not re.fullmatch("[0-9]{1,7}", count) or not 2 <= int(count) <= MOST:
-        raise UserError(f"--recover {spec}: own:N takes a number of windows that the model writes, from 2 to {MOST}")
-    return int(count)
 
 
 def recovery_settings(
@@ -59,16 +39,13 @@ def load_recovery(
     """
     config = source.config
     settings, tuning = recovery_settings(config, settings, tune)
-    counts = {spec: own_text(spec) for spec in specs}
-    texts, windows = [spec for spec in specs if counts[spec] is None], sum(filter(None, counts.values()))
+    texts = [spec for spec in specs if not is_own(spec)]
+    windows = sum(own_count(spec, "--recover") or OwnText().windows for spec in specs if is_own(spec))
     own, found, tokenizer = None, None, source_tokenizer(source)
     if length < 2:
         raise UserError("an example has at least two tokens, one to predict the other: a larger --recover-length")
     if windows:
-        if length > config.max_position:
-            raise UserError(f"--recover-length must be at most {config.max_position} tokens, the model's limit")
-        begin = beginnings(config.vocab_size, tokenizer, config.eos_ids, OwnText().shapes)
-        own = OwnText(windows, length, tuple(begin), seed=settings.seed)
+        own = asked(source, windows, length, settings.seed, "--recover-length")
     if texts:
         end = config.eos_ids[0] if config.eos_ids else getattr(tokenizer, "eos_token_id", None)
         found = examples.load(texts, tokenizer, length, None, vocab_size=config.vocab_size, end=end, seed=settings.seed)
@@ -82,14 +59,7 @@ def with_own_text(source: DenseModel, data: RecoveryData, folder: Path, progress
     """
     if data.own is None:
         return data
-    rows = kept(folder) if folder.is_dir() else None
-    if rows is None or len(rows) < data.own.windows:
-        assert isinstance(source, Source)
-        folder.mkdir(exist_ok=True)
-        model, tokenizer = dense_model(source), source_tokenizer(source)
-        rows = written(
-            model, tokenizer, data.own, folder, lambda batches: progress(list(batches), "write text"), known=True
-        )
+    rows = write(source, data.own, folder, progress)
     return _shared_out(data.text, data.own, rows, data.settings, data.tuning)
 
 
@@ -103,11 +73,6 @@ def _shared_out(
     """Training and validation sets of text and of the model's own."""
     found = [text] if text is not None else []
     if own is not None:
-        shapes = ", ".join(own.shapes)
-        found.append(
-            examples.from_windows(
-                rows, f"{own.windows} windows of {own.length} tokens that the model writes itself ({shapes})"
-            )
-        )
+        found.append(examples.from_windows(rows, described(own)))
     train, validation = examples.split(examples.joined(found), settings.held_share, settings.held_most, settings.seed)
     return RecoveryData(train, validation, settings, tuning, own, text)
