@@ -10,6 +10,11 @@ from jaxtyping import Float, Int
 from uniql_jax import elastic
 from uniql_jax.config import ModelConfig
 
+ROUNDING = 1e-5
+"""How far, as a share of itself, a frequency may be from the model's: processors round powers differently, and a
+checkpoint is not always exported where it was made.
+"""
+
 
 def original_pairs(config: ModelConfig, inv_freq: Float[np.ndarray, "kept kv_head"]) -> Int[np.ndarray, "kept kv_head"]:
     """Where each kept RoPE pair stood before sorting, read off its frequency; each place is given out once.
@@ -27,18 +32,18 @@ def original_pairs(config: ModelConfig, inv_freq: Float[np.ndarray, "kept kv_hea
         ValueError: a frequency that the model does not have.
     """
     assert config.rope is not None
-    places: dict[float, list[int]] = {}
-    for place, frequency in reversed(list(enumerate(config.rope.inv_freq().tolist()))):
-        places.setdefault(frequency, []).append(place)
-    if 0.0 not in places and not np.any(inv_freq):  # a layer that does not rotate: no pair differs from another
+    own = config.rope.inv_freq().astype(np.float64)
+    if own.all() and not np.any(inv_freq):  # a layer that does not rotate: no pair differs from another
         return np.broadcast_to(np.arange(len(inv_freq))[:, None], inv_freq.shape)
     found = np.empty(inv_freq.shape, np.int64)
     for head in range(inv_freq.shape[1]):
-        free = {frequency: list(stack) for frequency, stack in places.items()}
-        for row, frequency in enumerate(np.asarray(inv_freq[:, head], np.float32).tolist()):
-            if not free.get(frequency):
+        free = np.ones(len(own), bool)
+        for row, frequency in enumerate(np.asarray(inv_freq[:, head], np.float64)):
+            apart = np.where(free, np.abs(own - frequency), np.inf)
+            place = int(np.argmin(apart))
+            if not apart[place] <= ROUNDING * frequency:
                 raise ValueError(f"inv_freq holds {frequency}, which is not (or no longer) a frequency of this model")
-            found[row, head] = free[frequency].pop()
+            found[row, head], free[place] = place, False
     return found
 
 

@@ -86,6 +86,9 @@ def test_equal_frequencies_and_foreign_ones(rng):
     frequencies = config.rope.inv_freq()
     order = rng.permutation(4)
     np.testing.assert_array_equal(full_size.original_pairs(config, frequencies[order][:, None])[:, 0], order)
+    for towards in (0.0, np.inf):  # as another processor rounds
+        other = np.nextafter(frequencies, np.float32(towards))[order][:, None]
+        np.testing.assert_array_equal(full_size.original_pairs(config, other)[:, 0], order)
     for bad in (np.full((1, 2), 0.123, np.float32), np.full((2, 2), frequencies[0])):
         with pytest.raises(ValueError, match="frequency"):
             full_size.original_pairs(config, bad)
