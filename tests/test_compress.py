@@ -198,11 +198,16 @@ def test_windows_that_the_model_will_write(
 
 
 @pytest.mark.parametrize(
-    ("specs", "said"), [(["own:6", "text.npy"], "none is left"), (["own:0"], "from 2 to"), (["own", "own:2"], "once")]
+    ("specs", "said"), [(["own:6", "text.npy"], "leave none for"), (["own:0"], "from 2 to"), (["own", "own:2"], "once")]
 )
 def test_own_windows_that_cannot_be(hf_folder: Folder, specs: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         compress.calibration_windows(open_source(hf_folder("llama-2-7b")), specs, 6, 16, 0)
+
+
+def test_one_window_is_not_shared(hf_folder: Folder) -> None:
+    with pytest.raises(UserError, match="1 windows"):
+        compress.calibration_windows(open_source(hf_folder("llama-2-7b")), ["own", "text.npy"], 1, 16, 0)
 
 
 def test_calibration_on_what_the_model_writes(hf_folder: Folder, calib: Path, tmp_path: Path) -> None:

@@ -198,9 +198,9 @@ def _own_windows(wanted: Sequence[str], texts: Sequence[str], count: int) -> int
     """How many of the calibration windows the model writes itself."""
     if len(wanted) > 1:
         raise UserError(f"--calib {' '.join(wanted)}: own text is named once, as own or own:N")
-    number = own_count(wanted[0], "--calib")
-    if number is None:
-        return count // 2 if texts and count > 1 else count
-    if texts and number >= count:
-        raise UserError(f"--calib {wanted[0]}: of {count} windows (--calib-windows) none is left for the other texts")
+    number = own_count(wanted[0], "--calib") or (count // 2 if texts else count)
+    if texts and not 0 < number < count:
+        raise UserError(
+            f"--calib {wanted[0]}: {count} windows (--calib-windows) leave none for own text or none for the other"
+        )
     return number

@@ -115,7 +115,9 @@ def _output(
     grams = []
     finished = running.store.devices.everywhere(dict(done))
     for number, (x, value_of) in enumerate(running.views()):
-        copies = [dict(own) | running.of(value_of, others) for own, others in zip(originals, finished, strict=True)]
+        copies = [
+            dict(own) | running.computed_with(value_of, others) for own, others in zip(originals, finished, strict=True)
+        ]
         if running.keep is not None and not number:
             weight, gram = _refitted(config, kind, originals, copies, name, running, settings, kept)
             grams.append(gram)

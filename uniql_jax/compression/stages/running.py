@@ -43,7 +43,7 @@ class Streams(NamedTuple):
         return [whole] if self.leading is None else [whole, (self.leading, lambda value: dense(leading_bits(value)))]
 
     @staticmethod
-    def of(value_of: Callable[[Any], Any], leaves: Block) -> dict[str, Any]:
+    def computed_with(value_of: Callable[[Any], Any], leaves: Block) -> dict[str, Any]:
         """What a model computes with, of finished leaves on any device."""
         return {name: value_of(value) for name, value in leaves.items()}
 
@@ -56,7 +56,7 @@ class Streams(NamedTuple):
         kept, each = self.kept(index), []
         copies = self.store.devices.everywhere(dict(finished))  # packed, as they are: an eighth of the bytes
         for x, value_of in self.views():
-            held = [self.of(value_of, copy) for copy in copies]
+            held = [self.computed_with(value_of, copy) for copy in copies]
             each.append(self.store.mapped(lambda block, x, keep: advance(config, kind, block, x, keep), held, x, kept))
         unpruned = self.unpruned and self.store.mapped(
             lambda block, t: advance(config, kind, block, t, None), original, self.unpruned
