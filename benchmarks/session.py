@@ -2,6 +2,7 @@
 
     python -m benchmarks.session --ckpt DIR --text TEXT [--json FILE]            switches, memory, perplexity
     python -m benchmarks.session --config llama-3.2-1b --batch 16 [--json FILE]  random weights: also throughput
+    python -m benchmarks.session --config llama-3.1-8b --batch 16 --no-switches  throughput alone
 
 Measured: seconds of a warm switch, and until the next token of a text at work, next to `load` in the same process
 (files in the page cache, JAX imported) and next to what takes its place where the rate cannot change: a new process,
@@ -236,7 +237,7 @@ def main() -> None:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--ckpt", help="elastic checkpoint")
     model.add_argument("--config", help="random weights of a published config")
-    parser.add_argument("--no-switches", action="store_true", help="leave these out")
+    parser.add_argument("--no-switches", action="store_true", help="leave out changes of the rate and turns")
     parser.add_argument("--text", help="held-out text: perplexities are measured on it")
     parser.add_argument("--tokens", type=int, default=768, help="of the text")
     parser.add_argument("--context", type=int, default=512, help="of the session whose switches are timed")
@@ -249,30 +250,35 @@ def main() -> None:
         ckpt = Path(args.ckpt) if args.ckpt else random_checkpoint(args.config, Path(scratch) / args.config)
         found: dict[str, Any] = {"environment": environment(["benchmarks.session", *sys.argv[1:]]), "model": ckpt.name}
         print(device_name())
+
+        def record(name: str, value: Any, shown: str) -> None:
+            """Print what was measured and write all there is so far."""
+            print(shown, flush=True)
+            found[name] = value
+            if args.json:
+                console.write_whole(args.json, json.dumps(found, indent=1) + "\n")
+
+        if args.batch:
+            many = throughput(ckpt, args.batch, args.prompt, args.new)
+            record("throughput", many, json.dumps(many))
         if not args.no_switches:
-            found["switches"] = []
+            changes = []
             for row in switches(ckpt, args.context):
-                print(row, flush=True)
-                found["switches"].append(row)
-            print(console.table([list(row.values()) for row in found["switches"]], list(found["switches"][0])))
+                changes.append(row)
+                record("switches", changes, str(row))
+            print(console.table([list(row.values()) for row in changes], list(changes[0])))
+            rows = [turns(ckpt, args.context, bits) for bits in (16, 8)]
+            record("turns", rows, json.dumps(rows))
         if args.text:
             tokenizer = load_tokenizer(str(ckpt))
             vocabulary = open_checkpoint(ckpt).config.vocab_size
             made = data.evaluation_windows([args.text], tokenizer, args.tokens, args.tokens, vocab_size=vocabulary)
-            tokens = made.tokens[0]
-            found["perplexity"] = list(perplexities(ckpt, np.asarray(tokens), 64))
-            rows = [list(row.values()) for row in found["perplexity"]]
-            print(console.table(rows, ["switch", "cache", "perplexity", "fresh run", "ratio"]))
-        found["turns"] = [turns(ckpt, args.context, bits) for bits in (16, 8)]
-        print(json.dumps(found["turns"]))
-        if open_checkpoint(ckpt).joint_plan is not None:
-            found["settings"] = list(settings(ckpt))
-            print(console.table([list(row.values()) for row in found["settings"]], list(found["settings"][0])))
-        if args.batch:
-            found["throughput"] = throughput(ckpt, args.batch, args.prompt, args.new)
-            print(json.dumps(found["throughput"]))
-    if args.json:
-        console.write_whole(args.json, json.dumps(found, indent=1) + "\n")
+            rows = list(perplexities(ckpt, np.asarray(made.tokens[0]), 64))
+            names = ["switch", "cache", "perplexity", "fresh run", "ratio"]
+            record("perplexity", rows, console.table([list(row.values()) for row in rows], names))
+        if not args.no_switches and open_checkpoint(ckpt).joint_plan is not None:
+            rows = list(settings(ckpt))
+            record("settings", rows, console.table([list(row.values()) for row in rows], list(rows[0])))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.records import config_of
 from uniql_jax import elastic
 from uniql_jax.compression import budget
 from uniql_jax.compression.budget import BATCHES, Budget, lay_out
@@ -106,7 +107,7 @@ def test_a_small_disk_means_that_more_is_computed_again(total: int | None) -> No
 def test_the_disk_that_recorded_runs_took(path: Path) -> None:
     """The plan may be above, hardly below."""
     record = json.loads(path.read_text())
-    config = read_config(record["settings"]["config"])
+    config = config_of(record["settings"])
     for row in record["rows"]:
         if "limits" in path.stem and "device_limit" not in row["planned"]:
             continue  # its interval followed from what was free of the disk, which was not recorded
@@ -120,16 +121,27 @@ def test_the_disk_that_recorded_runs_took(path: Path) -> None:
         assert needed > 0.99 * row["disk_peak"]
 
 
+def _machine_of(record: dict[str, Any], row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the plan see what it saw then."""
+    limit = row["planned"].get("device_limit", 112_583_507_968)
+    here = jax.local_devices()[:1] * (record["settings"]["devices"] or 1)
+    monkeypatch.setattr(budget, "device_limit", lambda: limit)
+    monkeypatch.setattr(budget, "available_host", lambda: 120 * GIB)
+    monkeypatch.setattr(jax, "local_devices", lambda: here)
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("compress-*-h200.json")), ids=lambda path: path.stem)
 def test_the_host_memory_that_recorded_runs_took(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = json.loads(path.read_text())
-    settings, config = record["settings"], read_config(record["settings"]["config"])
+    settings, config = record["settings"], config_of(record["settings"])
     for row in record["rows"]:
         if record["environment"]["date"] < "2026-11-30":
             continue  # streams and layers took other ways to the host then
-        monkeypatch.setattr(budget, "device_limit", lambda row=row: row["planned"]["device_limit"])
-        monkeypatch.setattr(budget, "available_host", lambda: 120 * GIB)
-        limits = Resources(max_device_memory=settings["max_device_memory"], max_host_memory=settings["max_host_memory"])
+        _machine_of(record, row, monkeypatch)
+        limits = Resources(
+            max_device_memory=settings["max_device_memory"], max_host_memory=settings["max_host_memory"],
+            devices=settings["devices"],
+        )  # fmt: skip
         steps = settings.get("recover")
         lora = RecoverySettings(rank=64, batch=16, steps=steps or 1, compute="bfloat16", remat="products")
         shape, training = (settings["windows"], row["length"]), (lora,) if steps else ()
@@ -140,13 +152,15 @@ def test_the_host_memory_that_recorded_runs_took(path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("compress-*-h200.json")), ids=lambda path: path.stem)
 def test_the_device_memory_that_recorded_runs_took(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = json.loads(path.read_text())
-    settings, config = record["settings"], read_config(record["settings"]["config"])
+    settings, config = record["settings"], config_of(record["settings"])
     for row in record["rows"]:
-        if settings["resume"]:
-            continue  # the sweep that needs most was over
-        monkeypatch.setattr(budget, "device_limit", lambda row=row: row["planned"].get("device_limit", 112_583_507_968))
-        monkeypatch.setattr(budget, "available_host", lambda: 120 * GIB)
-        limits = Resources(max_device_memory=settings["max_device_memory"], max_host_memory=settings["max_host_memory"])
+        if settings["resume"] or settings["layers"]:
+            continue  # the sweep that needs most was over; no model has so few layers of that size
+        _machine_of(record, row, monkeypatch)
+        limits = Resources(
+            max_device_memory=settings["max_device_memory"], max_host_memory=settings["max_host_memory"],
+            devices=settings["devices"],
+        )  # fmt: skip
         shape = settings["windows"], row["length"]
         planned = sum(lay_out(config, SETTINGS, limits, shape, free_disk=60 * 10**9).device.values())
         if steps := settings.get("recover"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests import published
+from tests.records import config_of
 from uniql_jax import config as model_config
 from uniql_jax.compression import estimate, estimate_training
 from uniql_jax.compression.contract import RecoveryData
@@ -22,6 +23,8 @@ from uniql_jax.train.settings import RecoverySettings
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 H100, H200 = 700e12, 690e12
+IN_A_KERNEL = {"ae1ae21d", "7187337a", "6a5074bc", "027eb664", "f94ca4ed"}
+"""Passes, by their hash, that rounded groups in one kernel before the plan knew of it."""
 FIELDS = {field.name for field in dataclasses.fields(RecoverySettings)}
 
 
@@ -55,11 +58,13 @@ def test_a_step_of_a_large_model(file: str, variant: str, devices: int, monkeypa
 def test_the_time_that_recorded_passes_took(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of which the machine's pace was recorded as well, with recovery and without."""
     record = json.loads(path.read_text())
-    settings, config = record["settings"], read_config(record["settings"]["config"])
+    settings, config = record["settings"], config_of(record["settings"])
     for row in record["rows"]:
         if "pace" not in row["planned"] or settings["resume"]:
             continue
-        pace = estimate.Pace(**row["planned"]["pace"])
+        found = row["planned"]["pace"]
+        found.setdefault("rounded", estimate.GPU_ROUNDED if row["sha256"][:8] in IN_A_KERNEL else found["columns"])
+        pace = estimate.Pace(**found)
         # measured once then, and up to seven times too slow where another thread began
         pace = pace._replace(host=max(pace.host, 4e10))
         tokens, interval = settings["windows"] * row["length"], row["planned"]["interval"]

@@ -21,8 +21,10 @@ from uniql_jax.train.settings import RecoverySettings, resolved
 
 SHARE = 0.9
 """Of a device's memory that is planned for: allocators need room."""
-HOST_BASE = {"cpu": 2**30, "gpu": 5 * 2**30}
+HOST_BASE = {"cpu": 2**30, "gpu": 23 * 2**28}
 """What Python, JAX and the compiled programs take of the host."""
+HOST_DEVICE = 3 * 2**30
+"""What every GPU beyond the first takes of it (compress-*-two-h200.json)."""
 TRAINING_PROGRAMS = 2200 * 10**6
 """What the programs of training take of a GPU's host in addition, while they compile (compress-*-recover-h200.json)."""
 RUNNING = 4
@@ -167,7 +169,7 @@ def _memory(
         base = {"programs": HOST_BASE["cpu"], **parts, "streams": streams}
         return _Memory(batch, False, devices, {}, base, max(0, left))
     _require(limited, "device", room - left, room)
-    base = {"programs": HOST_BASE["gpu"], "layers": parts["layers"]}
+    base = {"programs": HOST_BASE["gpu"] + (devices - 1) * HOST_DEVICE, "layers": parts["layers"]}
     if training:
         base["training"] = TRAINING_PROGRAMS + max(host_bytes(config, each) for each in training)
     share = streams // devices

@@ -30,6 +30,7 @@ from uniql_jax.train.work import state_bytes
 # seconds that a kind of block takes to compile, and those that starting, reading and writing take.
 PRODUCTS_SHARE, SOLVES_SHARE, HOST_SHARE = 0.6, 0.5, 0.3
 GPU_PROGRAM, CPU_PROGRAM, FIXED = 8.0, 8.0, 5.0
+GPU_ROUNDED = 2e-6
 GPU_SCANS = 7e10
 """Activations of SSM blocks a second; a CPU's products take so much longer that they do not count."""
 KEPT = 4
@@ -174,13 +175,15 @@ class Work(NamedTuple):
     """Floating point operations of a run, by the kind of arithmetic; and what has its own pace.
 
     products: of activations with weights and each other. solves: factorizations, GPTQ, in float32. columns: steps of
-    loops over columns. scans: activations of SSM blocks, whose time goes into moving them. host: float64 on the host.
-    written: bytes to disk. programs: kinds of blocks, each compiled.
+    loops over columns; rounded: those of GPTQ, which GPUs take in one kernel for a group. scans: activations of SSM
+    blocks, whose time goes into moving them. host: float64 on the host. written: bytes to disk. programs: kinds of
+    blocks, each compiled.
     """
 
     products: float
     solves: float
     columns: float
+    rounded: float
     scans: float
     host: float
     written: float
@@ -190,6 +193,7 @@ class Work(NamedTuple):
 def work(config: ModelConfig, options: CompressionSettings, tokens: int, interval: int = 1) -> Work:
     """What a run computes and writes, without recovery."""
     hidden, products, solves, columns, scans, host = config.hidden_size, 0.0, 0.0, 0.0, 0.0, 0.0
+    rounded = 0.0
     for kind in _blocks(config):
         params, width = block_parameters(config, kind), output_width(config, kind)
         once = 2 * params * tokens
@@ -206,7 +210,7 @@ def work(config: ModelConfig, options: CompressionSettings, tokens: int, interva
             reading = params / hidden - width
             solves += 2 * reading * hidden**2 + 2 * hidden * width**2 + 2 * (hidden**3 + width**3)
             solves += 300 * params  # scale search
-            columns += hidden + width
+            rounded += hidden + width
             if options.nested:  # another forward pass and Gram matrices, and descents over the codes of both models
                 products += once + 2 * tokens * (hidden**2 + width**2)
                 solves += 4 * options.nested_descents * (reading * hidden**2 + hidden * width**2) + 6000 * params
@@ -218,18 +222,19 @@ def work(config: ModelConfig, options: CompressionSettings, tokens: int, interva
             products += 3 * once + 2 * tokens * (width**2 + width * hidden)
     if options.packed:
         solves += 2 * config.vocab_size * hidden * (hidden + 300)
-        columns += hidden
+        rounded += hidden
     products += 6 * config.vocab_size * hidden * tokens  # logits and their gradient
     written = disk_bytes(config, options, interval, tokens) + 3 * stream_bytes(config, options, tokens)
-    return Work(products, solves, columns, scans, host, written, len({*_blocks(config)}))
+    return Work(products, solves, columns, rounded, scans, host, written, len({*_blocks(config)}))
 
 
 class Pace(NamedTuple):
-    """What this machine does in a second (`columns`, `program`: seconds of one)."""
+    """What this machine does in a second (`columns`, `rounded`, `program`: seconds of one)."""
 
     products: float
     solves: float
     columns: float
+    rounded: float
     scans: float
     host: float
     disk: float
@@ -246,6 +251,7 @@ def pace(options: CompressionSettings, folder: Path) -> Pace:
         products=PRODUCTS_SHARE * fast,
         solves=SOLVES_SHARE * exact,
         columns=4e-6 if cpu else 2e-5,
+        rounded=4e-6 if cpu else GPU_ROUNDED,
         scans=math.inf if cpu else GPU_SCANS,
         host=HOST_SHARE * _host_speed(),
         disk=_disk_speed(folder),
@@ -255,7 +261,8 @@ def pace(options: CompressionSettings, folder: Path) -> Pace:
 
 def seconds(work: Work, pace: Pace) -> float:
     """How long a run takes; writing goes on behind the computing, and counts where it is slower."""
-    computing = work.products / pace.products + work.solves / pace.solves + work.columns * pace.columns
+    computing = work.products / pace.products + work.solves / pace.solves
+    computing += work.columns * pace.columns + work.rounded * pace.rounded
     computing += work.scans / pace.scans + work.host / pace.host
     return FIXED + work.programs * pace.program + max(computing, work.written / pace.disk)
 

@@ -8,32 +8,23 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from uniql_jax.errors import UserError
 from uniql_jax.runtime import steps
 from uniql_jax.runtime.choice import Choice
 from uniql_jax.runtime.compiled import Compiled, Shape
+from uniql_jax.runtime.flights import Flight, variant_of
 from uniql_jax.runtime.generation import chunk
-from uniql_jax.runtime.requests import TOP_LOGPROBS, Emitted, Request
+from uniql_jax.runtime.lengths import SHORTEST
+from uniql_jax.runtime.requests import Request
 from uniql_jax.runtime.reuse import Row, Texts
-from uniql_jax.runtime.sampling import NOT_FINITE
 from uniql_jax.runtime.steps import Chosen, Sampling, Variant
-
-
-@dataclasses.dataclass
-class Flight:
-    """A step whose tokens the host has not looked at: what it chose, for which requests, from which token number on."""
-
-    chosen: Chosen
-    rows: list[tuple[int, Request, int]]
-    size: Choice
-
 
 _NOTHING = steps.Source(0, 0, 0)
 
@@ -120,11 +111,7 @@ class Batch:
     def land(self, stay: int = 0) -> None:
         """Look at all steps but the newest `stay`."""
         while len(self._flights) > stay:
-            flight = self._flights[0]
-            tokens = np.asarray(flight.chosen.token)
-            scores = None if flight.chosen.top is None else jax.tree.map(np.asarray, flight.chosen)
-            for i, request, start in flight.rows:
-                _hand_out(request, start, i, tokens, scores, flight.size)
+            self._flights[0].hand_out()
             self._flights.popleft()  # last: after an interrupt, what is handed out already is left out
 
     @property
@@ -176,41 +163,80 @@ class Batch:
     def _join(self) -> None:
         free = [i for i, row in enumerate(self.rows) if row is None]
         while free and self.waiting:
-            request = self.waiting[0]
-            if request.reason is None:
+            requests = self._next(len(free))
+            going = [request for request in requests if request.reason is None]
+            if going:
                 self._whole = False
-                if request.length > self.slot:
-                    self._move(request.length)
+                longest = max(request.length for request in going)
+                if longest > self.slot:
+                    self._move(longest)
                 reuses, marks = self._compiled.reuses, self.marks is not None
-                source = self._texts.find(request.text, marks) if reuses else _NOTHING
-                i = self._texts.place(free, source[0], source[2], marks)
-                free.remove(i)
-                row = self.rows[i] = Row(request)
-                self._admit(i, row, steps.Source(*source))
+                # Those that are read together have nothing in a row.
+                source = self._texts.find(going[0].text, marks) if reuses and len(going) == 1 else _NOTHING
+                joined = {}
+                for request in going:
+                    i = self._texts.place(free, source[0], source[2], marks)
+                    free.remove(i)
+                    joined[i] = self.rows[i] = Row(request)
+                self._admit(joined, steps.Source(*source))
                 self._whole = True
-            if self.waiting:
-                self.waiting.popleft()
+            for request in requests:
+                if self.waiting and self.waiting[0] is request:
+                    self.waiting.popleft()
 
-    def _admit(self, i: int, row: Row, source: steps.Source = _NOTHING) -> None:
-        """Read a row's text, which ends just before the slot, from what the source has of it on."""
-        request, settings = row.request, row.request.settings
-        tokens, text, index = request.tokens, request.text, np.int32(i)
-        logits = self._prompt(text, index, source)
-        own = settings.temperature, settings.top_p, min(settings.top_k, 2**31 - 1), settings.seed, 0
-        sampling: Any = Sampling.empty(1)
-        for whole, part, value in zip(jax.tree.leaves(self._sampling), jax.tree.leaves(sampling), own, strict=True):
-            whole[i] = part[0] = value
-        forced = np.asarray([tokens[-1] if tokens else request.forced(0, 1)[0]], np.int32)
-        first = self._compiled.first(variant_of([request]))
-        chosen, self._token = first(logits, self._token, index, sampling, forced)
-        row.made = len(tokens)
-        if not tokens:
-            request.cached = int(source.count)
-            self._flights.append(Flight(chosen, [(0, request, 0)], self.size))
-            row.made = 1
-        self._texts.put(i, row, self.slot - len(text), len(text))
-        if row.made >= settings.max_new_tokens:
-            self.rows[i] = None
+    def _next(self, free: int) -> list[Request]:
+        """The first of those that wait, and those after it that are read together with it."""
+        many, _ = self.shape.together
+        found = list(itertools.islice(self.waiting, many)) if free >= many else []
+        return found if self._together(found) else [self.waiting[0]]
+
+    def _together(self, requests: Sequence[Request]) -> bool:
+        """Whether these are read at once: as many as are, short, and with nothing to take from a row or each other."""
+        many, short = self.shape.together
+        if many == 1 or len(requests) != many or any(r.reason or r.length > short for r in requests):
+            return False
+        texts, marks = [request.text for request in requests], self.marks is not None
+        if not self._compiled.reuses:
+            return True
+        if any(self._texts.find(text, marks)[2] for text in texts):
+            return False
+        beginnings = {text[:SHORTEST].tobytes() for text in texts if len(text) > SHORTEST}
+        return len(beginnings) == sum(len(text) > SHORTEST for text in texts)
+
+    def _admit(self, joined: Mapping[int, Row], source: steps.Source = _NOTHING) -> None:
+        """Read the texts of rows, which end just before the slot: one from what the source has of it on, or several."""
+        index, rows = np.asarray(list(joined), np.int32), list(joined.values())
+        requests = [row.request for row in rows]
+        texts = [request.text for request in requests]
+        logits = self._prompt(texts[0], index[0], source) if len(rows) == 1 else self._prompts(texts, index)
+        sampling: Any = Sampling.empty(len(rows))
+        for j, (i, request) in enumerate(zip(joined, requests, strict=True)):
+            settings = request.settings
+            own = settings.temperature, settings.top_p, min(settings.top_k, 2**31 - 1), settings.seed, 0
+            for whole, part, value in zip(jax.tree.leaves(self._sampling), jax.tree.leaves(sampling), own, strict=True):
+                whole[i] = part[j] = value
+        made = [request.tokens for request in requests]
+        last = [m[-1] if m else r.forced(0, 1)[0] for m, r in zip(made, requests, strict=True)]
+        first = self._compiled.first(variant_of(requests), len(rows))
+        chosen, self._token = first(logits, self._token, index, sampling, np.asarray(last, np.int32))
+        new = [(j, request, 0) for j, request in enumerate(requests) if not made[j]]
+        if new:
+            self._flights.append(Flight(chosen, new, self.size))
+        for (i, row), text, tokens in zip(joined.items(), texts, made, strict=True):
+            row.made = len(tokens)
+            if not tokens:
+                row.request.cached = int(source.count)
+                row.made = 1
+            self._texts.put(i, row, self.slot - len(text), len(text))
+            if row.made >= row.request.settings.max_new_tokens:
+                self.rows[i] = None
+
+    def _prompts(self, texts: Sequence[np.ndarray], index: np.ndarray) -> Any:
+        """The logits after texts that rows then hold."""
+        tokens = np.stack([np.pad(text, (self.shape.together[1] - len(text), 0)) for text in texts])
+        counts = np.asarray([len(text) for text in texts], np.int32)
+        program = self._compiled.admit_together()
+        return self._read(program, self.params, self._placed(), self.marks, index, (tokens, counts))
 
     def _prompt(self, text: np.ndarray, index: np.ndarray | np.int32, source: steps.Source) -> Any:
         """The logits after a text, which row `index` then holds."""
@@ -233,8 +259,14 @@ class Batch:
         self.cache = self.marks = None  # first, so that two never stand side by side
         (self.cache, self.marks), self._token = self._compiled.empty()(), np.zeros(self.shape.rows, np.int32)
         self.slot = max((row.request.length for _, row in self.active), default=0)
-        for i, row in self.active:
-            self._admit(i, row)
+        left = dict(self.active)
+        while left:
+            some = dict(itertools.islice(left.items(), self.shape.together[0]))
+            if not self._together([row.request for row in some.values()]):
+                some = dict(itertools.islice(left.items(), 1))
+            self._admit(some)
+            for i in some:
+                del left[i]
         self._whole = True
 
     def _advance(self) -> None:
@@ -257,32 +289,3 @@ class Batch:
             if row.made >= row.request.settings.max_new_tokens:
                 self.rows[i] = None  # all its tokens are on their way
         self._whole = True
-
-
-def every_variant() -> list[Variant]:
-    """Those that requests may need."""
-    return [Variant(greedy, top) for greedy in (True, False) for top in (None, TOP_LOGPROBS)]
-
-
-def variant_of(requests: Iterable[Request]) -> Variant:
-    """The variant of a step that serves these requests together."""
-    settings = [request.settings for request in requests]
-    wanted = any(s.logprobs is not None for s in settings)
-    return Variant(all(s.temperature == 0 for s in settings), TOP_LOGPROBS if wanted else None)
-
-
-def _hand_out(request: Request, start: int, i: int, tokens: np.ndarray, scores: Chosen | None, size: Choice) -> None:
-    for j, token in enumerate(tokens[i].tolist()):
-        if request.reason is not None:
-            return
-        if start + j < request.made:
-            continue
-        if token < 0:
-            request.finish("error", UserError(NOT_FINITE))
-        elif scores is None or request.settings.logprobs is None:
-            request.push(Emitted(token, size.shown_rate, steps=size.steps))
-        else:
-            count = request.settings.logprobs
-            ids, values = scores.top_token[i, j, :count].tolist(), scores.top[i, j, :count].tolist()
-            top = tuple(zip(ids, values, strict=True))
-            request.push(Emitted(token, size.shown_rate, float(scores.logprob[i, j]), top, size.steps))

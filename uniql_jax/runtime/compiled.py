@@ -21,6 +21,11 @@ from uniql_jax.runtime.lengths import SHORTEST, coarse
 from uniql_jax.runtime.programs import Programs, tree_bytes, work_space
 from uniql_jax.runtime.steps import Sampling, Variant
 
+TOGETHER = {"gpu": 8}
+"""Short prompts that are read at once. One alone leaves most of a GPU idle; a CPU has work enough."""
+SHORT = 128
+"""Most tokens of a short prompt: so many as make a GPU's work last longer than reading the weights, eight at a time."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -46,6 +51,12 @@ class Shape:
         every one at every rate.
         """
         return min(coarse(length), self.context)
+
+    @property
+    def together(self) -> tuple[int, int]:
+        """How many prompts are read at once, where they are short, and what they are padded to."""
+        many = TOGETHER.get(jax.default_backend(), 1)
+        return (many if many <= self.rows else 1), min(SHORT, self.context)
 
     def lengths(self) -> list[int]:
         """All lengths that `padded` gives."""
@@ -103,6 +114,17 @@ class Compiled:
 
         return self._once(("admit", length), prepare)
 
+    def admit_together(self) -> Any:
+        """The program that reads several short prompts, each into a row of its own."""
+        many, length = self.shape.together
+
+        def prepare() -> Any:
+            function = functools.partial(steps.admit_together, self._config, self._dtype)
+            args = self.params, self.cache, self.marks, _ints(many), (_ints(many, length), _ints(many))
+            return self._programs.prepare(("admit together", self._dtype), function, *args, donate=(1, 2))
+
+        return self._once("admit together", prepare)
+
     def extend(self, length: int) -> Any:
         """The program that reads so many more tokens into a row, behind those that a row holds."""
 
@@ -118,15 +140,15 @@ class Compiled:
         args = self.cache, self.marks, _ints(), _SOURCE
         return self._once("again", lambda: self._programs.prepare("again", steps.again, *args, donate=(0, 1)))
 
-    def first(self, variant: Variant) -> Any:
-        """The program that makes the first token after a prompt."""
+    def first(self, variant: Variant, rows: int = 1) -> Any:
+        """The program that makes the first tokens after so many prompts."""
 
         def prepare() -> Any:
-            logits = jax.ShapeDtypeStruct((1, self._config.vocab_size), jnp.float32)
-            args = logits, _ints(self.shape.rows), _ints(), Sampling.empty(1), _ints(1)
+            logits = jax.ShapeDtypeStruct((rows, self._config.vocab_size), jnp.float32)
+            args = logits, _ints(self.shape.rows), _ints(rows), Sampling.empty(rows), _ints(rows)
             return self._programs.prepare(("first", variant), functools.partial(steps.first, variant), *args)
 
-        return self._once(("first", variant), prepare)
+        return self._once(("first", variant, rows), prepare)
 
     def advance(self, variant: Variant) -> Any:
         """The program that makes the next tokens of every row."""
@@ -150,6 +172,8 @@ class Compiled:
         needed = [self.advance(Variant()), self.admit(longest), self.shift()]
         if self.reuses and longest > SHORTEST:  # a beginning that is worth it leaves so many
             needed.append(self.extend(self.shape.padded(longest - SHORTEST)))
+        if self.shape.together[0] > 1:
+            needed.append(self.admit_together())
         rows, count = self.shape.rows, chunk()
         # Tokens and settings that a step is given, and the tokens that the one before chose, which stay for the host.
         given = Sampling.empty(rows), _ints(2, self.shape.context), _ints(rows, count), _ints(2, rows, count)
@@ -161,9 +185,15 @@ class Compiled:
         """
         self.empty()
         self.shift()
+        many, short = self.shape.together
         for variant in variants:
             self.first(variant)
             self.advance(variant)
+            if many > 1:
+                self.first(variant, many)
+        lengths = list(lengths)
+        if many > 1 and any(length <= short for length in lengths):
+            self.admit_together()
         for length in lengths:
             self.admit(length)
             if reuse and self.reuses:

@@ -91,8 +91,12 @@ def _choose(
     return token, Chosen(token, own, top, top_token.astype(jnp.int32))
 
 
-def _put(whole: Array, row: Array, index: Array | Any) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(whole, row.astype(whole.dtype), index, axis=0)
+def _put(whole: Array, part: Array, rows: Int[Array, " n"]) -> Array:
+    """Some rows in the place of those at these indices, each of which is another."""
+    part = part.astype(whole.dtype)
+    if len(rows) == 1:
+        return jax.lax.dynamic_update_slice_in_dim(whole, part, rows[0], axis=0)
+    return whole.at[rows].set(part, unique_indices=True)
 
 
 @flax.struct.dataclass
@@ -141,7 +145,25 @@ def admit(
     model = CausalLM(config, dict(params), dtype=dtype)
     tokens, count = prompt
     logits, own = prefill(model, tokens, None, init_cache(model, 1, tokens.shape[1], cache.bits), count)
-    return _placed(cache, marks, row, own.layers, count, logits)
+    return _placed(cache, marks, row[None], own.layers, count, count[None], logits)
+
+
+def admit_together(
+    config: ModelConfig,
+    dtype: Any,
+    params: Params,
+    cache: Cache,
+    marks: Marks | None,
+    rows: Int[Array, " n"],
+    prompts: tuple[Int[Array, "n p"], Int[Array, " n"]],
+) -> tuple[Float[Array, "n vocab"], Cache, Marks | None]:
+    """`admit` of several prompts, each into a row of its own: so many tokens at the end of its line, padding before."""
+    model = CausalLM(config, dict(params), dtype=dtype)
+    tokens, counts = prompts
+    length = tokens.shape[1]
+    mask = (jnp.arange(length) >= length - counts[:, None]).astype(jnp.int32)
+    logits, own = prefill(model, tokens, mask, init_cache(model, len(counts), length, cache.bits))
+    return _placed(cache, marks, rows, own.layers, length, counts, logits)
 
 
 def extend(
@@ -159,7 +181,8 @@ def extend(
     tokens, count = prompt
     before = Cache(layers=_taken(cache, marks, source), start=None, slot=source.count)
     logits, own = prefill(model, tokens, None, before, count)
-    return _placed(cache, marks, row, own.layers, source.count + count, logits)
+    count = source.count + count
+    return _placed(cache, marks, row[None], own.layers, count, count[None], logits)
 
 
 def again(
@@ -167,20 +190,20 @@ def again(
 ) -> tuple[Float[Array, "1 vocab"], Cache, Marks | None]:
     """`admit` of the very prompt whose marks a row holds: nothing is read."""
     logits = jax.lax.dynamic_index_in_dim(marks.logits, source.row, 0)
-    return _placed(cache, marks, row, _taken(cache, marks, source), source.count, logits)
+    return _placed(cache, marks, row[None], _taken(cache, marks, source), source.count, source.count[None], logits)
 
 
 def first(
     variant: Variant,
-    logits: Float[Array, "1 vocab"],
+    logits: Float[Array, "n vocab"],
     token: Int[Array, " b"],
-    row: Int[Array, ""],
+    rows: Int[Array, " n"],
     sampling: Sampling,
-    forced: Int[Array, " one"],
+    forced: Int[Array, " n"],
 ) -> tuple[Chosen, Int[Array, " b"]]:
-    """The first token of a row, drawn exactly as `generate` does, and the rows' next tokens with it."""
+    """The first token of some rows, drawn exactly as `generate` does, and all rows' next tokens with it."""
     own, chosen = _choose(logits, sampling, forced, variant)
-    return jax.tree.map(lambda x: x[:, None], chosen), _put(token, own, row)
+    return jax.tree.map(lambda x: x[:, None], chosen), _put(token, own, rows)
 
 
 def _taken(cache: Cache, marks: Marks | None, source: Source) -> tuple[dict[str, Any], ...]:
@@ -206,24 +229,25 @@ def _taken(cache: Cache, marks: Marks | None, source: Source) -> tuple[dict[str,
 def _placed(
     cache: Cache,
     marks: Marks | None,
-    row: Int[Array, ""],
+    rows: Int[Array, " n"],
     own: tuple[dict[str, Any], ...],
-    count: Int[Array, ""],
-    logits: Float[Array, "1 vocab"],
-) -> tuple[Float[Array, "1 vocab"], Cache, Marks | None]:
-    """A state of `count` tokens from slot 0 on as one row of the cache, and its mark."""
+    end: Int[Array, ""] | int,
+    counts: Int[Array, " n"],
+    logits: Float[Array, "n vocab"],
+) -> tuple[Float[Array, "n vocab"], Cache, Marks | None]:
+    """States whose last token is the one before slot `end` as rows of the cache, and their marks."""
 
     def place(whole: Array, part: Array) -> Array:
-        """Slots of one row: the prompt's, turned so that they end before the cache's slot; padding may wrap."""
-        wide = jnp.zeros((1, whole.shape[1], *part.shape[2:]), part.dtype).at[:, : part.shape[1]].set(part)
-        return _put(whole, jnp.roll(wide, cache.slot - count, axis=1), row)
+        """Slots of the rows: the prompts', turned so that they end before the cache's slot; padding may wrap."""
+        wide = jnp.zeros((len(part), *whole.shape[1:]), part.dtype).at[:, : part.shape[1]].set(part)
+        return _put(whole, jnp.roll(wide, cache.slot - end, axis=1), rows)
 
-    put = functools.partial(_put, index=row)
+    put = functools.partial(_put, rows=rows)
     layers = tuple(
         {kind: jax.tree.map(_placer(state, place, put), state, new[kind]) for kind, state in old.items()}
         for old, new in zip(cache.layers, own, strict=True)
     )
-    after = Cache(layers=layers, start=_put(cache.start, (cache.slot - count)[None], row), slot=cache.slot)
+    after = Cache(layers=layers, start=_put(cache.start, cache.slot - counts, rows), slot=cache.slot)
     if marks is not None:
         marked = tuple(
             {kind: jax.tree.map(put, state, new[kind]) for kind, state in old.items()}

@@ -16,10 +16,11 @@ from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.plan import check_rate
 from uniql_jax.runtime import resizing
-from uniql_jax.runtime.batching import Batch, every_variant, variant_of
+from uniql_jax.runtime.batching import Batch
 from uniql_jax.runtime.budget import Need, Needs
 from uniql_jax.runtime.choice import Choice
 from uniql_jax.runtime.compiled import Shape
+from uniql_jax.runtime.flights import every_variant, variant_of
 from uniql_jax.runtime.lanes import DEFAULT, Lanes
 from uniql_jax.runtime.loading import default_dtype, load_size
 from uniql_jax.runtime.programs import programs_of
