@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -39,8 +40,10 @@ def integers(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Int[Array, "
 
 def quantize(x: Float[Array, "*lead d"]) -> tuple[Int[Array, "*lead d"], Float[Array, "*lead"]]:
     """Vectors as int8 and a scale each."""
-    scale = scale_of(jnp.max(jnp.abs(x), axis=-1, initial=0.0))
-    return integers(x, scale[..., None]), scale
+    largest = jnp.max(jnp.abs(x), axis=-1, initial=0.0).astype(jnp.float32)
+    # XLA leaves a conversion to bfloat16 and back out for GPUs: integers would be of a scale that is not stored.
+    scale = jax.lax.reduce_precision(largest / LARGEST, exponent_bits=8, mantissa_bits=7)
+    return integers(x, scale[..., None]), scale.astype(jnp.bfloat16)
 
 
 def dequantize(

@@ -46,6 +46,14 @@ def group_size(width: int, target: int = TARGET_GROUP, multiple: int = 8) -> int
     return min(options, key=lambda g: (abs(math.log(g / target)), g)) if options else -(-target // multiple) * multiple
 
 
+def as_stored(scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Scales as a checkpoint holds them, exact in bfloat16, in their own dtype.
+
+    A conversion to bfloat16 and back would be left out where XLA compiles for GPUs (`xla_allow_excess_precision`).
+    """
+    return jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)
+
+
 def limits(bits: int) -> tuple[int, int]:
     """Smallest and largest integer of a grid; 8 bits are symmetric."""
     return -(2 ** (bits - 1)) + (bits == 8), 2 ** (bits - 1) - 1

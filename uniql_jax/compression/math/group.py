@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from uniql_jax.compression.math.refine import nearest
 from uniql_jax.pallas_kernels import selfcheck
 from uniql_jax.pallas_kernels.round_group import round_group
-from uniql_jax.weights.quantized import limits
+from uniql_jax.weights.quantized import as_stored, limits
 
 SCALE_GRID = tuple(1.0 - 0.025 * i for i in range(21))
 """Shrink factors tried for a group's scale, from max-abs down to half of it."""
@@ -54,7 +54,7 @@ def search_scale(
     importance = importance / largest(importance)
 
     def attempt(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        scale = (base * jnp.asarray(SCALE_GRID, weight.dtype)[i]).astype(jnp.bfloat16).astype(weight.dtype)
+        scale = as_stored(base * jnp.asarray(SCALE_GRID, weight.dtype)[i])
         error = (weight - nearest(weight, scale, bits) * scale) / unit
         cost = jnp.sum(error * error * importance[:, None], axis=0)
         better = cost < best[0]

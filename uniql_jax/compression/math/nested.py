@@ -20,7 +20,7 @@ from uniql_jax.compression.math.gptq import inverse_factor
 from uniql_jax.compression.math.group import SCALE_GRID, SMALLEST
 from uniql_jax.compression.math.refine import damped, nearest, refit_scales
 from uniql_jax.weights.planes import OFFSET
-from uniql_jax.weights.quantized import limits
+from uniql_jax.weights.quantized import as_stored, limits
 
 Pair = tuple[Array, Array]
 """Of the 4-bit and of the 3-bit model."""
@@ -36,7 +36,7 @@ def candidates(block: Float[Array, "group rows"], bits: int) -> Float[Array, "tr
     top, bottom = block.max(0), block.min(0)
     base = jnp.where(top > -bottom, top, bottom) / limits(bits)[0]
     tries = base * jnp.asarray(SCALE_GRID, block.dtype)[:, None]
-    return tries.astype(jnp.bfloat16).astype(block.dtype)
+    return as_stored(tries)
 
 
 def leading(codes: Float[Array, "..."]) -> Float[Array, "..."]:

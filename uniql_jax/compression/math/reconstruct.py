@@ -25,7 +25,7 @@ from uniql_jax.config import ModelConfig
 from uniql_jax.weights.fake_quantized import FRACTION, FakeQuantizedArray
 from uniql_jax.weights.nested import NestedArray, from_nested_codes
 from uniql_jax.weights.planes import OFFSET
-from uniql_jax.weights.quantized import QuantizedArray, from_codes, limits
+from uniql_jax.weights.quantized import QuantizedArray, as_stored, from_codes, limits
 
 Layer = dict[str, dict[str, Any]]
 Packed = QuantizedArray | NestedArray
@@ -158,7 +158,7 @@ def _through(value: Array, rounded: Array) -> Array:
 
 def _scale(scale: Array, factor: Array) -> Array:
     moved = scale * jnp.exp(factor)
-    return _through(moved, moved.astype(jnp.bfloat16).astype(jnp.float32))
+    return _through(moved, as_stored(moved))
 
 
 def _places(weight: Packed, grid: Grid, moves: Moves) -> Array:

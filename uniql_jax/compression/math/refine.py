@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from uniql_jax.weights.quantized import limits
+from uniql_jax.weights.quantized import as_stored, limits
 
 SCALE_SWEEPS = 8
 """Passes over the groups of a row in which their scales are refitted."""
@@ -102,7 +102,7 @@ def refit_scales(
         return found.at[:, a].add(change)
 
     found = jax.lax.fori_loop(0, SCALE_SWEEPS * diagonal.shape[1], one, scales.T).T
-    found = found.astype(jnp.bfloat16).astype(columns.dtype)
+    found = as_stored(found)
     found = jnp.where(jnp.isfinite(found) & (found * scales > 0), found, scales)
 
     def cost(scales: Array) -> Array:
