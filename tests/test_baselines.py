@@ -232,6 +232,7 @@ def test_bytes_by_hand() -> None:
     assert total(width) <= room < total(width + 8)
 
 
+@pytest.mark.slow
 def test_four_bits_stay_near(rng: np.random.Generator) -> None:
     """Every way to 4 bits: finite, another model than before, and closer to it than 2 bits of the original."""
     calibration = calibrated(rng, num_key_value_heads=4, intermediate_size=32)  # few shapes to compile

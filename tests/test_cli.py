@@ -383,7 +383,16 @@ def test_output_files_are_checked_before_the_work(tmp_path: Path) -> None:
         check_output_files([tmp_path / "a.png", tmp_path / "link" / "a.png"])
 
 
-@pytest.mark.parametrize("module", ["train.finetune", "train.own_text", "convert.from_hf", "convert.to_hf"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "train.finetune",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("train.own_text", "convert.from_hf", "convert.to_hf")
+        ),
+    ],
+)
 def test_module_of_a_checkout_is_the_command(module: str) -> None:
     folder = Path(__file__).parents[1]
     done = subprocess.run(

@@ -157,6 +157,7 @@ def test_fused_decode_is_decode(
     assert int(mine.slot) == int(its.slot)
 
 
+@pytest.mark.slow
 def test_other_weights_go_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense leaves in one block of two; the other is fused, from weights in plain layout."""
     model = model_of("llama", 0.0, False)

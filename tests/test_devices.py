@@ -40,7 +40,7 @@ for bits in json.loads(sys.argv[5]):
 @pytest.mark.parametrize(
     ("name", "count", "stored"),
     [
-        ("smollm2-135m", 3, [4]),
+        ("smollm2-135m", 2, [4]),
         pytest.param("smollm2-135m", 8, [4, 32], marks=pytest.mark.slow),
         pytest.param("bamba-9b-v2", 8, [4, 32], marks=pytest.mark.slow),
     ],
@@ -78,7 +78,7 @@ def test_streams_in_the_hosts_memory_change_no_byte(
             return found
 
     for name in ("device", "host"):
-        settings = CompressionSettings(refit=0.5)
+        settings = CompressionSettings()
         pipeline.compress(source, tmp_path / name, tokens, settings, resources=Resources(batch_tokens=64))
         monkeypatch.setattr(pipeline, "Devices", lambda count, _: Parked(count, parked=True))
     assert set(kept) == {np.ndarray}

@@ -158,6 +158,7 @@ def test_an_export_of_a_budget_is_the_model(family: str, made: Made, rng: np.ran
     assert reference.relative_error(theirs, np.asarray(_jitted()(ours, tokens))) < 1e-4
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_bytes(made: Made, tmp_path: Path, rng: np.random.Generator) -> None:
     """Killed between sorted layers, between rounded ones, and before the plan of bits."""
     source, tokens = open_source(made.source("qwen2")), compressed.tokens(rng, 12, 48)

@@ -126,6 +126,7 @@ def test_wheel_holds_one_package_and_all_of_it(wheel: Path) -> None:
     assert {"uniql_jax/__init__.pyi", "uniql_jax/py.typed", "uniql_jax/configs/llama-3.1-8b.json"} <= inside
 
 
+@pytest.mark.slow
 def test_source_distribution_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
     program = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
     output(sys.executable, "-c", program, cwd=source)

@@ -123,7 +123,9 @@ def test_more_rows_are_refused(rng: np.random.Generator) -> None:
         fused.read(Stream(normal(rng, 17, 128)), [Job((weight,))], [[held]], eps=EPS)
 
 
-@pytest.mark.parametrize("count", [1, 5, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(1, marks=pytest.mark.slow), 5, pytest.param(16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("split", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_programs_share_a_contraction(count: int, split: int, rng: np.random.Generator) -> None:
     cut = Settings(along_k=2, split=split, tiles=2 if split == 2 else 1)

@@ -139,6 +139,7 @@ def test_fused_decode(rng: np.random.Generator, share: float, batch: int, monkey
     assert distance(got, want) < 3e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiles", [True, False])
 def test_random_models_have_the_shapes_of_loaded_ones(
     rng: np.random.Generator, tiles: bool, monkeypatch: pytest.MonkeyPatch

@@ -158,7 +158,13 @@ def test_killed_at_any_layer_and_resumed_is_never_killed(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize(("options", "resources"), RESUMED.values(), ids=RESUMED)
+@pytest.mark.parametrize(
+    ("options", "resources"),
+    [
+        pytest.param(*given, id=name, marks=() if number == 0 else pytest.mark.slow)
+        for number, (name, given) in enumerate(RESUMED.items())
+    ],
+)
 def test_killed_before_a_file_gets_its_name(
     options: CompressionSettings,
     resources: Resources,

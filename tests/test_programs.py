@@ -62,7 +62,7 @@ def test_a_session_outlives_its_programs(
     [prompt] = prompts_of(rng, 5)
 
     def texts() -> list[list[int]]:
-        session = uniql_jax.Elastic(folder("bamba"), **SHAPE)
+        session = uniql_jax.Elastic(folder("qwen2"), **SHAPE)
         made = []
         for rate in (0.0, 0.35, 0.0):
             session.rate = rate

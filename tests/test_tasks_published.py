@@ -123,6 +123,7 @@ def test_items_equal_those_of_the_hf_backend(
     assert len(lengths) > 5  # some are cut early, some are not
 
 
+@pytest.mark.slow
 def test_the_command_pairs_with_the_original(
     made: types.SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

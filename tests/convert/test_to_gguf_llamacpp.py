@@ -44,15 +44,19 @@ def llama_cpp():
     started.process.communicate()
 
 
-def continued(checkpoint: Path, rate: float, tokens: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """The longest prompt of the tokens after which a whole character follows, and our logits there.
+def continued(checkpoint: Path, rate: float, rng: np.random.Generator, length: int) -> tuple[list[int], np.ndarray]:
+    """A prompt of random tokens, as long as can be, after which a whole character follows, and our logits there.
 
     The end of a text or a part of a character has no log probabilities in the server's answer.
     """
-    logits, tokenizer = exports.our_logits(checkpoint, rate, tokens), load_tokenizer(checkpoint)
-    whole = [tokenizer.decode([token], skip_special_tokens=True) for token in logits.argmax(-1)]
-    last = max(i for i, text in enumerate(whole) if text and text.isascii())
-    return tokens[: last + 1].tolist(), logits[last]
+    tokenizer = load_tokenizer(checkpoint)
+    for _ in range(20):
+        tokens = rng.integers(3, exports.tiny.VOCAB, length)
+        logits = exports.our_logits(checkpoint, rate, tokens)
+        whole = [tokenizer.decode([token], skip_special_tokens=True) for token in logits.argmax(-1)]
+        if ends := [i for i, text in enumerate(whole) if text and text.isascii()]:
+            return tokens[: ends[-1] + 1].tolist(), logits[ends[-1]]
+    raise AssertionError("no prompt is followed by a whole character")
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -90,7 +94,7 @@ def difference(llama_cpp, prompt: list[int], ours: np.ndarray) -> float:
 )
 def test_log_probabilities_are_ours(llama_cpp, made, tmp_path, rng, name, bits, rate):
     checkpoint = made.checkpoint(name, bits)
-    prompt, ours = continued(checkpoint, rate, rng.integers(3, exports.tiny.VOCAB, 90))
+    prompt, ours = continued(checkpoint, rate, rng, 90)
     for dtype, bound in (("float32", FLOATS), (None, INTEGERS)):
         exports.export(checkpoint, tmp_path / f"{dtype}.gguf", rate, "gguf", dtype=dtype)
         llama_cpp.load(tmp_path / f"{dtype}.gguf")
@@ -113,7 +117,7 @@ def test_every_family_computes_ours(llama_cpp, tmp_path, rng, name):
     """Random integers, since nothing here depends on how they came about."""
     checkpoint = exports.tiny.packed(tmp_path / name, exports.MODELS[name], 4, rng)
     exports.tiny.tokenizer().save_pretrained(checkpoint)
-    prompt, ours = continued(checkpoint, 0.35, rng.integers(3, exports.tiny.VOCAB, 90))
+    prompt, ours = continued(checkpoint, 0.35, rng, 90)
     for dtype, bound in (("float32", FLOATS), (None, INTEGERS)):
         exports.export(checkpoint, tmp_path / f"{dtype}.gguf", 0.35, "gguf", dtype=dtype)
         llama_cpp.load(tmp_path / f"{dtype}.gguf")
@@ -136,7 +140,7 @@ def test_scaled_frequencies(llama_cpp, tmp_path, rng, seed, scaling):
     reference.save(reference.build(hf, seed), tmp_path / "hub", hf)
     convert(str(tmp_path / "hub"), str(tmp_path / "ours"))
     exports.export(tmp_path / "ours", tmp_path / "m.gguf", 0.0, "gguf")
-    prompt, ours = continued(tmp_path / "ours", 0.0, rng.integers(3, exports.tiny.VOCAB, 200))
+    prompt, ours = continued(tmp_path / "ours", 0.0, rng, 200)
     llama_cpp.load(tmp_path / "m.gguf")
     assert difference(llama_cpp, prompt, ours) < FLOATS
 

@@ -40,8 +40,8 @@ MESSAGES = {
     "finetune-no-room-for-the-output": "no space for",
     "finetune-read-only": "no permission",
 }
-TRAINED = ("finetune-no-room-for-the-state", "finetune-no-room-for-the-output")
-QUICK = tuple(name for name in CASES if name not in TRAINED)
+QUICK = ("own-text-fills-up", "finetune-full", "finetune-read-only")
+OTHERS = tuple(name for name in CASES if name not in QUICK)
 RUN = """
 import contextlib, importlib, io, json, pathlib, subprocess, sys
 from uniql_jax import outputs
@@ -80,7 +80,7 @@ def _may_mount() -> bool:
 
 
 @pytest.mark.skipif(not _may_mount(), reason="this system does not let us mount small disks")
-@pytest.mark.parametrize("names", [QUICK, pytest.param(TRAINED, marks=pytest.mark.slow)], ids=["at once", "trained"])
+@pytest.mark.parametrize("names", [QUICK, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["at once", "others"])
 def test_a_disk_that_cannot_be_written(tmp_path: Path, rng: np.random.Generator, names: tuple[str, ...]) -> None:
     ckpt, text = tiny.checkpoint(tmp_path / "ckpt", rng), tmp_path / "text.txt"
     text.write_text("\n".join(tiny.LINES * 4), encoding="utf-8")

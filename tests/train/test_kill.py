@@ -46,7 +46,8 @@ def _lines(folder: Path) -> int:
     return (folder / LOG).read_bytes().count(b"\n") if (folder / LOG).exists() else 0
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 5])
 def test_killed_by_the_system(rng: np.random.Generator, seed: int, tmp_path: Path, kills: int) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert _start(whole, seed).wait() == 0
