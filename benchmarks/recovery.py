@@ -7,7 +7,7 @@
 `--ckpt` is a model, sorted and planned here first, or a sorted checkpoint of 16 or 32 bits. Rows run in the order of
 their importance; the record is written after each of them, and no row begins that would not end within `--minutes`.
 Every row is measured as perplexity over the original's: the weights rounded to bfloat16 ("16"), or finished as
-`python -m uniql_jax.compress` does at 4 bits ("4"). With `--suite` (benchmarks/tasks.py) models of 4 bits answer tasks.
+`python -m uniql_jax.compress` does at 4 bits ("4"). With `--suite` (benchmarks/tasks.py) every model answers tasks.
 
 Texts to train on may have names, of which a row takes some, and the model may write one itself, in shapes and at
 temperatures that take turns:
@@ -254,7 +254,7 @@ def main() -> None:
                 params = stacked(bench.model.config, finished, top)
                 found = bench.perplexities(params)
                 del params
-                answers = bench.answers(finished, top) if bits < 16 else []
+                answers = bench.answers(finished, top)
                 for one in answers:
                     record.setdefault("answers", []).append(dict(row=row.name, bits=bits, **one))
                 for one in found:
