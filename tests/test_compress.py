@@ -255,8 +255,9 @@ def test_estimates_of_real_models(name: str) -> None:
     assert 0.4 < counting.prunable_count(config) / params < 1
     packed, dense = estimate.work(config, four, 65536), estimate.work(config, sixteen, 65536)
     assert packed.solves > dense.solves
+    assert packed.rounded > dense.rounded == 0
     assert packed.products > dense.products > 2 * params * 65536 * 0.4
-    pace = estimate.Pace(1e14, 1e13, 1e-5, 1e10, 1e10, 1e9, 10.0)
+    pace = estimate.Pace(1e14, 1e13, 1e-5, 1e-6, 1e10, 1e10, 1e9, 10.0)
     times = [estimate.seconds(estimate.work(config, four, tokens), pace) for tokens in (65536, 262144)]
     assert 0 < times[0] < times[1] < 4 * times[0]
     parts = estimate.memory_parts(config, four, 512, 4096)
