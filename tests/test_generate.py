@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import subprocess
@@ -21,7 +20,6 @@ from uniql_jax.commands import generate as generate_command
 from uniql_jax.errors import UserError
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.runtime import generation as runtime
-from uniql_jax.runtime.reading import first_shapes
 
 NEW = 12
 
@@ -135,28 +133,6 @@ def test_a_generation_config_that_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").mkdir()
     with pytest.raises(UserError, match="generation_config"):
         runtime.stop_ids(CausalLM(tiny.config(), {"layers": []}, folder=str(tmp_path)))
-
-
-@pytest.mark.parametrize("bits", [16, 8])
-def test_the_step_compiled_ahead_is_the_one_that_runs(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a model's first text; each program is made once."""
-    model, prompt, made = tiny.model(np.random.default_rng(6), eos_token_id=None, num_hidden_layers=1), [5, 6, 7], []
-
-    def noted(event: str, seconds: float, **more: str) -> None:
-        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
-            made.append(more["fun_name"])
-
-    jax.monitoring.register_event_duration_secs_listener(noted)
-    try:
-        found = [int(token[0]) for token in uniql_jax.generate(model, prompt, max_new_tokens=5, cache_bits=bits)]
-        assert made.count("jit(_first)") == made.count("jit(_next)") == 1
-        assert first_shapes(model, np.asarray(prompt, np.int32), runtime.room(5), bits) is None
-    finally:
-        jax.monitoring.clear_event_listeners()
-    runtime.forget(model)
-    monkeypatch.setattr(runtime, "_ahead", lambda *_: contextlib.nullcontext())
-    again = uniql_jax.generate(model, prompt, max_new_tokens=5, cache_bits=bits)
-    assert [int(token[0]) for token in again] == found
 
 
 def test_changing_settings_compiles_nothing(rng: np.random.Generator) -> None:

@@ -7,8 +7,6 @@ that each bucket compiles once; the cache is donated from step to step. What a m
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import functools
 import numbers
 from collections.abc import Iterator, Sequence
@@ -25,7 +23,7 @@ from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.model.decoding import decode
 from uniql_jax.runtime.lengths import bucket
 from uniql_jax.runtime.prompts import check_prompt, read_prompt, stop_ids, token_array
-from uniql_jax.runtime.reading import first_shapes, forget, read
+from uniql_jax.runtime.reading import forget, read
 from uniql_jax.runtime.sampling import (
     NOT_FINITE,
     Settings,
@@ -249,24 +247,6 @@ def generate(
     return decode_stream(tokenizer, new, ids.tolist())
 
 
-@contextlib.contextmanager
-def _ahead(
-    model: CausalLM, ids: Int[np.ndarray, " t"], count: int, key: PRNGKeyArray, settings: Settings, bits: int
-) -> Iterator[None]:
-    """On CPUs, where compiling takes far longer than a short text, compile the step while the prompt's program is."""
-    state = None
-    if jax.default_backend() == "cpu" and count > 1 and model.split is None:
-        state = first_shapes(model, ids, room(count), bits)
-    if state is None:
-        yield
-        return
-    logits, cache = state
-    token = jax.eval_shape(_pick, logits, key, settings)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        pool.submit(lambda: _next.lower(model, token, cache, key, np.int32(1), settings, chunk()).compile())
-        yield
-
-
 def _stream(
     model: CausalLM,
     ids: Int[np.ndarray, " t"],
@@ -277,9 +257,8 @@ def _stream(
     bits: int,
 ) -> Iterator[int]:
     many = chunk()
-    with _ahead(model, ids, count, key, settings, bits):
-        logits, cache, _ = read(model, ids[None], None, room(count), bits)
-        token = _pick(logits, key, settings)
+    logits, cache, _ = read(model, ids[None], None, room(count), bits)
+    token = _pick(logits, key, settings)
     shown, left = token[None] + 0, count  # a copy for the host to read, since the next step takes the token itself
     for step in range(1, count + many, many):
         # The next tokens are on their way before the host looks at these, so that the device never waits for it.

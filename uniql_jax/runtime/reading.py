@@ -172,17 +172,3 @@ def read(
         entry = Entry(tokens[0].copy(), _copied(cache, np.int32(length), slots), logits, bits)
         prefixes(model).keep(entry)
     return logits, cache, slots
-
-
-def first_shapes(model: CausalLM, tokens: Int[np.ndarray, " t"], new: int, bits: int = 16) -> Any:
-    """The shapes of what `read` will give for a model's first prompt, logits and cache.
-
-    None where the model has read a prompt before, or reads this one in pieces.
-    """
-    length = len(tokens)
-    [part, *more] = pieces(length)
-    if more or model in _PREFIXES:
-        return None
-    slots = slots_for(max(length + new, read_slots(length)))
-    padded = jax.ShapeDtypeStruct((1, part[2]), jnp.int32)
-    return jax.eval_shape(functools.partial(_first, slots=slots, bits=bits), model, padded, np.int32(length), None)
