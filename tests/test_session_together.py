@@ -12,6 +12,7 @@ import pytest
 import uniql_jax
 from tests import compressed, tiny
 from uniql_jax.runtime import compiled
+from uniql_jax.runtime.batching import Batch
 from uniql_jax.runtime.requests import Settings
 
 SHAPE = {"context": 48, "batch": 3}
@@ -97,3 +98,24 @@ def test_what_begins_alike_is_read_once(folder: Path, two_at_once: list[int], rn
     requests = [session.submit(prompt, Settings(NEW)) for prompt in prompts]
     finished(session, requests)
     assert 2 not in two_at_once
+
+
+def test_one_may_be_cancelled_while_they_join(folder: Path, two_at_once: list[int], rng: np.random.Generator) -> None:
+    """As another thread may do right after it was decided what is read at once."""
+    session, model = uniql_jax.Elastic(folder, **SHAPE), uniql_jax.load(folder)
+    prompts = [rng.integers(3, 256, n).astype(np.int32) for n in (9, 7)]
+    requests = [session.submit(prompt, Settings(NEW)) for prompt in prompts]
+    before = Batch._next
+
+    def cancelled(self: Any, free: int) -> Any:
+        found = before(self, free)
+        requests[1].cancel()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batch, "_next", cancelled)
+        while session.step():
+            pass
+    assert requests[0].tokens == alone(model, prompts[0])
+    assert requests[1].reason == "cancelled"
+    assert two_at_once == [2]

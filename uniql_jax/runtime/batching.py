@@ -164,7 +164,8 @@ class Batch:
         free = [i for i, row in enumerate(self.rows) if row is None]
         while free and self.waiting:
             requests = self._next(len(free))
-            going = [request for request in requests if request.reason is None]
+            # One of several that another thread cancels now is read all the same, as their program takes so many.
+            going = requests if len(requests) > 1 or requests[0].reason is None else []
             if going:
                 self._whole = False
                 longest = max(request.length for request in going)
