@@ -73,7 +73,8 @@ def test_a_whole_matrix_through_the_kernel(rng: np.random.Generator, monkeypatch
 
 
 def test_the_check_before_a_device_is_trusted_finds_nothing_here() -> None:
-    assert groups.kernel_error(4) == 0
+    """What it compares with is a CPU's: elsewhere errors before rounding differ in their last digits."""
+    assert groups.kernel_error(4) <= (0 if jax.default_backend() == "cpu" else 1e-6)
 
 
 def test_a_group_that_is_too_wide_is_refused() -> None:

@@ -355,12 +355,19 @@ def test_norms_of_heads_leave_with_one_width(made, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("changes", "match"), [({"attention_bias": True}, "no biases"), ({"hidden_size": 40}, "blocks of 32")]
-)
-def test_norms_of_heads_stay_where_llama_cpp_has_no_place(tmp_path, monkeypatch, seed, changes, match):
-    monkeypatch.setitem(exports.MODELS, "odd", exports.MODELS["qwen3"] | changes)
-    odd = exports.Made(tmp_path / match, seed).checkpoint("odd", 4)
-    with pytest.raises(UserError, match=match):
+def test_norms_of_heads_stay_where_llama_cpp_has_no_place(tmp_path, monkeypatch, seed):
+    monkeypatch.setitem(exports.MODELS, "odd", exports.MODELS["qwen3"] | {"attention_bias": True})
+    odd = exports.Made(tmp_path, seed).checkpoint("odd", 4)
+    with pytest.raises(UserError, match="no biases"):
         exports.export(odd, tmp_path / "odd.gguf", 0.0, "gguf")
     assert not (tmp_path / "odd.gguf").exists()
+
+
+@pytest.mark.slow
+def test_a_width_that_blocks_of_32_do_not_divide_leaves_at_16_bits(tmp_path, monkeypatch, seed):
+    monkeypatch.setitem(exports.MODELS, "odd", exports.MODELS["qwen3"] | {"hidden_size": 40})
+    odd = exports.Made(tmp_path, seed).checkpoint("odd", 4)
+    exports.export(odd, tmp_path / "odd.gguf", 0.0, "gguf")
+    kinds = content(tmp_path / "odd.gguf")[1]
+    assert {kinds[f"blk.0.{name}.weight"] for name in ("attn_q", "ffn_up", "ffn_gate")} == {"F16"}
+    assert kinds["blk.0.ffn_down.weight"] == "Q4_0"  # contracts the MLP's width, which they divide
