@@ -10,6 +10,7 @@ import pytest
 from uniql_jax import elastic
 from uniql_jax.compression.math.gptq import inverse_factor, quantize
 from uniql_jax.compression.math.rotation import orthogonal, rotate_block, rotate_top
+from uniql_jax.compression.math.triangular import by_halves, whole
 from uniql_jax.config import ModelConfig, Rope
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.weights.quantized import from_codes
@@ -90,6 +91,17 @@ def test_inverse_factor_is_the_cholesky_factor_of_the_inverse(rng: np.random.Gen
     damped = hessian + 0.01 * np.trace(hessian) / 24 * np.eye(24)
     np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(24), atol=2e-3)
     np.testing.assert_array_equal(factor, np.triu(factor))
+
+
+@pytest.mark.parametrize("size", [3, 9, 24, 70])
+def test_an_inverse_by_halves_is_that_of_the_solvers(rng: np.random.Generator, size: int) -> None:
+    hessian = inputs_gram(rng, size) + 0.01 * np.eye(size)
+    found = np.asarray(by_halves(jnp.asarray(hessian, jnp.float32), 8), np.float64)
+    np.testing.assert_allclose(found @ hessian @ found.T, np.eye(size), atol=1e-3)
+    np.testing.assert_array_equal(found, np.tril(found))
+    np.testing.assert_allclose(found, np.asarray(whole(jnp.asarray(hessian, jnp.float32))), rtol=1e-3, atol=1e-4)
+    negative = jnp.asarray(hessian, jnp.float32).at[size - 1, size - 1].set(-1.0)
+    assert not np.isfinite(np.asarray(by_halves(negative, 8))).all()
 
 
 @pytest.mark.parametrize("size", [576, 896, 60, 64, 7])

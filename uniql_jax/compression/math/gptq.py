@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from uniql_jax.compiling import jit
 from uniql_jax.compression.math.group import by_columns, by_kernel, kernel_serves, largest, search_scale
 from uniql_jax.compression.math.refine import nearest, refine
+from uniql_jax.compression.math.triangular import inverse_cholesky
 
 ROWS_AT_ONCE = {"cpu": 1024, "gpu": 32768}
 """Rows rounded together: what a core's cache holds of a group's columns, and a bound of a GPU's memory."""
@@ -25,8 +26,8 @@ LEAST_DAMPING, MOST_DAMPING = 1e-7, 1e6
 def inverse_factor(hessian: Float[Array, "k k"], damping: float | Float[Array, ""] = 0.01) -> Float[Array, "k k"]:
     """Upper triangular U with U^T U = (H + lambda I)^-1, lambda = damping * mean diagonal.
 
-    JAX returns NaN where a factorization fails, so lambda grows tenfold until the factor is finite. One Cholesky of
-    the reversed matrix and one triangular inverse give U without forming the inverse.
+    JAX returns NaN where a factorization fails, so lambda grows tenfold until the factor is finite. The reversed
+    matrix's Cholesky factor gives U by its inverse, without forming that of H.
 
     Args:
         hessian: symmetric, float32; positive semidefinite up to rounding, of any rank and size.
@@ -43,19 +44,17 @@ def inverse_factor(hessian: Float[Array, "k k"], damping: float | Float[Array, "
     base = jnp.where(mean > 0, mean, 1.0)
     finite = jnp.isfinite(hessian).all()
 
-    def factor(amount: Array) -> Array:
-        lower = jnp.linalg.cholesky((hessian + amount * base * eye)[::-1, ::-1])
-        return jax.scipy.linalg.solve_triangular(lower, eye, lower=True)[::-1, ::-1]
-
     def bad(state: tuple[Array, Array]) -> Array:
-        return ~jnp.isfinite(state[1]).all() & finite & (state[0] < MOST_DAMPING)
+        return ~jnp.isfinite(state[1]).all() & finite & (state[0] < 5 * MOST_DAMPING)
 
     def worse(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        amount = jnp.maximum(state[0], LEAST_DAMPING) * 10
-        return amount, factor(amount)
+        amount = state[0]
+        factor = inverse_cholesky((hessian + amount * base * eye)[::-1, ::-1])[::-1, ::-1]
+        return jnp.maximum(amount, LEAST_DAMPING) * 10, factor
 
-    start = jnp.asarray(damping, hessian.dtype)
-    return jax.lax.while_loop(bad, worse, (start, factor(start)))[1] / jnp.sqrt(peak)
+    # The first try is a turn of the loop as well: the factorization stands in the program once.
+    begin = jnp.asarray(damping, hessian.dtype), jnp.full_like(hessian, jnp.nan)
+    return jax.lax.while_loop(bad, worse, begin)[1] / jnp.sqrt(peak)
 
 
 @functools.partial(jit, static_argnames=("bits", "group", "search", "propagate", "descents", "return_unrounded"))
