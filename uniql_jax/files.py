@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
@@ -139,8 +139,10 @@ def _read(path: Path, name: str, start: int, dtype: np.dtype, shape: tuple[int, 
     return data.view(dtype).reshape(shape)
 
 
-def load_tensors(path: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
+def load_tensors(path: Path, place: Callable[[np.ndarray], Any] = lambda value: value) -> dict[str, Any]:
     """All tensors of one safetensors file, several read at a time; other threads run on, unlike with the library.
+
+    Each is what `place` makes of it, which the thread that read it calls: one is copied on while others are read.
 
     Raises:
         UserError: for a file that is missing or damaged, and a number format that numpy lacks.
@@ -149,11 +151,12 @@ def load_tensors(path: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
     strange = [name for name, (kind, *_) in header.items() if kind not in DTYPES]
     if strange:
         raise UserError(f"cannot read tensor {strange[0]!r} of {path}: numpy lacks its number format")
+
+    def placed(name: str, kind: str, shape: tuple[int, ...], start: int) -> Any:
+        return place(_read(path, name, start, DTYPES[kind], shape))
+
     with ThreadPoolExecutor(READERS) as pool:
-        coming = {
-            name: pool.submit(_read, path, name, start, DTYPES[kind], shape)
-            for name, (kind, shape, start) in header.items()
-        }
+        coming = {name: pool.submit(placed, name, *where) for name, where in header.items()}
         return {name: value.result() for name, value in coming.items()}
 
 

@@ -100,10 +100,8 @@ class LayerStore:
 
     def layer(self, index: int) -> dict[str, dict[str, Array]]:
         """A dense layer, float32 {kind: {leaf: array}}, on the device, where it is widened."""
-        return {
-            kind: {n: jax.device_put(v).astype(jnp.float32) for n, v in block.items()}
-            for kind, block in self.stored(index).items()
-        }
+        path = self._path(layer_name(index))
+        return unflatten(load_tensors(path, lambda value: jax.device_put(value).astype(jnp.float32)))
 
     def record(self, name: str) -> dict[str, Any]:
         """The JSON record of one entry."""
