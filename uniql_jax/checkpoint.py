@@ -64,7 +64,10 @@ class Checkpoint:
     def _joint_plan(self, path: Path) -> JointPlan:
         if self.plan is None:
             raise UserError(f"{path}: {SECTION}.nested wants a plan")
-        pieces = pieces_of(self.config, self.plan, self.meta["groups"])
+        unit = self.meta["nested"].get("top_unit", self.config.vocab_size)  # once there was one step for all
+        if not isinstance(unit, int) or unit < 1:
+            raise UserError(f"{path}: {SECTION}.nested is damaged: top_unit is {unit!r}")
+        pieces = pieces_of(self.config, self.plan, self.meta["groups"], unit)
         other = sum(end - start for _, (start, end) in map(self._reader.span, self._names))
         other -= sum(piece.bytes for piece in pieces)
         try:

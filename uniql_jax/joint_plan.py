@@ -25,6 +25,8 @@ BIT, UNIT = "bit", "unit"
 """What a step takes, in a checkpoint's plan."""
 TOP = -1
 """Layer of the pieces outside the layers, whose axis is the name of the leaf."""
+TOP_UNITS, TOP_ALIGN = 16, 128
+"""Units of embedding and head, of which a last bit goes at a time, and what their rows are a multiple of."""
 
 
 class Piece(NamedTuple):
@@ -108,8 +110,10 @@ class JointPlan:
     def to_json(self) -> dict[str, Any]:
         """Plain data for config.json: bytes before the first step and after each, and the loss of each."""
         names = [(piece.layer, piece.axis) for piece in self.pieces]
+        top = [piece.unit for piece in self.pieces if piece.layer == TOP]
         return {
             "leading_bits": 3,
+            "top_unit": max(top, default=1),
             "steps": [[*names[step.piece], UNIT if step.drop else BIT] for step in self.steps],
             "bytes": [round(size) for size in self.bytes.tolist()],
             "losses": list(self.losses),
@@ -192,13 +196,19 @@ def make_joint_plan(
     return dataclasses.replace(plan, losses=tuple(float(one) for one in lost))
 
 
-def pieces_of(config: ModelConfig, plan: Plan, groups: Mapping[str, int]) -> list[Piece]:
+def top_unit(vocab_size: int) -> int:
+    """Rows of embedding and head whose last bit goes at once; tokenizers number what is rare last, and that goes first."""
+    return -(-vocab_size // (TOP_UNITS * TOP_ALIGN)) * TOP_ALIGN
+
+
+def pieces_of(config: ModelConfig, plan: Plan, groups: Mapping[str, int], unit_of_top: int) -> list[Piece]:
     """Every elastic axis of every layer, and embedding and head, with the bytes of nested codes.
 
     Args:
         config: the model.
         plan: its units.
         groups: weights that share a scale, by contracted dimension.
+        unit_of_top: rows of embedding and head whose last bit goes at once.
     """
     found = []
     for layer, kinds in enumerate(config.pattern):
@@ -210,7 +220,7 @@ def pieces_of(config: ModelConfig, plan: Plan, groups: Mapping[str, int]) -> lis
             found.append(Piece(layer, axis, size, unit, bit, rest, LAYER_CAP, spare_bit, spare_rest))
     for name in ("embed",) if config.tie_embeddings else ("embed", "head"):
         bit, rest, *_ = _entry_bytes(config, elastic.TOP[name], groups)
-        found.append(Piece(TOP, name, config.vocab_size, config.vocab_size, bit, rest, 0.0))
+        found.append(Piece(TOP, name, config.vocab_size, unit_of_top, bit, rest, 0.0))
     return found
 
 

@@ -18,13 +18,13 @@ from jaxtyping import Array, Float, Int
 from uniql_jax import elastic
 from uniql_jax.compiling import jit
 from uniql_jax.config import ModelConfig
-from uniql_jax.joint_plan import TOP, Piece
-from uniql_jax.model.causal_lm import head_input
+from uniql_jax.joint_plan import TOP, Piece, top_unit
+from uniql_jax.model.causal_lm import apply_layer, head_input
 from uniql_jax.model.layers import KINDS
 from uniql_jax.model.layers.context import full_context
 from uniql_jax.model.layers.norm import rms_norm
 from uniql_jax.plan import next_cut
-from uniql_jax.weights.nested import leading_bits
+from uniql_jax.weights.nested import NestedArray, leading_bits
 from uniql_jax.weights.protocol import dense
 
 TOKENS = 4096
@@ -33,6 +33,8 @@ DROPPED = 0.25
 """Of an axis: what the estimate of sorting is compared with."""
 FACTORS = (0.1, 10.0)
 """Bounds of what a measured drop may say of an estimated one."""
+TOP_POINTS = 4
+"""Points at which embedding and head are measured."""
 ROWS = 256
 """Tokens whose logits exist at a time."""
 Points = dict[str, Any]
@@ -119,27 +121,50 @@ def _lost(whole: Float[Array, "b t h"], less: Float[Array, "b t h"], fisher: Flo
 def top_points(
     config: ModelConfig,
     top: Mapping[str, Any],
+    first: tuple[str, Mapping[str, Any]],
     tokens: Int[Array, "b t"],
     x: Float[Array, "b t h"],
     fisher: Float[Array, "h h"],
-) -> dict[str, float]:
-    """What embedding and head lose with their last bits, by leaf; one table that serves as both loses both.
+) -> dict[str, list[list[float]]]:
+    """What embedding and head lose where some of their rows have the leading bits alone, by leaf; one table that serves
+    as both loses both.
 
     Args:
         config: the model.
         top: the finished leaves outside the layers.
+        first: kind and finished leaves of the first block: what it makes of an embedding's errors counts as well.
         tokens: of some windows.
         x: the stream after the last layer, of the same or other windows.
-        fisher: mean Gram matrix of the gradient near the embedding.
+        fisher: mean Gram matrix of the gradient at the first block's output.
+
+    Returns:
+        By leaf [[rows that have all bits, loss], ...].
     """
-    embed, head = top["embed"], top.get("head", top["embed"])
-    change = embed.lookup(tokens, jnp.float32), leading_bits(embed).lookup(tokens, jnp.float32)
-    found = {"embed": float(_lost(*change, fisher))}
+    size, unit, tied = config.vocab_size, top_unit(config.vocab_size), "head" not in top
+    fulls = sorted({size * part // TOP_POINTS // unit * unit for part in range(TOP_POINTS)})
+    kind, block = first
+    leaves = {name: dense(value) for name, value in block.items()}
     others = {name: jnp.asarray(top[name], jnp.float32) for name in ("norm", "head_in") if name in top}
-    apart = float(_divergence(others, head.dense(), leading_bits(head).dense(), x, config.norm_eps))
-    name = "head" if "head" in top else "embed"
-    found[name] = found.get(name, 0.0) + 2 * apart  # a loss is half of d F d
+    embed, head = top["embed"], top["embed" if tied else "head"]
+
+    def after(table: NestedArray) -> Array:
+        return _after(config, kind, leaves, table.lookup(tokens, jnp.float32))
+
+    whole, rows = after(embed), head.dense()
+    found: dict[str, list[list[float]]] = {}
+    for full in fulls:
+        inputs = float(_lost(whole, after(embed.take_bits(full)), fisher))
+        # a loss is half of d F d
+        outputs = 2 * float(_divergence(others, rows, head.take_bits(full).dense(), x, config.norm_eps))
+        for name, loss in {"embed": inputs + outputs}.items() if tied else {"embed": inputs, "head": outputs}.items():
+            found.setdefault(name, []).append([full, loss])
     return found
+
+
+@functools.partial(jit, static_argnames=("config", "kind"))
+def _after(config: ModelConfig, kind: str, leaves: Mapping[str, Array], x: Float[Array, "b t h"]) -> Array:
+    """The stream after a block at its full size."""
+    return apply_layer(config, (kind,), {kind: leaves}, x, full_context(jnp.ones(x.shape[:2], bool), padded=False))
 
 
 @functools.partial(jit, static_argnames="eps")
@@ -160,7 +185,7 @@ def _divergence(
 def loss_curves(
     pieces: Sequence[Piece],
     points: Sequence[Mapping[str, Points]],
-    top: Mapping[str, float],
+    top: Mapping[str, Sequence[Sequence[float]]],
     estimated: Sequence[Mapping[str, Sequence[float]]],
 ) -> tuple[list[Float[np.ndarray, " _"]], list[Float[np.ndarray, " _"] | None]]:
     """What every piece loses at each number of entries that have all bits, and at each that stay.
@@ -179,14 +204,11 @@ def loss_curves(
     drops: list[np.ndarray | None] = []
     for piece in pieces:
         if piece.layer == TOP:
-            bits.append(np.asarray([top[piece.axis]] + [0.0] * piece.size))
+            bits.append(_falling(piece.size, top[piece.axis]))
             drops.append(None)
             continue
         found = points[piece.layer][piece.axis]
-        at = dict(map(tuple, found["bits"])) | {piece.size: 0.0}
-        counts = sorted(at)
-        falling = np.maximum.accumulate([at[count] for count in counts][::-1])[::-1]
-        bits.append(np.interp(np.arange(piece.size + 1), counts, falling))
+        bits.append(_falling(piece.size, found["bits"]))
         curve = np.asarray(estimated[piece.layer][piece.axis], np.float64)
         curve, factor = curve - curve[-1], 1.0
         if found["drop"] is not None:
@@ -194,3 +216,11 @@ def loss_curves(
             factor = float(np.clip(measured / curve[left] if curve[left] > 0 else 1.0, *FACTORS))
         drops.append(curve * factor)
     return bits, drops
+
+
+def _falling(size: int, measured: Sequence[Sequence[float]]) -> Float[np.ndarray, " _"]:
+    """The loss at 0 ... size entries of all bits, from some of them; never less with fewer."""
+    at = {int(count): loss for count, loss in measured} | {size: 0.0}
+    counts = sorted(at)
+    losses = np.maximum.accumulate([at[count] for count in counts][::-1])[::-1]
+    return np.interp(np.arange(size + 1), counts, losses)

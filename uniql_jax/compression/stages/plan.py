@@ -8,7 +8,7 @@ from uniql_jax.compression.settings import CompressionSettings
 from uniql_jax.compression.stages.calibrate import Calibration
 from uniql_jax.compression.stages.quantize import LOST
 from uniql_jax.config import ModelConfig
-from uniql_jax.joint_plan import JointPlan, make_joint_plan, pieces_of
+from uniql_jax.joint_plan import JointPlan, make_joint_plan, pieces_of, top_unit
 from uniql_jax.plan import Plan, grouping, make_plan
 
 
@@ -39,7 +39,7 @@ def joint_plan(
         total: bytes of all tensors.
     """
     names = [layer_name(i) for i in range(len(config.pattern))]
-    pieces = pieces_of(config, rates, grouping(config)["groups"])
+    pieces = pieces_of(config, rates, grouping(config)["groups"], top_unit(config.vocab_size))
     bits, drops = loss_curves(
         pieces,
         [finished.record(name) for name in names],

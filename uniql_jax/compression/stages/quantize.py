@@ -128,9 +128,11 @@ def quantize(
         if running is not None:
             running.drop_before(i + 1)
     if running is not None and fisher is not None:
-        gram = turned_gram(jnp.asarray(fisher.load(layer_name(0))[config.pattern[0][0]], jnp.float32), q)
+        kind = config.pattern[0][0]
+        gram = turned_gram(jnp.asarray(fisher.load(layer_name(0))[kind], jnp.float32), q)
         tokens, last = (streams.sample(part, TOKENS) for part in (streams.windows.batches, running.x))
-        done.save(LOST, {}, top_points(config, stored_layers.top(), tokens, last, gram))
+        first = kind, stored_layers.layer(0)[kind]
+        done.save(LOST, {}, top_points(config, stored_layers.top(), first, tokens, last, gram))
 
 
 @jit
