@@ -30,7 +30,7 @@ from uniql_jax.convert import to_hf
 from uniql_jax.convert.source import open_source
 from uniql_jax.errors import UserError
 from uniql_jax.evaluation.report import perplexities, read_speed
-from uniql_jax.joint_plan import TOP, JointPlan, Kept
+from uniql_jax.joint_plan import TOP, JointPlan, Kept, top_unit
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.runtime.choice import choose
 from uniql_jax.weights.mixed import in_parts
@@ -302,3 +302,38 @@ def test_settings_of_every_step_are_in_order(made: Made) -> None:
     prices = np.asarray(plan.losses) / -np.diff(plan.bytes)
     assert all(a <= b * (1 + 1e-9) + 1e-15 for a, b in itertools.pairwise(prices))
     assert JointPlan.from_json(plan.to_json(), plan.pieces, plan.other).steps == plan.steps
+
+
+def test_the_last_rows_of_embedding_and_head_lose_their_bits_first(made: Made) -> None:
+    checkpoint, plan = opened(made.checkpoint("qwen2", NEAREST))
+    unit, rows = top_unit(checkpoint.config.vocab_size), checkpoint.config.vocab_size
+    fulls = [plan.kept(count)[TOP, "embed"].full for count in range(len(plan.steps) + 1)]
+    borders = list(dict.fromkeys(fulls))
+    assert borders == [rows, *range((rows - 1) // unit * unit, -1, -unit)]
+    assert len(borders) > 2
+    model = uniql_jax.load(checkpoint.folder, budget=int(plan.bytes[fulls.index(borders[1])]))
+    whole = uniql_jax.load(checkpoint.folder, 0.0)
+    ids = jnp.arange(rows)
+    same = (model.params["embed"].lookup(ids, jnp.float32) == whole.params["embed"].lookup(ids, jnp.float32)).all(1)
+    assert same[: borders[1]].all()
+    assert not same[borders[1] :].all()
+
+
+def test_a_plan_whose_tables_go_at_once_is_read(made: Made, tmp_path: Path) -> None:
+    """Plans of earlier versions have no `top_unit`."""
+    checkpoint, plan = opened(made.checkpoint("qwen2", NEAREST))
+    folder, top = tmp_path / "old", {i for i, piece in enumerate(plan.pieces) if piece.layer == TOP}
+    shutil.copytree(checkpoint.folder, folder)
+    pieces = [piece._replace(unit=piece.size) if i in top else piece for i, piece in enumerate(plan.pieces)]
+    steps = list(dict.fromkeys((step, step.piece not in top and place) for place, step in enumerate(plan.steps)))
+    old = JointPlan(tuple(pieces), plan.other, tuple(step for step, _ in steps), (1.0,) * len(steps))
+    config = json.loads((folder / "config.json").read_text())
+    config["uniql"]["nested"] = {key: value for key, value in old.to_json().items() if key != "top_unit"}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = opened(folder)[1]
+    assert found.steps == old.steps
+    assert uniql_jax.load(folder, budget=int(found.bytes[len(steps) // 2])) is not None
+    config["uniql"]["nested"]["top_unit"] = 0
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="top_unit"):
+        open_checkpoint(folder)

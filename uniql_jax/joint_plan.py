@@ -197,7 +197,7 @@ def make_joint_plan(
 
 
 def top_unit(vocab_size: int) -> int:
-    """Rows of embedding and head whose last bit goes at once; tokenizers number what is rare last, and that goes first."""
+    """Rows of embedding and head whose last bit goes at once. The last go first: tokenizers number rare words last."""
     return -(-vocab_size // (TOP_UNITS * TOP_ALIGN)) * TOP_ALIGN
 
 
