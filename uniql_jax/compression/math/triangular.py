@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-LEAST = 1024
+LEAST = 2048
 """Rows up to which a matrix is factorized as a whole."""
 PRODUCTS = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
 """Of three bfloat16 parts of each number: float32's accuracy, from a GPU's fast units."""
