@@ -16,8 +16,8 @@ def inverse_cholesky(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """L^-1, lower triangular, of the Cholesky factor L of a matrix; NaN where it is not positive definite.
 
     On a GPU by halves: with L = [[A, 0], [B, C]] the inverse is [[A^-1, 0], [-C^-1 B A^-1, C^-1]], and A^-1 gives B as
-    well, so that all but small matrices are made by products. There a solver of triangular systems, which also counts
-    the zeros, takes most of the time that rounding a wide layer's Hessian needs.
+    well, so that all but small matrices are made by products. There a solver of triangular systems, which also works on
+    the zeros, takes most of the time of a wide Hessian's factorization.
 
     Args:
         matrix: symmetric, float32.

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
 from uniql_jax.compression.contract import Gains, Progress, RecoveryData, SortedModel
@@ -35,6 +37,10 @@ class Recovered(LayerStore):
             name, _, part = key.rpartition(".")
             factors.setdefault(name, {})[part] = value.astype(np.float32)
         return merge_layer(index, self._layers.stored(index), factors, self._alpha)
+
+    def layer(self, index: int) -> dict[str, dict[str, Array]]:
+        """A merged layer, float32, on the device."""
+        return jax.tree.map(lambda value: jax.device_put(value).astype(jnp.float32), self.stored(index))
 
 
 def recover(
