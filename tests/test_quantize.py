@@ -10,7 +10,7 @@ import pytest
 from uniql_jax import elastic
 from uniql_jax.compression.math.gptq import inverse_factor, quantize
 from uniql_jax.compression.math.rotation import orthogonal, rotate_block, rotate_top
-from uniql_jax.compression.math.triangular import by_halves, whole
+from uniql_jax.compression.math.triangular import LEAST, by_halves, whole
 from uniql_jax.config import ModelConfig, Rope
 from uniql_jax.model.causal_lm import CausalLM
 from uniql_jax.weights.quantized import from_codes
@@ -102,6 +102,16 @@ def test_an_inverse_by_halves_is_that_of_the_solvers(rng: np.random.Generator, s
     np.testing.assert_allclose(found, np.asarray(whole(jnp.asarray(hessian, jnp.float32))), rtol=1e-3, atol=1e-4)
     negative = jnp.asarray(hessian, jnp.float32).at[size - 1, size - 1].set(-1.0)
     assert not np.isfinite(np.asarray(by_halves(negative, 8))).all()
+
+
+@pytest.mark.gpu
+def test_an_inverse_by_halves_on_the_device(rng: np.random.Generator) -> None:
+    size = 2 * LEAST + 100
+    seen = rng.standard_normal((2 * size, size))  # more than columns: float32 is then good for five digits
+    hessian = seen.T @ seen / len(seen)
+    found = np.asarray(jax.jit(by_halves)(jnp.asarray(hessian, jnp.float32)), np.float64)
+    want = np.linalg.inv(np.linalg.cholesky(hessian))
+    assert np.linalg.norm(found - want) < 1e-4 * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("size", [576, 896, 60, 64, 7])

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 from safetensors import safe_open
 
 from uniql_jax.compression.processes import Processes
@@ -100,13 +100,17 @@ class LayerStore:
 
     def layer(self, index: int) -> dict[str, dict[str, Array]]:
         """A dense layer, float32 {kind: {leaf: array}}, on the device, where it is widened."""
-        path = self._path(layer_name(index))
-        return unflatten(load_tensors(path, lambda value: jax.device_put(value).astype(jnp.float32)))
+        return unflatten(load_tensors(self._path(layer_name(index)), widened))
 
     def record(self, name: str) -> dict[str, Any]:
         """The JSON record of one entry."""
         with safe_open(self._path(name), framework="np") as handle:
             return json.loads(handle.metadata()["record"])
+
+
+def widened(value: Shaped[np.ndarray, "..."]) -> Float[Array, "..."]:
+    """A tensor on the device, where it becomes float32."""
+    return jax.device_put(value).astype(jnp.float32)
 
 
 def narrowed(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -44,17 +44,18 @@ def inverse_factor(hessian: Float[Array, "k k"], damping: float | Float[Array, "
     base = jnp.where(mean > 0, mean, 1.0)
     finite = jnp.isfinite(hessian).all()
 
-    def bad(state: tuple[Array, Array]) -> Array:
-        return ~jnp.isfinite(state[1]).all() & finite & (state[0] < 5 * MOST_DAMPING)
+    def failed(state: tuple[Array, Array]) -> Array:
+        untried = state[0] < 5 * MOST_DAMPING  # MOST_DAMPING itself as well, whatever rounding has made of it
+        return ~jnp.isfinite(state[1]).all() & finite & untried
 
-    def worse(state: tuple[Array, Array]) -> tuple[Array, Array]:
+    def attempt(state: tuple[Array, Array]) -> tuple[Array, Array]:
         amount = state[0]
         factor = inverse_cholesky((hessian + amount * base * eye)[::-1, ::-1])[::-1, ::-1]
         return jnp.maximum(amount, LEAST_DAMPING) * 10, factor
 
     # The first try is a turn of the loop as well: the factorization stands in the program once.
     begin = jnp.asarray(damping, hessian.dtype), jnp.full_like(hessian, jnp.nan)
-    return jax.lax.while_loop(bad, worse, begin)[1] / jnp.sqrt(peak)
+    return jax.lax.while_loop(failed, attempt, begin)[1] / jnp.sqrt(peak)
 
 
 @functools.partial(jit, static_argnames=("bits", "group", "search", "propagate", "descents", "return_unrounded"))

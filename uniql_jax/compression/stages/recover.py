@@ -6,11 +6,10 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name
+from uniql_jax.compression.artifacts import LayerStore, flatten, layer_name, widened
 from uniql_jax.compression.contract import Gains, Progress, RecoveryData, SortedModel
 from uniql_jax.compression.writer import Writer
 from uniql_jax.manifest import Manifest
@@ -40,7 +39,7 @@ class Recovered(LayerStore):
 
     def layer(self, index: int) -> dict[str, dict[str, Array]]:
         """A merged layer, float32, on the device."""
-        return jax.tree.map(lambda value: jax.device_put(value).astype(jnp.float32), self.stored(index))
+        return jax.tree.map(widened, self.stored(index))
 
 
 def recover(
